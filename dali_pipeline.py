@@ -15,7 +15,7 @@ the very same views.
 import csv
 import functools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -24,13 +24,18 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
+from model import MEAN, STD
+
 SPLITS = ("train", "val", "test")
-MEAN, STD = 0.5, 0.25               # of a chest radiograph's intensities in [0, 1]; NIH's own are 0.51 and 0.25
 LABEL_VALUES = {"1": 1.0, "1.0": 1.0, "0": 0.0, "0.0": 0.0, "-1": -1.0, "-1.0": -1.0, "": np.nan}
 
 
 class DataError(Exception):
     """Bad input, told in one sentence that names the file, row or flag."""
+
+
+class ImageError(DataError):
+    """An image that the manifest lists and nobody can read: found by one process, on its way."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -141,7 +146,8 @@ def _shuffle(n: int, seed: int, epoch: int) -> np.ndarray:
 
 def view_parameters(augmentation: Augmentation, seed: int, epochs: np.ndarray, images: np.ndarray,
                     view: int) -> dict[str, np.ndarray]:
-    """What makes view number `view` of each of B images, by the names of the DALI arguments they become.
+    """What makes view number `view` of each of B images, by the names of the DALI arguments they become. Where there is
+    no rotation, or no blur, there is no angle, or no sigma.
 
     roi_start, roi_end (B, 2): the crop window, (y, x) as fractions of the image.
     angle (B,): degrees, counter-clockwise.    sigma (B,): blur, pixels.    mirror (B,): 0 or 1.
@@ -160,7 +166,7 @@ def view_parameters(augmentation: Augmentation, seed: int, epochs: np.ndarray, i
     # evaluation, too, maps the whole image, tall or wide, onto the square: nothing at the lungs' edges is cut off.
     widest = np.minimum(np.log(4 / 3), -np.log(area))
     aspect = np.exp(uniform(-widest, widest, u[1]))
-    window = np.sqrt([area / aspect, area * aspect])                                              # (2, B): height, width
+    window = np.sqrt([area / aspect, area * aspect])                                      # (2, B): height, width
     start = (1 - window) * u[2:4]
     b = uniform(1 - augmentation.brightness, 1 + augmentation.brightness, u[7])
     c = uniform(1 - augmentation.contrast, 1 + augmentation.contrast, u[8])
@@ -168,5 +174,131 @@ def view_parameters(augmentation: Augmentation, seed: int, epochs: np.ndarray, i
                   "angle": uniform(-augmentation.rotation, augmentation.rotation, u[4]),
                   "sigma": uniform(*augmentation.blur, u[5]), "mirror": u[6] < augmentation.flip,
                   "mean": 255 * MEAN / b, "std": 255 * STD / (b * c)}
+    if not augmentation.rotation:
+        del parameters["angle"]
+    if not max(augmentation.blur):
+        del parameters["sigma"]
     return {name: np.ascontiguousarray(value, np.int32 if name == "mirror" else np.float32)
             for name, value in parameters.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The DALI graphs. On a GPU the JPEG decoder works on both sides ("mixed") and everything after it runs on the device;
+# with device="cpu" the same graph needs neither GPU nor driver.
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What turns a decoded radiograph into the network's input; later stages inherit it from the checkpoint."""
+    image_size: int = 224               # pixels, the side of the square input
+    normalize: str = "fixed"            # by MEAN and STD, or first each "image" to that mean and deviation
+    clahe: bool = False                 # contrast-limited adaptive histogram equalisation, 8 x 8 tiles, clip limit 2
+
+
+@pipeline_def(exec_dynamic=True)        # the executor whose outputs live for as long as somebody holds them
+def _graph(source, views, names, preprocessing, device, half):
+    size = (preprocessing.image_size, preprocessing.image_size)
+    parameter_types = [types.INT32 if name == "mirror" else types.FLOAT for name in names]
+    path, index, *parameters = fn.external_source(source, num_outputs=2 + views * len(names), batch=True,
+                                                  dtype=[types.UINT8, types.INT64] + views * parameter_types)
+    image = fn.decoders.image(fn.io.file.read(path), device="mixed" if device.type == "cuda" else "cpu",
+                              output_type=types.GRAY)                                             # (H, W, 1) uint8
+    if preprocessing.clahe:
+        image = fn.clahe(image, tiles_x=8, tiles_y=8, clip_limit=2.0)
+    if preprocessing.normalize == "image":      # epsilon, a variance of one gray level: a blank image stays finite
+        image = fn.normalize(image, axes=(0, 1), shift=255 * MEAN, scale=255 * STD, epsilon=1.0, dtype=types.FLOAT)
+
+    def tensor(image, mean, std, mirror=0):                                                       # (1, S, S)
+        return fn.crop_mirror_normalize(image, mean=mean, std=std, mirror=mirror, output_layout="CHW",
+                                        dtype=types.FLOAT16 if half else types.FLOAT)
+
+    if not views:
+        return tensor(fn.resize(image, size=size, antialias=True), [255 * MEAN], [255 * STD]), index
+    outputs = []
+    for view in range(views):
+        p = dict(zip(names, parameters[view * len(names):]))
+        x = fn.resize(image, size=size, roi_start=p["roi_start"], roi_end=p["roi_end"], roi_relative=True, antialias=True)
+        if "angle" in p:
+            x = fn.rotate(x, angle=p["angle"], keep_size=True, fill_value=0)
+        if "sigma" in p:                        # no window size: DALI picks one an image, far faster than one for all
+            x = fn.gaussian_blur(x, sigma=p["sigma"])
+        outputs.append(tensor(x, p["mean"], p["std"], p["mirror"]))
+    return *outputs, index
+
+
+class Loader:
+    """Iterates over batches of one data folder; each iteration starts from the first batch again.
+
+    Yields torch tensors on `device`: `views` tensors (B, 1, S, S), float32 or with `half` float16, or one unaugmented
+    one where views is 0, and last the image indices (B,) int64 on the CPU. ImageError names an image that fails."""
+
+    def __init__(self, manifest: Manifest, batches: Callable[[], Iterator[tuple[np.ndarray, list]]], batch_size: int,
+                 views: int, names: list[str], preprocessing: Preprocessing, device: torch.device | str, threads: int,
+                 half: bool):
+        self.manifest, self.batches, self.device = manifest, batches, torch.device(device)
+        self.pipeline = functools.partial(
+            _graph, views=views, names=names, preprocessing=preprocessing, device=self.device, half=half,
+            batch_size=batch_size, num_threads=threads, prefetch_queue_depth=2,
+            device_id=(self.device.index or 0) if self.device.type == "cuda" else None)
+
+    def __iter__(self) -> Iterator[list[torch.Tensor]]:
+        batches, handed_over = self.batches(), []       # the images that DALI was given and has not returned yet
+
+        def source():
+            images, parameters = next(batches)          # its StopIteration is what DALI expects at the end
+            handed_over.extend(images)
+            paths = (os.fsencode(self.manifest.folder / self.manifest.paths[i]) for i in images)
+            return [[np.frombuffer(path, np.uint8) for path in paths], images, *parameters]
+
+        pipeline = self.pipeline(source)
+        while True:
+            try:
+                # On PyTorch's stream, so that neither side waits for the other, nor frees what the other still reads.
+                outputs = pipeline.run(torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                _raise_culprit(self.manifest, handed_over, error)
+                raise
+            batch = [torch.from_dlpack(output.as_tensor()) for output in outputs]
+            del handed_over[:len(batch[-1])]
+            yield batch
+
+
+def _raise_culprit(manifest: Manifest, images: list[int], error: RuntimeError) -> None:
+    """Name the image: DALI's own message often does not, so read those in flight again, one by one."""
+    for i in images:
+        try:
+            with Image.open(manifest.folder / manifest.paths[i]) as image:
+                image.load()
+        except (OSError, SyntaxError) as reason:                        # SyntaxError is Pillow's for a broken PNG
+            where = f"{manifest.folder / manifest.paths[i]} (row {i + 2} of manifest.csv)"
+            raise ImageError(f"{where} cannot be read: {reason}") from error
+
+
+def train_loader(manifest: Manifest, images: np.ndarray, batch_size: int, steps: range, views: int,
+                 augmentation: Augmentation, preprocessing: Preprocessing, seed: int, device: torch.device | str,
+                 rank: int = 0, world_size: int = 1, threads: int = 2, half: bool = False) -> Loader:
+    """Augmented batches of `images` at `steps`; process `rank` gets its slice of each global batch of `batch_size`."""
+    share = batch_size // world_size
+    names = list(view_parameters(augmentation, seed, np.zeros(1, int), np.zeros(1, int), 0))
+
+    def batches():
+        for step in steps:
+            epochs, index = (a[rank * share:(rank + 1) * share] for a in batch_at(step, batch_size, images, seed))
+            yield index, [values for view in range(views)
+                          for values in view_parameters(augmentation, seed, epochs, index, view).values()]
+
+    return Loader(manifest, batches, share, views, names, preprocessing, device, threads, half)
+
+
+def eval_loader(manifest: Manifest, images: np.ndarray, batch_size: int, preprocessing: Preprocessing,
+                device: torch.device | str, rank: int = 0, world_size: int = 1, threads: int = 2,
+                half: bool = False) -> Loader:
+    """Every one of `images` once, whole and unaugmented, in order and without padding; process `rank` of `world_size`
+    gets images[rank::world_size], which may be none."""
+    mine = np.ascontiguousarray(images[rank::world_size])               # DALI takes no strides
+
+    def batches():
+        return ((mine[i:i + batch_size], []) for i in range(0, len(mine), batch_size))
+
+    return Loader(manifest, batches, batch_size, 0, [], preprocessing, device, threads, half)

@@ -1,0 +1,139 @@
+"""The network, and how it is kept: encoder, projection head, checkpoints.
+
+The encoder is torchvision's ResNet with a one-channel stem and no `fc`, so its state dict loads into torchvision's own
+model. Its input is a normalised radiograph, (B, 1, S, S); its output the pooled features, (B, D).
+"""
+import os
+import pickle
+import urllib.error
+import zipfile
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+MEAN, STD = 0.5, 0.25                       # what the input's intensities in [0, 1] are normalised by
+IMAGENET_MEAN, IMAGENET_STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+FORMAT = "simclr-cxr encoder, version 1"
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be used, told in one sentence that names the file."""
+
+
+def build_encoder(arch: str, init: str = "random") -> nn.Module:
+    """A ResNet (B, 1, S, S) -> (B, D), its width D in `encoder.num_features`.
+
+    init: `random`; `imagenet` (torchvision's weights, folded by `fold_rgb_stem`); or the path of an encoder.pt or of a
+    plain torchvision state dict, of one channel or three. CheckpointError where it cannot be had or does not fit."""
+    encoder = getattr(torchvision.models, arch)()
+    stem = encoder.conv1
+    encoder.conv1 = nn.Conv2d(1, stem.out_channels, stem.kernel_size, stem.stride, stem.padding, bias=False)
+    nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")       # as torchvision's stem
+    encoder.num_features, encoder.fc = encoder.fc.in_features, nn.Identity()
+    if init == "random":
+        return encoder
+    if init == "imagenet":
+        weights = torchvision.models.get_model_weights(arch).DEFAULT
+        try:
+            state = weights.get_state_dict(progress=False, check_hash=True)
+        except (urllib.error.URLError, OSError) as error:
+            raise CheckpointError(f"the ImageNet weights cannot be downloaded ({error}): fetch {weights.url} elsewhere "
+                                  f"and give its path instead of 'imagenet'") from None
+    else:
+        state = load_checkpoint(init)
+        if state.get("arch", arch) != arch:
+            raise CheckpointError(f"{init} holds a {state['arch']}, not a {arch}")
+        state = state.get("encoder", state)
+    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    if getattr(state.get("conv1.weight"), "ndim", 0) == 4 and state["conv1.weight"].shape[1] == 3:
+        state = fold_rgb_stem(state)
+    try:
+        encoder.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise CheckpointError(f"{init} does not fit a {arch} with a one-channel stem: {reason}") from None
+    return encoder
+
+
+def fold_rgb_stem(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The one-channel network that computes what an RGB one would on a gray image repeated three times.
+
+    The RGB stem sees channel c as (x - mean_c) / std_c, ours sees y = (x - m) / s. Put in x = m + s y: the weights
+    become sum_c w_c s / std_c, and what does not depend on y, sum_c w_c (m - mean_c) / std_c over the kernel, is a
+    constant that the batch norm behind takes off again through its running mean. Exact but for the outermost pixels,
+    where padding with zeros means gray m here and mean_c there."""
+    weight = state["conv1.weight"]                                                              # (C, 3, 7, 7)
+    mean, std = IMAGENET_MEAN.view(3, 1, 1).to(weight), IMAGENET_STD.view(3, 1, 1).to(weight)
+    constant = (weight * (MEAN - mean) / std).sum((1, 2, 3))
+    return state | {"conv1.weight": (weight * STD / std).sum(1, keepdim=True),
+                    "bn1.running_mean": state["bn1.running_mean"] - constant}
+
+
+class SimCLR(nn.Module):
+    """Encoder and projection head: (B, 1, S, S) -> (B, proj_dim). The head is thrown away after pre-training.
+
+    `proj_layers` linear layers, `proj_width` wide inside (0: as wide as the features), batch norm and ReLU between."""
+
+    def __init__(self, encoder: nn.Module, proj_layers: int = 2, proj_width: int = 0, proj_dim: int = 128):
+        super().__init__()
+        self.encoder = encoder
+        width, layers = encoder.num_features, []
+        for _ in range(proj_layers - 1):
+            hidden = proj_width or encoder.num_features
+            layers += [nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
+            width = hidden
+        self.projector = nn.Sequential(*layers, nn.Linear(width, proj_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.projector(self.encoder(x))
+
+
+@torch.no_grad()
+def extract_features(encoder: nn.Module, loader, n: int, rank: int = 0, world_size: int = 1,
+                     dtype: torch.dtype | None = None) -> Tensor:
+    """Features (n, D) of the loader's images, float32 on the loader's device, in order, the same on every process.
+
+    Process `rank`'s loader yields images rank, rank + world_size, ...: each fills its rows, and a sum over the
+    processes completes the rest, exactly. `dtype` is autocast's, None for float32. The encoder's mode is restored."""
+    training = encoder.training
+    encoder.eval()
+    features = torch.zeros(n, encoder.num_features, device=loader.device)
+    row = rank
+    for x, _ in loader:
+        with torch.autocast(loader.device.type, dtype, enabled=dtype is not None):
+            y = encoder(x.contiguous(memory_format=torch.channels_last))
+        features[row:row + world_size * len(y):world_size] = y.float()
+        row += world_size * len(y)
+    if world_size > 1:
+        torch.distributed.all_reduce(features)
+    encoder.train(training)
+    return features
+
+
+def save_checkpoint(path: str | Path, state: dict) -> None:
+    """Write `state` (tensors, numbers, strings, lists, dicts) so that `path` is at every moment whole: old or new."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)                       # a full disk must not stay full
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """Read what save_checkpoint wrote, onto the CPU, without running code from the file; CheckpointError names it."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path} is not a whole checkpoint: {(str(error) or repr(error)).splitlines()[0]}") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} is not a checkpoint but a {type(state).__name__}")
+    return state

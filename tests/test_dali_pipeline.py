@@ -1,0 +1,233 @@
+"""The manifest's errors, the pure functions of sampling and views, and DALI's tensors against independent ones."""
+import csv
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_folder
+from PIL import Image
+from torchvision.transforms import v2
+
+from dali_pipeline import (
+    Augmentation, DataError, ImageError, Preprocessing, batch_at, eval_loader, read_manifest, train_loader,
+    view_parameters)
+from model import MEAN, STD
+
+STRONG = Augmentation(crop_area=(0.3, 1.0), rotation=25.0, blur=(0.1, 2.0), flip=0.5, brightness=0.4, contrast=0.4)
+
+
+# ----------------------------------------------------------------------------------------------------------- manifest
+
+def edit(folder, row, column, value):
+    rows = list(csv.reader(open(folder / "manifest.csv")))
+    rows[row][column] = value
+    with open(folder / "manifest.csv", "w", newline="") as f:
+        csv.writer(f).writerows(rows)
+
+
+def test_manifest_is_read(data):
+    manifest = read_manifest(data)
+    assert manifest.label_names == ["Effusion", "Mass"] and manifest.labels.shape == (60, 2)
+    assert [len(manifest.images(split)) for split in ("train", "val", "test")] == [42, 9, 9]
+    assert manifest.labels[:4, 0].tolist()[:3] == [1, 0, -1] and math.isnan(manifest.labels[3 * 3, 0])
+
+
+@pytest.mark.parametrize("row, column, value, message", [
+    (0, 1, "person", r"row 1: column 2 must be 'patient'"),
+    (0, 4, "Effusion", r"row 1: label column 'Effusion' is there twice"),
+    (0, 3, "", r"row 1: label column '' is without a name"),
+    (5, 0, "images/000_0.jpg", r"row 6, column path: images/000_0.jpg is already in row 2"),
+    (5, 0, "../secret.jpg", r"row 6, column path: '../secret.jpg' must be a path inside"),
+    (5, 0, "/etc/secret.jpg", r"row 6, column path"),
+    (5, 0, "images/none.jpg", r"row 6: images/none.jpg is missing on disk"),
+    (5, 1, "", r"row 6, column patient: empty"),
+    (5, 2, "training", r"row 6, column split: 'training' is none of train, val, test"),
+    (5, 2, "test", r"row (6|7), column patient: p1 is in \w+ and in \w+"),
+    (5, 3, "2", r"row 6, column Effusion: '2' is none of 1, 0, -1 or empty"),
+    (5, 4, "yes", r"row 6, column Mass: 'yes'")])
+def test_manifest_error_names_file_row_and_column(folder, row, column, value, message):
+    edit(folder, row, column, value)
+    with pytest.raises(DataError, match=r"manifest.csv, " + message):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "is empty"), ("path,patient,split\n", "lists no image"), ("path,patient\na,b\n", "row 1: column 3 must be 'split'"),
+    ("path,patient,split,A\nx.jpg,p,train\n", "row 2: 3 cells where the header has 4")])
+def test_manifest_that_is_no_table(folder, text, message):
+    (folder / "manifest.csv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_manifest(folder)
+
+
+def test_missing_folder_and_missing_split(tmp_path, folder):
+    with pytest.raises(DataError, match="nowhere is not a data folder"):
+        read_manifest(tmp_path / "nowhere")
+    for row in range(1, 13):
+        edit(folder, row, 2, "train")
+    with pytest.raises(DataError, match="manifest.csv has no image in the val split"):
+        read_manifest(folder).images("val")
+
+
+# ----------------------------------------------------------------------------------------------------------- sampling
+
+@pytest.mark.parametrize("n, batch_size", [(10, 4), (7, 7), (12, 5), (100, 1)])
+def test_every_epoch_shows_every_image_once(n, batch_size):
+    images = np.arange(n) * 3 + 1
+    epochs, index = (np.concatenate(x) for x in zip(*(batch_at(s, batch_size, images, 0) for s in range(3 * n))))
+    for epoch in range(3):
+        assert sorted(index[epochs == epoch]) == sorted(images)
+    assert index[:n].tolist() != index[n:2 * n].tolist() or n < 8                   # another order
+    assert index[:50].tolist() != np.concatenate([batch_at(s, batch_size, images, 1)[1] for s in range(50)])[:50].tolist()
+
+
+def test_views_depend_on_seed_epoch_image_and_view_alone():
+    images, epochs = np.array([5, 900, 3]), np.array([2, 3, 2])
+    together = view_parameters(STRONG, 7, epochs, images, 1)
+    alone = view_parameters(STRONG, 7, epochs[1:2], images[1:2], 1)
+    for name, values in together.items():
+        assert np.array_equal(values[1:2], alone[name])
+    for other in ((8, epochs, images, 1), (7, epochs + 1, images, 1), (7, epochs, images + 1, 1), (7, epochs, images, 0)):
+        assert not np.isclose(together["angle"], view_parameters(STRONG, *other)["angle"]).any()
+
+
+def test_view_parameters_keep_their_ranges_and_fill_them():
+    n = 4000
+    p = view_parameters(STRONG, 0, np.zeros(n, int), np.arange(n), 0)
+    height, width = (p["roi_end"] - p["roi_start"]).T
+    assert (p["roi_start"] >= 0).all() and (p["roi_end"] <= 1).all()
+    area, aspect = height * width, width / height
+    assert 0.299 < area.min() < 0.32 and 0.98 < area.max() < 1.001
+    assert 0.7499 < aspect.min() < 0.77 and 1.31 < aspect.max() < 1.3334
+    assert -25 <= p["angle"].min() < -24 and 24 < p["angle"].max() <= 25
+    assert 0.1 <= p["sigma"].min() < 0.12 and 1.98 < p["sigma"].max() <= 2
+    assert p["mirror"].mean() == pytest.approx(0.5, abs=0.03)
+    b = 255 * MEAN / p["mean"]
+    c = 255 * STD / p["std"] / b
+    assert 0.6 < b.min() < 0.62 and 1.38 < b.max() < 1.4001 and 0.5999 < c.min() < 0.62 and 1.38 < c.max() < 1.4001
+    numbers = np.stack([p["roi_start"][:, 0] / (1 - height).clip(1e-3), p["roi_start"][:, 1] / (1 - width).clip(1e-3),
+                        area, p["angle"], p["sigma"], p["mirror"], b, c])
+    assert abs(np.corrcoef(numbers) - np.eye(len(numbers))).max() < 0.06              # drawn independently
+
+
+# -------------------------------------------------------------------------------------------------------------- views
+
+def independent_view(manifest, preprocessing, parameters, i):
+    """Pillow crops and resizes, torchvision rotates, blurs and mirrors, in floats: (S, S) normalised. And where it can be
+    compared, (S, S): away from the edge that rotation draws, which DALI and torchvision fade differently."""
+    p = {name: values[0] for name, values in parameters.items()}
+    image, size = Image.open(manifest.folder / manifest.paths[i]), preprocessing.image_size
+    (top, left), (bottom, right) = p["roi_start"], p["roi_end"]
+    box = (left * image.width, top * image.height, right * image.width, bottom * image.height)
+    x = image.convert("F").resize((size, size), Image.Resampling.BILINEAR, box=tuple(map(float, box)))
+    x = torch.from_numpy(np.stack([x, np.ones_like(x)]))                                    # beside it, a white image
+    x = v2.functional.rotate(x, float(p["angle"]), v2.InterpolationMode.BILINEAR, fill=0.0)
+    reach = math.ceil(4 * p["sigma"])
+    x[0] = v2.functional.gaussian_blur(x[:1], [2 * reach + 1] * 2, [float(p["sigma"])] * 2)[0]
+    inside = -torch.nn.functional.max_pool2d(-x[1:], 2 * reach + 3, 1, reach + 1)[0] > 0.999
+    if p["mirror"]:
+        x, inside = x.flip(-1), inside.flip(-1)
+    b = 255 * MEAN / p["mean"]
+    c = 255 * STD / p["std"] / b
+    return ((c * (b * x[0] / 255 - MEAN) + MEAN - MEAN) / STD).numpy(), inside.numpy()      # brightness, then contrast
+
+
+@pytest.mark.parametrize("image_size", [32, 96])
+def test_views_equal_an_independent_computation(data, image_size):
+    manifest, preprocessing = read_manifest(data), Preprocessing(image_size)
+    train = manifest.images("train")
+    for view1, view2, index in train_loader(manifest, train, 16, range(2), 2, STRONG, preprocessing, 0, "cpu"):
+        assert view1.shape == view2.shape == (16, 1, image_size, image_size) and view1.dtype == torch.float32
+        for k, i in enumerate(index.tolist()):
+            for number, view in enumerate((view1, view2)):
+                p = view_parameters(STRONG, 0, np.array([0]), np.array([i]), number)
+                expected, inside = independent_view(manifest, preprocessing, p, i)
+                assert inside.mean() > 0.05
+                error = np.abs(view[k, 0].numpy() - expected)[inside] * p["std"]
+                assert error.max() < 2.5 and error.mean() < 0.6    # gray levels: DALI rounds after each of three steps
+        break                                                   # the second step belongs to the next epoch in part
+
+
+def test_batches_are_the_same_from_any_step_and_on_any_number_of_processes(data):
+    manifest = read_manifest(data)
+
+    def batches(steps, rank=0, world_size=1):
+        return list(train_loader(manifest, manifest.images("train"), 8, steps, 2, STRONG, Preprocessing(32), 3, "cpu",
+                                 rank, world_size))
+
+    whole = batches(range(8))                                   # across the seam at step 5.25
+    for expected, got in zip(whole[5:], batches(range(5, 8)), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+    shards = [batches(range(8), rank, 4) for rank in range(4)]
+    for expected, *parts in zip(whole, *shards, strict=True):
+        assert all(torch.equal(a, torch.cat(b)) for a, b in zip(expected, zip(*parts), strict=True))
+
+
+def test_outputs_stay_what_they_were(data):
+    """Zero copies, and still nobody writes into a batch that is held."""
+    manifest = read_manifest(data)
+    held = []
+    for view1, _, _ in train_loader(manifest, manifest.images("train"), 8, range(12), 2, STRONG, Preprocessing(32), 0, "cpu"):
+        held.append((view1, view1.clone()))
+    assert all(torch.equal(a, b) for a, b in held)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_evaluation_shows_every_image_once_whole_and_in_order(data, world_size):
+    manifest, preprocessing = read_manifest(data), Preprocessing(48)
+    val = manifest.images("val")
+    for rank in range(world_size):
+        batches = list(eval_loader(manifest, val, 4, preprocessing, "cpu", rank, world_size))
+        index = torch.cat([index for _, index in batches])
+        assert index.tolist() == val[rank::world_size].tolist()
+        x = torch.cat([x for x, _ in batches])
+        for k, i in enumerate(index.tolist()):
+            image = Image.open(data / manifest.paths[i]).convert("F").resize((48, 48), Image.Resampling.BILINEAR)
+            error = x[k, 0].numpy() - (np.array(image) / 255 - MEAN) / STD
+            assert np.abs(error).max() < 2.1 / 255 / STD
+    assert list(eval_loader(manifest, val[:1], 4, preprocessing, "cpu", 1, 2)) == []
+
+
+def test_normalisation_of_each_image_and_clahe(folder):
+    rng = np.random.default_rng(0)
+    faint = (100 + 20 * rng.random((64, 64))).astype(np.uint8)
+    Image.fromarray(faint).save(folder / "images/000_0.jpg", quality=95)
+    Image.new("L", (64, 64), 77).save(folder / "images/000_1.jpg")                   # blank
+    manifest = read_manifest(folder)
+
+    def first_two(**options):
+        return next(iter(eval_loader(manifest, np.arange(2), 2, Preprocessing(64, **options), "cpu")))[0]
+
+    plain, image, clahe = first_two(), first_two(normalize="image"), first_two(clahe=True)
+    assert plain[0].std() < 0.15 < 0.2 < clahe[0].std()
+    assert image[0].mean().abs() < 0.05 and image[0].std().item() == pytest.approx(1, abs=0.1)
+    assert image[1].isfinite().all() and image[1].abs().max() < 0.1
+    views = next(iter(train_loader(manifest, np.arange(2), 2, range(1), 2, Augmentation(),
+                                   Preprocessing(64, "image", True), 0, "cpu")))
+    assert all(view.isfinite().all() for view in views[:2])
+
+
+@pytest.mark.parametrize("damage", ["delete", "truncate", "empty", "text"])
+def test_image_that_cannot_be_read_is_named(folder, damage):
+    manifest = read_manifest(folder)
+    path = folder / manifest.paths[3]
+    content = path.read_bytes()
+    {"delete": path.unlink, "truncate": lambda: path.write_bytes(content[:len(content) // 2]),
+     "empty": lambda: path.write_bytes(b""), "text": lambda: path.write_text("no image")}[damage]()
+    with pytest.raises(ImageError, match=r"images/001_0.jpg \(row 5 of manifest.csv\) cannot be read"):
+        list(eval_loader(manifest, np.arange(12), 4, Preprocessing(32), "cpu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("half", [False, True])
+def test_gpu_views_equal_cpu_views(tmp_path, half):
+    """Up to the JPEG decoders' rounding, and float16's: within two gray levels on average, 99 % within six."""
+    manifest = read_manifest(write_folder(tmp_path / "folder"))
+    for preprocessing in (Preprocessing(64), Preprocessing(64, "image"), Preprocessing(64, clahe=True)):
+        cpu, gpu = (next(iter(train_loader(manifest, manifest.images("train"), 16, range(1), 2, STRONG, preprocessing, 0,
+                                           device, half=half))) for device in ("cpu", "cuda"))
+        assert torch.equal(cpu[2], gpu[2]) and gpu[0].device.type == "cuda"
+        for a, b in zip(cpu[:2], gpu[:2], strict=True):
+            error = (a.float() - b.float().cpu()).abs() * STD * 255
+            assert error.mean() < 2 and error.quantile(0.99) < 6
