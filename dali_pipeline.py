@@ -216,7 +216,8 @@ def _graph(source, views, names, preprocessing, device, half):
     outputs = []
     for view in range(views):
         p = dict(zip(names, parameters[view * len(names):]))
-        x = fn.resize(image, size=size, roi_start=p["roi_start"], roi_end=p["roi_end"], roi_relative=True, antialias=True)
+        x = fn.resize(image, size=size, antialias=True,
+                      roi_start=p["roi_start"], roi_end=p["roi_end"], roi_relative=True)
         if "angle" in p:
             x = fn.rotate(x, angle=p["angle"], keep_size=True, fill_value=0)
         if "sigma" in p:                        # no window size: DALI picks one an image, far faster than one for all

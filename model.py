@@ -133,7 +133,8 @@ def load_checkpoint(path: str | Path) -> dict:
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path} is not a whole checkpoint: {(str(error) or repr(error)).splitlines()[0]}") from None
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise CheckpointError(f"{path} is not a whole checkpoint: {reason}") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} is not a checkpoint but a {type(state).__name__}")
     return state

@@ -9,6 +9,7 @@ The run folder (--out) gets encoder.pt, all that the later stages need; last.pt,
 after any interruption as though there had been none; log.jsonl, config.json and TensorBoard's event files.
 """
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -186,23 +187,24 @@ def knn_auroc(bank: Tensor, bank_labels: np.ndarray, queries: Tensor, query_labe
     return auroc
 
 
-def open_run(args: argparse.Namespace) -> int:
-    """Make the run folder, or recognise the run in it; a lock on it, held until the process ends. DataError if the
+def open_run(args: argparse.Namespace, held: contextlib.ExitStack) -> None:
+    """Make the run folder, or recognise the run in it, and lock its config.json until `held` closes. DataError if the
     folder holds something else, for a folder with results is not written over."""
     out, config = Path(args.out), {k: v for k, v in vars(args).items() if k not in NOT_THE_RUN}
     if out.is_dir() and any(out.iterdir()) and not (out / "config.json").exists():
         raise DataError(f"{out} is not empty and holds no run; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    lock = os.open(out / "config.json", os.O_RDWR | os.O_CREAT)
+    file = held.enter_context(open(out / "config.json", "a+"))
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise DataError(f"another process is at work in {out}; choose another --out") from None
     if args.overwrite:
-        for file in [out / "last.pt", out / "encoder.pt", out / "log.jsonl", *out.glob("events.out.tfevents.*")]:
-            file.unlink(missing_ok=True)
+        for old in [out / "last.pt", out / "encoder.pt", out / "log.jsonl", *out.glob("events.out.tfevents.*")]:
+            old.unlink(missing_ok=True)
     if (out / "last.pt").exists():
-        before = json.loads((out / "config.json").read_text())
+        file.seek(0)
+        before = json.load(file)
         differ = [f"--{k.replace('_', '-')} ({before.get(k, 'not given')} there, {config.get(k, 'not given')} here)"
                   for k in sorted(before.keys() | config.keys()) if before.get(k) != config.get(k)]
         if differ:
@@ -212,9 +214,9 @@ def open_run(args: argparse.Namespace) -> int:
             raise DataError(f"{out} has a last.pt of its own: leave out --resume {args.resume} to go on from that one, "
                             "or give it up with --overwrite")
     else:                                       # in place, to keep the lock; nothing is lost if this is cut short
-        os.truncate(lock, 0)
-        os.write(lock, json.dumps(config, indent=1).encode() + b"\n")
-    return lock
+        file.truncate(0)
+        file.write(json.dumps(config, indent=1) + "\n")
+        file.flush()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -222,7 +224,8 @@ def main(argv: list[str] | None = None) -> None:
     rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in
                                     (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     try:
-        pretrain(args, rank, local_rank, world_size)
+        with contextlib.ExitStack() as held:
+            pretrain(args, rank, local_rank, world_size, held)
     except FloatingPointError as error:
         sys.exit(f"pretrain.py: {error}; the last good checkpoint stays in {args.out}; a lower --lr may help"
                  if rank == 0 else 1)
@@ -236,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
             dist.destroy_process_group()
 
 
-def pretrain(args: argparse.Namespace, rank: int, local_rank: int, world_size: int) -> None:
+def pretrain(args: argparse.Namespace, rank: int, local_rank: int, world_size: int, held: contextlib.ExitStack) -> None:
     # ------------------------------------------------------------------------------------------------ processes, device
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
@@ -274,7 +277,7 @@ def pretrain(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
         manifest = read_manifest(args.data)
         train = manifest.images("train")
     if args.batch_size > len(train):
-        raise DataError(f"--batch-size {args.batch_size} is larger than {args.data}'s train split of {len(train)} images")
+        raise DataError(f"--batch-size {args.batch_size} is larger than the train split: {len(train)} images")
     if args.batch_size % world_size:
         raise DataError(f"--batch-size {args.batch_size} is global and must divide by the {world_size} processes")
     total_steps = args.epochs * len(train) // args.batch_size           # batches run on across the seam of two epochs
@@ -297,7 +300,7 @@ def pretrain(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
     # --------------------------------------------------------------------------------------------- run folder, resuming
     out = Path(args.out)
     if rank == 0:
-        lock = open_run(args)                                           # noqa: F841  (held, not used)
+        open_run(args, held)
     if world_size > 1:
         dist.barrier()
     step = 0
