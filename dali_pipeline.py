@@ -302,4 +302,7 @@ def eval_loader(manifest: Manifest, images: np.ndarray, batch_size: int, preproc
     def batches():
         return ((mine[i:i + batch_size], []) for i in range(0, len(mine), batch_size))
 
-    return Loader(manifest, batches, batch_size, 0, [], preprocessing, device, threads, half)
+    loader = Loader(manifest, batches, batch_size, 0, [], preprocessing, device, threads, half)
+    table = (manifest.folder / "manifest.csv").stat()           # rewritten whenever an image is
+    loader.fingerprint = f"{manifest.folder.resolve()} {table.st_mtime_ns} {preprocessing} {mine.tolist()}"
+    return loader

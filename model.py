@@ -3,6 +3,8 @@
 The encoder is torchvision's ResNet with a one-channel stem and no `fc`, so its state dict loads into torchvision's own
 model. Its input is a normalised radiograph, (B, 1, S, S); its output the pooled features, (B, D).
 """
+import contextlib
+import hashlib
 import os
 import pickle
 import urllib.error
@@ -110,6 +112,20 @@ def extract_features(encoder: nn.Module, loader, n: int, rank: int = 0, world_si
     if world_size > 1:
         torch.distributed.all_reduce(features)
     encoder.train(training)
+    return features
+
+
+def cached_features(encoder: nn.Module, loader, n: int, folder: Path, dtype: torch.dtype | None = None) -> Tensor:
+    """extract_features on the CPU, kept in `folder`: the same weights, preprocessing and images are read from there."""
+    digest = hashlib.sha256(f"{loader.fingerprint} {dtype}".encode())
+    for name, value in encoder.state_dict().items():
+        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    file = folder / f"{digest.hexdigest()[:16]}.pt"
+    with contextlib.suppress(CheckpointError):
+        return load_checkpoint(file)["features"]
+    features = extract_features(encoder, loader, n, dtype=dtype).cpu()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(file, {"features": features})
     return features
 
 

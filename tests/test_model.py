@@ -1,10 +1,13 @@
 """Encoders, the folded ImageNet stem, and checkpoints that are whole or refused."""
+import numpy as np
 import pytest
 import torch
 import torchvision
 
 import model
-from model import CheckpointError, SimCLR, build_encoder, extract_features, load_checkpoint, save_checkpoint
+from dali_pipeline import Preprocessing, eval_loader, read_manifest
+from model import (
+    CheckpointError, SimCLR, build_encoder, cached_features, extract_features, load_checkpoint, save_checkpoint)
 
 
 def rgb_network(arch="resnet18"):
@@ -99,6 +102,27 @@ def test_failed_save_leaves_the_old_checkpoint(tmp_path):
         save_checkpoint(path, {"step": 2, "what": lambda: None})
     assert load_checkpoint(path) == {"step": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_features_are_kept_for_the_same_weights_and_images(data, tmp_path):
+    manifest, encoder = read_manifest(data), build_encoder("resnet18")
+
+    def features(image_size=32, images=np.arange(10)):
+        loader = eval_loader(manifest, images, 4, Preprocessing(image_size), "cpu")
+        return cached_features(encoder, loader, len(images), tmp_path)
+
+    first = features()
+    kept, = tmp_path.iterdir()
+    when = kept.stat().st_mtime_ns
+    assert torch.equal(features(), first) and [p.stat().st_mtime_ns for p in tmp_path.iterdir()] == [when]
+    features(image_size=48)
+    features(images=np.arange(1, 11))
+    encoder.conv1.weight.data[0, 0, 0, 0] += 1
+    features()
+    assert len(list(tmp_path.iterdir())) == 4
+    kept.write_bytes(b"cut short")
+    encoder.conv1.weight.data[0, 0, 0, 0] -= 1
+    assert features().shape == first.shape and len(list(tmp_path.iterdir())) == 4
 
 
 def test_features_of_shards_add_up_to_those_of_the_whole():
