@@ -403,9 +403,9 @@ def pretrain(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
             save_checkpoint(out / "encoder.pt", {"format": FORMAT, "arch": args.arch, "step": step, "config": config,
                                                  "encoder": net.encoder.state_dict()})
 
-    signalled = []
-    for number in (signal.SIGTERM, signal.SIGINT):          # the first asks, a second one kills
-        signal.signal(number, lambda s, _: (signalled.append(s), signal.signal(s, signal.SIG_DFL)))
+    signalled = []                  # often twice, by the cluster and by torchrun: no reason to leave without saving
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: signalled.append(number))
 
     # --------------------------------------------------------------------------------------------------------- training
     if args.synthetic:
