@@ -204,7 +204,10 @@ def open_run(args: argparse.Namespace, held: contextlib.ExitStack) -> None:
             old.unlink(missing_ok=True)
     if (out / "last.pt").exists():
         file.seek(0)
-        before = json.load(file)
+        try:
+            before = json.load(file)
+        except ValueError:
+            raise DataError(f"{out / 'config.json'} is damaged, and says no more which run {out} holds") from None
         differ = [f"--{k.replace('_', '-')} ({before.get(k, 'not given')} there, {config.get(k, 'not given')} here)"
                   for k in sorted(before.keys() | config.keys()) if before.get(k) != config.get(k)]
         if differ:
@@ -229,6 +232,9 @@ def main(argv: list[str] | None = None) -> None:
     except FloatingPointError as error:
         sys.exit(f"pretrain.py: {error}; the last good checkpoint stays in {args.out}; a lower --lr may help"
                  if rank == 0 else 1)
+    except torch.OutOfMemoryError:
+        sys.exit(f"pretrain.py: GPU {local_rank} has too little memory for --batch-size {args.batch_size} over "
+                 f"{world_size} processes at --image-size {args.image_size}: lower one of them, or take more GPUs")
     except (DataError, CheckpointError, OSError) as error:
         # Whatever is wrong with the input is wrong for every process, and told once; a bad image is met by one alone.
         sys.exit(f"pretrain.py: {error}" if rank == 0 or isinstance(error, ImageError) else 1)
