@@ -1,5 +1,6 @@
 """Stage 0: what comes out of prepare.py, and what it does with what is wrong."""
 import csv
+import io
 import os
 import resource
 import signal
@@ -12,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from PIL import Image
 
@@ -70,7 +72,8 @@ def test_class_folders_without_splits(tmp_path, capsys):
     assert labels_of(manifest)["images/PNEUMONIA/4.jpg"] == {"NORMAL": 0, "PNEUMONIA": 1}
     assert len(set(manifest.patients.tolist())) == 20
     card = (tmp_path / "out/DATA.md").read_text()
-    assert "every image counts as a patient of its own" in card and "1 .txt" in card and "| train | 14 | 14 |" in card
+    assert "every image counts as a patient of its own" in card and "1 .txt" in card
+    assert "| images | 14 | 2 | 4 |" in card
     assert card in capsys.readouterr().out
 
 
@@ -137,7 +140,7 @@ def test_csv_labels_of_both_kinds(tmp_path):
     ([("path", "y"), ("a.png", 1)], ("--label-columns", "z"), "one column 'z'"),
     ([("path", "y"), ("a.png", 1), ("b.png", "l")], ("--label-columns", "y"), "row 3, column y: 'l' among values of 1"),
     ([("path", "y"), ("a.png", 1), ("b.png",)], (), "row 3: 1 cells where the header has 2"),
-    ([("path", "y"), ("a.png", 1), ("a.png", 0)], (), "row 3: a.png is already in row 2"),
+    ([("path", "y"), ("a.png", 1), ("a.png", 0)], (), "row 3, column path: a.png is already in row 2"),
     ([("path", "split"), ("a.png", "trian")], (), "row 2, column split: 'trian'"),
     ([("path", "patient"), ("a.png", "")], (), "row 2, column patient: empty"),
 ])
@@ -253,14 +256,14 @@ def test_bad_files_are_rejected_with_the_reason(tmp_path):
     save(src / "faint.png", (radiograph() // 20).astype(np.uint8))
     save(src / "deepblack.png", np.full((50, 50), 700, np.uint16))
     save(src / "icon.png", radiograph(0, 16, 16))
-    Image.fromarray(radiograph()).save(src / "film.gif", save_all=True, append_images=[Image.fromarray(radiograph(1))])
+    Image.fromarray(radiograph()).save(src / "film.tif", save_all=True, append_images=[Image.fromarray(radiograph(1))])
     folder(src, tmp_path / "out", "--max-megapixels", 1.4)
     assert read_manifest(tmp_path / "out").paths == ["images/good.jpg"]
     reasons = rejected(tmp_path / "out")
     words = {"half.png": "truncated", "half.jpg": "truncated", "text.png": "cannot identify",
              "empty.png": "cannot identify", "bomb.png": "1500000 pixels",
              "black.png": "blank", "faint.png": "blank", "deepblack.png": "blank",
-             "icon.png": "16 x 16", "film.gif": "2 frames"}
+             "icon.png": "16 x 16", "film.tif": "2 frames"}
     assert reasons.keys() == words.keys()
     assert all(word in reasons[name] for name, word in words.items()), reasons
     assert not list(tmp_path.glob("out/**/*.tmp"))
@@ -285,6 +288,374 @@ def test_two_files_of_one_name(tmp_path):
     for seed, name in ((1, "a.png.jpg"), (2, "a.jpg.jpg")):
         with Image.open(tmp_path / "out/images" / name) as image:
             assert np.abs(np.asarray(image, float) - radiograph(seed, 32, 32)).mean() < 5
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# NIH ChestX-ray14 and CheXpert.
+
+def nih(src, rows, train, test):
+    """The files that come with the images of ChestX-ray14, of `rows` (image, findings, patient)."""
+    src.mkdir(exist_ok=True)
+    columns = "Follow-up #,{},Patient Age,Patient Gender,View Position,OriginalImage[Width,Height],Spacing[x,y],"
+    with open(src / "Data_Entry_2017.csv", "w") as file:
+        file.write(f"Image Index,Finding Labels,{columns.format('Patient ID')}\n")
+        file.writelines(f"{image},{findings},0,{patient},57,M,PA,2682,2749,0.14,0.14,\n"
+                        for image, findings, patient in rows)
+    (src / "train_val_list.txt").write_text("\n".join(train))
+    (src / "test_list.txt").write_text("\r\n".join(test))
+
+
+def test_nih(tmp_path):
+    src = tmp_path / "src"
+    rows = [(f"{patient:08}_{i:03}.png", "Cardiomegaly|Emphysema" if i else "No Finding", patient)
+            for patient in range(1, 21) for i in range(2)]
+    rows += [("00000021_000.png", "Mass", 21), ("00000022_000.png", "Mass", 22)]
+    nih(src, rows, [row[0] for row in rows[:30]], [row[0] for row in rows[30:41]])          # the last one is in no list
+    for i, (image, _, _) in enumerate(rows):
+        where = f"images_{i % 2 + 1:03}/images"
+        save(src / where / image, radiograph(i))
+    Image.fromarray(radiograph(0)).convert("RGBA").save(src / "images_001/images/00000001_000.png")
+    (src / "images_001/images/00000021_000.png").unlink()
+    save(src / "images_002/images/00000099_000.png")
+    (src / "BBox_List_2017.csv").write_text("Image Index,Finding Label\n")
+    run("nih", "--src", src, "--out", tmp_path / "out", "--workers", 2, "--val-fraction", 0.2)
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.label_names == prepare.NIH_FINDINGS and len(manifest.label_names) == 15
+    assert Counter(manifest.splits.tolist()) == {"train": 24, "val": 6, "test": 10}
+    assert set(manifest.patients[manifest.splits == "test"].tolist()) == set("16 17 18 19 20".split())
+    findings = {image: set(findings.split("|")) for image, findings, _ in rows}
+    for path, labels in labels_of(manifest).items():
+        assert {name for name, value in labels.items() if value == 1} == findings[Path(path).with_suffix(".png").name]
+        assert set(labels.values()) == {0, 1}
+    assert rejected(tmp_path / "out") == {
+        "00000021_000.png": "named in Data_Entry_2017.csv, missing on disk",
+        "images_002/images/00000022_000.png": "neither in train_val_list.txt nor in test_list.txt",
+        "images_002/images/00000099_000.png": "not in Data_Entry_2017.csv"}
+
+
+def test_nih_that_is_wrong(tmp_path):
+    rows = [("1_0.png", "Mass", 1), ("2_0.png", "Hernia", 2)]
+
+    def fails(match, train=("1_0.png",), test=("2_0.png",), rows=rows):
+        nih(tmp_path / "src", rows, train, test)
+        with pytest.raises(SystemExit, match=match):
+            run("nih", "--src", tmp_path / "src", "--out", tmp_path / "out")
+
+    fails(r"no image found in .*src; 2 files: named in Data_Entry_2017.csv, missing on disk")
+    for image, _, _ in rows:
+        save(tmp_path / "src/images" / image)
+    fails("row 2, column Finding Labels: 'Masss'", rows=[("1_0.png", "Masss", 1)])
+    fails("2_0.png is in both", train=("1_0.png", "2_0.png"))
+    fails("patient 1 is in test and in train", rows=[("1_0.png", "Mass", 1), ("2_0.png", "Mass", 1)])
+    (tmp_path / "src/test_list.txt").unlink()
+    with pytest.raises(SystemExit, match="No such file.*test_list.txt"):
+        run("nih", "--src", tmp_path / "src", "--out", tmp_path / "out")
+    (tmp_path / "src/Data_Entry_2017.csv").rename(tmp_path / "src/Data_Entry_2017_v2020.csv")
+    (tmp_path / "src/Data_Entry_2017.csv").write_text("Image,Labels\n")
+    with pytest.raises(SystemExit, match="must hold one Data_Entry_2017.*csv, it holds 2"):
+        run("nih", "--src", tmp_path / "src", "--out", tmp_path / "out")
+    (tmp_path / "src/Data_Entry_2017_v2020.csv").unlink()
+    (tmp_path / "src/test_list.txt").touch()
+    with pytest.raises(SystemExit, match="one column 'Image Index', its header is 'Image,Labels'"):
+        run("nih", "--src", tmp_path / "src", "--out", tmp_path / "out")
+
+
+def test_nih_of_full_size_parses_in_seconds(tmp_path):
+    """As many rows and patients as the real one has; only the parsing, without images on disk."""
+    rows = [(f"{i % 30805:08}_{i // 30805:03}.png", ("No Finding", "Mass|Nodule")[i % 2], i % 30805)
+            for i in range(112120)]
+    in_test = {image for image, _, patient in rows if patient % 4 == 0}
+    nih(tmp_path / "src", rows, {image for image, _, _ in rows} - in_test, in_test)
+    args = prepare.parse_args(["nih", "--src", str(tmp_path / "src"), "--out", "out"])
+    start = time.process_time()
+    source = prepare.nih_items(args, [f"images/{image}" for image, _, _ in rows])
+    prepare.assign_splits(source, args)
+    assert time.process_time() - start < 20                        # about 2
+    assert len(source.items) == 112120 and not source.rejected
+    splits = {}
+    for item in source.items:
+        splits.setdefault(item.patient, set()).add(item.split)
+    assert len(splits) == 30805 and all(len(split) == 1 for split in splits.values())
+    assert {item.path for item in source.items if item.split == "test"} == {
+        f"images/{image[:-4]}.jpg" for image in in_test}
+
+
+def chexpert(src, part, rows):
+    """train.csv or valid.csv of `rows` (path, view, the 14 cells)."""
+    src.mkdir(exist_ok=True)
+    with open(src / f"{part}.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *prepare.CHEXPERT_OBSERVATIONS])
+        table.writerows([path, "Female", 68, view, "AP", *cells] for path, view, cells in rows)
+
+
+def chexpert_path(part, patient, view, i=1):
+    return f"CheXpert-v1.0-small/{part}/patient{patient:05}/study1/view{i}_{view.lower()}.jpg"
+
+
+def test_chexpert(tmp_path, capsys):
+    src = tmp_path / "CheXpert-v1.0-small"
+    cells = ["1.0", "", "-1.0", "0.0", *[""] * 9, "1.0"]
+    train = [(chexpert_path("train", patient, view), view, cells) for patient in range(1, 21)
+             for view in ("Frontal", "Lateral")]
+    valid = [(chexpert_path("valid", patient, "Frontal"), "Frontal", ["0.0"] * 14) for patient in (64541, 64542)]
+    chexpert(src, "train", train + [(chexpert_path("train", 99, "Frontal"), "Frontal", cells)])
+    chexpert(src, "valid", valid)
+    for i, (path, _, _) in enumerate(train + valid):
+        save(tmp_path / path, radiograph(i))
+    save(src / "train/patient00007/study1/view9_frontal.jpg")
+    run("chexpert", "--src", src, "--out", tmp_path / "out", "--workers", 2)
+    manifest = read_manifest(tmp_path / "out")
+    assert Counter(manifest.splits.tolist()) == {"train": 18, "val": 2, "test": 2}
+    first = (tmp_path / "out/manifest.csv").read_text().splitlines()
+    row = next(line for line in first if line.startswith("images/train/patient00001/study1/view1_frontal.jpg,patient"))
+    assert row.split(",")[1] == "patient00001"
+    assert row.split(",")[3:] == ["1", "", "-1", "0", *[""] * 9, "1"]
+    assert set(manifest.patients[manifest.splits == "test"].tolist()) == {"patient64541", "patient64542"}
+    assert "Lateral views left out: 20" in capsys.readouterr().out
+    assert rejected(tmp_path / "out") == {
+        "train/patient00099/study1/view1_frontal.jpg": "named in train.csv, missing on disk",
+        "train/patient00007/study1/view9_frontal.jpg": "not in train.csv"}
+    run("chexpert", "--src", src, "--out", tmp_path / "all", "--workers", 2, "--all-views")
+    assert len(read_manifest(tmp_path / "all").paths) == 42
+    chexpert(src, "train", [(chexpert_path("train", 1, "Frontal"), "Frontal", ["2.0", *cells[1:]])] + train[2:])
+    with pytest.raises(SystemExit, match="train.csv, row 2, column No Finding: '2.0' among"):
+        run("chexpert", "--src", src, "--out", tmp_path / "wrong")
+
+
+def test_chexpert_of_full_size_parses_in_seconds(tmp_path):
+    """The real one's 223,414 rows of 64,540 patients."""
+    values = ["1.0", "0.0", "-1.0", ""]
+    train = [(chexpert_path("train", i % 64540, ("Frontal", "Lateral")[i % 7 == 0], i // 64540),
+              ("Frontal", "Lateral")[i % 7 == 0], [values[(i + k) % 4] for k in range(14)]) for i in range(223414)]
+    valid = [(chexpert_path("valid", 70000 + i, "Frontal"), "Frontal", ["0.0"] * 14) for i in range(234)]
+    chexpert(tmp_path / "src", "train", train)
+    chexpert(tmp_path / "src", "valid", valid)
+    args = prepare.parse_args(["chexpert", "--src", str(tmp_path / "src"), "--out", "out"])
+    files = [path.partition("/")[2] for path, _, _ in train + valid]
+    start = time.process_time()
+    source = prepare.chexpert_items(args, files)
+    prepare.assign_splits(source, args)
+    assert time.process_time() - start < 40                        # about 4
+    assert len(source.items) == sum(view == "Frontal" for _, view, _ in train) + 234 and not source.rejected
+    for item, row in zip(source.items, (row for row in train if row[1] == "Frontal"), strict=False):
+        assert item.labels == tuple(cell.removesuffix(".0") for cell in row[2]) and item.source in row[0]
+    assert sum(item.split == "test" for item in source.items) == 234
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# DICOM.
+
+def write_dicom(file, pixels, stored=12, photometric="MONOCHROME2", patient="4711", **elements):
+    """A CR image of `pixels` (H, W) uint16 with a name, a number and a birth date that must not get out."""
+    dataset = pydicom.Dataset()
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = pydicom.uid.ComputedRadiographyImageStorage
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = elements.pop(
+        "SOPInstanceUID", f"1.2.3.{zlib.crc32(file.name.encode())}")
+    dataset.PatientName, dataset.PatientID, dataset.PatientBirthDate = "Miller^John", patient, "19400305"
+    dataset.StudyInstanceUID, dataset.Modality, dataset.InstitutionName = "1.2.9", "CR", "Mercy Hospital"
+    dataset.Rows, dataset.Columns = pixels.shape
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation, dataset.PixelRepresentation = 1, photometric, 0
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, stored, stored - 1
+    dataset.PixelData = np.ascontiguousarray(pixels, np.uint16).tobytes()
+    for name, value in elements.items():
+        setattr(dataset, name, value)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    dataset.save_as(file, enforce_file_format=True)
+    return dataset
+
+
+def dicom(tmp_path, *flags, out="out"):
+    return run("dicom", "--src", tmp_path / "src", "--out", tmp_path / out, "--size", 64, "--workers", 2, *flags)
+
+
+RAMP = np.linspace(0, 4095, 64 * 64).reshape(64, 64).round()            # 12 bits, dark above, bright below
+
+
+def voi_table(entries, bits):
+    table = pydicom.Dataset()
+    table.add_new("LUTDescriptor", "US", [len(entries), 0, bits])
+    table.add_new("LUTData", "US", list(entries))
+    return {"VOILUTSequence": [table]}
+
+
+@pytest.mark.parametrize("elements, pixels, expected", [
+    ({}, RAMP, RAMP / 4095),                                                                        # percentiles
+    ({}, RAMP / 8, RAMP / 4095),                                                                    # full range, too
+    ({"photometric": "MONOCHROME1"}, RAMP, 1 - RAMP / 4095),
+    ({"WindowCenter": 1024, "WindowWidth": 1024}, RAMP, ((RAMP - 512) / 1024).clip(0, 1)),
+    ({"WindowCenter": [1024, 99], "WindowWidth": [1024, 9]}, RAMP, ((RAMP - 512) / 1024).clip(0, 1)),
+    ({"WindowCenter": 1024, "WindowWidth": 1024, "photometric": "MONOCHROME1"}, RAMP,
+     1 - ((RAMP - 512) / 1024).clip(0, 1)),
+    ({"RescaleSlope": 2, "RescaleIntercept": -1000, "WindowCenter": 3000, "WindowWidth": 2000}, RAMP,
+     ((2 * RAMP - 1000 - 2000) / 2000).clip(0, 1)),
+    ({"RescaleSlope": -1, "RescaleIntercept": 4095, "WindowCenter": 2048, "WindowWidth": 4096}, RAMP, 1 - RAMP / 4095),
+    ({"WindowCenter": 2048, "WindowWidth": 800, "VOILUTFunction": "SIGMOID"}, RAMP,
+     1 / (1 + np.exp(-4 * (RAMP - 2048) / 800))),
+    (voi_table([i // 16 for i in range(4096)], 8), RAMP, RAMP / 4095),
+    (voi_table([min(i, 1000) for i in range(4096)], 12), RAMP, (RAMP / 1000).clip(0, 1)),
+    ({"PixelPaddingValue": 4095, "WindowCenter": 1024, "WindowWidth": 2048}, np.where(RAMP < 400, 4095, RAMP / 2),
+     np.where(RAMP < 400, 0.0977, RAMP / 4095)),
+])
+def test_dicom_gray_levels(tmp_path, elements, pixels, expected):
+    write_dicom(tmp_path / "src/x.dcm", pixels, **elements)
+    dicom(tmp_path)
+    with Image.open(next((tmp_path / "out/images").rglob("*.jpg"))) as image:
+        levels = np.asarray(image, float) / 255
+    assert levels.shape == (64, 64) and levels.min() < 0.02 and levels.max() > 0.98
+    expected = (expected - expected.min()) / np.ptp(expected)
+    assert np.abs(levels - expected).mean() < 0.01 and np.abs(levels - expected).max() < 0.08
+
+
+def test_dicom_holds_no_identity(tmp_path, capsys):
+    src = tmp_path / "src/Miller_John 4711"
+    for i in range(12):
+        write_dicom(src / f"Miller{i}.dcm", RAMP + i, patient=f"4711{i // 2}", SOPInstanceUID=f"1.2.840.99{i}")
+    (src / "Miller.txt").write_text("Miller")
+    dicom(tmp_path)
+    manifest = read_manifest(tmp_path / "out")
+    assert len(manifest.paths) == 12 and Counter(Counter(manifest.patients.tolist()).values()) == {2: 6}
+    everything = b"".join(str(file.relative_to(tmp_path)).encode() + file.read_bytes()
+                          for file in sorted((tmp_path / "out").rglob("*")) if file.is_file())
+    for secret in (b"Miller", b"John", b"4711", b"19400305", b"Mercy", b"1.2.840.99", b"1.2.9"):
+        assert secret not in everything
+    assert len(everything) > 12 * 500
+    # The list of what was rejected, with its telling names, lies beside the folder; so does the secret, for its owner.
+    assert "Miller.txt,not a DICOM file" in (tmp_path / "out.rejected.csv").read_text()
+    assert (tmp_path / "out.salt").stat().st_mode & 0o777 == 0o600
+    # The same secret gives the same names, another one others.
+    dicom(tmp_path, "--salt", tmp_path / "out.salt", out="same")
+    assert read_manifest(tmp_path / "same").paths == manifest.paths
+    dicom(tmp_path, out="other")
+    assert not set(read_manifest(tmp_path / "other").paths) & set(manifest.paths)
+    capsys.readouterr()
+    dicom(tmp_path)
+    assert "12 of 12 images are there already" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        dicom(tmp_path, "--salt", tmp_path / "out2/salt", out="out2")
+    assert caught.value.code == 2 and "--salt must not lie inside --out" in capsys.readouterr().err
+
+
+def test_dicom_that_is_not_taken(tmp_path):
+    src = tmp_path / "src"
+    write_dicom(src / "good.dcm", RAMP)
+    write_dicom(src / "again.dcm", RAMP, SOPInstanceUID=f"1.2.3.{zlib.crc32(b'good.dcm')}")
+    write_dicom(src / "ct.dcm", RAMP, Modality="CT")
+    write_dicom(src / "film.dcm", RAMP, NumberOfFrames=3)
+    write_dicom(src / "colour.dcm", RAMP, PhotometricInterpretation="RGB")
+    write_dicom(src / "huge.dcm", RAMP, Rows=60000, Columns=60000)
+    write_dicom(src / "named.dcm", RAMP, BurnedInAnnotation="YES")
+    write_dicom(src / "flat.dcm", np.full((64, 64), 7))
+    dataset = write_dicom(src / "plan.dcm", RAMP)
+    del dataset.Rows, dataset.Columns, dataset.PixelData
+    dataset.SOPClassUID = pydicom.uid.RTStructureSetStorage
+    dataset.save_as(src / "plan.dcm", enforce_file_format=True)
+    write_dicom(src / "short.dcm", RAMP)
+    (src / "short.dcm").write_bytes((src / "short.dcm").read_bytes()[:-3000])
+    write_dicom(src / "odd.dcm", RAMP)
+    odd = (src / "odd.dcm").read_bytes()
+    (src / "odd.dcm").write_bytes(odd.replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.9\0"))
+    (src / "empty.dcm").touch()
+    dicom(tmp_path)
+    assert len(read_manifest(tmp_path / "out").paths) == 1
+    with open(tmp_path / "out.rejected.csv", newline="") as file:
+        reasons = dict(list(csv.reader(file))[1:])
+    words = {"ct.dcm": "modality CT, not CR or DX", "film.dcm": "3 frames", "colour.dcm": "in colour (RGB)",
+             "huge.dcm": "60000 x 60000", "named.dcm": "BurnedInAnnotation", "flat.dcm": "blank",
+             "plan.dcm": "not an image (RT Structure Set Storage)", "short.dcm": "ValueError", "odd.dcm": "Error",
+             "empty.dcm": "not a DICOM file", "good.dcm": "SOPInstanceUID of an earlier file"}          # again.dcm
+    assert reasons.keys() == words.keys()
+    assert all(word in reasons[name] for name, word in words.items()), reasons
+    dicom(tmp_path, "--modality", "CT", out="ct")
+    assert len(read_manifest(tmp_path / "ct").paths) == 1
+
+
+def test_dicom_labels(tmp_path):
+    for i in range(4):
+        write_dicom(tmp_path / f"src/{i}.dcm", RAMP + i, patient=f"00{i}", SOPInstanceUID=f"1.2.{i}")
+    write_csv(tmp_path / "rows.csv", [("PatientID", "Edema", "Mass"), ("001", 1, ""), ("002", 0, -1), ("009", 1, 1)])
+    dicom(tmp_path, "--labels", tmp_path / "rows.csv")
+    lines = (tmp_path / "out/manifest.csv").read_text().splitlines()
+    assert lines[0] == "path,patient,split,Edema,Mass"
+    assert sorted(line.split(",")[3:] for line in lines[1:]) == [["", ""], ["", ""], ["0", "-1"], ["1", ""]]
+    assert "009,\"PatientID in rows.csv" in (tmp_path / "out.rejected.csv").read_text()
+    write_csv(tmp_path / "rows.csv", [("SOPInstanceUID", "PatientName", "Mass"), ("1.2.3", "Miller", 1)])
+    dicom(tmp_path, "--labels", tmp_path / "rows.csv", "--key", "SOPInstanceUID", "--label-columns", "Mass",
+          out="by_image")
+    assert sorted(line.split(",")[3] for line in (tmp_path / "by_image/manifest.csv").read_text().splitlines()) == [
+        "", "", "", "1", "Mass"]
+    write_csv(tmp_path / "rows.csv", [("PatientID", "Mass"), ("1", 1)])            # a spreadsheet ate the zeros
+    with pytest.raises(SystemExit, match="no PatientID in it is that of a DICOM file"):
+        dicom(tmp_path, "--labels", tmp_path / "rows.csv", out="zeros")
+
+
+def test_dicom_compressed(tmp_path):
+    dataset = write_dicom(tmp_path / "src/rle.dcm", RAMP, patient="rle")
+    dataset.compress(pydicom.uid.RLELossless)
+    dataset.save_as(tmp_path / "src/rle.dcm", enforce_file_format=True)
+    jpeg2000 = io.BytesIO()
+    Image.fromarray(RAMP.astype(np.uint16)).save(jpeg2000, "JPEG2000", no_jp2=True)
+    dataset = write_dicom(tmp_path / "src/j2k.dcm", RAMP, patient="j2k", BitsStored=16, HighBit=15)
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.JPEG2000Lossless
+    dataset.PixelData = pydicom.encaps.encapsulate([jpeg2000.getvalue()])
+    dataset["PixelData"].VR = "OB"
+    dataset.save_as(tmp_path / "src/j2k.dcm", enforce_file_format=True)
+    dicom(tmp_path)
+    images = [np.asarray(Image.open(file), float) for file in (tmp_path / "out/images").rglob("*.jpg")]
+    assert len(images) == 2
+    assert all(np.abs(image / 255 - RAMP / 4095).mean() < 0.01 for image in images)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# verify.
+
+def test_verify(tmp_path, capsys):
+    for i in range(12):
+        save(tmp_path / "src" / ("test" if i < 4 else "train") / "A" / f"{i:02}.png", radiograph(i, 64, 64))
+    folder(tmp_path / "src", tmp_path / "out", "--val-fraction", 0, "--size", 48)
+    assert run("verify", tmp_path / "out", "--workers", 2) == 0
+    assert "12 images: all good" in capsys.readouterr().out
+
+    images = tmp_path / "out/images"
+    (images / "train/A/05.jpg").unlink()
+    (images / "train/A/06.jpg").write_bytes((images / "train/A/06.jpg").read_bytes()[:300])
+    (images / "train/A/07.jpg").write_bytes((images / "test/A/01.jpg").read_bytes())
+    Image.new("L", (48, 48), 90).save(images / "train/A/08.jpg")
+    Image.fromarray(radiograph(50, 64, 64)).save(images / "train/A/09.jpg")
+    Image.fromarray(radiograph(51, 48, 48)).convert("RGB").save(images / "train/A/10.jpg")
+    before = (tmp_path / "out/manifest.csv").read_bytes()
+    assert run("verify", tmp_path / "out", "--workers", 2) == 1
+    out = capsys.readouterr().out
+    for line in ("train/A/05.jpg: missing", "train/A/06.jpg: unreadable",
+                 "train/A/07.jpg: duplicate of images/test/A/01.jpg: test leaks into train", "train/A/08.jpg: blank",
+                 "train/A/09.jpg: unexpected size or mode: 64 x 64 L", "train/A/10.jpg: unexpected size or mode"):
+        assert f"images/{line}" in out
+    assert "12 images: 1 duplicate, 1 missing, 1 unreadable, 1 blank, 2 unexpected" in out.replace(
+        "1 missing, 1 unreadable, 1 duplicate", "1 duplicate, 1 missing, 1 unreadable")
+    assert (tmp_path / "out/manifest.csv").read_bytes() == before
+
+    assert run("verify", tmp_path / "out", "--drop") == 0
+    manifest = read_manifest(tmp_path / "out")
+    assert [Path(path).stem for path in manifest.paths] == ["00", "01", "02", "03", "04", "11"]
+    assert (tmp_path / "out/manifest.1.csv").read_bytes() == before
+    assert "left 6 images of 12" in (tmp_path / "out/DATA.md").read_text()
+    assert run("verify", tmp_path / "out") == 0
+    (images / "test/A/00.jpg").unlink()
+    assert run("verify", tmp_path / "out", "--drop") == 0 and (tmp_path / "out/manifest.2.csv").exists()
+    with pytest.raises(SystemExit, match="nowhere/manifest.csv"):
+        run("verify", tmp_path / "nowhere")
+
+
+def test_verify_looks_at_the_manifest_too(tmp_path):
+    save(tmp_path / "src/A/a.png")
+    save(tmp_path / "src/A/b.png", radiograph(1))
+    folder(tmp_path / "src", tmp_path / "out")
+    file = tmp_path / "out/manifest.csv"
+    file.write_text(file.read_text().replace(",1\n", ",7\n"))
+    with pytest.raises(SystemExit, match="column A: '7' is none of 1, 0, -1 or empty"):
+        run("verify", tmp_path / "out")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -378,7 +749,7 @@ def test_target_that_cannot_be_written(tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (("--size", 8), "--size must be"), (("--quality", 0), "--quality must be"), (("--workers", 0), "--workers must be"),
+    (("--size", 8), "--size must be"), (("--quality", 0), "--quality must be"), (("--workers", 0), "--workers must"),
     (("--stretch", 99, 1), "two percentiles"), (("--val-fraction", 0.9), "leave something for train"),
     (("--sise", 64), "unrecognized arguments: --sise"), (("--label-columns", "y"), "columns of --csv")])
 def test_flags_that_are_wrong(tmp_path, capsys, flags, message):
