@@ -1,5 +1,6 @@
 """Stage 0: any source of chest radiographs -> one data folder, the only thing that the later stages read.
 
+    python prepare.py demo     --out data/demo                              # synthetic radiographs, from nothing
     python prepare.py folder   --src chest_xray --out data/kermany          # class folders, and an optional CSV
     python prepare.py nih      --src NIH --out data/nih                     # ChestX-ray14 as downloaded and unpacked
     python prepare.py chexpert --src CheXpert-v1.0-small --out data/chexpert
@@ -42,6 +43,7 @@ from pydicom.errors import InvalidDicomError
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 from tqdm import tqdm
 
+import phantom
 from dali_pipeline import LABEL_VALUES, SPLITS, DataError, read_manifest
 
 NIH_FINDINGS = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
@@ -180,6 +182,23 @@ def write(file: Path, data: bytes | Iterable) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Sources: --src and its files in, items out.
+
+def demo_items(args: argparse.Namespace, files: list[str]) -> Source:
+    """Phantoms: --patients people, --images-per-patient radiographs of each, with what is truly to be seen in them."""
+    source = Source([*phantom.FINDINGS, "No Finding"])
+    for patient in range(args.patients):
+        for image in range(args.images_per_patient):
+            found = phantom.findings(args.seed, patient, image)
+            labels = tuple("1" if present else "0" for present in (*found, not found.any()))
+            source.items.append(Item(f"{patient} {image}", f"images/{patient:05d}/{image}.jpg", f"{patient:05d}", "",
+                                     labels))
+    return source
+
+
+def read_phantom(source: str, args: argparse.Namespace) -> Image.Image:
+    patient, image = map(int, source.split())
+    return Image.fromarray(phantom.phantom(args.seed, patient, image, args.size))
+
 
 def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
     """[train|val|test/]class/….png; of what --csv says of patient, split and labels, --csv is right."""
@@ -551,7 +570,7 @@ def data_card(source: Source, args: argparse.Namespace) -> str:
     """DATA.md: what is in the folder, counted, and the command that made it."""
     command = ["python", "prepare.py", args.source, "--out", str(args.out)]
     for name, value in settings_of(args).items():
-        if name != "source" and value not in (None, False, []):
+        if name != "source" and value is not None and value is not False and value != []:
             command += [f"--{name.replace('_', '-')}", *([] if value is True else map(str, np.atleast_1d(value)))]
     lines = [f"# {args.out.name}", "", f"    {shlex.join(command)}", "",
              "| | train | val | test |", "|---|---:|---:|---:|"]
@@ -648,11 +667,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         flag("--val-fraction", type=float, default=0.1, help="of the patients, if no val is given (default: 0.1)")
         if test_fraction:
             flag("--test-fraction", type=float, default=0.2, help="of the patients, if no test is given (default: 0.2)")
-        flag("--seed", type=int, default=0, help="of the splits (default: 0)")
+        flag("--seed", type=int, default=0, help="of the splits, and of the demo's people (default: 0)")
         flag("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
         flag("--overwrite", action="store_true", help="replace what prepare.py wrote into --out before")
         return flag
 
+    flag = add_source("demo", "synthetic chest radiographs with a known truth", demo_items, read_phantom,
+                      test_fraction=True)
+    flag("--patients", type=int, default=500, help="(default: 500)")
+    flag("--images-per-patient", type=int, default=4, help="(default: 4)")
     flag = add_source("folder", "class folders, in train/val/test folders or not; optionally a CSV", folder_items,
                       read_image, "folder of the class folders", test_fraction=True)
     flag("--csv", type=Path, help="table of the images to take")
@@ -691,7 +714,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_flags(args: argparse.Namespace, error: Callable) -> None:
     flags = vars(args)
-    limits = {"workers": (1, 999), "size": (MIN_SIDE, 9999), "quality": (1, 100), "max_megapixels": (1, 999)}
+    limits = {"patients": (3, 99_999), "images_per_patient": (1, 99), "size": (MIN_SIDE, 9999), "quality": (1, 100),
+              "max_megapixels": (1, 999), "workers": (1, 999)}
     for name, (low, high) in limits.items():
         if not low <= flags.get(name, low) <= high:
             error(f"--{name.replace('_', '-')} must be from {low} to {high}")
