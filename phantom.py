@@ -51,13 +51,16 @@ def findings(seed, patient, image):
     return patient_anatomy(seed, patient)["prone"] & (stream(seed, patient, 1 + 2 * image).random(4) < 0.5)
 
 
-def phantom(seed, patient, image, size=256):
+def phantom(seed, patient, image, size=256, found=None):
     """One frontal radiograph: (size, size) uint8, bright where the beam was stopped.
+
+    `found`, 4 booleans, shows other findings than its own. Their places are drawn whether they are shown or not, so that
+    nothing else in the image changes.
 
     u runs to the image's right (the patient's left), v down, both in thorax widths from the middle of the thorax.
     """
     p, rng = patient_anatomy(seed, patient), stream(seed, patient, 2 + 2 * image)
-    cardiomegaly, opacity, effusion, widened = findings(seed, patient, image)
+    cardiomegaly, opacity, effusion, widened = findings(seed, patient, image) if found is None else found
 
     # Pose: how the patient stands before the detector. Each pixel is looked up in the patient's frame, none resampled.
     width, turn = rng.uniform(0.55, 0.95), math.radians(rng.uniform(-25, 25))     # thorax width in image sides
@@ -76,12 +79,14 @@ def phantom(seed, patient, image, size=256):
     air = lungs * depth ** 0.6
 
     # Mediastinum: a column of vessels down to the heart, with the aortic knob on the patient's left.
-    half = rng.uniform(0.12, 0.165) if widened else p["mediastinum"]
+    wide = rng.uniform(0.12, 0.165)
+    half = wide if widened else p["mediastinum"]
     knob = 0.35 * half * np.exp(-((v + 0.2) / 0.07) ** 2) * (u > 0)
     air *= 1 - 0.75 * inside(half * (1 + 0.15 * np.cos(9 * v)) + knob - side, 0.03)
 
     # Heart: a tilted ellipse on the diaphragm, two thirds of it left of the spine, as wide as its cardiothoracic ratio.
-    ratio, tilt = rng.uniform(0.54, 0.66) if cardiomegaly else p["heart"], math.radians(p["tilt"])
+    enlarged = rng.uniform(0.54, 0.66)
+    ratio, tilt = enlarged if cardiomegaly else p["heart"], math.radians(p["tilt"])
     long = 0.5 * ratio / math.hypot(math.cos(tilt), 0.74 * math.sin(tilt))
     hu, hv = u - 0.17 * ratio, v - (base - 0.06 - 0.33 * ratio)
     along, across = math.cos(tilt) * hu + math.sin(tilt) * hv, math.cos(tilt) * hv - math.sin(tilt) * hu
@@ -91,21 +96,19 @@ def phantom(seed, patient, image, size=256):
     air *= 1 - 0.3 * np.exp(-((side - 0.13) / 0.06) ** 2 - ((v + 0.03) / 0.1) ** 2)
 
     # Lung opacity: a few soft puffs about one place in a lung.
+    at_u, at_v = rng.choice([-1, 1]) * rng.uniform(0.2, 0.36), rng.uniform(-0.25, 0.15)
+    reach = 0.6 * rng.uniform(0.08, 0.15)
+    about = rng.normal(0, reach, (4, 2))
     if opacity:
-        at_u, at_v = rng.choice([-1, 1]) * rng.uniform(0.2, 0.36), rng.uniform(-0.25, 0.15)
-        reach = rng.uniform(0.08, 0.15)
-        puffs = sum(np.exp(-((u - at_u - du) ** 2 + (v - at_v - dv) ** 2) / (2 * (0.6 * reach) ** 2))
-                    for du, dv in rng.normal(0, 0.6 * reach, (4, 2)))
+        puffs = sum(np.exp(-((u - at_u - du) ** 2 + (v - at_v - dv) ** 2) / (2 * reach ** 2)) for du, dv in about)
         air *= 0.15 + 0.85 * np.exp(-1.5 * puffs)
 
     # Pleural effusion: fluid above the diaphragm; its surface, a meniscus, climbs the chest wall and blunts the angle.
-    fluid = 0
-    if effusion:
-        level = base - p["dome"] - rng.uniform(0.02, 0.26)
-        climb = rng.uniform(0.1, 0.18) * (side / cage) ** 4
-        wet = u * rng.choice([-1, 1]) > rng.choice([-1, 0, 0])                      # both sides, or more often one
-        fluid = lungs * wet * inside(v - level + climb, 0.04)
-        air *= 1 - fluid
+    level = base - p["dome"] - rng.uniform(0.02, 0.26)
+    climb = rng.uniform(0.1, 0.18) * (side / cage) ** 4
+    wet = u * rng.choice([-1, 1]) > rng.choice([-1, 0, 0])                          # both sides, or more often one
+    fluid = effusion * lungs * wet * inside(v - level + climb, 0.04)
+    air *= 1 - fluid
 
     # Matter in the beam's way: the torso, wider than the cage, with shoulders and a neck, less the air, plus the bones.
     # Ribs fall away from the spine and are densest at the rim, where the beam runs along them.
