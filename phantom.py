@@ -54,7 +54,7 @@ def findings(seed, patient, image):
 def phantom(seed, patient, image, size=256, found=None):
     """One frontal radiograph: (size, size) uint8, bright where the beam was stopped.
 
-    `found`, 4 booleans, shows other findings than its own. Their places are drawn whether they are shown or not, so that
+    `found`, 4 booleans, shows other findings than its own: their places are drawn whether they are shown or not, and
     nothing else in the image changes.
 
     u runs to the image's right (the patient's left), v down, both in thorax widths from the middle of the thorax.

@@ -11,7 +11,8 @@ A source is a function that says which image becomes which row of the manifest: 
 all sources are alike. Every image is decoded once, by a pool of processes, and becomes an 8-bit gray JPEG whose shorter
 side is --size (a smaller image keeps its size: enlarging adds bytes and no information). What cannot be decoded, or has
 no sure label, is left out and listed in rejected.csv with the reason. manifest.csv is written last: a folder that has
-one is complete. An interrupted run is continued by the same command.
+one is complete. An interrupted run is continued by the same command; --overwrite starts over, say after the source's
+images have changed.
 """
 import argparse
 import csv
@@ -109,7 +110,7 @@ def read_table(file: Path, key: str, columns: list[str] | None = None, optional:
             header = [name.strip() for name in next(lines, [])]
             columns = [name for name in header if name != key] if columns is None else columns
             for name in (key, *columns):
-                if header.count(name) != 1 and name not in optional:
+                if header.count(name) != 1 and (name in header or name not in optional):
                     raise DataError(f"{file} must have one column {name!r}, its header is {','.join(header)!r}")
             places = [header.index(name) if name in header else None for name in (key, *columns)]
             for number, line in enumerate(lines, 2):
@@ -290,6 +291,8 @@ def dicom_items(args: argparse.Namespace, files: list[str]) -> Source:
     if args.labels:
         columns, rows = read_table(args.labels, args.key, args.label_columns or None)
         source.label_names, labels = read_labels(args.labels, columns, columns, rows)
+        if source.label_names != columns:           # a column of words might be one of names
+            raise DataError(f"{args.labels} must hold 1, 0, -1 or blanks: choose such columns by --label-columns")
     headers = in_parallel(partial(read_header, args=args), files, args.workers, "headers")
     images, found = set(), set()
     for file, header in zip(files, headers, strict=True):
@@ -467,7 +470,7 @@ def reason(error: Exception) -> str:
 def in_parallel(function: Callable, items: list, workers: int, title: str) -> Iterator:
     """Yield function(item) in the order of the items, computed by `workers` processes, under a progress bar."""
     try:
-        # fork: the workers share what is imported here. Nothing has started a thread yet; tqdm comes after them.
+        tqdm.monitor_interval = 0   # no thread: fork, by which the workers share what is imported, wants none
         with ProcessPoolExecutor(workers, get_context("fork"), follow_parent) as pool:
             results = pool.map(function, items, chunksize=8)
             yield from tqdm(results, title, len(items), unit=" images", dynamic_ncols=True)
@@ -570,7 +573,7 @@ def data_card(source: Source, args: argparse.Namespace) -> str:
     """DATA.md: what is in the folder, counted, and the command that made it."""
     command = ["python", "prepare.py", args.source, "--out", str(args.out)]
     for name, value in settings_of(args).items():
-        if name != "source" and value is not None and value is not False and value != []:
+        if name != "source" and value is not None and value is not False and value != []:      # 0 is a value
             command += [f"--{name.replace('_', '-')}", *([] if value is True else map(str, np.atleast_1d(value)))]
     lines = [f"# {args.out.name}", "", f"    {shlex.join(command)}", "",
              "| | train | val | test |", "|---|---:|---:|---:|"]
@@ -593,7 +596,7 @@ def verify(args: argparse.Namespace) -> int:
     size = json.loads(made.read_text())["size"] if made.exists() else None
     _, rows = read_table(file, "path", ["split"])
     # Of two equal images the one in test stays, then the one in val: what train holds must not shrink a test set.
-    paths = sorted(rows, key=lambda path: ("test", "val").index(rows[path][1][0]) if rows[path][1][0] != "train" else 2)
+    paths = sorted(rows, key=lambda path: {"test": 0, "val": 1}.get(rows[path][1][0], 2))
     results = in_parallel(partial(look_at, size=size), [args.folder / path for path in paths], args.workers, "verify")
     problems, first = {}, {}
     for path, (problem, digest) in zip(paths, results, strict=True):

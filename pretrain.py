@@ -38,9 +38,9 @@ from model import (
     ARCHITECTURES, FORMAT, MEAN, STD, CheckpointError, SimCLR, build_encoder, extract_features, load_checkpoint,
     save_checkpoint)
 
-DEMO = dict(data="data/demo", out="runs/demo", arch="resnet18", image_size=64, batch_size=128, epochs=14, warmup_epochs=1,
-            optimizer="adamw", lr=2e-3, temperature=0.1, probe_every=4, normalize="image", crop_area=(0.5, 1.0),
-            rotation=20.0, blur=(0.1, 1.0), brightness=0.3, contrast=0.3)
+DEMO = dict(data="data/demo", out="runs/demo", arch="resnet18", image_size=64, normalize="image", batch_size=128,
+            epochs=14, warmup_epochs=1, optimizer="adamw", lr=2e-3, temperature=0.1, probe_every=4,
+            crop_area=(0.5, 1.0), rotation=20.0, blur=(0.1, 1.0), brightness=0.3, contrast=0.3)
 BASE_LR = {"lars": 0.3, "adam": 5e-4, "adamw": 5e-4}                    # for a batch of 256; scaled in proportion
 # Flags that say where and how a run computes, not what: they may differ when it goes on.
 NOT_THE_RUN = {"out", "resume", "overwrite", "max_steps", "save_every", "log_every", "threads", "precision", "compile"}

@@ -5,6 +5,8 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
+import prepare
+from dali_pipeline import read_manifest
 from phantom import FINDINGS, findings, patient_anatomy, phantom
 
 
@@ -25,7 +27,7 @@ def test_a_finding_is_visible_and_changes_nothing_else(finding):
     sick = np.arange(4) == finding
     for patient in range(12):
         before, after = (phantom(3, patient, 0, 128, found).astype(int) for found in (healthy, sick))
-        brighter = after - before > 12                                  # of 255 gray levels, about three times the noise
+        brighter = after - before > 12                                  # gray levels, about three times the noise
         areas.append(brighter.mean())
         assert (after < before - 3).mean() < 0.01
         assert (after == before)[~brighter].mean() > 0.6
@@ -46,3 +48,16 @@ def test_pixels_alone_do_not_tell():
     auroc = [roc_auc_score(y[400:, k], LogisticRegression(C=0.01, max_iter=300).fit(x[:400], y[:400, k])
                            .predict_proba(x[400:])[:, 1]) for k in range(4)]
     assert 0.55 < np.mean(auroc) < 0.85
+
+
+def test_demo_source_is_a_data_folder_that_can_be_made_again(tmp_path):
+    for out in ("one", "two"):
+        prepare.main(["demo", "--out", str(tmp_path / out), "--patients", "10", "--images-per-patient", "2",
+                      "--size", "64"])
+    manifest = read_manifest(tmp_path / "one")
+    assert manifest.label_names == [*FINDINGS, "No Finding"] and len(manifest.paths) == 20
+    assert [len(manifest.images(split)) for split in ("train", "val", "test")] == [14, 2, 4]
+    for path, patient, labels in zip(manifest.paths, manifest.patients, manifest.labels):
+        assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes()
+        found = findings(0, int(patient), int(path.split("/")[-1].removesuffix(".jpg")))
+        assert labels.tolist() == [*found.astype(float), float(not found.any())]

@@ -119,6 +119,8 @@ def test_patients_in_two_splits_are_an_error_or_restart(tmp_path):
            "--val-fraction", 0)
     manifest = read_manifest(tmp_path / "out")
     assert manifest.patients.tolist() == ["train-1", "test-1", "train-2"]
+    card = (tmp_path / "out/DATA.md").read_text()                   # with all that it takes to make the folder again
+    assert "--val-fraction 0" in card and "--seed 0" in card and "--patients-per-split" in card
 
 
 def test_csv_labels_of_both_kinds(tmp_path):
@@ -141,6 +143,7 @@ def test_csv_labels_of_both_kinds(tmp_path):
     ([("path", "y"), ("a.png", 1), ("b.png", "l")], ("--label-columns", "y"), "row 3, column y: 'l' among values of 1"),
     ([("path", "y"), ("a.png", 1), ("b.png",)], (), "row 3: 1 cells where the header has 2"),
     ([("path", "y"), ("a.png", 1), ("a.png", 0)], (), "row 3, column path: a.png is already in row 2"),
+    ([("path", "patient", "patient"), ("a.png", 1, 2)], (), "must have one column 'patient'"),
     ([("path", "split"), ("a.png", "trian")], (), "row 2, column split: 'trian'"),
     ([("path", "patient"), ("a.png", "")], (), "row 2, column patient: empty"),
 ])
@@ -586,6 +589,9 @@ def test_dicom_labels(tmp_path):
           out="by_image")
     assert sorted(line.split(",")[3] for line in (tmp_path / "by_image/manifest.csv").read_text().splitlines()) == [
         "", "", "", "1", "Mass"]
+    with pytest.raises(SystemExit, match="rows.csv must hold 1, 0, -1 or blanks"):          # or Miller were a label
+        dicom(tmp_path, "--labels", tmp_path / "rows.csv", "--key", "SOPInstanceUID", out="names")
+    assert not (tmp_path / "names/DATA.md").exists()
     write_csv(tmp_path / "rows.csv", [("PatientID", "Mass"), ("1", 1)])            # a spreadsheet ate the zeros
     with pytest.raises(SystemExit, match="no PatientID in it is that of a DICOM file"):
         dicom(tmp_path, "--labels", tmp_path / "rows.csv", out="zeros")
@@ -724,6 +730,15 @@ def test_two_runs_at_once_are_refused(tmp_path):
         command = [sys.executable, SCRIPT, "folder", "--src", tmp_path / "src", "--out", tmp_path / "out"]
         result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1 and "out is being written by another run" in result.stderr
+    assert folder(tmp_path / "src", tmp_path / "out") == 0
+
+
+def test_a_worker_that_dies_is_told(tmp_path, monkeypatch):
+    save(tmp_path / "src/a.png")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="a worker process died.*same command goes on"):
+        patch.setattr(prepare, "finish", lambda image, args: os.kill(os.getpid(), signal.SIGKILL))
+        folder(tmp_path / "src", tmp_path / "out")
+    assert not (tmp_path / "out/manifest.csv").exists()
     assert folder(tmp_path / "src", tmp_path / "out") == 0
 
 
