@@ -76,6 +76,8 @@ def read_manifest(folder: str | Path) -> Manifest:
     for name in label_names:
         if not name or header.count(name) > 1:
             raise DataError(f"{file}, row 1: label column {name!r} is {'there twice' if name else 'without a name'}")
+    while rows and not rows[-1]:                                        # blank lines at the end
+        rows.pop()
     if not rows:
         raise DataError(f"{file} lists no image")
 
@@ -270,8 +272,10 @@ def _raise_culprit(manifest: Manifest, images: list[int], error: RuntimeError) -
     for i in images:
         try:
             with Image.open(manifest.folder / manifest.paths[i]) as image:
+                if image.format != "JPEG":
+                    raise OSError(f"a {image.format}, where prepare.py writes JPEG")
                 image.load()
-        except (OSError, SyntaxError) as reason:                        # SyntaxError is Pillow's for a broken PNG
+        except Exception as reason:                                     # a broken file may raise anything
             where = f"{manifest.folder / manifest.paths[i]} (row {i + 2} of manifest.csv)"
             raise ImageError(f"{where} cannot be read: {reason}") from error
 

@@ -52,12 +52,12 @@ def build_encoder(arch: str, init: str = "random") -> nn.Module:
             raise CheckpointError(f"{init} holds a {state['arch']}, not a {arch}")
         state = state.get("encoder", state)
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
-    if getattr(state.get("conv1.weight"), "ndim", 0) == 4 and state["conv1.weight"].shape[1] == 3:
-        state = fold_rgb_stem(state)
     try:
+        if state["conv1.weight"].shape[1] == 3:
+            state = fold_rgb_stem(state)
         encoder.load_state_dict(state)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
+    except (RuntimeError, KeyError, AttributeError, IndexError) as error:
+        reason = str(error).splitlines()[-1].strip()
         raise CheckpointError(f"{init} does not fit a {arch} with a one-channel stem: {reason}") from None
     return encoder
 
@@ -140,6 +140,8 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except RuntimeError as error:           # how torch's writer tells of a full disk
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
     finally:
         temporary.unlink(missing_ok=True)                       # a full disk must not stay full
 
@@ -165,7 +167,7 @@ def open_run(out: Path, stage: str, config: dict, results: tuple[str, ...], over
     except ValueError:
         before = {"stage": "another"}                                   # not a run folder's config.json
     config = {"stage": stage} | config
-    if before and before.get("stage") != stage:
+    if before and (not isinstance(before, dict) or before.get("stage") != stage):
         raise CheckpointError(f"{out} holds something else than a run of {stage}.py; choose another --out")
     differ = [f"--{k.replace('_', '-')} ({before.get(k, 'not given')} there, {config.get(k, 'not given')} here)"
               for k in sorted(before.keys() | config.keys()) if before.get(k) != config.get(k)]

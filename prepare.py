@@ -90,8 +90,12 @@ def find_files(src: Path) -> list[str]:
     def fail(error):
         raise error                 # os.walk would silently pass over a folder that it cannot read
 
-    files = []
+    files, seen = [], set()
     for folder, folders, names in os.walk(src, onerror=fail, followlinks=True):
+        if os.path.realpath(folder) in seen:            # a link back: the same files by other names
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
         files += [os.path.relpath(os.path.join(folder, name), src) for name in names if not name.startswith(".")]
     return sorted(files)
@@ -249,7 +253,10 @@ def nih_items(args: argparse.Namespace, files: list[str]) -> Source:
     train, test = (set((args.src / name).read_text().split()) for name in ("train_val_list.txt", "test_list.txt"))
     if train & test:
         raise DataError(f"{min(train & test)} is in both train_val_list.txt and test_list.txt of {args.src}")
-    images = {PurePosixPath(file).name: file for file in files if file.endswith(".png")}
+    images = {}
+    for file in files:
+        if file.endswith(".png") and images.setdefault(PurePosixPath(file).name, file) != file:
+            raise DataError(f"{file} and {images[PurePosixPath(file).name]} of {args.src} have the same name")
     _, rows = read_table(tables[0], "Image Index", ["Finding Labels", "Patient ID"])
     source = Source(NIH_FINDINGS)
     for image in on_both(tables[0], rows, images, source):
@@ -327,7 +334,10 @@ def read_header(file: str, args: argparse.Namespace) -> dict[str, str] | str:
             raise DataError(f"{header.Columns} x {header.Rows} pixels are more than --max-megapixels")
         if header.get("BurnedInAnnotation") == "YES":
             raise DataError("BurnedInAnnotation is YES: a name may be written into the image")
-        return {key: str(header.get(key) or "").strip() for key in DICOM_KEYS}
+        keys = {key: str(header.get(key) or "").strip() for key in DICOM_KEYS}
+        if not keys["SOPInstanceUID"] or not (keys["PatientID"] or keys["StudyInstanceUID"]):
+            raise DataError("it tells neither which image it is nor whose, or only one of the two")
+        return keys
     except InvalidDicomError:
         return "not a DICOM file"
     except Exception as error:
@@ -344,6 +354,8 @@ def coder(salt: Path) -> Callable[[str], str]:
         with open(os.open(salt, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
             file.write(os.urandom(32))
     secret = salt.read_bytes()
+    if len(secret) < 16:            # a full disk may have left it empty, and a hash without a secret is no secret
+        raise DataError(f"{salt} holds no secret: restore it, or delete it where no data folder was made with it")
     return lambda text: hmac.new(secret, text.encode(), "sha256").hexdigest()[:16]
 
 
@@ -504,6 +516,13 @@ def settings_of(args: argparse.Namespace) -> dict:
             for name, value in vars(args).items() if name not in apart and not callable(value)}
 
 
+def read_settings(file: Path) -> dict:
+    try:
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError):
+        raise DataError(f"{file} is damaged, and says no more how its folder was made") from None
+
+
 def check_out(args: argparse.Namespace) -> None:
     """DataError where --out holds something else than an earlier part of this very run, unless --overwrite says so."""
     if "src" in args:
@@ -516,7 +535,7 @@ def check_out(args: argparse.Namespace) -> None:
     if there and "prepare.json" not in there:
         raise DataError(f"{args.out} is not empty and was not made by prepare.py")
     if there and not args.overwrite:
-        old, new = json.loads((args.out / "prepare.json").read_text()), json.loads(json.dumps(settings_of(args)))
+        old, new = read_settings(args.out / "prepare.json"), json.loads(json.dumps(settings_of(args)))
         differ = [f"--{name.replace('_', '-')} {old.get(name)} (now {new.get(name)})"
                   for name in sorted(old | new) if old.get(name) != new.get(name)]
         if differ:
@@ -534,6 +553,9 @@ def prepare(args: argparse.Namespace) -> int:
         for name in source.label_names:
             if not name or source.label_names.count(name) > 1 or name in ("path", "patient", "split"):
                 raise DataError(f"{name!r} cannot be the name of a label, or is that of two")
+        twice = [path for path, n in Counter(item.path for item in source.items).items() if n > 1]
+        if twice:
+            raise DataError(f"two files of {args.src} would both become {twice[0]}: rename one of them")
         assign_splits(source, args)
         if args.overwrite:
             for name in ("manifest.csv", "DATA.md", "rejected.csv", "prepare.json"):    # the manifest first
@@ -593,7 +615,7 @@ def data_card(source: Source, args: argparse.Namespace) -> str:
 def verify(args: argparse.Namespace) -> int:
     """Decode every image of a data folder; 1 where something is wrong and stays so, 0 where nothing is, or --drop."""
     file, made = args.folder / "manifest.csv", args.folder / "prepare.json"
-    size = json.loads(made.read_text())["size"] if made.exists() else None
+    size = read_settings(made)["size"] if made.exists() else None
     _, rows = read_table(file, "path", ["split"])
     # Of two equal images the one in test stays, then the one in val: what train holds must not shrink a test set.
     paths = sorted(rows, key=lambda path: {"test": 0, "val": 1}.get(rows[path][1][0], 2))
@@ -717,13 +739,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_flags(args: argparse.Namespace, error: Callable) -> None:
     flags = vars(args)
-    limits = {"patients": (3, 99_999), "images_per_patient": (1, 99), "size": (MIN_SIDE, 9999), "quality": (1, 100),
-              "max_megapixels": (1, 999), "workers": (1, 999)}
+    limits = {"patients": (3, 99_999), "images_per_patient": (1, 99), "seed": (0, 2**63 - 1), "size": (MIN_SIDE, 9999),
+              "quality": (1, 100), "max_megapixels": (1, 999), "workers": (1, 999)}
     for name, (low, high) in limits.items():
         if not low <= flags.get(name, low) <= high:
             error(f"--{name.replace('_', '-')} must be from {low} to {high}")
     fractions = [flags.get("val_fraction", 0), flags.get("test_fraction", 0)]
-    if min(fractions) < 0 or sum(fractions) >= 1:
+    if not (min(fractions) >= 0 and sum(fractions) < 1):
         error("--val-fraction and --test-fraction must leave something for train")
     low, high = flags.get("stretch") or (0, 100)
     if not 0 <= low < high <= 100:

@@ -130,7 +130,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--blur {args.blur[0]} {args.blur[1]} must rise and be positive, or be 0 0")
     if args.warmup_epochs >= args.epochs:
         parser.error(f"--warmup-epochs {args.warmup_epochs:g} leaves nothing of --epochs {args.epochs}")
-    args.crop_area, args.blur = list(args.crop_area), list(args.blur)                # as JSON gives them back
+    if args.seed >= 2**63:
+        parser.error(f"--seed {args.seed} must be below 2**63")
+    if args.overwrite and Path(args.out).resolve() in Path(args.resume).resolve().parents:
+        parser.error(f"--resume {args.resume} lies in --out {args.out}, which --overwrite empties")
+    args.data = str(Path(args.data))                                                # x/ is x
+    args.crop_area, args.blur = list(args.crop_area), list(args.blur)               # as JSON gives them back
     args.lr = args.lr if args.lr is not None else BASE_LR[args.optimizer]
     return args
 
@@ -157,7 +162,9 @@ class LARS(torch.optim.Optimizer):
                     scale = torch.where((weight_norm > 0) & (gradient_norm > 0),
                                         group["trust"] * weight_norm / gradient_norm, 1.0)
                     gradient = gradient * scale
-                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum_buffer"]
                 momentum.mul_(group["momentum"]).add_(gradient)
                 p.add_(momentum, alpha=-group["lr"])
 
@@ -201,8 +208,14 @@ def main(argv: list[str] | None = None) -> None:
     except torch.OutOfMemoryError:
         sys.exit(f"pretrain.py: GPU {local_rank} has too little memory for --batch-size {args.batch_size} over "
                  f"{world_size} processes at --image-size {args.image_size}: lower one of them, or take more GPUs")
+    except RuntimeError as error:
+        if world_size > 1 and "closed by peer" in str(error):           # which has said why
+            sys.exit(1)
+        raise
     except (DataError, CheckpointError, OSError) as error:
-        # Whatever is wrong with the input is wrong for every process, and told once; a bad image is met by one alone.
+        if isinstance(error, OSError):                                  # a full disk, a folder that may not be written
+            error = f"{error.strerror or error}: {error.filename or args.out}"
+        # Wrong input is wrong for every process, and told once; a bad image is met by one alone.
         sys.exit(f"pretrain.py: {error}" if rank == 0 or isinstance(error, ImageError) else 1)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -215,16 +228,19 @@ def pretrain(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
     # ------------------------------------------------------------------------------------------------ processes, device
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise DataError(f"{local_world_size} processes are too many for {torch.cuda.device_count()} GPUs")
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if world_size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    threads = args.threads or max(1, min(8, os.cpu_count() // local_world_size))
+    threads = args.threads or max(1, min(8, len(os.sched_getaffinity(0)) // local_world_size))
     precision = args.precision
     if precision == "auto":
-        precision = "fp32" if not cuda else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if bf16 else "fp16" if cuda else "fp32"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
 
     def say(*words):
@@ -232,8 +248,8 @@ def pretrain(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
             print(*words, flush=True)
 
     # ------------------------------------------------------------------------------------------------------------- data
-    if args.demo and not args.synthetic and not (Path(args.data) / "manifest.csv").exists():
-        if rank == 0:
+    if args.demo and not args.synthetic:
+        if rank == 0 and not (Path(args.data) / "manifest.csv").exists():
             import prepare
             prepare.main(["demo", "--out", args.data])
         if world_size > 1:
@@ -254,7 +270,8 @@ def pretrain(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
         raise DataError(f"--batch-size {args.batch_size} is global and must divide by the {world_size} processes")
     total_steps = args.epochs * len(train) // args.batch_size           # batches run on across the seam of two epochs
     warmup_steps = args.warmup_epochs * len(train) / args.batch_size
-    fingerprint = hashlib.sha256("\n".join(manifest.paths[i] for i in train).encode()).hexdigest() if manifest else ""
+    train_paths = "\n".join(manifest.paths[i] for i in train) if manifest else ""
+    train_digest = hashlib.sha256(train_paths.encode()).hexdigest()
 
     # ---------------------------------------------------------------------------------------------------------- network
     torch.manual_seed(args.seed)
@@ -269,43 +286,79 @@ def pretrain(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
                  {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer](groups, peak_lr, fused=cuda))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
-    # --------------------------------------------------------------------------------------------- run folder, resuming
-    out = Path(args.out)
-    if rank == 0:
-        config = {k: v for k, v in vars(args).items() if k not in NOT_THE_RUN}
-        open_run(out, "pretrain", config, RESULTS, args.overwrite, held)
-        if args.resume != "auto" and (out / "last.pt").exists():
-            raise DataError(f"{out} has a last.pt of its own: leave out --resume {args.resume} to go on from that one, "
-                            "or give it up with --overwrite")
-    if world_size > 1:
-        dist.barrier()
-    step = 0
-    checkpoint = out / "last.pt" if args.resume == "auto" else Path(args.resume)
-    if args.resume != "auto" or checkpoint.exists():
+    # ------------------------------------------------------------------------------------- run folder: resuming, saving
+    def restore(checkpoint: Path) -> int:
+        """Network, optimizer and scaler as they were; the step from which to go on."""
         state = load_checkpoint(checkpoint)
         if not {"model", "optimizer", "scaler", "step", "config", "images", "rng"} <= state.keys():
             raise CheckpointError(f"{checkpoint} is no last.pt of a pre-training run")
-        if state["config"]["arch"] != args.arch:
-            raise CheckpointError(f"{checkpoint} holds a {state['config']['arch']}, not a {args.arch}")
-        if state["images"] != fingerprint:
-            raise DataError(f"{args.data}/manifest.csv lists other training images than when {checkpoint} was written")
+        for flag in ("arch", "optimizer"):
+            if state["config"][flag] != getattr(args, flag):
+                raise CheckpointError(f"{checkpoint} has --{flag} {state['config'][flag]}, not {getattr(args, flag)}")
+        if state["images"] != train_digest:
+            raise DataError(f"{args.data}/manifest.csv lists other training images than when {checkpoint} was saved")
         try:
             net.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[-1].strip()
             raise CheckpointError(f"{checkpoint} does not fit these flags: {reason}") from None
+        for group, decay in zip(optimizer.param_groups, (args.weight_decay, 0.0)):
+            group["weight_decay"] = decay                               # the flag's, not the checkpoint's
         scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
-        step = state["step"]
-        del state
+        return state["step"]
+
+    out, last = Path(args.out), Path(args.out) / "last.pt"
+    step = restore(Path(args.resume)) if args.resume != "auto" else 0   # before anything in --out is touched
+    if rank == 0:
+        config = {k: v for k, v in vars(args).items() if k not in NOT_THE_RUN}
+        open_run(out, "pretrain", config, RESULTS, args.overwrite, held)
+        if args.resume != "auto" and last.exists():
+            raise DataError(f"{out} has a last.pt of its own: leave out --resume {args.resume} to go on from that one, "
+                            "or give it up with --overwrite")
+        if (out / "encoder.pt").exists() and not last.exists():
+            raise DataError(f"{out} holds an encoder.pt and no last.pt to go on from; choose another --out, or "
+                            "give it up with --overwrite")
+        if not last.exists():                           # what a run left that was killed before it saved
+            for old in [*out.glob("log.jsonl"), *out.glob("events.out.tfevents.*")]:
+                old.unlink()
+    if world_size > 1:
+        dist.barrier()
+    if last.exists():
+        step = restore(last)
+    if world_size > 1:
+        spread = torch.tensor([step, -step])
+        dist.all_reduce(spread, dist.ReduceOp.MAX)
+        if spread.sum():
+            raise DataError(f"the processes do not see the same {last}: --out must lie on storage that all of them see")
     stop_at = min(total_steps, args.max_steps or total_steps)
+
+    def save():
+        """last.pt first: whoever finds it newer than encoder.pt writes that again."""
+        if rank == 0:
+            for name, value in net.state_dict().items():
+                if not value.isfinite().all():
+                    raise FloatingPointError(f"{name} is not finite after step {step}")
+            config = vars(args) | {"mean": MEAN, "std": STD}
+            save_checkpoint(last, {
+                "model": net.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                "step": step, "epoch": step * args.batch_size // len(train), "config": config, "images": train_digest,
+                "rng": torch.get_rng_state()})
+            save_checkpoint(out / "encoder.pt", {"format": FORMAT, "arch": args.arch, "step": step, "config": config,
+                                                 "encoder": net.encoder.state_dict()})
+
     if step >= stop_at:
-        say(f"{out} is complete: step {step} of {total_steps}, encoder in {out / 'encoder.pt'}")
+        encoder = out / "encoder.pt"
+        if not encoder.exists() or load_checkpoint(encoder).get("step") != step:
+            save()
+        what = "is complete" if step >= total_steps else "has reached --max-steps"
+        say(f"{out} {what}: step {step} of {total_steps}, encoder in {encoder}")
         return
     model = torch.compile(net) if args.compile else net
     if world_size > 1:
-        model = DistributedDataParallel(model, device_ids=[local_rank] if cuda else None, gradient_as_bucket_view=True)
+        model = DistributedDataParallel(model, device_ids=[local_rank] if cuda else None, gradient_as_bucket_view=True,
+                                        broadcast_buffers=not cuda)     # SyncBatchNorm's are the same already
 
     writer, log_file = None, None
     if rank == 0:
@@ -337,7 +390,7 @@ def pretrain(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
     if world_size > 1 and not cuda:
         say("batch norm sees each process's images alone: there is no SyncBatchNorm on a CPU")
     if step:
-        say(f"going on from {checkpoint}, step {step}")
+        say(f"going on from {last if args.resume == 'auto' else args.resume}, step {step}")
 
     # ------------------------------------------------------------------------------------------------------------ probe
     probe_auroc = math.nan
@@ -353,31 +406,23 @@ def pretrain(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
         """Do the features get better, and not only the loss? Mean AUROC over the labels on val, from train's."""
         chosen = [np.sort(np.random.default_rng(args.seed).permutation(images)[:args.probe_images])
                   for images in (train, val)]
+        if world_size > 1:                      # on a CPU each process has batch norm statistics of its own
+            for buffer in net.buffers():
+                dist.broadcast(buffer, 0)
         features = [extract_features(
             net.encoder, eval_loader(manifest, images, max(1, 2 * args.batch_size // world_size), preprocessing, device,
                                      rank, world_size, threads, half=dtype is not None),
             len(images), rank, world_size, dtype) for images in chosen]
+        if not all(x.isfinite().all() for x in features):
+            raise FloatingPointError(f"the features are not finite after step {step}")
         if rank == 0:
             nonlocal probe_auroc
             auroc = knn_auroc(features[0], manifest.labels[chosen[0]], features[1], manifest.labels[chosen[1]])
             probe_auroc = float(np.nanmean(auroc)) if not np.isnan(auroc).all() else math.nan
             named = dict(zip(manifest.label_names, auroc))
             log({"probe/auroc": probe_auroc} | {f"probe/{name}": value for name, value in named.items()})
-            say(f"{place()} | probe AUROC {probe_auroc:.4f} ({', '.join(f'{k} {v:.3f}' for k, v in named.items())})")
-
-    # ----------------------------------------------------------------------------------------------------------- saving
-    def save():
-        if rank == 0:
-            for parameter in net.parameters():
-                if not parameter.isfinite().all():
-                    raise FloatingPointError(f"a weight is not finite after step {step}")
-            config = vars(args) | {"mean": MEAN, "std": STD}
-            save_checkpoint(out / "last.pt", {
-                "model": net.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                "step": step, "epoch": step * args.batch_size // len(train), "config": config, "images": fingerprint,
-                "rng": torch.get_rng_state()})
-            save_checkpoint(out / "encoder.pt", {"format": FORMAT, "arch": args.arch, "step": step, "config": config,
-                                                 "encoder": net.encoder.state_dict()})
+            some = [f"{name} {value:.3f}" for name, value in named.items()][:15] + ["..."] * (len(named) > 15)
+            say(f"{place()} | probe AUROC {probe_auroc:.4f} ({', '.join(some)})")
 
     signalled = []                  # often twice, by the cluster and by torchrun: no reason to leave without saving
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -402,7 +447,7 @@ def pretrain(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
         for group in optimizer.param_groups:
             group["lr"] = lr
         asked = time.perf_counter()
-        view1, view2, index = next(batches)                                                 # (N, 1, S, S) each
+        view1, view2, _ = next(batches)                                                     # (N, 1, S, S) each
         waited += time.perf_counter() - asked
         x = torch.cat([view1, view2]).contiguous(memory_format=torch.channels_last)         # (2N, 1, S, S)
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
@@ -432,7 +477,7 @@ def pretrain(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
             speed = (step - logged) * args.batch_size / seconds
             log(scalars | {"chance": chance_level(args.batch_size), "lr": lr, "images_per_second": speed,
                            "wait_seconds": waited})
-            left = int((total_steps - step) * seconds / (step - logged))
+            left = int((stop_at - step) * seconds / (step - logged))
             say(f"{place()} | loss {scalars['loss']:.4f} (chance {chance_level(args.batch_size):.2f}) | lr {lr:.2e} | "
                 f"{speed:.0f} img/s | wait {waited / seconds:.0%} | eta {left // 3600}h{left // 60 % 60:02d}m")
             loss_sum.zero_()
@@ -446,7 +491,8 @@ def pretrain(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
         if step % args.save_every == 0 or step == stop_at or step in probe_steps or stop:
             save()
         if stop:
-            say(f"{signal.Signals(stop.item()).name} at step {step}: saved {out / 'last.pt'}; the same command goes on")
+            but = " without --overwrite and --resume" if args.overwrite or args.resume != "auto" else ""
+            say(f"{signal.Signals(stop.item()).name} at step {step}: saved {last}; the same command{but} goes on")
             sys.exit(128 + stop.item())
         clock += time.perf_counter() - pause                # speed is that of training
     if rank == 0:

@@ -772,3 +772,32 @@ def test_flags_that_are_wrong(tmp_path, capsys, flags, message):
         run("folder", "--src", tmp_path, "--out", tmp_path / "out", *flags)
     assert caught.value.code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_one_image_by_two_names_is_taken_once(tmp_path):
+    """A link back to the source would put one radiograph under many names into all the splits."""
+    for i in range(4):
+        save(tmp_path / "src" / "class" / f"{i}.png", radiograph(i))
+    (tmp_path / "src" / "class" / "loop").symlink_to(tmp_path / "src")
+    folder(tmp_path / "src", tmp_path / "out")
+    assert len(read_manifest(tmp_path / "out").paths) == 4
+
+
+def test_two_files_for_one_path_are_refused(tmp_path, capsys):
+    for name in ("a.png", "a.jpg", "a.png.jpg"):
+        save(tmp_path / "src" / "class" / name, radiograph())
+    with pytest.raises(SystemExit, match="two files of .* would both become images/class/a.png.jpg"):
+        folder(tmp_path / "src", tmp_path / "out")
+
+
+def test_damaged_settings_and_empty_salt_are_told(tmp_path):
+    save(tmp_path / "src" / "class" / "a.png", radiograph())
+    folder(tmp_path / "src", tmp_path / "out")
+    (tmp_path / "out" / "prepare.json").write_text('{"size": 25')
+    with pytest.raises(SystemExit, match="prepare.json is damaged"):
+        run("verify", str(tmp_path / "out"))
+    with pytest.raises(SystemExit, match="prepare.json is damaged"):
+        folder(tmp_path / "src", tmp_path / "out")
+    (tmp_path / "salt").touch()
+    with pytest.raises(SystemExit, match="salt holds no secret"):
+        run("dicom", "--src", str(tmp_path / "src"), "--out", str(tmp_path / "other"), "--salt", str(tmp_path / "salt"))

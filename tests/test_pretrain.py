@@ -1,9 +1,11 @@
 """The training script as a user meets it: runs, curves, interruption at any moment, wrong input."""
 import json
 import math
+import os
 import random
 import re
 import signal
+import subprocess
 import threading
 
 import numpy as np
@@ -105,9 +107,48 @@ def test_other_flags_are_refused_until_overwrite(finished, data, tmp_path, capsy
     message = refused(capsys, "--probe-every", 1, "--data", data, "--out", out, "--temperature", 0.2, "--seed", 5)
     assert "--seed (0 there, 5 here), --temperature (0.07 there, 0.2 here)" in message
     assert "--out" in message and "--overwrite" in message
+    (tmp_path / "other.pt").write_bytes((out / "last.pt").read_bytes())
     message = refused(capsys, "--probe-every", 1, "--data", data, "--out", out, "--resume", tmp_path / "other.pt")
     assert "has a last.pt of its own" in message
+    message = refused(capsys, "--data", data, "--out", out, "--overwrite", "--resume", out / "last.pt")
+    assert "lies in --out" in message
+    assert "does not exist" in refused(capsys, "--data", data, "--out", out, "--overwrite", "--resume", "/none.pt")
     assert before == {p.name: p.read_bytes() for p in out.iterdir()}
+
+
+def test_encoder_is_written_again_or_guarded(data, tmp_path, capsys):
+    """A kill between the two files of a checkpoint leaves the older encoder; somebody may delete last.pt for space."""
+    def again(*arguments):
+        pretrain.main([*SMALL, "--data", str(data), "--out", str(tmp_path / "run"), "--max-steps", "1", *arguments])
+        return load_checkpoint(tmp_path / "run/encoder.pt")["encoder"]["conv1.weight"]
+
+    first = again()
+    (tmp_path / "run/encoder.pt").unlink()
+    assert torch.equal(again(), first) and "has reached --max-steps" in capsys.readouterr().out
+    (tmp_path / "run/last.pt").unlink()
+    message = refused(capsys, "--data", data, "--out", tmp_path / "run", "--seed", 3)
+    assert "holds an encoder.pt and no last.pt" in message
+    assert not torch.equal(again("--seed", "3", "--overwrite"), first)
+
+
+def test_full_disk_while_saving_is_told_and_leaves_the_old_checkpoint(data, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    if os.geteuid() or subprocess.call(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", tmp_path / "run"]):
+        pytest.skip("only root can mount a small disk")
+    try:
+        pretrain.main([*SMALL, "--data", str(data), "--out", str(tmp_path / "run"), "--max-steps", "1"])
+        before = (tmp_path / "run/last.pt").read_bytes()
+        message = refused(capsys, "--data", data, "--out", tmp_path / "run", "--max-steps", "2")
+        assert "No space left on device" in message
+        assert (tmp_path / "run/last.pt").read_bytes() == before and not list((tmp_path / "run").glob("*.tmp"))
+    finally:
+        subprocess.call(["umount", "-l", tmp_path / "run"])
+
+
+def test_diverging_run_stops_before_the_probe(data, tmp_path, capsys):
+    message = refused(capsys, "--data", data, "--out", tmp_path / "run", "--optimizer", "adam", "--lr", "1e18",
+                      "--warmup-epochs", 0, "--log-every", 100, "--save-every", 100, "--probe-every", 1)
+    assert "not finite after step" in message and not (tmp_path / "run/last.pt").exists()
 
 
 def test_overwrite_begins_anew_and_max_steps_goes_on(data, tmp_path, capsys):
@@ -160,7 +201,8 @@ def test_unusable_checkpoints_are_refused_and_stay(finished, data, tmp_path, cap
     assert "cut.pt is not a whole checkpoint" in refused(capsys, *arguments, tmp_path / "cut.pt")
     assert "none.pt does not exist" in refused(capsys, *arguments, tmp_path / "none.pt")
     assert "encoder.pt is no last.pt" in refused(capsys, *arguments, out / "encoder.pt")
-    assert "holds a resnet18, not a resnet34" in refused(capsys, *arguments, out / "last.pt", "--arch", "resnet34")
+    assert "has --arch resnet18, not resnet34" in refused(capsys, *arguments, out / "last.pt", "--arch", "resnet34")
+    assert "has --optimizer lars, not adam" in refused(capsys, *arguments, out / "last.pt", "--optimizer", "adam")
     assert "does not fit these flags" in refused(capsys, *arguments, out / "last.pt", "--proj-dim", 64)
     torch.save(load_checkpoint(out / "encoder.pt")["encoder"], tmp_path / "plain.pt")
     assert "plain.pt does not fit a resnet34" in refused(capsys, *arguments[:-1], "--arch", "resnet34", "--init",
