@@ -183,7 +183,9 @@ def knn_votes(features: np.ndarray, truth: np.ndarray, patients: np.ndarray, que
     """Share (m, C) of each class in the votes of the k nearest images of other patients. features (n, D), queries (m,).
 
     Leave-one-patient-out within the split: it needs no other split's features, and images of the same patient, nearly
-    copies, do not vote. A vote weighs exp(cosine / 0.07) (Wu et al. 2018)."""
+    copies, do not vote. That alone would push features that say nothing below chance, for among the others the own
+    class is rarer: its votes are scaled back to the split's frequencies. A vote weighs exp(cosine / 0.07) (Wu et al.
+    2018)."""
     x, classes, who = (torch.from_numpy(a) for a in (features, truth, patients))
     norm = x.norm(dim=1).clamp(min=1e-12)
     votes = torch.zeros(len(queries), int(truth.max()) + 1)
@@ -192,7 +194,10 @@ def knn_votes(features: np.ndarray, truth: np.ndarray, patients: np.ndarray, que
         cosine = ((x[q] / norm[q, None]) @ x.T).div_(norm).masked_fill_(who[q, None] == who, -math.inf)  # (256, n)
         cosine, nearest = cosine.topk(min(k, len(x) - 1))                                                # (256, k)
         votes[rows] = votes[rows].scatter_add(1, classes[nearest], ((cosine - cosine[:, :1]) / 0.07).exp())
-    return (votes / votes.sum(1, keepdim=True)).numpy()
+    by_patient = contingency(patients, truth)                                                           # (P, C)
+    n = by_patient.sum(0)
+    votes = votes.numpy() * (n / (n - by_patient[patients[queries]]).clip(1))
+    return votes / votes.sum(1, keepdims=True)
 
 
 def auroc(score: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> float:
