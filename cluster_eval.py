@@ -53,29 +53,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     group = parser.add_argument_group("features, data and run folder")
-    group.add_argument("--init", nargs="+", metavar="random|imagenet|pixels|PATH", help="rows of the table; PATH is an "
-                       "encoder.pt or classifier.pt (default: random, pixels and the last pre-training's encoder.pt)")
+    group.add_argument("--init", nargs="+", metavar="NAME|PATH", help="rows: random, imagenet, pixels, encoder.pt or "
+                       "classifier.pt (default: random, pixels and the last pre-training's encoder.pt)")
     group.add_argument("--data", help="data folder (default: the one that the first checkpoint was trained on)")
     group.add_argument("--split", choices=(*SPLITS, "all"), default="test", help="images to cluster (default test)")
     group.add_argument("--out", default="runs/cluster", help="run folder (default %(default)s)")
     group.add_argument("--overwrite", action="store_true", help="give up the results that the run folder holds")
     group.add_argument("--export", metavar="FILE.npz", help="the last row's features, index, path, patient and labels")
-
     group = parser.add_argument_group("network; a checkpoint brings its own, and the first one's serve the other rows")
     group.add_argument("--arch", choices=ARCHITECTURES, help="encoder (without a checkpoint: resnet50)")
     group.add_argument("--image-size", type=int, help="side of the input, pixels (without a checkpoint: 224)")
-
     group = parser.add_argument_group("classes")
     group.add_argument("--classes", default="single", metavar="single|dominant|binary:LABEL", help="images with just "
                        "one finding, all by their rarest finding, or LABEL against the rest (default %(default)s)")
     group.add_argument("--no-finding", choices=("keep", "drop"), help="images without any finding: a class of their "
                        "own, or in binary part of the rest (default: drop; for binary keep)")
-
     group = parser.add_argument_group("clustering")
     group.add_argument("--k", default="classes", metavar="classes|sweep|N", help="clusters: as many as classes, the "
                        "same and silhouette and inertia against k, or N (default %(default)s)")
-    group.add_argument("--seeds", type=int, default=5, help="k-means runs a row, each the best of 10 initialisations "
-                       f"(default %(default)s); MiniBatchKMeans above {MINIBATCH_ABOVE:,} images")
+    group.add_argument("--seeds", type=int, default=5, help="k-means runs a row (default %(default)s)")
     group.add_argument("--l2", action=argparse.BooleanOptionalAction, default=True, help="bring features to length 1")
     group.add_argument("--bootstrap", type=int, default=1000, help="draws for the intervals (default %(default)s)")
     args = parser.parse_args(argv)
@@ -86,7 +82,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--k {args.k} is none of classes, sweep or a number from 2")
     if args.classes not in ("single", "dominant") and not args.classes.startswith("binary:"):
         parser.error(f"--classes {args.classes} is none of single, dominant or binary:LABEL")
-    if args.init and len(set(args.init)) < len(args.init):
+    if len(set(args.init or [])) < len(args.init or []):
         parser.error(f"--init {' '.join(args.init)} names a row twice")
     if args.export and not args.export.endswith(".npz"):
         parser.error(f"--export {args.export} must end in .npz")
@@ -272,53 +268,48 @@ def evaluate(features: np.ndarray, truth: np.ndarray, patients: np.ndarray, k: i
 # ----------------------------------------------------------------------------------------------------------------------
 # Figures. A class has a colour, and so has the cluster that the assignment gave it; clusters too many are gray.
 
-def draw_confusion(table: np.ndarray, names: list[str], title: str) -> Figure:
-    """Classes against clusters (C, K); the assigned cells come first, as a diagonal. Shade: share of the class."""
-    order = [*assign(table), *np.setdiff1d(np.arange(table.shape[1]), list(assign(table)))]
+def draw(table: np.ndarray, points: np.ndarray, truth: np.ndarray, clusters: np.ndarray, sheet: np.ndarray,
+         captions: np.ndarray, names: list[str], title: str) -> dict[str, Figure]:
+    """A row's figures. `confusion` of table (C, K): the assigned cells come first, as a diagonal, the shade is the
+    share of the class. `map` of points (m, 2), coloured by truth (m,), and by clusters (m,). `nearest`: contact sheet
+    of the images (K, M, S, S) in [0, 1] nearest to the centres, with their classes' names (K, M)."""
+    assigned, sizes = assign(table), table.sum(0)
+    sides = [f"{c}: {names[assigned[c]]}" if c in assigned else f"{c}" for c in range(len(sizes))]
+
+    order = [*assigned, *(c for c in range(len(sizes)) if c not in assigned)]
     share = (table / table.sum(1, keepdims=True))[:, order]
-    figure = Figure(figsize=(3.8 + 0.6 * len(order), 1.8 + 0.4 * len(names)), dpi=110, layout="constrained")
-    axes = figure.subplots()
+    confusion = Figure(figsize=(3.8 + 0.6 * len(sizes), 1.8 + 0.4 * len(names)), dpi=110, layout="constrained")
+    axes = confusion.subplots()
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for row, column in np.ndindex(share.shape):
         axes.text(column, row, f"{table[row, order[column]]:.0f}", ha="center", va="center", fontsize=9,
                   color="white" if share[row, column] > 0.5 else "black")
-    axes.set_xticks(range(len(order)), order)
+    axes.set_xticks(range(len(sizes)), order)
     axes.set_yticks(range(len(names)), [f"{name} ({n:.0f})" for name, n in zip(names, table.sum(1))])
     axes.set_xlabel("cluster (diagonal: assigned)")
-    figure.suptitle(f"{title}: images of class and cluster", fontsize=10)
-    return figure
+    confusion.suptitle(f"{title}: images of class and cluster", fontsize=10)
 
-
-def draw_map(points: np.ndarray, truth: np.ndarray, clusters: np.ndarray, names: list[str], assigned: dict[int, int],
-             title: str) -> Figure:
-    """Points (m, 2) twice: coloured by class (m,), and by cluster (m,)."""
-    figure = Figure(figsize=(13, 6.6), dpi=110, layout="constrained")
+    plane = Figure(figsize=(13, 6.6), dpi=110, layout="constrained")
     palette = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"].colors
-    matched = {c: f"{c}: {names[assigned[c]]}" if c in assigned else f"{c}" for c in range(clusters.max() + 1)}
-    for axes, values, legend in zip(figure.subplots(1, 2), (truth, clusters), (dict(enumerate(names)), matched)):
-        for value, label in legend.items():
+    for axes, values, legend in zip(plane.subplots(1, 2), (truth, clusters), (names, sides)):
+        for value, label in enumerate(legend):
             kind = value if values is truth else assigned.get(value)
             axes.scatter(*points[values == value].T, s=14, linewidths=0, alpha=0.8, label=label,
                          color="lightgray" if kind is None else palette[kind % len(palette)])
         axes.set(title="by class" if values is truth else "by k-means cluster, and the class assigned to it",
                  xticks=[], yticks=[])
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4, fontsize=9, frameon=False, markerscale=2)
-    figure.suptitle(f"{title}: t-SNE of {len(points):,} images")
-    return figure
+    plane.suptitle(f"{title}: t-SNE of {len(points):,} images")
 
-
-def draw_nearest(images: np.ndarray, captions: np.ndarray, sides: list[str], title: str) -> Figure:
-    """Contact sheet: images (K, M, S, S) in [0, 1], their classes' names (K, M), and what stands beside each row."""
-    figure = Figure(figsize=(2 + 1.1 * images.shape[1], 0.8 + 1.3 * len(images)), dpi=110, layout="constrained")
-    grid = figure.subplots(*captions.shape, squeeze=False)
-    for place, axes in np.ndenumerate(grid):
-        axes.imshow(images[place], cmap="gray", vmin=0, vmax=1)
+    nearest = Figure(figsize=(2 + 1.1 * captions.shape[1], 0.8 + 1.3 * len(captions)), dpi=110, layout="constrained")
+    for place, axes in np.ndenumerate(nearest.subplots(*captions.shape, squeeze=False)):
+        axes.imshow(sheet[place], cmap="gray", vmin=0, vmax=1)
         axes.set_title(captions[place], fontsize=8, pad=2)
         axes.set(xticks=[], yticks=[])
-    for axes, side in zip(grid[:, 0], sides):
-        axes.set_ylabel(side, rotation=0, ha="right", va="center", fontsize=9)
-    figure.suptitle(f"{title}: the images nearest to each cluster's centre, and their classes", fontsize=10)
-    return figure
+        if place[1] == 0:
+            axes.set_ylabel(f"{sides[place[0]]}\n{sizes[place[0]]:.0f} images", rotation=0, ha="right", va="center")
+    nearest.suptitle(f"{title}: the images nearest to each cluster's centre, and their classes", fontsize=10)
+    return {"confusion": confusion, "map": plane, "nearest": nearest}
 
 
 def draw_sweep(curves: dict[str, dict], n_classes: int) -> Figure:
@@ -392,7 +383,8 @@ def open_run(args: argparse.Namespace, config: dict) -> bool:
             raise DataError(f"{out} holds results of other flags or input: {', '.join(differ)}; choose another --out, "
                             "or give them up with --overwrite")
         return True
-    for pattern in ("results.*", "*.png", "events.out.tfevents.*", "projector_config.pbtxt"):
+    for pattern in ("results.*", "confusion_*.png", "map_*.png", "nearest_*.png", "sweep.png", "events.out.tfevents.*",
+                    "projector_config.pbtxt"):
         for old in out.glob(pattern):
             old.unlink()
     shutil.rmtree(out / "00000", ignore_errors=True)                                # the projector's
@@ -404,10 +396,9 @@ def open_run(args: argparse.Namespace, config: dict) -> bool:
 def markdown(results: dict) -> str:
     """results.md from results.json."""
     def cell(score):
-        if score.get("mean") is None:
-            return "–"
-        return f"{score['mean']:.3f}" + (f" ± {score['spread']:.3f}" if score.get("spread") is not None else "") + (
-            f" [{score['low']:.3f}, {score['high']:.3f}]" if score.get("low") is not None else "")
+        spread, low, high = (score.get(key) for key in ("spread", "low", "high"))
+        return "–" if score.get("mean") is None else f"{score['mean']:.3f}" + (
+            "" if spread is None else f" ± {spread:.3f}") + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
 
     config, classes = results["config"], results["classes"]
     lines = [f"| init | labels required | {' | '.join(SCORES.values())} |", "|---|---:|" + "---|" * len(SCORES)]
@@ -416,18 +407,19 @@ def markdown(results: dict) -> str:
         lines.append(f"| {name} | {labels} | {' | '.join(cell(row['scores'].get(score, {})) for score in SCORES)} |")
     return f"""# Clusters of {config['data']}, {config['split']} split
 
-{sum(classes.values()):,} of {results['images']:,} images, of {results['patients']:,} patients: `--classes \
-{config['classes']} --no-finding {config['no_finding']}`. {', '.join(f'{name} {n:,}' for name, n in classes.items())}.
+`--classes {config['classes']} --no-finding {config['no_finding']}` keeps {sum(classes.values()):,} of \
+{results['images']:,} images, of {results['patients']:,} patients: \
+{', '.join(f'{name} {n:,}' for name, n in classes.items())}.
 
 {chr(10).join(lines)}
 
-Mean ± standard deviation over {config['seeds']} seeds of {results['algorithm']}, k = {results['k']}, on \
-{'L2-normalised' if config['l2'] else 'raw'} features; in brackets the 95 % interval of that mean over \
-{config['bootstrap']:,} draws of patients. *labels required*: images whose labels the row's training used (imagenet: \
-photographs). To judge, every row uses the labels of the images here: accuracy by the best one-to-one assignment of \
-clusters to classes; k-NN by the {NEIGHBOURS} nearest images of other patients, AUROC one class against the rest, mean \
-over classes. Silhouette (of the clusters) and k-NN are those of {results['sampled']:,} images. *pixels*: {COMPONENTS} \
-principal components of the images at {PIXELS} x {PIXELS}. *majority class*: all images in one cluster.
+{results['algorithm']}, k = {results['k']}, on {'L2-normalised' if config['l2'] else 'raw'} features: mean ± standard \
+deviation over {config['seeds']} seeds [bias-corrected 95 % interval of that mean, {config['bootstrap']:,} draws of \
+patients]. *labels required*: images whose labels the row's training used (imagenet: photographs); every row is judged \
+by the labels of the images above. Accuracy: best one-to-one assignment of clusters to classes. k-NN: {NEIGHBOURS} \
+nearest images of other patients; AUROC of one class against the rest, mean over classes. Silhouette and k-NN are for \
+{results['sampled']:,} images. *pixels*: {COMPONENTS} principal components of the images at {PIXELS} x {PIXELS}. \
+*majority class*: all images in one cluster.
 """
 
 
@@ -493,8 +485,8 @@ def cluster_eval(args: argparse.Namespace) -> None:
     print(f"images kept of {len(images)} in {args.split}, by --classes and --no-finding: {kept}")
     print(f"{what} {len(chosen)} images of {patients.max() + 1} patients: {classes}; scikit-learn's {algorithm} "
           f"({'more' if len(chosen) > MINIBATCH_ABOVE else 'not more'} than {MINIBATCH_ABOVE:,} images), k = {k}")
-    draw = np.random.default_rng(0)
-    sample, shown = (np.sort(draw.permutation(len(chosen))[:size]) for size in (SAMPLED, MAPPED))
+    rng = np.random.default_rng(0)
+    sample, shown = (np.sort(rng.permutation(len(chosen))[:size]) for size in (SAMPLED, MAPPED))
 
     # ---------------------------------------------------------------------------------------------------- run folder
     content = hashlib.sha256((manifest.folder / "manifest.csv").read_bytes())
@@ -531,11 +523,11 @@ def cluster_eval(args: argparse.Namespace) -> None:
         scores, best = evaluate(features, truth, patients, k, args.seeds, args.bootstrap, sample)
         results["rows"][name] = {"init": init, "labels_required": row["labels"], "arch": row["arch"], "scores": scores,
                                  "width": features.shape[1], "preprocessing": dataclasses.asdict(row["preprocessing"])}
-        print(f"{name}: " + " | ".join(f"{SCORES[score]} {value['mean'] or math.nan:.3f}"
-                                       for score, value in scores.items()), flush=True)
+        print(f"{name}: " + ", ".join(f"{SCORES[score]} {value['mean']:.3f}" for score, value in scores.items()
+                                      if value["mean"] is not None), flush=True)
         for score, value in scores.items():
             for seed, x in enumerate(value["seeds"]):
-                writer.add_scalar(f"{score}/{name}", math.nan if x is None else x, seed)
+                writer.add_scalar(f"{score}/{name}", math.nan if x is None else x, seed)        # step: the seed
         if args.k == "sweep":
             sizes = list(range(2, min(max(10, 2 * k), len(chosen)) + 1))
             runs = [k_means(features, size, 0) for size in sizes]
@@ -544,19 +536,14 @@ def cluster_eval(args: argparse.Namespace) -> None:
 
         # ---------------------------------------------------------------------------------------------------- figures
         clusters = best.labels_.astype(np.int64)
-        table = contingency(truth, clusters)
-        assigned, counts = assign(table), np.bincount(clusters, minlength=k)
-        if not counts.all():
-            print(f"{name}: {np.count_nonzero(counts)} of {k} clusters hold images; equal features cannot be parted")
+        if len(np.unique(clusters)) < k:
+            print(f"{name}: {len(np.unique(clusters))} of {k} clusters hold images; equal features cannot be parted")
         points = PCA(min(COMPONENTS, features.shape[1], len(shown)), random_state=0).fit_transform(features[shown])
         points = TSNE(perplexity=min(30, (len(shown) - 1) / 3), random_state=0).fit_transform(points)
-        nearest = best.transform(features).argsort(0)[:8, :20].T                    # (k, 8) images; 20 clusters at most
+        nearest = best.transform(features).argsort(0)[:8, :min(clusters.max() + 1, 20)].T       # (K, 8) images
         sheet = thumbnails(manifest, images[chosen[nearest.ravel()]], 96).view(*nearest.shape, 96, 96).numpy()
-        sides = [f"cluster {c}\n{names[assigned[c]] if c in assigned else 'unassigned'}\n{counts[c]} images"
-                 for c in range(len(nearest))]
-        for kind, figure in {"confusion": draw_confusion(table, names, name),
-                             "map": draw_map(points, truth[shown], clusters[shown], names, assigned, name),
-                             "nearest": draw_nearest(sheet, np.array(names)[truth[nearest]], sides, name)}.items():
+        for kind, figure in draw(contingency(truth, clusters), points, truth[shown], clusters[shown], sheet,
+                                 np.array(names)[truth[nearest]], names, name).items():
             figure.savefig(out / f"{kind}_{slug}.png")
             writer.add_figure(f"{kind}/{name}", figure)
         # Four decimals: a third of the text for the browser to load, and the same neighbours.
