@@ -298,16 +298,16 @@ def draw(table: np.ndarray, points: np.ndarray, truth: np.ndarray, clusters: np.
                          color="lightgray" if kind is None else palette[kind % len(palette)])
         axes.set(title="by class" if values is truth else "by k-means cluster, and the class assigned to it",
                  xticks=[], yticks=[])
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4, fontsize=9, frameon=False, markerscale=2)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3, fontsize=8, frameon=False, markerscale=2)
     plane.suptitle(f"{title}: t-SNE of {len(points):,} images")
 
     nearest = Figure(figsize=(2 + 1.1 * captions.shape[1], 0.8 + 1.3 * len(captions)), dpi=110, layout="constrained")
     for place, axes in np.ndenumerate(nearest.subplots(*captions.shape, squeeze=False)):
         axes.imshow(sheet[place], cmap="gray", vmin=0, vmax=1)
-        axes.set_title(captions[place], fontsize=8, pad=2)
+        axes.set_title(captions[place].replace(" ", "\n"), fontsize=7, pad=2)
         axes.set(xticks=[], yticks=[])
         if place[1] == 0:
-            axes.set_ylabel(f"{sides[place[0]]}\n{sizes[place[0]]:.0f} images", rotation=0, ha="right", va="center")
+            axes.set_ylabel(f"{sides[place[0]]}\n{sizes[place[0]]:.0f} images", rotation=0, ha="right", fontsize=9)
     nearest.suptitle(f"{title}: the images nearest to each cluster's centre, and their classes", fontsize=10)
     return {"confusion": confusion, "map": plane, "nearest": nearest}
 
