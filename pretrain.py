@@ -38,8 +38,9 @@ from model import (
     ARCHITECTURES, FORMAT, MEAN, STD, CheckpointError, SimCLR, build_encoder, extract_features, load_checkpoint,
     save_checkpoint)
 
-DEMO = dict(data="data/demo", out="runs/demo", arch="resnet18", image_size=64, batch_size=128, epochs=10,
-            warmup_epochs=1, optimizer="adam", crop_area=(0.4, 1.0), rotation=20.0, probe_every=5)
+DEMO = dict(data="data/demo", out="runs/demo", arch="resnet18", image_size=64, normalize="image", batch_size=128,
+            epochs=14, warmup_epochs=1, optimizer="adamw", lr=2e-3, temperature=0.1, probe_every=4,
+            crop_area=(0.5, 1.0), rotation=20.0, blur=(0.1, 1.0), brightness=0.3, contrast=0.3)
 BASE_LR = {"lars": 0.3, "adam": 5e-4, "adamw": 5e-4}                    # for a batch of 256; scaled in proportion
 # Flags that say where and how a run computes, not what: they may differ when it goes on.
 NOT_THE_RUN = {"out", "resume", "overwrite", "max_steps", "save_every", "log_every", "threads", "precision", "compile"}
@@ -204,7 +205,10 @@ def open_run(args: argparse.Namespace, held: contextlib.ExitStack) -> None:
             old.unlink(missing_ok=True)
     if (out / "last.pt").exists():
         file.seek(0)
-        before = json.load(file)
+        try:
+            before = json.load(file)
+        except ValueError:
+            raise DataError(f"{out / 'config.json'} is damaged, and says no more which run {out} holds") from None
         differ = [f"--{k.replace('_', '-')} ({before.get(k, 'not given')} there, {config.get(k, 'not given')} here)"
                   for k in sorted(before.keys() | config.keys()) if before.get(k) != config.get(k)]
         if differ:
@@ -229,6 +233,9 @@ def main(argv: list[str] | None = None) -> None:
     except FloatingPointError as error:
         sys.exit(f"pretrain.py: {error}; the last good checkpoint stays in {args.out}; a lower --lr may help"
                  if rank == 0 else 1)
+    except torch.OutOfMemoryError:
+        sys.exit(f"pretrain.py: GPU {local_rank} has too little memory for --batch-size {args.batch_size} over "
+                 f"{world_size} processes at --image-size {args.image_size}: lower one of them, or take more GPUs")
     except (DataError, CheckpointError, OSError) as error:
         # Whatever is wrong with the input is wrong for every process, and told once; a bad image is met by one alone.
         sys.exit(f"pretrain.py: {error}" if rank == 0 or isinstance(error, ImageError) else 1)
@@ -403,9 +410,9 @@ def pretrain(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
             save_checkpoint(out / "encoder.pt", {"format": FORMAT, "arch": args.arch, "step": step, "config": config,
                                                  "encoder": net.encoder.state_dict()})
 
-    signalled = []
-    for number in (signal.SIGTERM, signal.SIGINT):          # the first asks, a second one kills
-        signal.signal(number, lambda s, _: (signalled.append(s), signal.signal(s, signal.SIG_DFL)))
+    signalled = []                  # often twice, by the cluster and by torchrun: no reason to leave without saving
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: signalled.append(number))
 
     # --------------------------------------------------------------------------------------------------------- training
     if args.synthetic:
