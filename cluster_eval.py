@@ -50,10 +50,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--init", nargs="+", metavar="NAME|PATH", help="rows: random, imagenet, pixels, checkpoints")
     parser.add_argument("--data", help="data folder (default: the one that the first checkpoint was trained on)")
     parser.add_argument("--split", choices=(*SPLITS, "all"), default="test", help="images (default %(default)s)")
-    parser.add_argument("--classes", default="single", metavar="single|dominant|binary:LABEL", help="images with just "
-                        "one finding, all by their rarest finding, or LABEL against the rest (default %(default)s)")
-    parser.add_argument("--no-finding", choices=("keep", "drop"), help="images without any finding: a class of their "
-                        "own, or in binary part of the rest (default: drop; for binary keep)")
+    parser.add_argument("--classes", default="single", metavar="single|dominant|binary:LABEL", help="images of just one "
+                        "finding, all by their rarest, or LABEL against the rest (default %(default)s)")
+    parser.add_argument("--no-finding", choices=("keep", "drop"), help="images without any (drop; for binary keep)")
     parser.add_argument("--k", default="classes", metavar="classes|sweep|N", help="clusters (default %(default)s)")
     parser.add_argument("--seeds", type=int, default=5, help="k-means runs a row (default %(default)s)")
     parser.add_argument("--l2", action=argparse.BooleanOptionalAction, default=True, help="bring features to length 1")
@@ -319,7 +318,8 @@ def cluster_eval(args: argparse.Namespace) -> None:
         for axes, score in zip(figure.subplots(1, 2), ("silhouette", "inertia")):
             for init, curve in curves.items():
                 axes.plot(curve["k"], curve[score], "o-", label=init)
-            axes.set(xlabel=f"k, clusters (there are {len(names)} classes)", title=score)
+            axes.set(xlabel=f"k, clusters (there are {len(names)} classes)", title=score,
+                     yscale="log" if score == "inertia" else "linear")              # rows differ by far
             axes.legend()
         figure.savefig(f"{writer.log_dir}/sweep.png")
         writer.add_figure("sweep", figure)
