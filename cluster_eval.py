@@ -50,9 +50,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--init", nargs="+", metavar="NAME|PATH", help="rows: random, imagenet, pixels, checkpoints")
     parser.add_argument("--data", help="data folder (default: the one that the first checkpoint was trained on)")
     parser.add_argument("--split", choices=(*SPLITS, "all"), default="test", help="images (default %(default)s)")
-    parser.add_argument("--classes", default="single", metavar="single|dominant|binary:LABEL", help="images of just one "
+    parser.add_argument("--classes", default="single", metavar="single|dominant|binary:LABEL", help="images of one "
                         "finding, all by their rarest, or LABEL against the rest (default %(default)s)")
-    parser.add_argument("--no-finding", choices=("keep", "drop"), help="images without any (drop; for binary keep)")
+    parser.add_argument("--no-finding", choices=("keep", "drop"), help="images without (drop; in binary keep)")
     parser.add_argument("--k", default="classes", metavar="classes|sweep|N", help="clusters (default %(default)s)")
     parser.add_argument("--seeds", type=int, default=5, help="k-means runs a row (default %(default)s)")
     parser.add_argument("--l2", action=argparse.BooleanOptionalAction, default=True, help="bring features to length 1")
