@@ -212,6 +212,8 @@ def cluster_eval(args: argparse.Namespace) -> None:
     # ------------------------------------------------------------------------------------- rows, and what they inherit
     trained = next((path for path in ENCODERS if Path(path).exists()), ENCODERS[0])
     inits = args.init or ["random", "pixels", trained]
+    if not args.init and not Path(trained).exists():
+        raise DataError(f"{trained} does not exist: run pretrain.py first (--demo brings its own data), or name --init")
     states = {init: {} if init in NO_CHECKPOINT else load_checkpoint(init) for init in inits}
     lender = next((state for state in states.values() if "config" in state), {"config": {}})    # to rows without one
     data = args.data or lender["config"].get("data", "data/nih")
