@@ -12,6 +12,7 @@ The run folder (--out) gets results.json, results.md and plots; classifier.pt, t
 for each combination its predictions, from which an interrupted table goes on.
 """
 import argparse
+import collections
 import contextlib
 import csv
 import datetime
@@ -50,6 +51,7 @@ from model import (
 ENCODERS = ("runs/pretrain/encoder.pt", "runs/demo/encoder.pt")         # the first that exists is --init's default
 INHERITED = {"data": "data/nih", "arch": "resnet50", "image_size": 224, "normalize": "fixed", "clahe": False}
 IMAGES = (".jpg", ".jpeg", ".png")
+AUGMENTATION = Augmentation(crop_area=(0.6, 1.0), blur=(0.0, 0.0), brightness=0.2, contrast=0.2)    # of full training
 STRENGTHS = 10.0 ** np.arange(-4, 3)                    # of the linear probe's regularisation, see fit_logistic
 # Flags that say where and how a run computes, not what: they may differ when it goes on.
 NOT_THE_RUN = {"out", "overwrite", "features", "bootstrap", "predict", "explain", "threads", "precision"}
@@ -85,7 +87,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--normalize", choices=("fixed", "image"), help="by a fixed mean and deviation, or per image")
     group.add_argument("--clahe", action=argparse.BooleanOptionalAction, help="adaptive histogram equalisation")
 
-    default = Augmentation(crop_area=(0.6, 1.0), blur=(0.0, 0.0), brightness=0.2, contrast=0.2)
     group = parser.add_argument_group("full fine-tuning")
     group.add_argument("--epochs", type=int, default=20, help="(default %(default)s)")
     group.add_argument("--min-steps", type=int, default=10, help="an epoch; few images are shown several times in one "
@@ -96,11 +97,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--weight-decay", type=float, default=0.01, help="(default %(default)s)")
     group.add_argument("--warmup-epochs", type=float, default=2, help="of linear warm-up (default %(default)s)")
     group.add_argument("--freeze-bn", action="store_true", help="keep the batch norm statistics of the initialisation")
-    group.add_argument("--crop-area", type=float, nargs=2, default=default.crop_area, metavar=("LOW", "HIGH"),
-                       help="fraction of the image in a view (default %(default)s)")
-    for name in ("rotation", "flip", "brightness", "contrast"):
-        group.add_argument(f"--{name}", type=float, default=getattr(default, name), help="as in pretrain.py (default "
-                           "%(default)s)")
 
     group = parser.add_argument_group("scores")
     group.add_argument("--bootstrap", type=int, default=1000, help="replicates over patients (default %(default)s)")
@@ -123,17 +119,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         value = getattr(args, flag)
         if value is not None and not (value > 0 and math.isfinite(value)):
             parser.error(f"--{flag.replace('_', '-')} {value} must be positive")
-    for flag in ("weight_decay", "warmup_epochs", "rotation", "explain"):
+    for flag in ("weight_decay", "warmup_epochs", "explain"):
         value = getattr(args, flag)
         if not (value >= 0 and math.isfinite(value)):
             parser.error(f"--{flag.replace('_', '-')} {value} must not be negative")
-    for flag in ("brightness", "contrast"):
-        if not 0 <= getattr(args, flag) < 1:
-            parser.error(f"--{flag} {getattr(args, flag)} must lie in 0 to 1, 1 left out")
-    if not 0 <= args.flip <= 1:
-        parser.error(f"--flip {args.flip} is a probability, from 0 to 1")
-    if not 0 < args.crop_area[0] <= args.crop_area[1] <= 1:
-        parser.error(f"--crop-area {args.crop_area[0]} {args.crop_area[1]} must rise, within 0 to 1")
     if not all(0 < fraction <= 1 for fraction in args.fraction):
         parser.error(f"--fraction {' '.join(f'{f:g}' for f in args.fraction)} must lie in 0 to 1, 0 left out")
     if min(args.seeds) < 0:
@@ -148,7 +137,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--peak is over epochs and needs --mode full")
     if args.predict and not args.data:
         parser.error("--predict needs --data, a data folder or a folder of images")
-    args.crop_area = list(args.crop_area)                                            # as JSON gives it back
     return args
 
 
@@ -329,7 +317,7 @@ def paired_test(difference: np.ndarray) -> tuple[float, float, float]:
     """From the replicates of a difference: 95 % interval and two-sided p of there being none."""
     finite = difference[~np.isnan(difference)]
     tail = min((finite <= 0).sum(), (finite >= 0).sum()) + 1
-    return *interval(finite), min(1.0, 2 * tail / (len(finite) + 1))
+    return *interval(finite), min(1.0, 2 * tail / (len(finite) + 1)) if len(finite) else math.nan
 
 
 def youden(scores: np.ndarray, truth: np.ndarray) -> float:
@@ -361,87 +349,83 @@ def val_score(probabilities: np.ndarray, truth: np.ndarray) -> float:
 
 
 def score(probabilities: np.ndarray, truth: np.ndarray, thresholds: list[float],
-          counts: np.ndarray) -> tuple[list[dict], np.ndarray]:
-    """One row of results for each label, and the bootstrap replicates of its AUROC, (L, R)."""
-    rows, replicates = [], []
+          counts: np.ndarray) -> tuple[dict, np.ndarray]:
+    """The columns of results.json, each a list of L, and the bootstrap replicates of the AUROC, (L, R).
+
+    probabilities, truth: (n, L), NaN in truth left out; counts: (R, n). NaN where a score needs a class that is not there."""
+    columns, replicates = collections.defaultdict(list), []
     for p, y, threshold, known in zip(probabilities.T, truth.T, thresholds, (~np.isnan(truth)).T):
-        p, y = p[known], y[known]
-        both, called = 0 < y.sum() < len(y), p >= threshold
-        replicates.append(auroc(p, y, counts[:, known]) if both else np.full(len(counts), np.nan))
+        p, y, weights = p[known], y[known], counts[:, known]
+        both, called, positives = 0 < y.sum() < len(y), p >= threshold, int(y.sum())
+        replicates.append(auroc(p, y, weights) if both else np.full(len(counts), np.nan))
         low, high = interval(replicates[-1])
-        rows.append({
-            "n_test": len(y), "test_positives": int(y.sum()), "auroc": float(auroc(p, y)[0]) if both else math.nan,
-            "auroc_low": low, "auroc_high": high,
-            "average_precision": float(average_precision_score(y, p)) if both else math.nan,
-            "accuracy": float((called == y).mean()) if len(y) else math.nan,
-            "majority": float(max(y.mean(), 1 - y.mean())) if len(y) else math.nan,
-            "sensitivity": float(called[y == 1].mean()) if y.sum() else math.nan,
-            "specificity": float(1 - called[y == 0].mean()) if (y == 0).any() else math.nan,
-            "threshold": threshold, "calibration_error": reliability(p, y)[2] if len(y) else math.nan})
-    return rows, np.array(replicates)
+        for key, value in {
+                "n_test": len(y), "test_positives": positives, "auroc": auroc(p, y)[0] if both else np.nan,
+                "auroc_low": low, "auroc_high": high,
+                "average_precision": average_precision_score(y, p) if both else np.nan,
+                "accuracy": (called == y).mean() if len(y) else np.nan,
+                "majority": max(positives, len(y) - positives) / len(y) if len(y) else np.nan,
+                "sensitivity": called[y == 1].mean() if positives else np.nan,
+                "specificity": 1 - called[y == 0].mean() if positives < len(y) else np.nan,
+                "threshold": threshold, "calibration_error": reliability(p, y)[2]}.items():
+            columns[key].append(value if isinstance(value, int) else float(value))
+    return columns, np.array(replicates)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The table and its figures, from rows like {"init": "SimCLR", "mode": "linear", "fraction": 0.01, "seed": 0, "label":
-# "Mass", "n_train": 47, "auroc": 0.81, ...}.
+# The table and its figures, from scores[init, mode, fraction][key], which are (S, L) for S draws and L labels.
 
-def tables(rows: list[dict], comparisons: list[dict], draws: dict, names: list[str], fields: dict) -> str:
-    """Markdown: for each mode and fraction a block; in it, for each of `fields` {key: heading}, one table of
-    initialisations against labels and their mean, the best in each column bold."""
+def tables(scores: dict, comparisons: list[dict], draws: dict, names: list[str], peak: bool) -> str:
+    """Markdown: for each mode and fraction a table of initialisations against labels and their mean, mean ± deviation
+    over the draws, the best in each column bold; with `peak` a second one; then what else there is to know."""
     text = []
-    for mode, fraction in dict.fromkeys((row["mode"], row["fraction"]) for row in rows):
-        block = [row for row in rows if (row["mode"], row["fraction"]) == (mode, fraction)]
-        inits = list(dict.fromkeys(row["init"] for row in block))
-        text += [f"\n## {mode}, {fraction:.3g} of the labels\n", draws[fraction]]
-        for key, heading in fields.items():
-            cells = {init: [[row[key] for row in block if (row["init"], row["label"]) == (init, name)] for name in names]
-                     for init in inits}                                                     # L lists of S draws each
-            cells = {init: np.array(values, float) for init, values in cells.items()}                   # (L, S)
-            cells = {init: np.concatenate([values, nan_mean(values)[None]]) for init, values in cells.items()}
-            means = np.array([nan_mean(cells[init], axis=1) for init in inits])                         # (I, L + 1)
-            if np.isnan(means).all():
-                continue
-            best = np.nanmax(np.where(np.isnan(means), -np.inf, means), axis=0)
-            text += [f"\n{heading}\n", f"| | {' | '.join([*names, 'mean'])} |", "|---" * (len(names) + 2) + "|"]
-            for init, mean in zip(inits, means):
-                shown = [f"{m:.3f}" + (f" ± {np.nanstd(v, ddof=1):.3f}" if (~np.isnan(v)).sum() > 1 else "")
-                         for m, v in zip(mean, cells[init])]
-                shown = [f"**{s}**" if m == b and len(inits) > 1 else s.replace("nan", "–")
-                         for s, m, b in zip(shown, mean, best)]
-                text.append(f"| {init} | {' | '.join(shown)} |")
-        columns = {"average_precision": "average precision", "accuracy": "accuracy", "majority": "majority class",
-                   "sensitivity": "sensitivity", "specificity": "specificity", "calibration_error": "calibration error"}
-        text += ["\nMeans over the labels and draws, at thresholds chosen on val\n", f"| | {' | '.join(columns.values())} |",
-                 "|---" * (len(columns) + 1) + "|"]
-        for init in inits:
-            means = [nan_mean(np.array([row[key] for row in block if row["init"] == init])) for key in columns]
-            text.append(f"| {init} | {' | '.join(f'{m:.3f}' for m in means)} |")
+
+    def table(heading: str, columns: list[str], values: dict[str, np.ndarray]):                 # {init: (S, columns)}
+        means, bests = {init: nan_mean(v) for init, v in values.items()}, []
+        for column in zip(*means.values()):
+            bests.append(max([m for m in column if not np.isnan(m)], default=None))
+        text.extend(["", heading, "", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"])
+        for init, v in values.items():
+            cells = ["–" if np.isnan(m) else f"{m:.3f}" + (f" ± {d:.3f}" if len(v) > 1 else "")
+                     for m, d in zip(means[init], np.std(v, axis=0, ddof=min(1, len(v) - 1)))]
+            cells = [f"**{cell}**" if m == best and "AUROC" in heading and len(values) > 1 else cell
+                     for cell, m, best in zip(cells, means[init], bests)]
+            text.append(f"| {init} | {' | '.join(cells)} |")
+
+    for mode, fraction in dict.fromkeys(key[1:] for key in scores):
+        block = {key[0]: columns for key, columns in scores.items() if key[1:] == (mode, fraction)}
+        text += ["", f"## {mode}, {100 * fraction:g} % of the labels", "", draws[fraction]]
+
+        def with_mean(key, block=block):
+            return {init: np.c_[columns[key], nan_mean(columns[key], 1)] for init, columns in block.items()}
+
+        table("AUROC on test", [*names, "mean"], with_mean("auroc"))
+        if peak and mode == "full":
+            table("Peak test accuracy over the epochs, the published protocol: optimistic, as test chooses the epoch",
+                  [*names, "mean"], with_mean("peak_accuracy"))
+        keys = ("average_precision", "accuracy", "majority", "sensitivity", "specificity", "calibration_error")
+        table("Means over the labels, thresholds chosen on val", [key.replace("_", " ") for key in keys], {
+            init: np.stack([nan_mean(columns[key], 1) for key in keys], 1) for init, columns in block.items()})
         text += ["", *(f"{c['init']} − {c['against']}: mean AUROC {c['difference']:+.3f} (95 % {c['low']:+.3f} to "
                        f"{c['high']:+.3f}, p = {c['p']:.2g})" for c in comparisons
-                       if (c["mode"], c["fraction"], c["label"]) == (mode, fraction, "mean"))]
-    return "\n".join(text)
+                       if c["p"] is not None and (c["mode"], c["fraction"], c["label"]) == (mode, fraction, "mean"))]
+    return "\n".join(text) + "\n"
 
 
-def efficiency_figure(rows: list[dict], replicates: dict) -> Figure:
+def efficiency_figure(scores: dict, replicates: dict) -> Figure:
     """Mean AUROC against the fraction of the labels: a panel for each mode, a line for each initialisation, with the
     patients' 95 % interval, and a dot for each draw."""
-    modes, inits = (list(dict.fromkeys(row[key] for row in rows)) for key in ("mode", "init"))
+    inits, modes, fractions = (list(dict.fromkeys(values)) for values in zip(*scores))
     figure = Figure((5 * len(modes), 4), layout="constrained")
     for mode, axes in zip(modes, np.atleast_1d(figure.subplots(1, len(modes), sharey=True))):
-        fractions = sorted({row["fraction"] for row in rows})
         for i, init in enumerate(inits):
-            middle, bounds = [], []
-            for fraction in fractions:
-                group = [row for row in rows if (row["init"], row["mode"], row["fraction"]) == (init, mode, fraction)]
-                dots = [float(nan_mean(np.array([row["auroc"] for row in group if row["seed"] == seed])))
-                        for seed in dict.fromkeys(row["seed"] for row in group)]
-                axes.plot([fraction] * len(dots), dots, ".", color=f"C{i}", alpha=0.5)
-                middle.append(float(nan_mean(np.array(dots))))
-                bounds.append(interval(nan_mean(nan_mean(replicates[init, mode, fraction], 0), 0)))
-            axes.plot(fractions, middle, "-o", color=f"C{i}", label=init)
-            axes.fill_between(fractions, *np.array(bounds).T, color=f"C{i}", alpha=0.15)
-        axes.set(xscale="log", xlabel="fraction of the labels", title=mode, xticks=fractions,
-                 xticklabels=[f"{fraction:.3g}" for fraction in fractions])
+            dots = np.array([nan_mean(scores[init, mode, f]["auroc"], 1) for f in sorted(fractions)])           # (F, S)
+            bounds = [interval(nan_mean(nan_mean(replicates[init, mode, f]))) for f in sorted(fractions)]
+            axes.plot(sorted(fractions), dots, ".", color=f"C{i}", alpha=0.5)
+            axes.plot(sorted(fractions), nan_mean(dots, 1), "-o", color=f"C{i}", label=init)
+            axes.fill_between(sorted(fractions), *zip(*bounds), color=f"C{i}", alpha=0.15)
+        axes.set(xscale="log", xlabel="share of the labels", title=mode, xticks=sorted(fractions),
+                 xticklabels=[f"{100 * f:g} %" for f in sorted(fractions)])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("mean AUROC on test")
@@ -464,7 +448,7 @@ def calibration_figure(predictions: dict, truth: np.ndarray) -> Figure:
             claimed, found, error = reliability(np.concatenate([p[known] for p in drawn]),
                                                 np.concatenate([truth[known]] * len(drawn)))
             axes.plot(claimed, found, "-o", markersize=3, label=f"{init}, error {error:.3f}")
-        axes.set(title=f"{mode}, {fraction:.3g} of the labels", xlabel="probability given", ylabel="frequency found",
+        axes.set(title=f"{mode}, {100 * fraction:g} % of the labels", xlabel="probability given", ylabel="frequency found",
                  xlim=(0, 1), ylim=(0, 1), aspect="equal")
         axes.legend(fontsize=7)
     return figure
@@ -580,7 +564,8 @@ def open_run(args: argparse.Namespace, config: dict, held: contextlib.ExitStack)
         raise DataError(f"{out} holds a run with other flags: {', '.join(differ)}; choose another --out, "
                         "or give up that run with --overwrite")
     if args.overwrite:
-        shutil.rmtree(out / "combinations", ignore_errors=True)
+        for folder in ("combinations", "explained"):
+            shutil.rmtree(out / folder, ignore_errors=True)
         for name in ("results.json", "results.md", "classifier.pt", "last.pt", "log.jsonl"):
             (out / name).unlink(missing_ok=True)
     file.truncate(0)                            # in place, to keep the lock; nothing is lost if this is cut short
@@ -817,9 +802,8 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
 
         epoch_steps = max(args.min_steps, math.ceil(len(sample) / args.batch_size))
         total_steps, warmup_steps = args.epochs * epoch_steps, math.ceil(args.warmup_epochs * epoch_steps)
-        augmentation = Augmentation(args.crop_area, args.rotation, (0.0, 0.0), args.flip, args.brightness, args.contrast)
         batches = iter(train_loader(manifest, sample, args.batch_size, range(epoch * epoch_steps, total_steps), 1,
-                                    augmentation, preprocessing(init), seed, **shared))
+                                    AUGMENTATION, preprocessing(init), seed, **shared))
         while epoch < args.epochs:
             net.train()
             if args.freeze_bn:
@@ -887,57 +871,52 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
         return
 
     # ------------------------------------------------------------------------------- scores: the first use of test labels
-    rows, replicates, predictions = [], {}, {}
-    counts = patient_counts(manifest.patients[test], args.bootstrap)
-    for mode, fraction, init, seed in itertools.product(args.mode, args.fraction, inits, args.seeds):
-        kept = load_checkpoint(folder_of(init, mode, fraction, seed) / "predictions.pt")
-        val_p, test_p = kept["val"].numpy(), kept["test"].numpy()
-        scored, areas = score(test_p, task.truth[test], [youden(p, y) for p, y in zip(val_p.T, task.truth[val].T)], counts)
-        for i, row in enumerate(scored):
-            rows.append({"init": shown[init], "mode": mode, "fraction": fraction, "seed": seed, "label": names[i],
-                         "n_train": kept["n_train"][i], "positives": kept["positives"][i], **row})
-            if args.peak and mode == "full":
-                y = task.truth[test][:, i]
-                rows[-1]["peak_accuracy"] = float(nan_mean(np.where(np.isnan(y), np.nan,
-                                                                    (kept["peaks"][:, :, i].numpy() >= 0.5) == y), 1).max())
-        replicates.setdefault((shown[init], mode, fraction), []).append(areas)
-        predictions[shown[init], mode, fraction, seed] = test_p
-    replicates = {key: np.array(areas) for key, areas in replicates.items()}                            # (S, L, R)
-    comparisons = []
-    for mode, fraction, (other, init) in itertools.product(args.mode, args.fraction, itertools.combinations(inits, 2)):
-        # Of the draws' mean, on the same patients in both: what another test set would show, not other training sets.
-        here, there = (nan_mean(replicates[shown[i], mode, fraction]) for i in (init, other))           # (L, R)
-        point_here, point_there = (np.array([nan_mean(np.array([
-            row["auroc"] for row in rows if (row["init"], row["mode"], row["fraction"], row["label"]) == (
-                shown[i], mode, fraction, name)])) for name in names]) for i in (init, other))          # (L,)
-        for name, difference, point in [*zip(names, here - there, point_here - point_there),
-                                        ("mean", nan_mean(here - there), nan_mean(point_here - point_there))]:
-            low, high, p = paired_test(difference)
-            comparisons.append({"mode": mode, "fraction": fraction, "init": shown[init], "against": shown[other],
-                                "label": name, "difference": float(point), "low": low, "high": high, "p": p})
-    fields = {"auroc": "AUROC on test"} | ({"peak_accuracy": "Peak test accuracy over epochs, as published: "
-                                            "optimistic, for the epoch is chosen on test"} if args.peak else {})
-    text = (f"# What pre-training buys: {data}\n\n{len(names)} labels: {policy}; -1 is never scored. {len(test)} test images "
-            f"of {len(set(manifest.patients[test]))} patients. Epoch, regularisation and thresholds are chosen on val "
-            f"({len(val)} images). Mean ± deviation over {len(args.seeds)} draws; intervals by {args.bootstrap} bootstrap "
-            "replicates over test patients; two initialisations are compared on the same replicates, means over draws.\n"
-            + tables(rows, comparisons, {f: "; ".join(lines) for f, lines in drawn.items()}, names, fields) + "\n")
+    scores, replicates, predictions, comparisons, rows = {}, {}, {}, [], []
+    counts, truth = patient_counts(manifest.patients[test], args.bootstrap), task.truth[test]
+    for mode, fraction, init in itertools.product(args.mode, args.fraction, inits):
+        draws = []
+        for seed in args.seeds:
+            kept = load_checkpoint(folder_of(init, mode, fraction, seed) / "predictions.pt")
+            predictions[shown[init], mode, fraction, seed] = kept["test"].numpy()
+            thresholds = [youden(p, y) for p, y in zip(kept["val"].numpy().T, task.truth[val].T)]
+            draws.append(score(kept["test"].numpy(), truth, thresholds, counts))
+            columns = {"n_train": kept["n_train"], "positives": kept["positives"]} | draws[-1][0]
+            if "peaks" in kept:                                                                     # (epochs, n, L)
+                right = np.where(np.isnan(truth), np.nan, (kept["peaks"].numpy() >= 0.5) == truth)
+                columns["peak_accuracy"] = draws[-1][0]["peak_accuracy"] = nan_mean(right, 1).max(0).tolist()
+            rows += [{"init": shown[init], "mode": mode, "fraction": fraction, "seed": seed, "label": name} |
+                     {key: None if math.isnan(v[i]) else v[i] for key, v in columns.items()}
+                     for i, name in enumerate(names)]
+        here = shown[init], mode, fraction
+        scores[here] = {key: np.array([columns[key] for columns, _ in draws], float) for key in draws[0][0]}
+        replicates[here] = np.array([areas for _, areas in draws])                                  # (S, L, R)
+        # The draws' mean, on the same patients for both: what another test set would show, not other training sets.
+        for against in (key for key in scores if key[1:] == here[1:] and key != here):
+            difference = nan_mean(replicates[here]) - nan_mean(replicates[against])                 # (L, R)
+            point = nan_mean(scores[here]["auroc"]) - nan_mean(scores[against]["auroc"])            # (L,)
+            for label, some, value in [*zip(names, difference, point), ("mean", nan_mean(difference), nan_mean(point))]:
+                result = dict(zip(("difference", "low", "high", "p"), (float(value), *paired_test(some))))
+                comparisons.append({"mode": mode, "fraction": fraction, "init": shown[init], "against": against[0],
+                                    "label": label} | {k: None if math.isnan(v) else v for k, v in result.items()})
+    text = (f"# What pre-training buys: {data}\n\n{len(names)} labels: {policy}; -1 is never scored. {len(test)} test "
+            f"images of {len(set(manifest.patients[test]))} patients. Epoch, regularisation and thresholds are chosen on "
+            f"val ({len(val)} images). Mean ± deviation over {len(args.seeds)} draws. Intervals and p by {args.bootstrap} "
+            "bootstrap replicates over the test patients, the same for all rows.\n"
+            + tables(scores, comparisons, {f: "; ".join(lines) for f, lines in drawn.items()}, names, args.peak))
     print("\n" + text)
-    clean = [[{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in some]
-             for some in (rows, comparisons)]
-    for name, content in (("results.md", text), ("results.json", json.dumps(
-            {"labels": policy, "draws": drawn, "results": clean[0], "comparisons": clean[1]}, indent=1) + "\n")):
+    for name, content in ("results.md", text), ("results.json", json.dumps(
+            {"labels": policy, "draws": drawn, "results": rows, "comparisons": comparisons}, indent=1) + "\n"):
         (out / f"{name}.tmp").write_text(content)
         os.replace(out / f"{name}.tmp", out / name)
     with SummaryWriter(out / "combinations") as writer:
         writer.add_text("results", text)
-        for name, figure in (("efficiency", efficiency_figure(rows, replicates)),
-                             ("calibration", calibration_figure(predictions, task.truth[test]))):
+        for name, figure in (("efficiency", efficiency_figure(scores, replicates)),
+                             ("calibration", calibration_figure(predictions, truth))):
             figure.savefig(out / f"{name}.png", dpi=150)
             writer.add_figure(name, figure)
         for (init, mode, fraction, seed), p in predictions.items():
             if seed == args.seeds[0]:
-                writer.add_figure(f"curves/{mode} {fraction:g}/{init}", curves_figure(p, task.truth[test], names))
+                writer.add_figure(f"curves/{mode} {fraction:g}/{init}", curves_figure(p, truth, names))
     if args.explain:
         net, state = load_classifier(out / "classifier.pt")
         best = state["config"]
