@@ -5,8 +5,8 @@
     torchrun --nproc_per_node=8 finetune.py --mode full         eight GPUs: the same batches, the same views, faster
     python finetune.py --predict runs/finetune/classifier.pt --data DIR --explain 8
 
-`linear` trains a logistic regression on the frozen encoder's features; `full` trains the encoder, too. Thresholds, epochs
-and regularisation are chosen on val. Test labels are read by `score` alone, when all predictions lie on disk.
+`linear` fits a logistic regression to the frozen encoder's features; `full` trains the encoder, too. Thresholds, epochs
+and regularisation are chosen on val. Test labels meet nothing but predictions that already lie on disk.
 
 The run folder (--out) gets results.json, results.md and plots; classifier.pt, the best on val of all combinations; and
 for each combination its predictions, from which an interrupted table goes on.
@@ -100,11 +100,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     group = parser.add_argument_group("scores")
     group.add_argument("--bootstrap", type=int, default=1000, help="replicates over patients (default %(default)s)")
-    group.add_argument("--peak", action="store_true", help="add the best test accuracy over epochs, which is optimistic")
+    group.add_argument("--peak", action="store_true", help="add the best test accuracy over epochs (optimistic)")
 
     group = parser.add_argument_group("using a classifier")
-    group.add_argument("--predict", metavar="CLASSIFIER.pt", help="probabilities for --data, a data folder or any folder "
-                       "of images, as predictions.csv in --out (default: beside the classifier)")
+    group.add_argument("--predict", metavar="CLASSIFIER.pt", help="probabilities for --data, a data folder or another "
+                       "folder of images, as predictions.csv in --out (default: beside the classifier)")
     group.add_argument("--explain", type=int, default=0, metavar="N", help="Grad-CAM overlays of N images")
 
     group = parser.add_argument_group("how it computes")
@@ -229,9 +229,9 @@ def fit_logistic(x: Tensor, targets: Tensor, weights: Tensor, strengths: Tensor,
     (D, R, G, K) and intercepts (R, G, K).
 
     Conjugate gradients in the rows' principal axes, where the Hessian is nearly diagonal and known beforehand (the
-    optimum lies in the rows' span, so nothing is lost when n < D). A step needs two products with x, whatever the number
-    of problems; the search along the line needs none. Its Newton steps are damped so that each is sure to descend
-    (self-concordance, Bach 2010). A problem is done when its last gradient promises less than `tolerance` of loss."""
+    optimum lies in the rows' span, so nothing is lost when n < D). A step needs two products with x for all problems
+    together; the search along the line needs none, and its Newton steps are damped so that each is sure to descend
+    (self-concordance, Bach 2010). The end is where no gradient promises more than `tolerance` of loss."""
     few = len(x) < x.shape[1]
     squares, axes = torch.linalg.eigh(x @ x.T if few else x.T @ x)
     keep = squares > 1e-10 * squares[-1].clamp(min=1e-300)
@@ -352,7 +352,7 @@ def score(probabilities: np.ndarray, truth: np.ndarray, thresholds: list[float],
           counts: np.ndarray) -> tuple[dict, np.ndarray]:
     """The columns of results.json, each a list of L, and the bootstrap replicates of the AUROC, (L, R).
 
-    probabilities, truth: (n, L), NaN in truth left out; counts: (R, n). NaN where a score needs a class that is not there."""
+    probabilities, truth: (n, L), NaN in truth left out; counts: (R, n). NaN where a score lacks the class it needs."""
     columns, replicates = collections.defaultdict(list), []
     for p, y, threshold, known in zip(probabilities.T, truth.T, thresholds, (~np.isnan(truth)).T):
         p, y, weights = p[known], y[known], counts[:, known]
@@ -394,7 +394,7 @@ def tables(scores: dict, comparisons: list[dict], draws: dict, names: list[str],
 
     for mode, fraction in dict.fromkeys(key[1:] for key in scores):
         block = {key[0]: columns for key, columns in scores.items() if key[1:] == (mode, fraction)}
-        text += ["", f"## {mode}, {100 * fraction:g} % of the labels", "", draws[fraction]]
+        text += ["", f"## {mode}, {100 * fraction:g} % of the labels", "", "; ".join(dict.fromkeys(draws[fraction]))]
 
         def with_mean(key, block=block):
             return {init: np.c_[columns[key], nan_mean(columns[key], 1)] for init, columns in block.items()}
@@ -435,7 +435,7 @@ def efficiency_figure(scores: dict, replicates: dict) -> Figure:
 
 def calibration_figure(predictions: dict, truth: np.ndarray) -> Figure:
     """How often a label is there when it was given a probability, all labels and draws together; a panel for each mode
-    and fraction, a line for each initialisation, dots as large as their share of the predictions."""
+    and fraction, a line for each initialisation."""
     panels = list(dict.fromkeys((mode, fraction) for _, mode, fraction, _ in predictions))
     columns = min(3, len(panels))
     figure = Figure((3.5 * columns, 3.5 * math.ceil(len(panels) / columns)), layout="constrained")
@@ -448,8 +448,8 @@ def calibration_figure(predictions: dict, truth: np.ndarray) -> Figure:
             claimed, found, error = reliability(np.concatenate([p[known] for p in drawn]),
                                                 np.concatenate([truth[known]] * len(drawn)))
             axes.plot(claimed, found, "-o", markersize=3, label=f"{init}, error {error:.3f}")
-        axes.set(title=f"{mode}, {100 * fraction:g} % of the labels", xlabel="probability given", ylabel="frequency found",
-                 xlim=(0, 1), ylim=(0, 1), aspect="equal")
+        axes.set(title=f"{mode}, {100 * fraction:g} % of the labels", xlabel="probability given",
+                 ylabel="frequency found", xlim=(0, 1), ylim=(0, 1), aspect="equal")
         axes.legend(fontsize=7)
     return figure
 
@@ -490,7 +490,7 @@ def grad_cam(net: Classifier, x: Tensor, outputs: Tensor) -> Tensor:
 
 def explain(net: Classifier, state: dict, manifest: Manifest, images: np.ndarray, preprocessing: Preprocessing,
             folder: Path, where: dict) -> None:
-    """Write a Grad-CAM overlay of each of `images`, for the label that is most above its threshold, named in the file."""
+    """Write a Grad-CAM overlay of each of `images`, for the label most above its threshold, named in the file."""
     folder.mkdir(parents=True, exist_ok=True)
     answers, present = (3, 1) if state["kind"] == "three-way" else (1, 0)       # logits a label, and which says present
     for x, index in eval_loader(manifest, images, 16, preprocessing, **where):
@@ -524,8 +524,8 @@ def predict(args: argparse.Namespace, where: dict, dtype: torch.dtype | None) ->
     if (out / "predictions.csv").exists() and not args.overwrite:
         raise DataError(f"{out / 'predictions.csv'} exists; choose another --out, or --overwrite it")
     config = state["config"]
-    preprocessing, images = Preprocessing(config["image_size"], config["normalize"], config["clahe"]), np.arange(
-        len(manifest.paths))
+    preprocessing = Preprocessing(config["image_size"], config["normalize"], config["clahe"])
+    images = np.arange(len(manifest.paths))
     loader = eval_loader(manifest, images, args.batch_size, preprocessing, **where)
     probabilities = to_probabilities(extract_features(net, loader, len(images), dtype=dtype), state["kind"])
     out.mkdir(parents=True, exist_ok=True)
@@ -580,6 +580,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with contextlib.ExitStack() as held:
             finetune(args, rank, local_rank, world_size, held)
+    except KeyboardInterrupt:
+        sys.exit("finetune.py: interrupted; the same command goes on from the last whole epoch" if rank == 0 else 1)
     except FloatingPointError as error:
         sys.exit(f"finetune.py: {error}; a lower --lr-encoder or --lr-head may help" if rank == 0 else 1)
     except (DataError, CheckpointError, OSError) as error:
@@ -619,8 +621,8 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
     # -------------------------------------------------------------------------------------------------- initialisations
     inits = args.init or [next((path for path in ENCODERS if os.path.exists(path)), None)]
     if inits == [None]:
-        raise DataError(f"{ENCODERS[0]} does not exist: pre-train first (`python pretrain.py --demo` takes minutes), or "
-                        "name another encoder, random or imagenet with --init")
+        raise DataError(f"{ENCODERS[0]} does not exist: pre-train first (`python pretrain.py --demo` takes minutes), "
+                        "or name another encoder, random or imagenet with --init")
     paths = [init for init in inits if init not in ("random", "imagenet")]
     setting, shown, inherited = {}, {}, {}
     for path in paths:
@@ -649,33 +651,36 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
     for split, images in zip(("train", "val", "test"), (train, val, test)):
         if not len(images):
             raise DataError(f"{manifest.folder / 'manifest.csv'}: no image of the {split} split has a label")
-    names = args.labels or manifest.label_names
-    columns = [manifest.label_names.index(name) for name in names]
+    asked = args.labels or manifest.label_names
+    columns = [column for column in map(manifest.label_names.index, asked) if {0, 1} <= set(
+        np.nan_to_num(manifest.labels[train, column], nan=0 if args.blank == "zeros" else -1).tolist())]
+    names = [manifest.label_names[column] for column in columns]
+    if not names:
+        raise DataError(f"{manifest.folder / 'manifest.csv'}: no label has a positive and a negative in train")
+    if len(names) < len(asked):
+        say("left out, without both a positive and a negative in the train split: "
+            + ", ".join(name for name in asked if name not in names))
     task = make_task(manifest.labels[:, columns], names, train, args.uncertain, args.blank)
-    useless = [name for name, y in zip(names, task.truth[train].T) if not {0, 1} <= set(y.tolist())]
-    if useless:
-        names = [name for name in names if name not in useless]
-        say(f"left out, without both a positive and a negative in the train split: {', '.join(useless)}")
-        if not names:
-            raise DataError(f"{manifest.folder / 'manifest.csv'}: no label has a positive and a negative in train")
-        columns = [manifest.label_names.index(name) for name in names]
-        task = make_task(manifest.labels[:, columns], names, train, args.uncertain, args.blank)
+    if np.isnan(task.truth[val]).all():
+        raise DataError(f"{manifest.folder / 'manifest.csv'}: the val split has only uncertain or empty cells in "
+                        f"{', '.join(names)}")
     for name, y in zip(names, task.truth[val].T):
         if not {0, 1} <= set(y.tolist()):
             say(f"{name} has one class only in val: its threshold is 0.5, and it has no say in what is chosen there")
     policy = {"exclusive": "exclusive labels, softmax, AUROC one against the rest",
               "binary": f"independent labels; in training -1 counts as {args.uncertain}, blank as {args.blank}",
-              "three-way": f"independent labels with uncertain a class of its own; blank counts as {args.blank}"}[task.kind]
-    policy += "; classes balanced" if args.balance else ""
+              "three-way": f"independent labels, uncertain a class of its own; blank counts as {args.blank}"}
+    policy = policy[task.kind] + ("; classes balanced" if args.balance else "")
     say(f"{data}: {len(train)} train, {len(val)} val, {len(test)} test images with labels\n"
         f"{len(names)} labels ({', '.join(names)}): {policy}; -1 is never scored")
     samples, drawn = {}, {}
     for fraction, seed in itertools.product(args.fraction, args.seeds):
         rows, asked, taken = draw(manifest.patients[train], task.truth[train], fraction, seed)
         samples[fraction, seed] = train[rows]
-        drawn.setdefault(fraction, []).append(
-            f"draw {seed}: {len(rows)} images of {taken} patients" + (
-                f" ({taken - asked} more than the fraction, for labels that lacked a class)" if taken > asked else ""))
+        line = f"draw {seed}: {len(rows)} images of {taken} patients"
+        if taken > asked:
+            line += f", {taken - asked} more than the fraction for labels that lacked a class"
+        drawn.setdefault(fraction, []).append(line if fraction < 1 else "every draw: all images")
     if args.batch_size % world_size:
         raise DataError(f"--batch-size {args.batch_size} is global and must divide by the {world_size} processes")
 
@@ -700,12 +705,16 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
             if writer and isinstance(value, float):
                 writer.add_scalar(key, value, line["epoch"])
 
+    best_on_val = max((load_checkpoint(file)["val_score"] for file in out.glob("combinations/*/predictions.pt")),
+                      default=-math.inf)
+
     def finish(init, mode, fraction, seed, net, val_p, test_p, extra):
         """Keep a combination's predictions and, if it is the best on val up to now, its classifier."""
+        nonlocal best_on_val
         folder, name = folder_of(init, mode, fraction, seed), f"{shown[init]}, {mode}, {fraction:g}, seed {seed}"
         value = val_score(val_p, task.truth[val])
-        others = [load_checkpoint(file)["val_score"] for file in out.glob("combinations/*/predictions.pt")]
-        if value > max(others, default=-math.inf):
+        if value > best_on_val:
+            best_on_val = value
             save_checkpoint(out / "classifier.pt", {
                 "format": FORMAT, "arch": setting[init]["arch"], "encoder": net.encoder.state_dict(),
                 "classifier": net.head.state_dict(), "labels": names, "kind": task.kind, "val_score": value,
@@ -725,43 +734,49 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
 
     def linear(init):
         """All fractions and draws of one initialisation, from features that are extracted once and kept."""
+        folders = [folder_of(init, "linear", *draw) for draw in itertools.product(args.fraction, args.seeds)]
+        if all((folder / "predictions.pt").exists() for folder in folders):
+            return
         torch.manual_seed(0)                                            # one untrained encoder stands for all
         encoder = build_encoder(setting[init]["arch"], init).to(device, memory_format=torch.channels_last)
         say(f"{shown[init]}: features of {len(everything)} images, from {args.features} where they are kept")
         loader = eval_loader(manifest, everything, args.batch_size, preprocessing(init), **alone)
-        features = cached_features(encoder, loader, len(everything), Path(args.features), dtype).double()   # (n, D)
+        features = cached_features(encoder, loader, len(everything), Path(args.features), dtype)             # (n, D)
         # All of train, labelled or drawn or not, says how large a feature is; some are constant on a few images.
         mean, deviation = features[row_of[train]].mean(0), features[row_of[train]].std(0).clamp(min=1e-6)
         features, fitted = (features - mean) / deviation, {}
+
+        def probabilities(images, coefficients, intercepts):                                    # (D, G, K), (G, K)
+            logits = features[row_of[images]].double() @ coefficients.flatten(1) + intercepts.flatten()
+            return to_probabilities(logits, task.kind)
+
         for fraction, seed in itertools.product(args.fraction, args.seeds):
-            if (folder_of(init, "linear", fraction, seed) / "predictions.pt").exists():
+            folder, sample = folder_of(init, "linear", fraction, seed), samples[fraction, seed]
+            if (folder / "predictions.pt").exists():
                 continue
-            sample = samples[fraction, seed]
             if sample.tobytes() not in fitted:                          # all of the labels are the same in every draw
-                targets, weights = task.targets[sample], cell_weights(task.targets[sample], task.known[sample],
-                                                                      args.balance)
-                fitted[sample.tobytes()] = fit_logistic(*(torch.from_numpy(a).double().to(device) for a in (
-                    features[row_of[sample]].numpy(), targets, weights, STRENGTHS)))
-            coefficients, intercepts = (a.cpu() for a in fitted[sample.tobytes()])              # (D, R, G, K), (R, G, K)
-
-            def probabilities(images, r):
-                logits = features[row_of[images]] @ coefficients[:, r].flatten(1) + intercepts[r].flatten()
-                return to_probabilities(logits, task.kind)
-
-            on_val = [val_score(probabilities(val, r), task.truth[val]) for r in range(len(STRENGTHS))]
-            r = len(STRENGTHS) - 1 - int(np.argmax(on_val[::-1]))       # among equals the strongest
-            net = Classifier(encoder, intercepts[0].numel())
+                x, targets, known = features[row_of[sample]], task.targets[sample], task.known[sample]
+                weights = cell_weights(targets, known, args.balance)
+                fitted[sample.tobytes()] = [a.cpu() for a in fit_logistic(*(
+                    torch.as_tensor(a, dtype=torch.float64, device=device) for a in (x, targets, weights, STRENGTHS)))]
+            coefficients, intercepts = fitted[sample.tobytes()]                                # (D, R, G, K), (R, G, K)
+            scores = [val_score(probabilities(val, coefficients[:, r], intercepts[r]), task.truth[val])
+                      for r in range(len(STRENGTHS))]
+            r = len(STRENGTHS) - 1 - int(np.argmax(scores[::-1]))       # among equals the strongest
             weight = coefficients[:, r].flatten(1) / deviation[:, None]                             # (D, G * K)
-            net.head.load_state_dict({"weight": weight.T.float(), "bias": (intercepts[r].flatten() - mean @ weight).float()})
-            folder_of(init, "linear", fraction, seed).mkdir(parents=True, exist_ok=True)
-            finish(init, "linear", fraction, seed, net, probabilities(val, r), probabilities(test, r),
-                   {"strength": float(STRENGTHS[r])})
+            bias = intercepts[r].flatten() - mean.double() @ weight
+            net = Classifier(encoder, len(bias))
+            net.head.load_state_dict({"weight": weight.T.float(), "bias": bias.float()})
+            folder.mkdir(parents=True, exist_ok=True)
+            finish(init, "linear", fraction, seed, net, *(
+                probabilities(images, coefficients[:, r], intercepts[r]) for images in (val, test)),
+                {"strength": float(STRENGTHS[r])})
 
     def preprocessing(init):
         return Preprocessing(*(setting[init][key] for key in ("image_size", "normalize", "clahe")))
 
-    # -------------------------------------------------------------------------------------------------- full fine-tuning
-    targets_all = torch.from_numpy(task.targets).to(device)                                                 # (N, G, K)
+    # ------------------------------------------------------------------------------------------------- full fine-tuning
+    targets_all = torch.from_numpy(task.targets).to(device)                                             # (N, G, K)
 
     def full(init, fraction, seed):
         """Train encoder and head on one draw; the epoch that is best on val counts."""
@@ -860,17 +875,16 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
         if world_size > 1:
             dist.barrier()
 
-    # -------------------------------------------------------------------------------------------------- all combinations
-    for init in inits:
-        if "linear" in args.mode and rank == 0:
-            linear(init)
-        for fraction, seed in itertools.product(args.fraction, args.seeds) if "full" in args.mode else ():
-            if not (folder_of(init, "full", fraction, seed) / "predictions.pt").exists():
-                full(init, fraction, seed)
+    # ------------------------------------------------------------------------------------------------- all combinations
+    for init in inits if "linear" in args.mode and rank == 0 else ():
+        linear(init)
+    for fraction, seed, init in itertools.product(args.fraction, args.seeds, inits) if "full" in args.mode else ():
+        if not (folder_of(init, "full", fraction, seed) / "predictions.pt").exists():
+            full(init, fraction, seed)
     if rank:
         return
 
-    # ------------------------------------------------------------------------------- scores: the first use of test labels
+    # -------------------------------------------------------------------------------------- scores, by the test labels
     scores, replicates, predictions, comparisons, rows = {}, {}, {}, [], []
     counts, truth = patient_counts(manifest.patients[test], args.bootstrap), task.truth[test]
     for mode, fraction, init in itertools.product(args.mode, args.fraction, inits):
@@ -894,15 +908,15 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
         for against in (key for key in scores if key[1:] == here[1:] and key != here):
             difference = nan_mean(replicates[here]) - nan_mean(replicates[against])                 # (L, R)
             point = nan_mean(scores[here]["auroc"]) - nan_mean(scores[against]["auroc"])            # (L,)
-            for label, some, value in [*zip(names, difference, point), ("mean", nan_mean(difference), nan_mean(point))]:
+            for label, some, value in [("mean", nan_mean(difference), nan_mean(point)), *zip(names, difference, point)]:
                 result = dict(zip(("difference", "low", "high", "p"), (float(value), *paired_test(some))))
                 comparisons.append({"mode": mode, "fraction": fraction, "init": shown[init], "against": against[0],
                                     "label": label} | {k: None if math.isnan(v) else v for k, v in result.items()})
     text = (f"# What pre-training buys: {data}\n\n{len(names)} labels: {policy}; -1 is never scored. {len(test)} test "
-            f"images of {len(set(manifest.patients[test]))} patients. Epoch, regularisation and thresholds are chosen on "
-            f"val ({len(val)} images). Mean ± deviation over {len(args.seeds)} draws. Intervals and p by {args.bootstrap} "
-            "bootstrap replicates over the test patients, the same for all rows.\n"
-            + tables(scores, comparisons, {f: "; ".join(lines) for f, lines in drawn.items()}, names, args.peak))
+            f"images of {len(set(manifest.patients[test]))} patients. Epoch, regularisation and thresholds are chosen "
+            f"on val ({len(val)} images). Mean ± deviation over {len(args.seeds)} draws. Intervals and p by "
+            f"{args.bootstrap} bootstrap replicates over the test patients, the same for all rows.\n"
+            + tables(scores, comparisons, drawn, names, args.peak))
     print("\n" + text)
     for name, content in ("results.md", text), ("results.json", json.dumps(
             {"labels": policy, "draws": drawn, "results": rows, "comparisons": comparisons}, indent=1) + "\n"):
