@@ -73,6 +73,6 @@ for name, fit, count in (("finetune.py", ours, labels), ("scikit-learn loop", lo
         found.setdefault(fraction, []).append(areas(fit(sample, count), count))
     wall, cpu = ((now - then) * labels / count for now, then in zip((time.perf_counter(), time.process_time()), clock))
     share = args.peer_labels
-    print(f"{name}: {wall:.1f} s, {cpu:.1f} s of CPU{', extrapolated' if count < labels else ''}; mean test AUROC of the "
-          f"first {share} labels:", *(f"{100 * fraction:g} % {np.mean(np.array(a)[:, :share]):.4f}"
+    print(f"{name}: {wall:.1f} s, {cpu:.1f} s of CPU{', extrapolated' if count < labels else ''}; mean test AUROC of "
+          f"the first {share} labels:", *(f"{100 * fraction:g} % {np.mean(np.array(a)[:, :share]):.4f}"
                                       for fraction, a in found.items()), flush=True)
