@@ -883,6 +883,7 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
             full(init, fraction, seed)
     if rank:
         return
+    (out / "last.pt").unlink(missing_ok=True)                   # of a run killed between its end and its tidying up
 
     # -------------------------------------------------------------------------------------- scores, by the test labels
     scores, replicates, predictions, comparisons, rows = {}, {}, {}, [], []
