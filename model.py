@@ -4,7 +4,9 @@ The encoder is torchvision's ResNet with a one-channel stem and no `fc`, so its 
 model. Its input is a normalised radiograph, (B, 1, S, S); its output the pooled features, (B, D).
 """
 import contextlib
+import fcntl
 import hashlib
+import json
 import os
 import pickle
 import urllib.error
@@ -23,7 +25,7 @@ CLASSIFIER = {"arch", "encoder", "config", "classifier", "labels", "kind", "thre
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be used, told in one sentence that names the file."""
+    """A checkpoint or run folder that cannot be used, told in one sentence that names it."""
 
 
 def build_encoder(arch: str, init: str = "random") -> nn.Module:
@@ -163,6 +165,43 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)                       # a full disk must not stay full
+
+
+def open_run(out: Path, stage: str, config: dict, results: tuple[str, ...], overwrite: bool,
+             held: contextlib.ExitStack) -> None:
+    """Make the run folder, or recognise the run in it, and lock its config.json until `held` closes.
+
+    `results` are the patterns of the files that the stage writes; where the first of them exists there is something to
+    lose, and CheckpointError says which flags of `config` differ, unless `overwrite` gives the results up. A folder
+    that holds anything else than a run of this stage is refused, with `overwrite` or without."""
+    if out.is_dir() and any(out.iterdir()) and not (out / "config.json").exists():
+        raise CheckpointError(f"{out} is not empty and holds no run; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    file = held.enter_context(open(out / "config.json", "a+"))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CheckpointError(f"another process is at work in {out}; choose another --out") from None
+    file.seek(0)
+    try:
+        before = json.loads(file.read() or "{}")
+    except ValueError:
+        before = {"stage": "another"}                                   # not a run folder's config.json
+    config = {"stage": stage} | config
+    if before and before.get("stage") != stage:
+        raise CheckpointError(f"{out} holds something else than a run of {stage}.py; choose another --out")
+    differ = [f"--{k.replace('_', '-')} ({before.get(k, 'not given')} there, {config.get(k, 'not given')} here)"
+              for k in sorted(before.keys() | config.keys()) if before.get(k) != config.get(k)]
+    if (out / results[0]).exists() and differ and not overwrite:
+        raise CheckpointError(f"{out} holds a run with other flags: {', '.join(differ)}; choose another --out, or give "
+                              "up that run with --overwrite")
+    if overwrite:
+        for old in (path for pattern in results for path in out.glob(pattern)):
+            old.unlink()
+    if differ:                              # in place, to keep the lock; nothing is lost if this is cut short
+        file.truncate(0)
+        file.write(json.dumps(config, indent=1) + "\n")
+        file.flush()
 
 
 def load_checkpoint(path: str | Path) -> dict:

@@ -10,7 +10,6 @@ after any interruption as though there had been none; log.jsonl, config.json and
 """
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -36,11 +35,13 @@ from dali_pipeline import (
 from loss import chance_level, diagnostics, nt_xent
 from model import (
     ARCHITECTURES, FORMAT, MEAN, STD, CheckpointError, SimCLR, build_encoder, extract_features, load_checkpoint,
-    save_checkpoint)
+    open_run, save_checkpoint)
 
-DEMO = dict(data="data/demo", out="runs/demo", arch="resnet18", image_size=64, batch_size=128, epochs=10,
-            warmup_epochs=1, optimizer="adam", crop_area=(0.4, 1.0), rotation=20.0, probe_every=5)
+DEMO = dict(data="data/demo", out="runs/demo", arch="resnet18", image_size=64, normalize="image", batch_size=128,
+            epochs=14, warmup_epochs=1, optimizer="adamw", lr=2e-3, temperature=0.1, probe_every=4,
+            crop_area=(0.5, 1.0), rotation=20.0, blur=(0.1, 1.0), brightness=0.3, contrast=0.3)
 BASE_LR = {"lars": 0.3, "adam": 5e-4, "adamw": 5e-4}                    # for a batch of 256; scaled in proportion
+RESULTS = ("last.pt", "encoder.pt", "log.jsonl", "events.out.tfevents.*")       # what --overwrite gives up
 # Flags that say where and how a run computes, not what: they may differ when it goes on.
 NOT_THE_RUN = {"out", "resume", "overwrite", "max_steps", "save_every", "log_every", "threads", "precision", "compile"}
 
@@ -187,38 +188,6 @@ def knn_auroc(bank: Tensor, bank_labels: np.ndarray, queries: Tensor, query_labe
     return auroc
 
 
-def open_run(args: argparse.Namespace, held: contextlib.ExitStack) -> None:
-    """Make the run folder, or recognise the run in it, and lock its config.json until `held` closes. DataError if the
-    folder holds something else, for a folder with results is not written over."""
-    out, config = Path(args.out), {k: v for k, v in vars(args).items() if k not in NOT_THE_RUN}
-    if out.is_dir() and any(out.iterdir()) and not (out / "config.json").exists():
-        raise DataError(f"{out} is not empty and holds no run; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    file = held.enter_context(open(out / "config.json", "a+"))
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise DataError(f"another process is at work in {out}; choose another --out") from None
-    if args.overwrite:
-        for old in [out / "last.pt", out / "encoder.pt", out / "log.jsonl", *out.glob("events.out.tfevents.*")]:
-            old.unlink(missing_ok=True)
-    if (out / "last.pt").exists():
-        file.seek(0)
-        before = json.load(file)
-        differ = [f"--{k.replace('_', '-')} ({before.get(k, 'not given')} there, {config.get(k, 'not given')} here)"
-                  for k in sorted(before.keys() | config.keys()) if before.get(k) != config.get(k)]
-        if differ:
-            raise DataError(f"{out} holds a run with other flags: {', '.join(differ)}; choose another --out, "
-                            "or give up that run with --overwrite")
-        if args.resume != "auto":
-            raise DataError(f"{out} has a last.pt of its own: leave out --resume {args.resume} to go on from that one, "
-                            "or give it up with --overwrite")
-    else:                                       # in place, to keep the lock; nothing is lost if this is cut short
-        file.truncate(0)
-        file.write(json.dumps(config, indent=1) + "\n")
-        file.flush()
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in
@@ -229,6 +198,9 @@ def main(argv: list[str] | None = None) -> None:
     except FloatingPointError as error:
         sys.exit(f"pretrain.py: {error}; the last good checkpoint stays in {args.out}; a lower --lr may help"
                  if rank == 0 else 1)
+    except torch.OutOfMemoryError:
+        sys.exit(f"pretrain.py: GPU {local_rank} has too little memory for --batch-size {args.batch_size} over "
+                 f"{world_size} processes at --image-size {args.image_size}: lower one of them, or take more GPUs")
     except (DataError, CheckpointError, OSError) as error:
         # Whatever is wrong with the input is wrong for every process, and told once; a bad image is met by one alone.
         sys.exit(f"pretrain.py: {error}" if rank == 0 or isinstance(error, ImageError) else 1)
@@ -300,7 +272,11 @@ def pretrain(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
     # --------------------------------------------------------------------------------------------- run folder, resuming
     out = Path(args.out)
     if rank == 0:
-        open_run(args, held)
+        config = {k: v for k, v in vars(args).items() if k not in NOT_THE_RUN}
+        open_run(out, "pretrain", config, RESULTS, args.overwrite, held)
+        if args.resume != "auto" and (out / "last.pt").exists():
+            raise DataError(f"{out} has a last.pt of its own: leave out --resume {args.resume} to go on from that one, "
+                            "or give it up with --overwrite")
     if world_size > 1:
         dist.barrier()
     step = 0
@@ -403,9 +379,9 @@ def pretrain(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
             save_checkpoint(out / "encoder.pt", {"format": FORMAT, "arch": args.arch, "step": step, "config": config,
                                                  "encoder": net.encoder.state_dict()})
 
-    signalled = []
-    for number in (signal.SIGTERM, signal.SIGINT):          # the first asks, a second one kills
-        signal.signal(number, lambda s, _: (signalled.append(s), signal.signal(s, signal.SIG_DFL)))
+    signalled = []                  # often twice, by the cluster and by torchrun: no reason to leave without saving
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: signalled.append(number))
 
     # --------------------------------------------------------------------------------------------------------- training
     if args.synthetic:

@@ -1,9 +1,11 @@
 """The number of processes changes the speed and nothing else. Real gloo processes, started by torchrun."""
 import json
+import os
+import signal
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, run
+from conftest import ROOT, SMALL, run, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
@@ -54,6 +56,22 @@ def test_bad_input_is_told_once(data, tmp_path):
     assert code != 0
     assert output.count("--batch-size 9 is global and must divide by the 2 processes") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_terminated_job_goes_on_where_it_stopped(data, tmp_path):
+    """A cluster signals every process of the job, and torchrun passes the signal on: each hears it twice."""
+    command = ["pretrain.py", *SMALL, "--data", data, "--out", tmp_path / "run", "--save-every", "1000"]
+    job = start(*command, processes=2, start_new_session=True)
+    for line in job.stdout:
+        if "step 00004/15 | loss" in line:
+            os.killpg(job.pid, signal.SIGTERM)
+            break
+    rest = job.stdout.read()
+    assert job.wait(60) != 0 and "SIGTERM at step" in rest, rest
+    code, output = run(*command, processes=2)
+    assert code == 0 and "going on from" in output, output
+    lines = [json.loads(line) for line in open(tmp_path / "run/log.jsonl")]
+    assert [line["step"] for line in lines] == list(range(1, 16))
 
 
 @pytest.mark.gpu

@@ -133,6 +133,8 @@ def test_wrong_input_gets_one_sentence(data, folder, tmp_path, capsys):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/mine.txt").write_text("precious")
     assert "holds no run" in refused(capsys, "--data", data, "--out", tmp_path / "notes", "--overwrite")
+    (tmp_path / "notes/config.json").write_text('{"stage": "finetune"}')
+    assert "something else than a run of pretrain.py" in refused(capsys, "--data", data, "--out", tmp_path / "notes")
     assert not out.exists() and (tmp_path / "notes/mine.txt").read_text() == "precious"
 
 
