@@ -23,7 +23,6 @@ import os
 import re
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +50,7 @@ ENCODERS = ("runs/pretrain/encoder.pt", "runs/demo/encoder.pt")         # the fi
 INHERITED = {"data": "data/nih", "arch": "resnet50", "image_size": 224, "normalize": "fixed", "clahe": False}
 AUGMENTATION = Augmentation(crop_area=(0.6, 1.0), blur=(0.0, 0.0), brightness=0.2, contrast=0.2)    # of full training
 STRENGTHS = 10.0 ** np.arange(-4, 3)                    # of the linear probe's regularisation, see fit_logistic
+IMAGES = (".jpg", ".jpeg", ".png")
 REPLICATES = 1000                                       # of the bootstrap
 RESULTS = ("predictions.pt", "last.pt", "classifier.pt", "log.jsonl", "results.*", "*.png", "tensorboard/*/events*")
 # Flags that say where and how a run computes, not what: they may differ when it goes on.
@@ -112,31 +112,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # ----------------------------------------------------------------------------------------------------------------------
 # Labels and draws, as pure functions.
 
-@dataclass(frozen=True)
-class Task:
-    """What is asked of each image: G questions of K answers each, as arrays over the manifest's N rows."""
-    kind: str                   # binary: G = L labels, K = 1; three-way: G = L, K = 3; exclusive: G = 1, K = L
-    targets: np.ndarray         # (N, G, K) float32, one-hot where K > 1
-    known: np.ndarray           # (N, G) bool: whether there is something to learn from
-    truth: np.ndarray           # (N, L) float32, to score by: 1, 0, or NaN to be left out
+def make_task(labels: np.ndarray, train: np.ndarray, uncertain: str,
+              blank: str) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
+    """What is asked of each image: labels (N, L) of 1, 0, -1 and NaN, read by the policies --uncertain and --blank.
 
-
-def make_task(labels: np.ndarray, train: np.ndarray, uncertain: str, blank: str) -> Task:
-    """Labels (N, L) of 1, 0, -1 and NaN, read by the policies --uncertain and --blank.
-
-    Where every one of the rows `train` has exactly one 1 and otherwise 0, the labels exclude each other: one softmax.
-    `multiclass` makes absent, present and uncertain three classes of each label (Irvin et al. 2019). Whatever the
-    policy, a -1 is never scored, neither on val nor on test."""
+    Returns the kind, G questions of K answers each; targets (N, G, K), one-hot where K > 1; known (N, G), whether there
+    is something to learn from; and the truth to score by (N, L), 1, 0 or NaN: a -1 is never scored, on val or test.
+    binary: G = L, K = 1. three-way (`multiclass`): G = L, and absent, present and uncertain are classes (Irvin et al.
+    2019). exclusive: G = 1, K = L, one softmax, where each of the rows `train` has exactly one 1 and otherwise 0."""
     labels = np.where(np.isnan(labels) & (blank == "zeros"), 0, labels).astype(np.float32)
     truth = np.where(labels == -1, np.nan, labels)
-    rows = truth[train]
-    if labels.shape[1] > 1 and not np.isnan(rows).any() and (rows.sum(1) == 1).all():
-        return Task("exclusive", np.nan_to_num(truth)[:, None], np.nansum(truth, 1, keepdims=True) == 1, truth)
+    if labels.shape[1] > 1 and (truth[train].sum(1) == 1).all():                        # a NaN is not 1
+        return "exclusive", np.nan_to_num(truth)[:, None], np.nansum(truth, 1, keepdims=True) == 1, truth
     if uncertain == "multiclass":
         one_hot = np.stack([labels == value for value in (0, 1, -1)], axis=2)
-        return Task("three-way", one_hot.astype(np.float32), one_hot.any(2), truth)
+        return "three-way", one_hot.astype(np.float32), one_hot.any(2), truth
     learned = np.where(labels == -1, np.float32({"ones": 1, "zeros": 0, "ignore": np.nan}[uncertain]), labels)
-    return Task("binary", np.nan_to_num(learned)[:, :, None], ~np.isnan(learned), truth)
+    return "binary", np.nan_to_num(learned)[:, :, None], ~np.isnan(learned), truth
 
 
 def to_probabilities(logits: Tensor, kind: str) -> np.ndarray:
@@ -317,7 +309,7 @@ def markdown(heading: str, columns: list[str], inits: list[str], values: np.ndar
     for init, row, deviations in zip(inits, means, spread):
         cells = ["–" if np.isnan(m) else f"{m:.3f}" + (f" ± {d:.3f}" if draws > 1 else "")
                  for m, d in zip(row, deviations)]
-        cells = [f"**{cell}**" if bold and m == b else cell for cell, m, b in zip(cells, row, best)]
+        cells = [f"**{cell}**" if bold and m == b and len(inits) > 1 else cell for cell, m, b in zip(cells, row, best)]
         lines.append(f"| {init} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -338,12 +330,11 @@ def efficiency_figure(areas: np.ndarray, replicates: np.ndarray, modes: list, fr
     figure, axes = panels([""], modes, xscale="log", xlabel="share of the labels", ylabel="mean AUROC on test")
     order = np.argsort(fractions)
     for (m, ax), (i, init) in itertools.product(enumerate(axes[0]), enumerate(inits)):
-        x, dots = np.array(fractions)[order], areas[m, order, i]
+        x, dots = np.array(fractions)[order], areas[m, order, i]                                            # (F, S)
         low, high = np.array([paired_test(some)[:2] for some in replicates[m, order, i]]).T
         ax.plot(x, nan_mean(dots, 1), "-o", color=f"C{i}", label=init)
         ax.plot(x, dots, ".", color=f"C{i}", alpha=0.5)
         ax.fill_between(x, low, high, color=f"C{i}", alpha=0.15)
-        ax.set_xticks(x, [f"{100 * f:g} %" for f in x], minor=False)
         ax.legend()
     return figure
 
@@ -396,12 +387,10 @@ def predict(args: argparse.Namespace, where: dict, dtype: torch.dtype | None) ->
     if (folder / "manifest.csv").exists():
         manifest = read_manifest(folder)
     else:
-        paths = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix.lower() in (
-            ".jpg", ".jpeg", ".png"))
+        paths = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix.lower() in IMAGES)
         if not paths:
-            raise DataError(f"--data {folder} has no manifest.csv and no image (.jpg, .jpeg, .png)")
-        nobody = np.full(len(paths), "")
-        manifest = Manifest(folder, paths, nobody, nobody, np.empty((len(paths), 0), np.float32), [])
+            raise DataError(f"--data {folder} has no manifest.csv and no image ({', '.join(IMAGES)})")
+        manifest = Manifest(folder, paths, None, None, None, [])
     preprocessing = Preprocessing(*(state["config"][key] for key in ("image_size", "normalize", "clahe")))
     images, labels = np.arange(len(manifest.paths)), state["labels"]
     loader = eval_loader(manifest, images, args.batch_size, preprocessing, **where)
@@ -411,7 +400,8 @@ def predict(args: argparse.Namespace, where: dict, dtype: torch.dtype | None) ->
             [path, *(f"{p:.6f}" for p in row)] for path, row in zip(manifest.paths, probabilities))])
     os.replace(out / "predictions.csv.tmp", out / "predictions.csv")
     print(f"{out / 'predictions.csv'}: {len(images)} images, {', '.join(labels)}")
-    (out / "explained").mkdir(exist_ok=True)
+    if args.explain:
+        (out / "explained").mkdir(exist_ok=True)
     answers, present = (3, 1) if state["kind"] == "three-way" else (1, 0)       # logits a label, and which says present
     for x, index in eval_loader(manifest, images[:args.explain], 1, preprocessing, **where):
         i, x = index.item(), x.float()
@@ -422,8 +412,6 @@ def predict(args: argparse.Namespace, where: dict, dtype: torch.dtype | None) ->
         name = re.sub(r"[^\w.-]+", "-", f"{Path(manifest.paths[i]).stem}_{labels[label]}_{probabilities[i, label]:.2f}")
         Image.fromarray((255 * overlay).astype(np.uint8)).save(out / f"explained/{i:06d}_{name}.png")
 
-
-# ----------------------------------------------------------------------------------------------------------------------
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
@@ -450,8 +438,7 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
     if world_size > 1:                          # the others wait while one extracts features and fits linear probes
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(days=1))
     threads = args.threads or max(1, min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    precision = "fp32" if not cuda else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
+    dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else None
     alone = dict(device=device, threads=threads, half=dtype is not None)
     shared = alone | dict(rank=rank, world_size=world_size)
 
@@ -470,19 +457,15 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
         raise DataError(f"{ENCODERS[0]} does not exist: pre-train first (`python pretrain.py --demo` takes minutes), "
                         "or name another encoder, random or imagenet with --init")
     paths = [init for init in inits if init not in ("random", "imagenet")]
-    shown, inherited = {"random": "Scratch", "imagenet": "ImageNet"}, []
-    for path in paths:
+    shown, inherited = {"random": "Scratch", "imagenet": "ImageNet"}, {}
+    for path in reversed(paths):                                        # the first has the last word
         state = load_checkpoint(path)
         shown[path] = ("SimCLR" if len(paths) == 1 else f"SimCLR ({path})") if state.get("format") == FORMAT else path
-        inherited.append({k: v for k, v in (state | state.get("config", {})).items() if k in INHERITED})
-        say(f"inherited from {path}:", ", ".join(f"{k} {v}" for k, v in inherited[-1].items()) or "nothing")
-    given = {key: getattr(args, key) for key in INHERITED if getattr(args, key) is not None}
-    setting = INHERITED | (inherited + [{}])[0] | given
-    for path, its in zip(paths, inherited):
-        for key in ("image_size", "normalize", "clahe"):
-            if key not in given and its.get(key, setting[key]) != setting[key]:
-                raise DataError(f"{path} was trained with {key} {its[key]}, {paths[0]} with {setting[key]}: "
-                                f"choose one for all with --{key.replace('_', '-')}")
+        inherited = {k: v for k, v in (state | state.get("config", {})).items() if k in INHERITED}
+        say(f"inherited from {path}:", ", ".join(f"{k} {v}" for k, v in inherited.items()) or "nothing")
+    if len(paths) > 1:
+        say(f"of these, {paths[0]} decides for all rows, where no flag does")
+    setting = INHERITED | inherited | {k: v for k, v in vars(args).items() if k in INHERITED and v is not None}
     data, arch, *how = setting.values()
     preprocessing = Preprocessing(*how)
     for init in inits:
@@ -494,9 +477,9 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
     if not manifest.label_names:
         raise DataError(f"{table} has no label column: there is nothing to fine-tune on")
     asked = args.labels or manifest.label_names
-    for name in asked:
-        if name not in manifest.label_names:
-            raise DataError(f"--labels {name}: {table} has {', '.join(manifest.label_names)}")
+    unknown = [name for name in asked if name not in manifest.label_names]
+    if unknown:
+        raise DataError(f"--labels {unknown[0]}: {table} has {', '.join(manifest.label_names)}")
     has_labels = ~np.isnan(manifest.labels).all(1)                      # an all-empty row is an image without labels
     train, val, test = (images[has_labels[images]] for images in map(manifest.images, ("train", "val", "test")))
     for split, images in zip(("train", "val", "test"), (train, val, test)):
@@ -509,8 +492,7 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
         raise DataError(f"{table}: no label has a positive and a negative in train")
     if len(names) < len(asked):
         say("left out, without both a positive and a negative in train:", *(set(asked) - set(names)))
-    task = make_task(manifest.labels[:, columns], train, args.uncertain, args.blank)
-    truth = task.truth
+    kind, targets, known, truth = make_task(manifest.labels[:, columns], train, args.uncertain, args.blank)
     if np.isnan(truth[val]).all():
         raise DataError(f"{table}: the val split has only uncertain or empty cells in {', '.join(names)}")
     for name, y in zip(names, truth[val].T):
@@ -518,8 +500,8 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
             say(f"{name} has one class only in val: its threshold is 0.5, and it has no say in what is chosen there")
     policy = {"exclusive": "exclusive labels, softmax, AUROC one against the rest",
               "binary": f"independent labels; in training -1 counts as {args.uncertain}, blank as {args.blank}",
-              "three-way": f"independent labels, uncertain a class of its own; blank counts as {args.blank}"}
-    policy = policy[task.kind] + ("; classes balanced" if args.balance else "")
+              "three-way": f"independent labels, uncertain a class of its own; blank counts as {args.blank}",
+              }[kind] + ("; classes balanced" if args.balance else "")
     say(f"{data}: {len(train)} train, {len(val)} val, {len(test)} test images with labels\n"
         f"{len(names)} labels ({', '.join(names)}): {policy}; -1 is never scored")
     samples, drawn = {}, {}
@@ -552,7 +534,7 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
         value = val_score(val_p, truth[val])
         if value > max((kept["val_score"] for kept in done.values()), default=-math.inf):
             save_checkpoint(out / "classifier.pt", {
-                "format": FORMAT, "arch": arch, "encoder": net.encoder.state_dict(), "labels": names, "kind": task.kind,
+                "format": FORMAT, "arch": arch, "encoder": net.encoder.state_dict(), "labels": names, "kind": kind,
                 "classifier": net.head.state_dict(), "config": config | {"mean": MEAN, "std": STD, "what": name},
                 "thresholds": [youden(p, y) for p, y in zip(val_p.T, truth[val].T)]})
         done[name] = extra | {
@@ -572,54 +554,49 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
         loader = eval_loader(manifest, everything, args.batch_size, preprocessing, **alone)
         features = cached_features(encoder, loader, len(everything), out.parent / "features", dtype)
         # All of train, labelled or drawn or not, says how large a feature is; some are constant on a few images.
-        deviation, mean = torch.std_mean(features[:len(train)].double(), 0)
+        deviation, mean = torch.std_mean(features[:len(train)], 0)
         deviation = deviation.clamp(min=1e-6)
-        x = torch.zeros(len(manifest.paths), features.shape[1], dtype=torch.float64)                        # (N, D)
+        x, fits = features.new_zeros(len(manifest.paths), len(mean)), {}                                    # (N, D)
         x[everything] = (features - mean) / deviation
-        fits = {}
         for fraction, seed in itertools.product(args.fraction, args.seeds):
             name, sample = name_of("linear", fraction, init, seed), samples[fraction, seed]
             if name in done:
                 continue
             if sample.tobytes() not in fits:                            # all of the labels are the same in every draw
-                weights = cell_weights(task.targets[sample], task.known[sample], args.balance)
-                fits[sample.tobytes()] = [a.flatten(-2).cpu() for a in fit_logistic(*(
-                    torch.as_tensor(a, dtype=torch.float64, device=device)
-                    for a in (x[sample], task.targets[sample], weights, STRENGTHS)))]
+                weights = cell_weights(targets[sample], known[sample], args.balance)
+                fits[sample.tobytes()] = [found.flatten(-2).cpu() for found in fit_logistic(*(
+                    torch.as_tensor(array, dtype=torch.float64, device=device)
+                    for array in (x[sample], targets[sample], weights, STRENGTHS)))]
             weight, bias = fits[sample.tobytes()]                                           # (D, R, G * K), (R, G * K)
 
             def probabilities(images, r, weight=weight, bias=bias):
-                return to_probabilities(x[images] @ weight[:, r] + bias[r], task.kind)
+                return to_probabilities(x[images].double() @ weight[:, r] + bias[r], kind)
 
             # The best on val; among equals the strongest.
             r = max(range(len(STRENGTHS)), key=lambda r: (val_score(probabilities(val, r), truth[val]), r))
             net = Classifier(encoder, bias.shape[1])
             scaled = weight[:, r].T / deviation                                                     # (G * K, D)
-            net.head.load_state_dict({"weight": scaled.float(), "bias": (bias[r] - scaled @ mean).float()})
+            net.head.load_state_dict({"weight": scaled.float(), "bias": (bias[r] - scaled @ mean.double()).float()})
             finish(name, sample, net, probabilities(val, r), probabilities(test, r), {"strength": float(STRENGTHS[r])})
 
     # ------------------------------------------------------------------------------------------------- full fine-tuning
-    targets = torch.from_numpy(task.targets).to(device)                                                 # (N, G, K)
 
     def full(name, init, seed, sample):
         """Train encoder and head on one draw; the epoch that is best on val counts."""
         torch.manual_seed(seed)
-        net = Classifier(build_encoder(arch, init), targets[0].numel()).to(device, memory_format=torch.channels_last)
+        net = Classifier(build_encoder(arch, init), targets[0].size).to(device, memory_format=torch.channels_last)
         if world_size > 1 and cuda:
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)          # PyTorch has none on a CPU
         optimizer = torch.optim.AdamW([dict(params=net.encoder.parameters(), peak=args.lr_encoder),
                                        dict(params=net.head.parameters(), peak=args.lr_head)],
                                       weight_decay=0.01, fused=cuda)
-        scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        weights = torch.zeros(task.known.shape, device=device)                                              # (N, G)
-        weights[sample] = torch.from_numpy(
-            cell_weights(task.targets[sample], task.known[sample], args.balance)).float().to(device)
+        weights, answers = torch.zeros(known.shape), torch.from_numpy(targets)                      # (N, G), (N, G, K)
+        weights[sample] = torch.from_numpy(cell_weights(targets[sample], known[sample], args.balance)).float()
         history, best, peaks = [], {"val_score": -math.inf}, []
         state = load_checkpoint(last) if last.exists() else {}
         if state.get("name") == name:
             net.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
-            scaler.load_state_dict(state["scaler"])
             history, best, peaks = state["history"], state["best"], state["peaks"]
             say(f"going on from {last}, epoch {len(history)} of {name}")
         del state
@@ -629,7 +606,7 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
 
         def evaluate(images):
             loader = eval_loader(manifest, images, args.batch_size, preprocessing, **shared)
-            return to_probabilities(extract_features(net, loader, len(images), rank, world_size, dtype), task.kind)
+            return to_probabilities(extract_features(net, loader, len(images), rank, world_size, dtype), kind)
 
         # Few images are shown several times in an epoch: it is as long as it takes for val to be worth a look.
         epoch_steps = max(10, math.ceil(len(sample) / args.batch_size))
@@ -649,20 +626,19 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
                 x, index = next(batches)                                                            # (B, 1, S, S)
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):
                     logits = model(x.contiguous(memory_format=torch.channels_last))                 # (B, G * K)
-                index = index.to(device)
-                loss = masked_cross_entropy(logits.view(-1, *targets.shape[1:]), targets[index], weights[index])
-                scaler.scale(loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
+                loss = masked_cross_entropy(logits.view(-1, *targets.shape[1:]), answers[index].to(device),
+                                            weights[index].to(device))
+                loss.backward()
+                optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 loss_sum += loss.detach()
             if world_size > 1:
                 dist.all_reduce(loss_sum)
                 for buffer in net.buffers():                    # one set of batch norm statistics, or rows would differ
                     dist.broadcast(buffer, 0)
+            seconds = time.perf_counter() - clock
             line = {"combination": name, "epoch": epoch, "loss": loss_sum.item() / epoch_steps / world_size,
-                    "lr_encoder": factor * args.lr_encoder, "lr_head": factor * args.lr_head,
-                    "images_per_second": epoch_steps * args.batch_size / (time.perf_counter() - clock)}
+                    "lr_encoder": factor * args.lr_encoder, "lr_head": factor * args.lr_head}
             if not math.isfinite(line["loss"]):
                 raise FloatingPointError(f"the loss is not finite in epoch {epoch} of {name}: lower the learning rates")
             val_p = evaluate(val)
@@ -676,13 +652,13 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
             if rank == 0:
                 save_checkpoint(last, {
                     "name": name, "model": net.state_dict(), "optimizer": optimizer.state_dict(),
-                    "scaler": scaler.state_dict(), "history": history, "best": best, "peaks": peaks})
+                    "history": history, "best": best, "peaks": peaks})
                 lines = [x for kept in done.values() for x in kept.get("history", [])] + history
                 (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
                 for key in list(line)[2:]:
                     writer.add_scalar(key, line[key], epoch)
                 say(f"{name} epoch {epoch:03d}/{args.epochs} | loss {line['loss']:.4f} | val AUROC "
-                    f"{line['val_score']:.4f} | {line['images_per_second']:.0f} img/s")
+                    f"{line['val_score']:.4f} | {epoch_steps * args.batch_size / seconds:.0f} img/s")
         net.load_state_dict(best["model"])
         test_p = evaluate(test)
         if rank == 0:
