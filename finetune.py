@@ -66,8 +66,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--mode", nargs="+", choices=("linear", "full"), default=["full"], help="(default full)")
     group.add_argument("--fraction", nargs="+", type=float, default=[1.0], help="of the labelled patients (default 1)")
     group.add_argument("--seeds", nargs="+", type=int, default=[0], help="draws of patients and of heads (default 0)")
-    group.add_argument("--out", default="runs/finetune", help="run folder; features are kept beside it (default "
-                       "%(default)s)")
+    group.add_argument("--out", default="runs/finetune", help="run folder (default %(default)s)")
     group.add_argument("--overwrite", action="store_true", help="begin anew in a run folder that holds a run")
     group = parser.add_argument_group("labels")
     group.add_argument("--labels", nargs="+", metavar="NAME", help="columns of the manifest (default: all)")
@@ -180,10 +179,9 @@ def fit_logistic(x: Tensor, targets: Tensor, weights: Tensor, strengths: Tensor,
     |w|^2, the intercept free: scikit-learn's with C = 1 / (n * strength). Returns coefficients (D, R, G, K) and
     intercepts (R, G, K).
 
-    In the rows' principal axes x'x is diagonal, and with it a bound of the Hessian, strength included (Böhning 1992):
-    dividing the gradient by the bound is sure to descend. Nesterov's momentum makes that fast; a problem whose momentum
-    points uphill starts it anew (O'Donoghue and Candès 2015). A step is two products with x for all problems together.
-    The end is where no gradient promises more than `tolerance` of loss."""
+    In the rows' principal axes x'x is diagonal, and with it a bound of the Hessian (Böhning 1992): the gradient divided
+    by it is sure to descend. Nesterov's momentum makes that fast; a problem whose momentum points uphill starts it anew
+    (O'Donoghue and Candès 2015). It ends where no gradient promises more than `tolerance` of loss."""
     center = x.mean(0)
     x = x - center
     few = len(x) < x.shape[1]                   # then the axes of the rows' span, where the optimum lies, are enough
@@ -458,13 +456,11 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
                         "or name another encoder, random or imagenet with --init")
     paths = [init for init in inits if init not in ("random", "imagenet")]
     shown, inherited = {"random": "Scratch", "imagenet": "ImageNet"}, {}
-    for path in reversed(paths):                                        # the first has the last word
+    for path in reversed(paths):            # the first has the last word, so that rows compare
         state = load_checkpoint(path)
         shown[path] = ("SimCLR" if len(paths) == 1 else f"SimCLR ({path})") if state.get("format") == FORMAT else path
         inherited = {k: v for k, v in (state | state.get("config", {})).items() if k in INHERITED}
         say(f"inherited from {path}:", ", ".join(f"{k} {v}" for k, v in inherited.items()) or "nothing")
-    if len(paths) > 1:
-        say(f"of these, {paths[0]} decides for all rows, where no flag does")
     setting = INHERITED | inherited | {k: v for k, v in vars(args).items() if k in INHERITED and v is not None}
     data, arch, *how = setting.values()
     preprocessing = Preprocessing(*how)
@@ -477,9 +473,8 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
     if not manifest.label_names:
         raise DataError(f"{table} has no label column: there is nothing to fine-tune on")
     asked = args.labels or manifest.label_names
-    unknown = [name for name in asked if name not in manifest.label_names]
-    if unknown:
-        raise DataError(f"--labels {unknown[0]}: {table} has {', '.join(manifest.label_names)}")
+    if unknown := set(asked) - set(manifest.label_names):
+        raise DataError(f"--labels {unknown.pop()}: {table} has {', '.join(manifest.label_names)}")
     has_labels = ~np.isnan(manifest.labels).all(1)                      # an all-empty row is an image without labels
     train, val, test = (images[has_labels[images]] for images in map(manifest.images, ("train", "val", "test")))
     for split, images in zip(("train", "val", "test"), (train, val, test)):
@@ -569,18 +564,16 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
                     for array in (x[sample], targets[sample], weights, STRENGTHS)))]
             weight, bias = fits[sample.tobytes()]                                           # (D, R, G * K), (R, G * K)
 
-            def probabilities(images, r, weight=weight, bias=bias):
-                return to_probabilities(x[images].double() @ weight[:, r] + bias[r], kind)
-
-            # The best on val; among equals the strongest.
-            r = max(range(len(STRENGTHS)), key=lambda r: (val_score(probabilities(val, r), truth[val]), r))
+            val_p, test_p = (np.stack([to_probabilities(x[images].double() @ weight[:, r] + bias[r], kind)
+                                       for r in range(len(STRENGTHS))]) for images in (val, test))          # (R, n, L)
+            scores = [val_score(p, truth[val]) for p in val_p]
+            r = max(range(len(STRENGTHS)), key=lambda r, scores=scores: (scores[r], r))     # at a tie the strongest
             net = Classifier(encoder, bias.shape[1])
             scaled = weight[:, r].T / deviation                                                     # (G * K, D)
             net.head.load_state_dict({"weight": scaled.float(), "bias": (bias[r] - scaled @ mean.double()).float()})
-            finish(name, sample, net, probabilities(val, r), probabilities(test, r), {"strength": float(STRENGTHS[r])})
+            finish(name, sample, net, val_p[r], test_p[r], {"strength": float(STRENGTHS[r])})
 
     # ------------------------------------------------------------------------------------------------- full fine-tuning
-
     def full(name, init, seed, sample):
         """Train encoder and head on one draw; the epoch that is best on val counts."""
         torch.manual_seed(seed)
@@ -593,13 +586,11 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
         weights, answers = torch.zeros(known.shape), torch.from_numpy(targets)                      # (N, G), (N, G, K)
         weights[sample] = torch.from_numpy(cell_weights(targets[sample], known[sample], args.balance)).float()
         history, best, peaks = [], {"val_score": -math.inf}, []
-        state = load_checkpoint(last) if last.exists() else {}
-        if state.get("name") == name:
+        if last.exists() and (state := load_checkpoint(last))["name"] == name:
             net.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             history, best, peaks = state["history"], state["best"], state["peaks"]
             say(f"going on from {last}, epoch {len(history)} of {name}")
-        del state
         model = net if world_size == 1 else DistributedDataParallel(net, device_ids=[local_rank] if cuda else None)
         folder = out / "tensorboard" / re.sub(r"[^\w.-]+", "-", name)
         writer = SummaryWriter(folder, purge_step=len(history) + 1) if rank == 0 else None
@@ -608,8 +599,7 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
             loader = eval_loader(manifest, images, args.batch_size, preprocessing, **shared)
             return to_probabilities(extract_features(net, loader, len(images), rank, world_size, dtype), kind)
 
-        # Few images are shown several times in an epoch: it is as long as it takes for val to be worth a look.
-        epoch_steps = max(10, math.ceil(len(sample) / args.batch_size))
+        epoch_steps = max(10, math.ceil(len(sample) / args.batch_size))         # few images are shown several times
         total_steps, warmup_steps = args.epochs * epoch_steps, args.epochs * epoch_steps // 10
         batches = iter(train_loader(manifest, sample, args.batch_size, range(len(history) * epoch_steps, total_steps),
                                     1, AUGMENTATION, preprocessing, seed, **shared))
@@ -668,11 +658,11 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
 
     # ------------------------------------------------------------------------------------------------- all combinations
     for init in inits if "linear" in args.mode and rank == 0 else ():
-        if any(name_of("linear", *draw[:1], init, *draw[1:]) not in done for draw in samples):
+        if any(name_of("linear", fraction, init, seed) not in done for fraction, seed in samples):
             linear(init)
     for (fraction, seed), init in itertools.product(samples, inits) if "full" in args.mode else ():
-        if name_of("full", fraction, init, seed) not in done:
-            full(name_of("full", fraction, init, seed), init, seed, samples[fraction, seed])
+        if (name := name_of("full", fraction, init, seed)) not in done:
+            full(name, init, seed, samples[fraction, seed])
     if rank:
         return
     last.unlink(missing_ok=True)
@@ -729,16 +719,16 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
     found = {"labels": policy, "draws": drawn, "results": rows, "comparisons": comparisons}
     (out / "results.md").write_text(text)
     (out / "results.json").write_text(re.sub(r"\bNaN\b", "null", json.dumps(found, indent=1)) + "\n")
-    figures = {"efficiency": efficiency_figure(areas[..., -1], boot[..., -1, :], args.mode, args.fraction, called),
-               "calibration": calibration_figure(predictions, y, args.mode, args.fraction, shown)}
     with SummaryWriter(out / "tensorboard/table") as writer:
         writer.add_text("results", text)
-        for name, figure in figures.items():
+        for name, figure in (
+                ("efficiency", efficiency_figure(areas[..., -1], boot[..., -1, :], args.mode, args.fraction, called)),
+                ("calibration", calibration_figure(predictions, y, args.mode, args.fraction, shown))):
             figure.savefig(out / f"{name}.png", dpi=150)
             writer.add_figure(name, figure)
-        for (mode, fraction, init, seed), p in predictions.items():
-            if seed == args.seeds[0]:
-                writer.add_figure(f"curves/{mode} {fraction:g}/{shown[init]}", curves_figure(p, y, names))
+        for mode, fraction, init in itertools.product(args.mode, args.fraction, inits):
+            p = predictions[mode, fraction, init, args.seeds[0]]
+            writer.add_figure(f"curves/{mode} {fraction:g}/{shown[init]}", curves_figure(p, y, names))
     say(f"done: {out / 'results.md'}, {out / 'results.json'}, {out / 'classifier.pt'}")
 
 
