@@ -6,6 +6,7 @@
 import argparse
 import contextlib
 import io
+import itertools
 import tempfile
 import time
 from pathlib import Path
@@ -14,16 +15,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from sklearn.linear_model import LogisticRegression
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 import phantom
 import prepare
 from dali_pipeline import Augmentation, Preprocessing, read_manifest, train_loader
+from finetune import STRENGTHS, draw, fit_logistic
 from loss import nt_xent
 from model import ARCHITECTURES, MEAN, STD, SimCLR, build_encoder
 
-PARTS = ("prepare", "loader", "loss", "step")
+PARTS = ("prepare", "loader", "loss", "step", "probe")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -34,12 +37,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--arch", choices=ARCHITECTURES, default="resnet50", help="for step (default %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="images, two views each (default %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="of the loaders (default %(default)s)")
+    parser.add_argument("--images", type=int, default=10_000, help="for probe (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="of which the median counts (default 5)")
     args = parser.parse_args(argv)
     for part in args.parts:
         if part not in PARTS:
             parser.error(f"{part!r} is none of {', '.join(PARTS)}")
-    for flag in ("size", "batch_size", "threads", "repeats"):
+    for flag in ("size", "batch_size", "threads", "images", "repeats"):
         if getattr(args, flag) < 1:
             parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)} must be positive")
     return args
@@ -148,6 +152,35 @@ def bench_step(args: argparse.Namespace, folder: Path) -> None:
 
         figures[f"{args.arch}, {name}"] = args.batch_size / median_seconds(step, args.repeats)
     report("step", "images/s", figures)
+
+
+def bench_probe(args: argparse.Namespace, folder: Path) -> None:
+    """Logistic regressions of 14 labels on 1, 10 and 100 % of ResNet-50 features, 5 draws, all strengths, once; beside
+    it scikit-learn's, one by one, two labels for all. The features are correlated and not negative, as an encoder's."""
+    rng, labels = np.random.default_rng(0), 14
+    hidden = rng.standard_normal((args.images, 300)) * np.arange(1, 301) ** -0.5
+    x = (hidden @ rng.standard_normal((300, 2048)) + 0.3 * rng.standard_normal((args.images, 2048))).clip(0)
+    x = (x - x.mean(0)) / x.std(0)                                                                      # (n, 2048)
+    signal = hidden @ rng.standard_normal((300, labels)) + rng.standard_normal((args.images, labels))
+    y = (signal > np.diag(np.quantile(signal, 1 - np.logspace(-2, -0.5, labels), axis=0))).astype(float)    # 1 to 32 %
+    patients = np.arange(args.images) // 3
+    draws = {sample.tobytes(): sample for sample in (
+        draw(patients, y, fraction, seed)[0] for fraction in (0.01, 0.1, 1.0) for seed in range(5))}
+
+    def ours():
+        for rows in draws.values():                         # all of the labels are the same in every draw
+            fit_logistic(*map(torch.tensor, (x[rows], y[rows][:, :, None], np.ones((len(rows), labels)), STRENGTHS)))
+
+    def loop():
+        for rows, strength, label in itertools.product(draws.values(), STRENGTHS, (3, 10)):
+            LogisticRegression(C=1 / (len(rows) * strength), max_iter=1000).fit(x[rows], y[rows, label])
+
+    figures = {}
+    for name, work, share in ("finetune.py, all at once", ours, 1), ("scikit-learn, one by one", loop, labels / 2):
+        start = time.perf_counter()
+        work()
+        figures[name] = share * (time.perf_counter() - start)
+    report("probe", "s", figures)
 
 
 def main(argv: list[str] | None = None) -> None:

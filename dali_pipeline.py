@@ -307,6 +307,7 @@ def eval_loader(manifest: Manifest, images: np.ndarray, batch_size: int, preproc
         return ((mine[i:i + batch_size], []) for i in range(0, len(mine), batch_size))
 
     loader = Loader(manifest, batches, batch_size, 0, [], preprocessing, device, threads, half)
-    table = (manifest.folder / "manifest.csv").stat()           # rewritten whenever an image is
-    loader.fingerprint = f"{manifest.folder.resolve()} {table.st_mtime_ns} {preprocessing} {mine.tolist()}"
+    table = manifest.folder / "manifest.csv"                    # rewritten whenever an image is
+    written = table.stat().st_mtime_ns if table.exists() else 0
+    loader.fingerprint = f"{manifest.folder.resolve()} {written} {preprocessing} {mine.tolist()}"
     return loader

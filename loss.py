@@ -1,4 +1,4 @@
-"""NT-Xent, the SimCLR loss, with negatives gathered from every process, and what to watch beside it.
+"""NT-Xent, the SimCLR loss, with negatives gathered from every process, what to watch beside it, and the labels' loss.
 
 Each process's anchors are its own 2N projections and the keys are everybody's 2WN. Its loss is the mean over its own
 anchors; DistributedDataParallel averages gradients over the W processes, which makes them those of the global mean.
@@ -66,3 +66,17 @@ def diagnostics(z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
                 "alignment": (z1 - z2).square().sum(1).mean(),
                 "uniformity": (torch.pdist(z1).square().mul(-2).exp().mean().log()
                                + torch.pdist(z2).square().mul(-2).exp().mean().log()) / 2}
+
+
+def masked_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """The labels' loss, for N images and G questions of K answers each; scalar, float32.
+
+    logits, targets: (N, G, K). K = 1 is binary cross-entropy, one sigmoid a label; otherwise targets are one-hot and it
+    is softmax's. weights: (N, G), 0 leaves a cell out. The sum is divided by N * G and not by the weights, so that the
+    mean over processes is the loss of their common batch; scale the weights to mean 1 over the training images."""
+    logits = logits.float()
+    if logits.shape[2] == 1:
+        cells = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")[:, :, 0]
+    else:
+        cells = -(targets * logits.log_softmax(2)).sum(2)
+    return (weights * cells).mean()

@@ -21,6 +21,7 @@ MEAN, STD = 0.5, 0.25                       # what the input's intensities in [0
 IMAGENET_MEAN, IMAGENET_STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 FORMAT = "simclr-cxr encoder, version 1"
+CLASSIFIER = {"arch", "encoder", "config", "classifier", "labels", "kind", "thresholds"}    # what a classifier.pt holds
 
 
 class CheckpointError(Exception):
@@ -93,6 +94,28 @@ class SimCLR(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.projector(self.encoder(x))
+
+
+class Classifier(nn.Module):
+    """Encoder and one linear layer: (B, 1, S, S) -> logits (B, outputs)."""
+
+    def __init__(self, encoder: nn.Module, outputs: int):
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(encoder.num_features, outputs)
+        self.num_features = outputs                                     # extract_features takes a classifier, too
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x))
+
+
+def load_classifier(path: str | Path) -> tuple[Classifier, dict]:
+    """The network of a classifier.pt, in evaluation mode, and the checkpoint; CheckpointError where it is none."""
+    state = load_checkpoint(path)
+    if not CLASSIFIER <= state.keys():
+        raise CheckpointError(f"{path} is not a classifier.pt of finetune.py")
+    net = Classifier(build_encoder(state["arch"], str(path)), len(state["classifier"]["bias"]))
+    net.head.load_state_dict(state["classifier"])
+    return net.eval(), state
 
 
 @torch.no_grad()

@@ -1,0 +1,736 @@
+"""Stage 2: what pre-training buys at 1 %, 10 % and all of the labels. Encoder and labels in, classifier and table out.
+
+    python finetune.py --fraction 0.01                          the encoder of pretrain.py, its data, 1 % of the labels
+    python finetune.py --init random runs/pretrain/encoder.pt --fraction 0.01 0.1 1 --mode linear full --seeds 0 1 2
+    torchrun --nproc_per_node=8 finetune.py --mode full         eight GPUs: the same batches, the same views, faster
+    python finetune.py --predict runs/finetune/classifier.pt --data DIR --explain 8
+
+`linear` fits a logistic regression to the frozen encoder's features; `full` trains the encoder, too. Thresholds, epochs
+and regularisation are chosen on val. Test labels meet nothing but predictions that already lie on disk.
+
+The run folder (--out) gets results.json, results.md and plots; classifier.pt, the best on val of all combinations; and
+predictions.pt and last.pt, from which the same command goes on after an interruption, at the last whole epoch.
+"""
+import argparse
+import contextlib
+import csv
+import datetime
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from PIL import Image
+from sklearn.calibration import CalibrationDisplay
+from sklearn.metrics import PrecisionRecallDisplay, RocCurveDisplay, average_precision_score, roc_curve
+from sklearn.utils.class_weight import compute_sample_weight
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.tensorboard import SummaryWriter
+
+from dali_pipeline import (
+    Augmentation, DataError, ImageError, Manifest, Preprocessing, eval_loader, read_manifest, train_loader)
+from loss import masked_cross_entropy
+from model import (
+    ARCHITECTURES, FORMAT, MEAN, STD, CheckpointError, Classifier, build_encoder, cached_features, extract_features,
+    load_checkpoint, load_classifier, open_run, save_checkpoint)
+
+ENCODERS = ("runs/pretrain/encoder.pt", "runs/demo/encoder.pt")         # the first that exists is --init's default
+INHERITED = {"data": "data/nih", "arch": "resnet50", "image_size": 224, "normalize": "fixed", "clahe": False}
+AUGMENTATION = Augmentation(crop_area=(0.6, 1.0), blur=(0.0, 0.0), brightness=0.2, contrast=0.2)    # of full training
+STRENGTHS = 10.0 ** np.arange(-4, 3)                    # of the linear probe's regularisation, see fit_logistic
+IMAGES = (".jpg", ".jpeg", ".png")
+REPLICATES = 1000                                       # of the bootstrap
+RESULTS = ("predictions.pt", "last.pt", "classifier.pt", "log.jsonl", "results.*", "*.png", "tensorboard/*/events*")
+# Flags that say where and how a run computes, not what: they may differ when it goes on.
+NOT_THE_RUN = {"out", "overwrite", "predict", "explain", "threads"}
+MAY_BE_ZERO = {"seeds", "explain"}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    group = parser.add_argument_group("what is compared: every combination")
+    group.add_argument("--init", nargs="+", metavar="random|imagenet|PATH", help=f"(default {' or '.join(ENCODERS)})")
+    group.add_argument("--mode", nargs="+", choices=("linear", "full"), default=["full"], help="(default full)")
+    group.add_argument("--fraction", nargs="+", type=float, default=[1.0], help="of the labelled patients (default 1)")
+    group.add_argument("--seeds", nargs="+", type=int, default=[0], help="draws of patients and of heads (default 0)")
+    group.add_argument("--out", default="runs/finetune", help="run folder (default %(default)s)")
+    group.add_argument("--overwrite", action="store_true", help="begin anew in a run folder that holds a run")
+    group = parser.add_argument_group("labels")
+    group.add_argument("--labels", nargs="+", metavar="NAME", help="columns of the manifest (default: all)")
+    group.add_argument("--uncertain", choices=("ones", "zeros", "ignore", "multiclass"), default="ignore",
+                       help="what -1 is in training: present, absent, left out, a third class (default %(default)s)")
+    group.add_argument("--blank", choices=("zeros", "ignore"), default="zeros", help="what an empty cell is in a row "
+                       "that has labels: absent, or left out (default %(default)s)")
+    group.add_argument("--balance", action="store_true", help="weigh the classes of each label alike")
+    group = parser.add_argument_group("inherited from the first encoder, unless given")
+    group.add_argument("--data", help="data folder, made by prepare.py")
+    group.add_argument("--arch", choices=ARCHITECTURES, help="of random and imagenet")
+    group.add_argument("--image-size", type=int, help="side of the input, pixels")
+    group.add_argument("--normalize", choices=("fixed", "image"), help="by a fixed mean and deviation, or per image")
+    group.add_argument("--clahe", action=argparse.BooleanOptionalAction, help="adaptive histogram equalisation")
+    group = parser.add_argument_group("full fine-tuning")
+    group.add_argument("--epochs", type=int, default=20, help="(default %(default)s)")
+    group.add_argument("--batch-size", type=int, default=64, help="images over all processes (default %(default)s)")
+    group.add_argument("--lr-encoder", type=float, default=2e-4, help="peak, AdamW (default %(default)s)")
+    group.add_argument("--lr-head", type=float, default=2e-3, help="peak, AdamW (default %(default)s)")
+    group.add_argument("--freeze-bn", action="store_true", help="keep the batch norm statistics of the initialisation")
+    group.add_argument("--peak", action="store_true", help="add the best test accuracy over epochs (optimistic)")
+    group.add_argument("--threads", type=int, help="of the loader, a process (default: cores / processes, at most 8)")
+    group = parser.add_argument_group("using a classifier")
+    group.add_argument("--predict", metavar="CLASSIFIER.pt", help="write predictions.csv beside it: probabilities for "
+                       "--data, a data folder or any folder of images")
+    group.add_argument("--explain", type=int, default=0, metavar="N", help="and Grad-CAM overlays of N images")
+
+    args = parser.parse_args(argv)
+    for flag, value in vars(args).items():
+        for number in value if isinstance(value, list) else [value]:
+            if type(number) in (int, float) and not (0 < number < math.inf or number == 0 and flag in MAY_BE_ZERO):
+                parser.error(f"--{flag.replace('_', '-')} {number} must be positive")
+    if max(args.fraction) > 1:
+        parser.error(f"--fraction {max(args.fraction):g} is more than all of the labels, 1")
+    if args.peak and "full" not in args.mode:
+        parser.error("--peak is over epochs and needs --mode full")
+    if args.predict and not args.data or args.explain and not args.predict:
+        parser.error("--predict needs --data, a data folder or a folder of images; --explain needs --predict")
+    return args
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Labels and draws, as pure functions.
+
+def make_task(labels: np.ndarray, train: np.ndarray, uncertain: str,
+              blank: str) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
+    """What is asked of each image: labels (N, L) of 1, 0, -1 and NaN, read by the policies --uncertain and --blank.
+
+    Returns the kind, G questions of K answers each; targets (N, G, K), one-hot where K > 1; known (N, G), whether there
+    is something to learn from; and the truth to score by (N, L), 1, 0 or NaN: a -1 is never scored, on val or test.
+    binary: G = L, K = 1. three-way (`multiclass`): G = L, and absent, present and uncertain are classes (Irvin et al.
+    2019). exclusive: G = 1, K = L, one softmax, where each of the rows `train` has exactly one 1 and otherwise 0."""
+    labels = np.where(np.isnan(labels) & (blank == "zeros"), 0, labels).astype(np.float32)
+    truth = np.where(labels == -1, np.nan, labels)
+    if labels.shape[1] > 1 and (truth[train].sum(1) == 1).all():                        # a NaN is not 1
+        return "exclusive", np.nan_to_num(truth)[:, None], np.nansum(truth, 1, keepdims=True) == 1, truth
+    if uncertain == "multiclass":
+        one_hot = np.stack([labels == value for value in (0, 1, -1)], axis=2)
+        return "three-way", one_hot.astype(np.float32), one_hot.any(2), truth
+    learned = np.where(labels == -1, np.float32({"ones": 1, "zeros": 0, "ignore": np.nan}[uncertain]), labels)
+    return "binary", np.nan_to_num(learned)[:, :, None], ~np.isnan(learned), truth
+
+
+def to_probabilities(logits: Tensor, kind: str) -> np.ndarray:
+    """Logits (n, G * K) -> probability of each label, (n, L) float64. A three-way label's is that of present against
+    absent, without the uncertain class."""
+    logits = logits.double().cpu()
+    if kind == "exclusive":
+        return logits.softmax(1).numpy()
+    if kind == "three-way":
+        absent, present, _ = logits.view(len(logits), -1, 3).unbind(2)
+        logits = present - absent
+    return logits.sigmoid().numpy()
+
+
+def draw(patients: np.ndarray, truth: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, int]:
+    """Rows (m,) of a fraction of the patients, and how many patients beyond that fraction are in it.
+
+    patients (n,), truth (n, L). The seed puts the patients in an order; a fraction is the front of it, so the smaller
+    lies in the larger. For a label without a positive (or a negative) there, the first patient in that order who has
+    one comes in addition, which keeps the nesting. DataError where the fraction is no patient."""
+    names, patient = np.unique(patients, return_inverse=True)
+    place = np.random.default_rng(seed).permutation(len(names))[patient]                # (n,) in the seed's order
+    asked = round(fraction * len(names))
+    if not asked:
+        raise DataError(f"--fraction {fraction:g} of {len(names)} labelled training patients is none; "
+                        f"from {0.5 / len(names):.2g} on it is one")
+    first = [place[has].min() for has in (column == value for column in truth.T for value in (1, 0)) if has.any()]
+    beyond = {p for p in first if p >= asked}
+    return np.flatnonzero((place < asked) | np.isin(place, list(beyond))), len(beyond)
+
+
+def cell_weights(targets: np.ndarray, known: np.ndarray, balance: bool) -> np.ndarray:
+    """Weights (n, G), 0 for unknown cells, 1 on average; with `balance`, each class of a label has the same sum."""
+    answers = targets.argmax(2) if targets.shape[2] > 1 else targets[:, :, 0]
+    weights = np.zeros(known.shape)
+    for g, some in enumerate(known.T):
+        weights[some, g] = compute_sample_weight("balanced" if balance else None, answers[some, g])
+    return weights / weights.mean()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The linear probe: all labels and all strengths of regularisation in one go.
+
+def fit_logistic(x: Tensor, targets: Tensor, weights: Tensor, strengths: Tensor, tolerance: float = 1e-6,
+                 max_steps: int = 5000) -> tuple[Tensor, Tensor]:
+    """Logistic regressions (softmax where K > 1), one for each of R strengths and G questions, at their optimum.
+
+    x (n, D) float64; targets (n, G, K); weights (n, G). Each minimises its weighted mean cross-entropy + strength / 2 *
+    |w|^2, the intercept free: scikit-learn's with C = 1 / (n * strength). Returns coefficients (D, R, G, K) and
+    intercepts (R, G, K).
+
+    In the rows' principal axes x'x is diagonal, and with it a bound of the Hessian (Böhning 1992): the gradient divided
+    by it is sure to descend. Nesterov's momentum makes that fast; a problem whose momentum points uphill starts it anew
+    (O'Donoghue and Candès 2015). It ends where no gradient promises more than `tolerance` of loss."""
+    center = x.mean(0)
+    x = x - center
+    few = len(x) < x.shape[1]                   # then the axes of the rows' span, where the optimum lies, are enough
+    squares, axes = torch.linalg.eigh(x @ x.T if few else x.T @ x)
+    keep = squares > 1e-10 * squares[-1]
+    squares, axes = squares[keep], axes[:, keep]
+    axes = x.T @ axes / squares.sqrt() if few else axes                                             # (D, d)
+    x = torch.cat([x @ axes, torch.ones_like(x[:, :1])], dim=1)                                     # (n, d + 1)
+    shape = x.shape[1], len(strengths), *targets.shape[1:]                                          # (d + 1, R, G, K)
+    weights = (weights / weights.sum(0))[:, None, :, None]                                          # (n, 1, G, 1)
+    targets = targets[:, None]                                                                      # (n, 1, G, K)
+    penalty = strengths.view(1, -1, 1, 1).repeat(shape[0], 1, 1, 1)                                 # (d + 1, R, 1, 1)
+    penalty[-1] = 0
+    steepest = weights.amax(0, keepdim=True) * (0.25 if shape[3] == 1 else 0.5)     # of sigmoid, of softmax
+    bound = torch.cat([squares, squares.new_tensor([len(x)])]).view(-1, 1, 1, 1) * steepest + penalty
+    beta, ahead, age = x.new_zeros(shape), x.new_zeros(shape), x.new_ones(1)
+    for _ in range(max_steps):
+        logits = (x @ ahead.flatten(1)).view(len(x), *shape[1:])                                    # (n, R, G, K)
+        error = weights * ((logits.sigmoid() if shape[3] == 1 else logits.softmax(3)) - targets)
+        gradient = (x.T @ error.flatten(1)).view(shape) + penalty * ahead
+        if (gradient.square() / bound).sum((0, 3)).max() < 2 * tolerance:
+            break
+        before, beta = beta, ahead - gradient / bound
+        uphill = (gradient * (beta - before)).sum((0, 3), keepdim=True) > 0                         # (1, R, G, 1)
+        age = torch.where(uphill, 1.0, age)
+        older = (1 + (1 + 4 * age ** 2).sqrt()) / 2
+        ahead = beta + (age - 1) / older * (beta - before)
+        age = older
+    coefficients = (axes @ ahead[:-1].flatten(1)).view(-1, *shape[1:])
+    return coefficients, ahead[-1] - torch.tensordot(center, coefficients, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scores.
+
+def auroc(scores: np.ndarray, truth: np.ndarray, counts: np.ndarray | None = None) -> np.ndarray:
+    """Area under the ROC curve, ties half: scores (n,), truth (n,) of 1, 0 and NaN, left out, counts (R, n) of how
+    often each image is in each of R replicates (default: once, in one). Returns (R,), NaN where there is one class."""
+    order = np.argsort(scores, kind="stable")
+    order = order[~np.isnan(truth[order])]
+    counts = np.ones((1, len(scores)), np.int16) if counts is None else counts
+    if not 0 < truth[order].sum() < len(order):
+        return np.full(len(counts), np.nan)
+    truth, ties = truth[order], np.flatnonzero(np.diff(scores[order], prepend=-np.inf))         # first of equal scores
+    areas = []
+    for some in np.split(counts, range(100, len(counts), 100)):                                 # for memory's sake
+        positive = np.add.reduceat(some[:, order] * truth, ties, axis=1, dtype=np.float64)
+        negative = np.add.reduceat(some[:, order] * (1 - truth), ties, axis=1, dtype=np.float64)
+        below = negative.cumsum(1) - negative / 2                                               # Mann and Whitney's
+        with np.errstate(invalid="ignore"):
+            areas.append((positive * below).sum(1) / (positive.sum(1) * negative.sum(1)))
+    return np.concatenate(areas)
+
+
+def patient_counts(patients: np.ndarray, replicates: int) -> np.ndarray:
+    """Bootstrap over patients: how often each of n images is in each replicate, (replicates, n)."""
+    names, patient = np.unique(patients, return_inverse=True)
+    drawn = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), replicates)
+    return drawn.astype(np.int16)[:, patient]
+
+
+def nan_mean(values: np.ndarray, axis: int = 0) -> np.ndarray:
+    """Mean of what is not NaN, silently NaN where that is nothing."""
+    count = (~np.isnan(values)).sum(axis)
+    return np.nansum(values, axis) / np.where(count, count, np.nan)
+
+
+def paired_test(replicates: np.ndarray) -> tuple[float, float, float]:
+    """The middle 95 % of a score's or a difference's replicates, and the two-sided p of there being no difference."""
+    finite = replicates[~np.isnan(replicates)]
+    if not len(finite):
+        return math.nan, math.nan, math.nan
+    tail = min((finite <= 0).sum(), (finite >= 0).sum()) + 1
+    return *np.percentile(finite, [2.5, 97.5]).tolist(), min(1.0, 2 * float(tail) / (len(finite) + 1))
+
+
+def youden(scores: np.ndarray, truth: np.ndarray) -> float:
+    """The score from which on to call an image positive, so that sensitivity + specificity is largest (Youden 1950);
+    0.5 where one class is missing. scores (n,), truth (n,) of 1, 0 and NaN."""
+    scores, truth = scores[~np.isnan(truth)], truth[~np.isnan(truth)]
+    if not 0 < truth.sum() < len(truth):
+        return 0.5
+    false, true, thresholds = roc_curve(truth, scores, drop_intermediate=False)
+    return float(thresholds[1:][(true - false)[1:].argmax()])                           # the first is infinite
+
+
+def calibration_error(probabilities: np.ndarray, truth: np.ndarray, bins: int = 15) -> float:
+    """Expected calibration error (Guo et al. 2017): the mean distance of probability and frequency in equal bins."""
+    which = np.minimum((probabilities * bins).astype(int), bins - 1)
+    return float(np.abs(np.bincount(which, probabilities - truth)).sum() / max(1, len(truth)))
+
+
+def val_score(probabilities: np.ndarray, truth: np.ndarray) -> float:
+    """What everything is chosen by: mean AUROC over the labels; where none has both classes, minus the Brier score."""
+    mean = nan_mean(np.concatenate([auroc(p, y) for p, y in zip(probabilities.T, truth.T)]))
+    return float(mean if not np.isnan(mean) else -nan_mean((probabilities - truth).ravel() ** 2))
+
+
+def score(p: np.ndarray, y: np.ndarray, threshold: float, counts: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
+    """One label's part of a row of results.json, and the bootstrap replicates of its AUROC, (R,).
+
+    p, y: (n,), NaN in y left out; counts: (R, n). NaN where a score lacks the class that it needs."""
+    replicates, area, known = auroc(p, y, counts), float(auroc(p, y)[0]), ~np.isnan(y)
+    low, high, _ = paired_test(replicates)
+    p, y = p[known], y[known]
+    called, positives = p >= threshold, int(y.sum())
+    return {"n_test": len(y), "test_positives": positives, "auroc": area, "auroc_low": low, "auroc_high": high,
+            "average_precision": math.nan if math.isnan(area) else float(average_precision_score(y, p)),
+            "accuracy": float(nan_mean(called == y)), "majority": max(positives, len(y) - positives) / max(1, len(y)),
+            "sensitivity": float(nan_mean(called[y == 1])), "specificity": float(nan_mean(~called[y == 0])),
+            "threshold": threshold, "calibration_error": calibration_error(p, y)}, replicates
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables and figures.
+
+def markdown(heading: str, columns: list[str], inits: list[str], values: np.ndarray, bold: bool = True) -> str:
+    """A table of initialisations against columns, mean ± deviation over the draws, the best of each column in bold.
+    values (I, S, columns) for S draws."""
+    means, draws = nan_mean(values, 1), values.shape[1]
+    spread, best = values.std(1, ddof=min(1, draws - 1)), np.fmax.reduce(means)         # fmax passes over NaN
+    lines = [f"\n{heading}\n", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for init, row, deviations in zip(inits, means, spread):
+        cells = ["–" if np.isnan(m) else f"{m:.3f}" + (f" ± {d:.3f}" if draws > 1 else "")
+                 for m, d in zip(row, deviations)]
+        cells = [f"**{cell}**" if bold and m == b and len(inits) > 1 else cell for cell, m, b in zip(cells, row, best)]
+        lines.append(f"| {init} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def panels(rows: list[str], columns: list[str], **style) -> tuple[Figure, np.ndarray]:
+    """A figure and its axes (rows, columns), in the one style of all figures."""
+    figure = Figure((4 * len(columns), 4 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), len(columns), squeeze=False)
+    for ax, (row, column) in zip(axes.flat, itertools.product(rows, columns)):
+        ax.set(title=" ".join(filter(None, (row, column))), **style)
+        ax.grid(alpha=0.3)
+    return figure, axes
+
+
+def efficiency_figure(areas: np.ndarray, replicates: np.ndarray, modes: list, fractions: list, inits: list) -> Figure:
+    """Mean AUROC against the share of the labels, with the patients' 95 % interval and a dot for each draw: areas
+    (M, F, I, S), replicates (M, F, I, R), both means over the labels."""
+    figure, axes = panels([""], modes, xscale="log", xlabel="share of the labels", ylabel="mean AUROC on test")
+    order = np.argsort(fractions)
+    for (m, ax), (i, init) in itertools.product(enumerate(axes[0]), enumerate(inits)):
+        x, dots = np.array(fractions)[order], areas[m, order, i]                                            # (F, S)
+        low, high = np.array([paired_test(some)[:2] for some in replicates[m, order, i]]).T
+        ax.plot(x, nan_mean(dots, 1), "-o", color=f"C{i}", label=init)
+        ax.plot(x, dots, ".", color=f"C{i}", alpha=0.5)
+        ax.fill_between(x, low, high, color=f"C{i}", alpha=0.15)
+        ax.legend()
+    return figure
+
+
+def calibration_figure(predictions: dict, truth: np.ndarray, modes: list, fractions: list, shown: dict) -> Figure:
+    """How often a label is there when it was given a probability, all labels and draws together."""
+    figure, axes = panels(modes, [f"{100 * f:g} %" for f in fractions])
+    for ax, (mode, fraction) in zip(axes.flat, itertools.product(modes, fractions)):
+        for init in dict.fromkeys(key[2] for key in predictions):
+            p = np.stack([p for key, p in predictions.items() if key[:3] == (mode, fraction, init)])    # (S, n, L)
+            known = np.broadcast_to(~np.isnan(truth), p.shape)
+            p, y = p[known], np.broadcast_to(truth, p.shape)[known]
+            name = f"{shown[init]}, error {calibration_error(p, y):.3f}"
+            CalibrationDisplay.from_predictions(y, p, n_bins=15, ax=ax, name=name)
+    return figure
+
+
+def curves_figure(probabilities: np.ndarray, truth: np.ndarray, names: list[str]) -> Figure:
+    """ROC and precision-recall curves, a line for each label that has both classes."""
+    figure, axes = panels([""], ["ROC", "precision-recall"])
+    for p, y, name in zip(probabilities.T, truth.T, names):
+        p, y = p[~np.isnan(y)], y[~np.isnan(y)]
+        if 0 < y.sum() < len(y):
+            RocCurveDisplay.from_predictions(y, p, name=name, ax=axes[0, 0])
+            PrecisionRecallDisplay.from_predictions(y, p, name=name, ax=axes[0, 1])
+    return figure
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Using a classifier.
+
+def grad_cam(net: Classifier, x: Tensor, outputs: Tensor) -> Tensor:
+    """Where in the images x (B, 1, S, S) the outputs (B,) come from: (B, S, S), 0 to 1 (Selvaraju et al. 2017)."""
+    kept = []
+    hook = net.encoder.layer4.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    logits = net(x)
+    hook.remove()
+    gradient, = torch.autograd.grad(logits.gather(1, outputs[:, None]).sum(), kept[0])              # (B, C, h, w)
+    cam = F.relu((gradient.mean((2, 3), keepdim=True) * kept[0]).sum(1, keepdim=True))              # (B, 1, h, w)
+    cam = F.interpolate(cam, x.shape[2:], mode="bilinear")[:, 0]
+    return (cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-12)).detach()
+
+
+def predict(args: argparse.Namespace, where: dict, dtype: torch.dtype | None) -> None:
+    """--predict: probabilities of every image of a data folder, or of any folder of images, as a CSV file; --explain:
+    a Grad-CAM overlay of the first images, each for the label most above its threshold, named in the file."""
+    net, state = load_classifier(args.predict)
+    net = net.to(where["device"], memory_format=torch.channels_last)
+    folder, out = Path(args.data), Path(args.predict).parent
+    if (folder / "manifest.csv").exists():
+        manifest = read_manifest(folder)
+    else:
+        paths = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix.lower() in IMAGES)
+        if not paths:
+            raise DataError(f"--data {folder} has no manifest.csv and no image ({', '.join(IMAGES)})")
+        manifest = Manifest(folder, paths, None, None, None, [])
+    preprocessing = Preprocessing(*(state["config"][key] for key in ("image_size", "normalize", "clahe")))
+    images, labels = np.arange(len(manifest.paths)), state["labels"]
+    loader = eval_loader(manifest, images, args.batch_size, preprocessing, **where)
+    probabilities = to_probabilities(extract_features(net, loader, len(images), dtype=dtype), state["kind"])    # (n, L)
+    with open(out / "predictions.csv.tmp", "w", newline="") as file:
+        csv.writer(file).writerows([["path", *labels], *(
+            [path, *(f"{p:.6f}" for p in row)] for path, row in zip(manifest.paths, probabilities))])
+    os.replace(out / "predictions.csv.tmp", out / "predictions.csv")
+    print(f"{out / 'predictions.csv'}: {len(images)} images, {', '.join(labels)}")
+    if args.explain:
+        (out / "explained").mkdir(exist_ok=True)
+    answers, present = (3, 1) if state["kind"] == "three-way" else (1, 0)       # logits a label, and which says present
+    for x, index in eval_loader(manifest, images[:args.explain], 1, preprocessing, **where):
+        i, x = index.item(), x.float()
+        label = int((probabilities[i] - state["thresholds"]).argmax())
+        heat = grad_cam(net, x, torch.tensor([label * answers + present], device=x.device))[0].cpu().numpy()[..., None]
+        gray = (x[0, 0] * STD + MEAN).clamp(0, 1).cpu().numpy()[..., None]                          # (S, S, 1)
+        overlay = gray * (1 - 0.5 * heat) + colormaps["jet"](heat[..., 0])[..., :3] * 0.5 * heat    # (S, S, 3)
+        name = re.sub(r"[^\w.-]+", "-", f"{Path(manifest.paths[i]).stem}_{labels[label]}_{probabilities[i, label]:.2f}")
+        Image.fromarray((255 * overlay).astype(np.uint8)).save(out / f"explained/{i:06d}_{name}.png")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in
+                                    (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    try:
+        with contextlib.ExitStack() as held:
+            finetune(args, rank, local_rank, world_size, held)
+    except (FloatingPointError, DataError, CheckpointError, OSError) as error:
+        # Whatever is wrong with the input is wrong for every process, and told once; a bad image is met by one alone.
+        sys.exit(f"finetune.py: {error}" if rank == 0 or isinstance(error, ImageError) else 1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: int, held: contextlib.ExitStack) -> None:
+    # ------------------------------------------------------------------------------------------------ processes, device
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    if world_size > 1:                          # the others wait while one extracts features and fits linear probes
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(days=1))
+    threads = args.threads or max(1, min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else None
+    alone = dict(device=device, threads=threads, half=dtype is not None)
+    shared = alone | dict(rank=rank, world_size=world_size)
+
+    def say(*words):
+        if rank == 0:
+            print(*words, flush=True)
+
+    if args.predict:
+        if rank == 0:
+            predict(args, alone, dtype)
+        return
+
+    # -------------------------------------------------------------------------------------------------- initialisations
+    inits = args.init or [path for path in ENCODERS if os.path.exists(path)][:1]
+    if not inits:
+        raise DataError(f"{ENCODERS[0]} does not exist: pre-train first (`python pretrain.py --demo` takes minutes), "
+                        "or name another encoder, random or imagenet with --init")
+    paths = [init for init in inits if init not in ("random", "imagenet")]
+    shown, inherited = {"random": "Scratch", "imagenet": "ImageNet"}, {}
+    for path in reversed(paths):            # the first has the last word, so that rows compare
+        state = load_checkpoint(path)
+        shown[path] = ("SimCLR" if len(paths) == 1 else f"SimCLR ({path})") if state.get("format") == FORMAT else path
+        inherited = {k: v for k, v in (state | state.get("config", {})).items() if k in INHERITED}
+        say(f"inherited from {path}:", ", ".join(f"{k} {v}" for k, v in inherited.items()) or "nothing")
+    setting = INHERITED | inherited | {k: v for k, v in vars(args).items() if k in INHERITED and v is not None}
+    data, arch, *how = setting.values()
+    preprocessing = Preprocessing(*how)
+    for init in inits:
+        build_encoder(arch, init)               # what does not fit is refused before anything is written
+
+    # ------------------------------------------------------------------------------------------------------------- data
+    manifest = read_manifest(data)
+    table = manifest.folder / "manifest.csv"
+    if not manifest.label_names:
+        raise DataError(f"{table} has no label column: there is nothing to fine-tune on")
+    asked = args.labels or manifest.label_names
+    if unknown := set(asked) - set(manifest.label_names):
+        raise DataError(f"--labels {unknown.pop()}: {table} has {', '.join(manifest.label_names)}")
+    has_labels = ~np.isnan(manifest.labels).all(1)                      # an all-empty row is an image without labels
+    train, val, test = (images[has_labels[images]] for images in map(manifest.images, ("train", "val", "test")))
+    for split, images in zip(("train", "val", "test"), (train, val, test)):
+        if not len(images):
+            raise DataError(f"{table}: no image of the {split} split has a label")
+    columns = [column for column in map(manifest.label_names.index, asked) if {0, 1} <= set(
+        np.nan_to_num(manifest.labels[train, column], nan=0 if args.blank == "zeros" else -1).tolist())]
+    names = [manifest.label_names[column] for column in columns]
+    if not names:
+        raise DataError(f"{table}: no label has a positive and a negative in train")
+    if len(names) < len(asked):
+        say("left out, without both a positive and a negative in train:", *(set(asked) - set(names)))
+    kind, targets, known, truth = make_task(manifest.labels[:, columns], train, args.uncertain, args.blank)
+    if np.isnan(truth[val]).all():
+        raise DataError(f"{table}: the val split has only uncertain or empty cells in {', '.join(names)}")
+    for name, y in zip(names, truth[val].T):
+        if not {0, 1} <= set(y.tolist()):
+            say(f"{name} has one class only in val: its threshold is 0.5, and it has no say in what is chosen there")
+    policy = {"exclusive": "exclusive labels, softmax, AUROC one against the rest",
+              "binary": f"independent labels; in training -1 counts as {args.uncertain}, blank as {args.blank}",
+              "three-way": f"independent labels, uncertain a class of its own; blank counts as {args.blank}",
+              }[kind] + ("; classes balanced" if args.balance else "")
+    say(f"{data}: {len(train)} train, {len(val)} val, {len(test)} test images with labels\n"
+        f"{len(names)} labels ({', '.join(names)}): {policy}; -1 is never scored")
+    samples, drawn = {}, {}
+    for fraction, seed in itertools.product(args.fraction, args.seeds):
+        rows, beyond = draw(manifest.patients[train], truth[train], fraction, seed)
+        samples[fraction, seed] = train[rows]
+        drawn.setdefault(fraction, []).append(f"draw {seed}: {len(rows)} images" + (
+            f", {beyond} patients beyond the fraction for labels that lacked a class" if beyond else ""))
+    if args.batch_size % world_size:
+        raise DataError(f"--batch-size {args.batch_size} is global and must divide by the {world_size} processes")
+
+    # ------------------------------------------------------------------------------------------------------- run folder
+    out = Path(args.out)
+    finished, last = out / "predictions.pt", out / "last.pt"
+    config = {k: v for k, v in vars(args).items() if k not in NOT_THE_RUN} | setting | {"init": inits}
+    config["inputs"] = [hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] for file in (table, *paths)]
+    if rank == 0:
+        open_run(out, "finetune", config, RESULTS, args.overwrite, held)
+        if not finished.exists():
+            save_checkpoint(finished, {})
+    if world_size > 1:
+        dist.barrier()
+    done = load_checkpoint(finished)            # name of a combination -> its predictions, and how they came about
+
+    def name_of(mode, fraction, init, seed):
+        return f"{shown[init]}, {mode}, {100 * fraction:g} %, seed {seed}"
+
+    def finish(name, sample, net, val_p, test_p, extra):
+        """Keep a combination's predictions and, if it is the best on val up to now, its classifier."""
+        value = val_score(val_p, truth[val])
+        if value > max((kept["val_score"] for kept in done.values()), default=-math.inf):
+            save_checkpoint(out / "classifier.pt", {
+                "format": FORMAT, "arch": arch, "encoder": net.encoder.state_dict(), "labels": names, "kind": kind,
+                "classifier": net.head.state_dict(), "config": config | {"mean": MEAN, "std": STD, "what": name},
+                "thresholds": [youden(p, y) for p, y in zip(val_p.T, truth[val].T)]})
+        done[name] = extra | {
+            "val": torch.from_numpy(val_p), "test": torch.from_numpy(test_p), "val_score": value,
+            "n_train": (~np.isnan(truth[sample])).sum(0).tolist(), "positives": (truth[sample] == 1).sum(0).tolist()}
+        save_checkpoint(finished, done)
+        say(f"{name}: {'AUROC' if value >= 0 else 'minus Brier score'} on val {abs(value):.4f} "
+            f"({', '.join(f'{k} {v:g}' for k, v in extra.items() if isinstance(v, int | float))})")
+
+    # ----------------------------------------------------------------------------------------------------- linear probe
+    def linear(init):
+        """All fractions and draws of one initialisation, from features that are extracted once and kept."""
+        torch.manual_seed(0)                                            # one untrained encoder stands for all
+        encoder = build_encoder(arch, init).to(device, memory_format=torch.channels_last)
+        everything = np.concatenate([train, val, test])
+        say(f"{shown[init]}: features of {len(everything)} images, kept in {out.parent / 'features'}")
+        loader = eval_loader(manifest, everything, args.batch_size, preprocessing, **alone)
+        features = cached_features(encoder, loader, len(everything), out.parent / "features", dtype)
+        # All of train, labelled or drawn or not, says how large a feature is; some are constant on a few images.
+        deviation, mean = torch.std_mean(features[:len(train)], 0)
+        deviation = deviation.clamp(min=1e-6)
+        x, fits = features.new_zeros(len(manifest.paths), len(mean)), {}                                    # (N, D)
+        x[everything] = (features - mean) / deviation
+        for fraction, seed in itertools.product(args.fraction, args.seeds):
+            name, sample = name_of("linear", fraction, init, seed), samples[fraction, seed]
+            if name in done:
+                continue
+            if sample.tobytes() not in fits:                            # all of the labels are the same in every draw
+                weights = cell_weights(targets[sample], known[sample], args.balance)
+                fits[sample.tobytes()] = [found.flatten(-2).cpu() for found in fit_logistic(*(
+                    torch.as_tensor(array, dtype=torch.float64, device=device)
+                    for array in (x[sample], targets[sample], weights, STRENGTHS)))]
+            weight, bias = fits[sample.tobytes()]                                           # (D, R, G * K), (R, G * K)
+
+            val_p, test_p = (np.stack([to_probabilities(x[images].double() @ weight[:, r] + bias[r], kind)
+                                       for r in range(len(STRENGTHS))]) for images in (val, test))          # (R, n, L)
+            scores = [val_score(p, truth[val]) for p in val_p]
+            r = max(range(len(STRENGTHS)), key=lambda r, scores=scores: (scores[r], r))     # at a tie the strongest
+            net = Classifier(encoder, bias.shape[1])
+            scaled = weight[:, r].T / deviation                                                     # (G * K, D)
+            net.head.load_state_dict({"weight": scaled.float(), "bias": (bias[r] - scaled @ mean.double()).float()})
+            finish(name, sample, net, val_p[r], test_p[r], {"strength": float(STRENGTHS[r])})
+
+    # ------------------------------------------------------------------------------------------------- full fine-tuning
+    def full(name, init, seed, sample):
+        """Train encoder and head on one draw; the epoch that is best on val counts."""
+        torch.manual_seed(seed)
+        net = Classifier(build_encoder(arch, init), targets[0].size).to(device, memory_format=torch.channels_last)
+        if world_size > 1 and cuda:
+            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)          # PyTorch has none on a CPU
+        optimizer = torch.optim.AdamW([dict(params=net.encoder.parameters(), peak=args.lr_encoder),
+                                       dict(params=net.head.parameters(), peak=args.lr_head)],
+                                      weight_decay=0.01, fused=cuda)
+        weights, answers = torch.zeros(known.shape), torch.from_numpy(targets)                      # (N, G), (N, G, K)
+        weights[sample] = torch.from_numpy(cell_weights(targets[sample], known[sample], args.balance)).float()
+        history, best, peaks = [], {"val_score": -math.inf}, []
+        if last.exists() and (state := load_checkpoint(last))["name"] == name:
+            net.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            history, best, peaks = state["history"], state["best"], state["peaks"]
+            say(f"going on from {last}, epoch {len(history)} of {name}")
+        model = net if world_size == 1 else DistributedDataParallel(net, device_ids=[local_rank] if cuda else None)
+        folder = out / "tensorboard" / re.sub(r"[^\w.-]+", "-", name)
+        writer = SummaryWriter(folder, purge_step=len(history) + 1) if rank == 0 else None
+
+        def evaluate(images):
+            loader = eval_loader(manifest, images, args.batch_size, preprocessing, **shared)
+            return to_probabilities(extract_features(net, loader, len(images), rank, world_size, dtype), kind)
+
+        epoch_steps = max(10, math.ceil(len(sample) / args.batch_size))         # few images are shown several times
+        total_steps, warmup_steps = args.epochs * epoch_steps, args.epochs * epoch_steps // 10
+        batches = iter(train_loader(manifest, sample, args.batch_size, range(len(history) * epoch_steps, total_steps),
+                                    1, AUGMENTATION, preprocessing, seed, **shared))
+        for epoch in range(len(history) + 1, args.epochs + 1):
+            net.train()
+            for module in net.modules() if args.freeze_bn else ():
+                module.train(not isinstance(module, nn.modules.batchnorm._BatchNorm))
+            loss_sum, clock = torch.zeros((), device=device), time.perf_counter()
+            for step in range((epoch - 1) * epoch_steps, epoch * epoch_steps):
+                factor = ((step + 1) / warmup_steps if step < warmup_steps else
+                          (1 + math.cos(math.pi * (step - warmup_steps) / (total_steps - warmup_steps))) / 2)
+                for group in optimizer.param_groups:
+                    group["lr"] = factor * group["peak"]
+                x, index = next(batches)                                                            # (B, 1, S, S)
+                with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                    logits = model(x.contiguous(memory_format=torch.channels_last))                 # (B, G * K)
+                loss = masked_cross_entropy(logits.view(-1, *targets.shape[1:]), answers[index].to(device),
+                                            weights[index].to(device))
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                loss_sum += loss.detach()
+            if world_size > 1:
+                dist.all_reduce(loss_sum)
+                for buffer in net.buffers():                    # one set of batch norm statistics, or rows would differ
+                    dist.broadcast(buffer, 0)
+            seconds = time.perf_counter() - clock
+            line = {"combination": name, "epoch": epoch, "loss": loss_sum.item() / epoch_steps / world_size,
+                    "lr_encoder": factor * args.lr_encoder, "lr_head": factor * args.lr_head}
+            if not math.isfinite(line["loss"]):
+                raise FloatingPointError(f"the loss is not finite in epoch {epoch} of {name}: lower the learning rates")
+            val_p = evaluate(val)
+            line["val_score"] = val_score(val_p, truth[val])
+            history.append(line)
+            if args.peak:
+                peaks.append(torch.from_numpy(evaluate(test)).float())                              # (n_test, L)
+            if line["val_score"] > best["val_score"]:
+                best = {"val_score": line["val_score"], "epoch": epoch, "val": torch.from_numpy(val_p),
+                        "model": {key: value.cpu().clone() for key, value in net.state_dict().items()}}
+            if rank == 0:
+                save_checkpoint(last, {
+                    "name": name, "model": net.state_dict(), "optimizer": optimizer.state_dict(),
+                    "history": history, "best": best, "peaks": peaks})
+                lines = [x for kept in done.values() for x in kept.get("history", [])] + history
+                (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+                for key in list(line)[2:]:
+                    writer.add_scalar(key, line[key], epoch)
+                say(f"{name} epoch {epoch:03d}/{args.epochs} | loss {line['loss']:.4f} | val AUROC "
+                    f"{line['val_score']:.4f} | {epoch_steps * args.batch_size / seconds:.0f} img/s")
+        net.load_state_dict(best["model"])
+        test_p = evaluate(test)
+        if rank == 0:
+            writer.close()
+            finish(name, sample, net, best["val"].numpy(), test_p, {
+                "epoch": best["epoch"], "history": history} | ({"peaks": torch.stack(peaks)} if peaks else {}))
+
+    # ------------------------------------------------------------------------------------------------- all combinations
+    for init in inits if "linear" in args.mode and rank == 0 else ():
+        if any(name_of("linear", fraction, init, seed) not in done for fraction, seed in samples):
+            linear(init)
+    for (fraction, seed), init in itertools.product(samples, inits) if "full" in args.mode else ():
+        if (name := name_of("full", fraction, init, seed)) not in done:
+            full(name, init, seed, samples[fraction, seed])
+    if rank:
+        return
+    last.unlink(missing_ok=True)
+
+    # -------------------------------------------------------------------------------------- scores, by the test labels
+    y, counts = truth[test], patient_counts(manifest.patients[test], REPLICATES)
+    rows, replicates, predictions = [], [], {}
+    for key in itertools.product(args.mode, args.fraction, inits, args.seeds):
+        mode, fraction, init, seed = key
+        kept = done[name_of(*key)]
+        p = predictions[key] = kept["test"].numpy()                                                         # (n, L)
+        peaks = kept.get("peaks", torch.full((1, *y.shape), torch.nan)).numpy()                     # (epochs, n, L)
+        peaks = nan_mean(np.where(np.isnan(y + peaks), np.nan, (peaks >= 0.5) == y), 1).max(0)
+        for i, label in enumerate(names):
+            result, some = score(p[:, i], y[:, i], youden(kept["val"][:, i].numpy(), truth[val, i]), counts)
+            rows.append({"init": shown[init], "mode": mode, "fraction": fraction, "seed": seed, "label": label,
+                         "n_train": kept["n_train"][i], "positives": kept["positives"][i]} | result
+                        | ({"peak_accuracy": peaks[i]} if args.peak else {}))
+            replicates.append(some)
+    shape = len(args.mode), len(args.fraction), len(inits), len(args.seeds), len(names)            # (M, F, I, S, L)
+
+    def column(key):
+        """A column of results.json, (M, F, I, S, L), and the labels' mean as one more label."""
+        values = np.array([row[key] for row in rows], float).reshape(shape)
+        return np.concatenate([values, nan_mean(values, -1)[..., None]], -1)
+
+    areas = column("auroc")
+    # The draws' mean, on the same patients for all: what another test set would show, not other training sets.
+    boot = nan_mean(np.reshape(replicates, (*shape, -1)), 3)
+    boot = np.concatenate([boot, nan_mean(boot, 3)[:, :, :, None]], 3)                          # (M, F, I, L + 1, R)
+    columns, called = [*names, "mean"], [shown[init] for init in inits]
+    comparisons = []
+    text = (f"# What pre-training buys: {data}\n\n{len(names)} labels: {policy}; -1 is never scored. {len(test)} test "
+            f"images of {len(set(manifest.patients[test]))} patients. Epoch, regularisation and thresholds are chosen "
+            f"on val ({len(val)} images). Mean ± deviation over {len(args.seeds)} draws. Intervals and p by "
+            f"{REPLICATES} bootstrap replicates over the test patients, the same for all rows.\n")
+    for (m, mode), (f, fraction) in itertools.product(enumerate(args.mode), enumerate(args.fraction)):
+        text += f"\n## {mode}, {100 * fraction:g} % of the labels\n\n{'; '.join(drawn[fraction])}\n"
+        text += markdown("AUROC on test", columns, called, areas[m, f])
+        if args.peak and mode == "full":
+            text += markdown("Peak test accuracy over the epochs, the published protocol: optimistic, as test chooses "
+                             "the epoch", columns, called, column("peak_accuracy")[m, f])
+        keys = ("average_precision", "accuracy", "majority", "sensitivity", "specificity", "calibration_error")
+        text += markdown("Means over the labels, thresholds chosen on val", [key.replace("_", " ") for key in keys],
+                         called, np.stack([column(key)[m, f, :, :, -1] for key in keys], -1), bold=False) + "\n"
+        for (a, one), (b, other) in itertools.combinations(enumerate(called), 2):
+            differences = nan_mean(areas[m, f, b] - areas[m, f, a])                                         # (L + 1,)
+            for label, difference, some in zip(columns, differences, boot[m, f, b] - boot[m, f, a]):
+                low, high, p = paired_test(some)
+                comparisons.append({"mode": mode, "fraction": fraction, "init": other, "against": one, "label": label,
+                                    "difference": float(difference), "low": low, "high": high, "p": p})
+            text += f"{other} − {one}: mean AUROC {difference:+.3f} (95 % {low:+.3f} to {high:+.3f}, p = {p:.2g})\n"
+    print("\n" + text)
+    found = {"labels": policy, "draws": drawn, "results": rows, "comparisons": comparisons}
+    (out / "results.md").write_text(text)
+    (out / "results.json").write_text(re.sub(r"\bNaN\b", "null", json.dumps(found, indent=1)) + "\n")
+    with SummaryWriter(out / "tensorboard/table") as writer:
+        writer.add_text("results", text)
+        for name, figure in (
+                ("efficiency", efficiency_figure(areas[..., -1], boot[..., -1, :], args.mode, args.fraction, called)),
+                ("calibration", calibration_figure(predictions, y, args.mode, args.fraction, shown))):
+            figure.savefig(out / f"{name}.png", dpi=150)
+            writer.add_figure(name, figure)
+        for mode, fraction, init in itertools.product(args.mode, args.fraction, inits):
+            p = predictions[mode, fraction, init, args.seeds[0]]
+            writer.add_figure(f"curves/{mode} {fraction:g}/{shown[init]}", curves_figure(p, y, names))
+    say(f"done: {out / 'results.md'}, {out / 'results.json'}, {out / 'classifier.pt'}")
+
+
+if __name__ == "__main__":
+    main()
