@@ -65,6 +65,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--seeds {args.seeds} and --bootstrap {args.bootstrap} must be positive")
     if args.k not in ("classes", "sweep") and not (args.k.isdecimal() and int(args.k) > 1):
         parser.error(f"--k {args.k} is none of classes, sweep or a number from 2")
+    if args.classes not in ("single", "dominant") and not args.classes.startswith("binary:"):
+        parser.error(f"--classes {args.classes} is none of single, dominant or binary:LABEL")
+    if args.export and not (args.export.endswith(".npz") and Path(args.export).parent.is_dir()):
+        parser.error(f"--export {args.export} must be a .npz file in a folder that exists")
     args.no_finding = args.no_finding or ("keep" if args.classes.startswith("binary:") else "drop")
     return args
 
@@ -110,7 +114,8 @@ def knn_votes(cosine: np.ndarray, truth: np.ndarray, patients: np.ndarray, k: in
     """Share (m, C) of each class in the votes of an image's k nearest of other patients, from all cosines (m, m).
 
     A vote weighs exp(cosine / 0.07) (Wu et al. 2018). Without the own patient, whose images are nearly copies, the own
-    class is rarer, and features that say nothing would fall below chance: votes are scaled back to all frequencies."""
+    class is rarer, and features that say nothing would fall below chance: votes are scaled back to all frequencies.
+    On average that mends it; a class of very few patients still starts from an AUROC below 0.5."""
     one_hot, others = np.eye(truth.max() + 1)[truth], patients[:, None] != patients             # (m, C), (m, m)
     near, index = torch.from_numpy(np.where(others, cosine, -np.inf)).topk(min(k, len(truth) - 1))      # (m, k)
     votes = (((near - near[:, :1]) / 0.07).exp().numpy()[:, :, None] * one_hot[index]).sum(1)
@@ -134,7 +139,7 @@ def evaluate(features: np.ndarray, truth: np.ndarray, patients: np.ndarray, k: i
     features (n, D) float32; truth, patients (n,) int64; sample (m,) int64: images for silhouette, cosines and k-NN.
     spread: standard deviation over the seeds. low, high: 95 % interval of the mean when patients are drawn anew and
     the clusters, kept, are assigned again. A patient drawn twice agrees with itself, which lifts all agreement: the
-    draws are moved until their mean is the estimate (bias-corrected bootstrap, Efron and Tibshirani 1993)."""
+    draws are moved until their mean is the estimate (a percentile interval, recentred)."""
     runs, silhouettes = zip(*(k_means(features, k, seed, sample) for seed in range(seeds)))
     known, unit = truth[sample], normalize(features[sample])                                    # (m,), (m, D)
     cosine, same = unit @ unit.T, known[:, None] == known                                       # (m, m)
@@ -147,7 +152,8 @@ def evaluate(features: np.ndarray, truth: np.ndarray, patients: np.ndarray, k: i
         areas = [metrics.roc_auc_score(known[asked] == c, votes[asked, c]) for c in np.unique(known[asked])
                  if (known[asked] != c).any()]                                  # a draw may hold one class only
         return {name: [table[name] for table in tables] for name in tables[0]} | {
-            "kNN_accuracy": [np.mean(votes[asked].argmax(1) == known[asked])], "kNN_AUROC": [np.mean(areas)]}
+            "kNN_accuracy": [np.mean(votes[asked].argmax(1) == known[asked])],
+            "kNN_AUROC": [np.mean(areas) if areas else np.nan]}
 
     rng, n_patients = np.random.default_rng(0), patients.max() + 1                  # the same draws for every row
     draws = [scores(np.bincount(rng.integers(n_patients, size=n_patients), minlength=n_patients)[patients])
@@ -159,6 +165,7 @@ def evaluate(features: np.ndarray, truth: np.ndarray, patients: np.ndarray, k: i
     for name in SCORES:
         mean, spread = np.mean(values[name]), np.std(values[name], ddof=1) if len(values[name]) > 1 else np.nan
         drawn = np.array([np.mean(draw.get(name, np.nan)) for draw in draws])
+        drawn = drawn[np.isfinite(drawn)] if np.isfinite(drawn).any() else drawn
         low, high = np.percentile(drawn - drawn.mean() + mean, (2.5, 97.5)).clip(-1 if name == "ARI" else 0, 1)
         row[name] = {"mean": float(mean), "spread": float(spread), "low": float(low), "high": float(high)}
     return row, min(runs, key=lambda run: run.inertia_)
@@ -176,16 +183,19 @@ def draw(points: np.ndarray, truth: np.ndarray, clusters: np.ndarray, table: np.
     figure.suptitle(title)
     by_class, by_cluster, confusion, nearest = figure.subplots(2, 2).flat
     for axes, values, what in ((by_class, truth, "class"), (by_cluster, clusters, "cluster, named by its class")):
+        others = values[values >= len(names)].min(initial=len(labels))          # one entry in the legend for them all
         for c in np.unique(values):
-            axes.scatter(*points[values == c].T, s=14, linewidths=0, alpha=0.8, color=colours[c], label=labels[c])
+            name = labels[c] if c < len(names) else "other clusters" if c == others else None
+            axes.scatter(*points[values == c].T, s=14, linewidths=0, alpha=0.8, color=colours[c], label=name)
         axes.set(title=f"t-SNE of {len(points):,} images, by {what}", xticks=[], yticks=[])
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3, fontsize=8, frameon=False, markerscale=2)
     confusion.imshow(table / table.sum(1, keepdims=True), cmap="Blues", vmin=0, vmax=1.5, aspect="auto")
-    for (row, column), n in np.ndenumerate(table):
+    few = table.shape[1] <= 30                                                  # more have no room for their numbers
+    for (row, column), n in np.ndenumerate(table if few else table[:0]):
         confusion.text(column, row, f"{n:.0f}", ha="center")
     confusion.set(title="images of class and cluster", yticks=range(len(names)), yticklabels=names,
                   xlabel="cluster, named by its class", xticks=range(len(labels)), xticklabels=labels)
-    confusion.tick_params(axis="x", labelrotation=30)
+    confusion.tick_params(axis="x", labelrotation=30, labelbottom=few)
     size, places = sheet.shape[-1] + 2, np.arange(len(sheet))                       # make_grid adds 2 pixels
     nearest.imshow(make_grid(sheet, nrow=8)[0], cmap="gray", vmin=0, vmax=1)
     nearest.scatter(places % 8 * size + 10, places // 8 * size + 10, s=40, c=[colours[c] for c in dots])
@@ -216,6 +226,11 @@ def cluster_eval(args: argparse.Namespace) -> None:
         raise DataError(f"{trained} does not exist: run pretrain.py first (--demo brings its own data), or name --init")
     states = {init: {} if init in NO_CHECKPOINT else load_checkpoint(init) for init in inits}
     lender = next((state for state in states.values() if "config" in state), {"config": {}})    # to rows without one
+    for init, state in states.items():              # what cannot be built is told before any result is given up
+        if not isinstance(state.get("config", {}), dict):
+            raise CheckpointError(f"{init} has a config that is none of this project's")
+        if init != "pixels":
+            build_encoder((state if "arch" in state else lender).get("arch", "resnet50"), init)
     data = args.data or lender["config"].get("data", "data/nih")
 
     # ------------------------------------------------------------------------------------------------- images, classes
@@ -232,26 +247,37 @@ def cluster_eval(args: argparse.Namespace) -> None:
     who, patients = np.unique(manifest.patients[images[chosen]], return_inverse=True)
     what = (f"--classes {args.classes} --no-finding {args.no_finding} keeps {len(chosen):,} of {len(images):,} images "
             f"of {data}, {args.split}, {len(who):,} patients: {dict(zip(names, np.bincount(truth).tolist()))}")
+    print(f"images kept by --classes and --no-finding: {kept}")
     if len(names) < 2 or len(who) < 2 or len(chosen) < k:
-        raise DataError(f"{what}: it takes two classes, two patients and no fewer images than --k {k} clusters")
+        raise DataError(f"{what}: it takes two classes, two patients and no fewer images than --k {k} clusters; "
+                        f"--no-finding keep, or binary: and one of {', '.join(manifest.label_names)}, may help")
     algorithm = "MiniBatchKMeans" if len(chosen) > MINIBATCH_ABOVE else "KMeans"
-    print(f"{what}\nimages kept by --classes and --no-finding: {kept}\n"
-          f"k = {k}, {algorithm} (up to {MINIBATCH_ABOVE:,} images KMeans, beyond MiniBatchKMeans)")
+    print(f"{what}\nk = {k}, {algorithm} (up to {MINIBATCH_ABOVE:,} images KMeans, beyond MiniBatchKMeans)")
     sample, shown = (np.sort(np.random.default_rng(0).permutation(len(chosen))[:size]) for size in (SAMPLED, MAPPED))
 
     # ------------------------------------------------------------------------------------------------------ run folder
     out = Path(args.out)
+    if (out / "config.json").exists():
+        raise DataError(f"{out} is the run folder of another stage; choose another --out")
     files = [manifest.folder / "manifest.csv", *(states.keys() - NO_CHECKPOINT)]
     run = {key: value for key, value in vars(args).items() if key not in ("out", "overwrite")}
     run |= {"init": list(states), "data": str(data), "written": sorted(os.stat(file).st_mtime_ns for file in files)}
     if (out / "results.json").exists() and not args.overwrite:
-        before = json.loads((out / "results.json").read_text()).get("config", {})
+        try:
+            before = dict(json.loads((out / "results.json").read_text())["config"])
+            table = (out / "results.md").read_text()
+        except (ValueError, KeyError, TypeError, FileNotFoundError):
+            raise DataError(f"{out} holds a results.json that is none of ours, or no results.md beside it; choose "
+                            "another --out, or --overwrite them") from None
         differ = [f"{key} ({before.get(key)} there, {run[key]} here)" for key in run if run[key] != before.get(key)]
+        if args.export and not Path(args.export).exists():
+            differ.append(f"{args.export} is gone")
         if differ:
             raise DataError(f"{out} holds other results: {', '.join(differ)}; choose another --out or --overwrite")
-        print(f"{out} is complete; --overwrite does it again\n\n{(out / 'results.md').read_text()}")
+        print(f"{out} is complete; --overwrite does it again\n\n{table}")
         return
-    (out / "results.json").unlink(missing_ok=True)
+    for old in (out / "results.json", out / "results.md"):
+        old.unlink(missing_ok=True)
     shutil.rmtree(out / "cluster_figures", ignore_errors=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = None if device.type == "cpu" else torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
@@ -261,9 +287,11 @@ def cluster_eval(args: argparse.Namespace) -> None:
         # ---------------------------------------------------------------------------------------------------- features
         settings = state.get("config", lender["config"])
         settings = {key: settings[key] for key in ("image_size", "normalize", "clahe") if key in settings}
-        arch = (state if "arch" in state else lender).get("arch", "resnet50")
+        arch = "PCA" if init == "pixels" else (state if "arch" in state else lender).get("arch", "resnet50")
         first = init if init in NO_CHECKPOINT else state.get("config", {}).get("init")          # what it started from
-        known = state.get("n_train", "unknown") if "classifier" in state else NO_CHECKPOINT.get(first, "unknown")
+        known = NO_CHECKPOINT.get(first, "unknown")
+        if "classifier" in state:
+            known = state["n_train"] + (known if first == "imagenet" else 0) if "n_train" in state else "unknown"
         torch.manual_seed(0)
         if init == "pixels":                            # an encoder like others, to the loader and the kept features
             encoder, settings["image_size"] = nn.Flatten(), PIXELS
@@ -302,10 +330,11 @@ def cluster_eval(args: argparse.Namespace) -> None:
         clusters, sides = number[best.labels_], np.argsort(number[:k])[:12]             # twelve fit on the sheet
         points = PCA(min(COMPONENTS, features.shape[1], len(shown)), random_state=0).fit_transform(features[shown])
         points = TSNE(perplexity=min(30, (len(shown) - 1) / 3), random_state=0).fit_transform(points)
-        nearest = best.transform(features)[:, sides].argsort(0)[:8].T.ravel()                           # (8 R,)
+        nearest = best.transform(features)[:, sides].argsort(0)                                         # (n, R)
+        nearest = nearest[np.arange(8).clip(max=len(nearest) - 1)].T.ravel()                            # (8 R,)
         figure = draw(points, truth[shown], clusters[shown], table[:len(names), order],
                       thumbnails(manifest, images[chosen[nearest]], 96), truth[nearest], number[sides], names, init)
-        slug = init.replace("/", "_")
+        slug = f"{len(rows)}_{init.replace('/', '_')}"                  # two rows may end in the same name
         figure.savefig(f"{writer.log_dir}/{slug}.png")
         writer.add_figure(slug, figure)
         index = images[chosen[shown]]

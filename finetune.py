@@ -531,7 +531,8 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
             save_checkpoint(out / "classifier.pt", {
                 "format": FORMAT, "arch": arch, "encoder": net.encoder.state_dict(), "labels": names, "kind": kind,
                 "classifier": net.head.state_dict(), "config": config | {"mean": MEAN, "std": STD, "what": name},
-                "thresholds": [youden(p, y) for p, y in zip(val_p.T, truth[val].T)]})
+                "thresholds": [youden(p, y) for p, y in zip(val_p.T, truth[val].T)],
+                "n_train": 0 if "strength" in extra else len(sample)})     # what its encoder learned from
         done[name] = extra | {
             "val": torch.from_numpy(val_p), "test": torch.from_numpy(test_p), "val_score": value,
             "n_train": (~np.isnan(truth[sample])).sum(0).tolist(), "positives": (truth[sample] == 1).sum(0).tolist()}

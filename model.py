@@ -33,6 +33,8 @@ def build_encoder(arch: str, init: str = "random") -> nn.Module:
 
     init: `random`; `imagenet` (torchvision's weights, folded by `fold_rgb_stem`); or the path of an encoder.pt or of a
     plain torchvision state dict, of one channel or three. CheckpointError where it cannot be had or does not fit."""
+    if arch not in ARCHITECTURES:
+        raise CheckpointError(f"{init}: {arch!r} is none of {', '.join(ARCHITECTURES)}")
     encoder = getattr(torchvision.models, arch)()
     stem = encoder.conv1
     encoder.conv1 = nn.Conv2d(1, stem.out_channels, stem.kernel_size, stem.stride, stem.padding, bias=False)

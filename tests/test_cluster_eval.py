@@ -202,7 +202,7 @@ def test_no_flag_after_pretraining(trained):
 
 
 def test_figures_and_projector(trained):
-    out, rows = trained / "runs/cluster/cluster_figures", ("random", "pixels", "runs_pretrain_encoder.pt")
+    out, rows = trained / "runs/cluster/cluster_figures", ("1_random", "2_pixels", "3_runs_pretrain_encoder.pt")
     events = EventAccumulator(str(out)).Reload()
     assert set(rows) <= set(events.Tags()["images"]) and "results/text_summary" in events.Tags()["tensors"]
     config = (out / "projector_config.pbtxt").read_text()
