@@ -547,8 +547,9 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
         encoder = build_encoder(arch, init).to(device, memory_format=torch.channels_last)
         everything = np.concatenate([train, val, test])
         say(f"{shown[init]}: features of {len(everything)} images, kept in {out.parent / 'features'}")
-        loader = eval_loader(manifest, everything, args.batch_size, preprocessing, **alone)
-        features = cached_features(encoder, loader, len(everything), out.parent / "features", dtype)
+        features = torch.cat([cached_features(                          # by split, as cluster_eval.py looks for them
+            encoder, eval_loader(manifest, images, args.batch_size, preprocessing, **alone), len(images),
+            out.parent / "features", dtype) for images in (train, val, test)])
         # All of train, labelled or drawn or not, says how large a feature is; some are constant on a few images.
         deviation, mean = torch.std_mean(features[:len(train)], 0)
         deviation = deviation.clamp(min=1e-6)
