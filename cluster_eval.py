@@ -280,7 +280,8 @@ def cluster_eval(args: argparse.Namespace) -> None:
         old.unlink(missing_ok=True)
     shutil.rmtree(out / "cluster_figures", ignore_errors=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = None if device.type == "cpu" else torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = torch.bfloat16 if bf16 else None                            # finetune.py's rule, to share its features
     writer, rows, curves = SummaryWriter(out / "cluster_figures"), {}, {}
 
     for init, state in states.items():
@@ -298,8 +299,8 @@ def cluster_eval(args: argparse.Namespace) -> None:
             encoder.num_features = PIXELS ** 2
         else:
             encoder = build_encoder(arch, init).to(device, memory_format=torch.channels_last)
-        loader = eval_loader(manifest, images, 128, Preprocessing(**settings), device, threads=min(8, os.cpu_count()),
-                             half=dtype is not None)
+        loader = eval_loader(manifest, images, 128, Preprocessing(**settings), device, half=dtype is not None,
+                             threads=min(8, len(os.sched_getaffinity(0))))
         features = cached_features(encoder, loader, len(images), out.parent / "features", dtype).numpy()
         bad = images[~np.isfinite(features).all(1)]
         if len(bad):

@@ -435,7 +435,7 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
         torch.backends.cudnn.benchmark = True
     if world_size > 1:                          # the others wait while one extracts features and fits linear probes
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(days=1))
-    threads = args.threads or max(1, min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    threads = args.threads or max(1, min(8, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else None
     alone = dict(device=device, threads=threads, half=dtype is not None)
     shared = alone | dict(rank=rank, world_size=world_size)
