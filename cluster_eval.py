@@ -280,8 +280,9 @@ def cluster_eval(args: argparse.Namespace) -> None:
         old.unlink(missing_ok=True)
     shutil.rmtree(out / "cluster_figures", ignore_errors=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = torch.bfloat16 if bf16 else None                            # finetune.py's rule, to share its features
+    dtype = None
+    if device.type == "cuda":                                           # finetune.py's rule, to share its features
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     writer, rows, curves = SummaryWriter(out / "cluster_figures"), {}, {}
 
     for init, state in states.items():

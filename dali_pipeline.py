@@ -269,15 +269,16 @@ class Loader:
 
 def _raise_culprit(manifest: Manifest, images: list[int], error: RuntimeError) -> None:
     """Name the image: DALI's own message often does not, so read those in flight again, one by one."""
+    listed = manifest.splits is not None                                # and not just a folder of images
     for i in images:
         try:
             with Image.open(manifest.folder / manifest.paths[i]) as image:
-                if image.format != "JPEG":
+                if listed and image.format != "JPEG":
                     raise OSError(f"a {image.format}, where prepare.py writes JPEG")
                 image.load()
         except Exception as reason:                                     # a broken file may raise anything
-            where = f"{manifest.folder / manifest.paths[i]} (row {i + 2} of manifest.csv)"
-            raise ImageError(f"{where} cannot be read: {reason}") from error
+            where = f" (row {i + 2} of manifest.csv)" if listed else ""
+            raise ImageError(f"{manifest.folder / manifest.paths[i]}{where} cannot be read: {reason}") from error
 
 
 def train_loader(manifest: Manifest, images: np.ndarray, batch_size: int, steps: range, views: int,

@@ -54,7 +54,7 @@ IMAGES = (".jpg", ".jpeg", ".png")
 REPLICATES = 1000                                       # of the bootstrap
 RESULTS = ("predictions.pt", "last.pt", "classifier.pt", "log.jsonl", "results.*", "*.png", "tensorboard/*/events*")
 # Flags that say where and how a run computes, not what: they may differ when it goes on.
-NOT_THE_RUN = {"out", "overwrite", "predict", "explain", "threads"}
+NOT_THE_RUN = {"out", "overwrite", "predict", "explain", "threads", "precision"}
 MAY_BE_ZERO = {"seeds", "explain"}
 
 
@@ -88,6 +88,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--lr-head", type=float, default=2e-3, help="peak, AdamW (default %(default)s)")
     group.add_argument("--freeze-bn", action="store_true", help="keep the batch norm statistics of the initialisation")
     group.add_argument("--peak", action="store_true", help="add the best test accuracy over epochs (optimistic)")
+    group = parser.add_argument_group("how it computes")
+    group.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="auto: bf16 on a "
+                       "GPU that has it, fp16 on others, fp32 on a CPU")
     group.add_argument("--threads", type=int, help="of the loader, a process (default: cores / processes, at most 8)")
     group = parser.add_argument_group("using a classifier")
     group.add_argument("--predict", metavar="CLASSIFIER.pt", help="write predictions.csv beside it: probabilities for "
@@ -99,6 +102,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         for number in value if isinstance(value, list) else [value]:
             if type(number) in (int, float) and not (0 < number < math.inf or number == 0 and flag in MAY_BE_ZERO):
                 parser.error(f"--{flag.replace('_', '-')} {number} must be positive")
+    for flag in ("init", "mode", "fraction", "seeds", "labels"):                    # twice the same is once
+        setattr(args, flag, list(dict.fromkeys(getattr(args, flag) or ())))
     if max(args.fraction) > 1:
         parser.error(f"--fraction {max(args.fraction):g} is more than all of the labels, 1")
     if args.peak and "full" not in args.mode:
@@ -298,18 +303,24 @@ def score(p: np.ndarray, y: np.ndarray, threshold: float, counts: np.ndarray) ->
 # ----------------------------------------------------------------------------------------------------------------------
 # Tables and figures.
 
-def markdown(heading: str, columns: list[str], inits: list[str], values: np.ndarray, bold: bool = True) -> str:
+def markdown(heading: str, columns: list[str], inits: list[str], values: np.ndarray,
+             intervals: list[tuple[float, float]] | None = None, bold: bool = True) -> str:
     """A table of initialisations against columns, mean ± deviation over the draws, the best of each column in bold.
-    values (I, S, columns) for S draws."""
+    values (I, S, columns) for S draws; intervals (I, 2) of the last column, for one more."""
+    def cell(mean, deviation, best):
+        text = "–" if np.isnan(mean) else f"{mean:.3f}" + (f" ± {deviation:.3f}" if draws > 1 else "")
+        return f"**{text}**" if bold and mean == best and len(inits) > 1 else text
+
     means, draws = nan_mean(values, 1), values.shape[1]
     spread, best = values.std(1, ddof=min(1, draws - 1)), np.fmax.reduce(means)         # fmax passes over NaN
-    lines = [f"\n{heading}\n", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for init, row, deviations in zip(inits, means, spread):
-        cells = ["–" if np.isnan(m) else f"{m:.3f}" + (f" ± {d:.3f}" if draws > 1 else "")
-                 for m, d in zip(row, deviations)]
-        cells = [f"**{cell}**" if bold and m == b and len(inits) > 1 else cell for cell, m, b in zip(cells, row, best)]
-        lines.append(f"| {init} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    table = [["", *columns], ["---"] * (len(columns) + 1)]
+    table += [[init, *map(cell, row, deviations, best)] for init, row, deviations in zip(inits, means, spread)]
+    if intervals is not None:
+        table[0].append("95 % interval")
+        table[1].append("---")
+        for row, (low, high) in zip(table[2:], intervals):
+            row.append("–" if np.isnan(low) else f"{low:.3f} to {high:.3f}")
+    return f"\n{heading}\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in table)
 
 
 def panels(rows: list[str], columns: list[str], **style) -> tuple[Figure, np.ndarray]:
@@ -337,15 +348,15 @@ def efficiency_figure(areas: np.ndarray, replicates: np.ndarray, modes: list, fr
     return figure
 
 
-def calibration_figure(predictions: dict, truth: np.ndarray, modes: list, fractions: list, shown: dict) -> Figure:
+def calibration_figure(kept: dict[tuple, dict], truth: np.ndarray, modes: list, fractions: list, inits: list) -> Figure:
     """How often a label is there when it was given a probability, all labels and draws together."""
     figure, axes = panels(modes, [f"{100 * f:g} %" for f in fractions])
     for ax, (mode, fraction) in zip(axes.flat, itertools.product(modes, fractions)):
-        for init in dict.fromkeys(key[2] for key in predictions):
-            p = np.stack([p for key, p in predictions.items() if key[:3] == (mode, fraction, init)])    # (S, n, L)
+        for init in inits:
+            p = np.stack([run["test"] for key, run in kept.items() if key[:3] == (mode, fraction, init)])   # (S, n, L)
             known = np.broadcast_to(~np.isnan(truth), p.shape)
             p, y = p[known], np.broadcast_to(truth, p.shape)[known]
-            name = f"{shown[init]}, error {calibration_error(p, y):.3f}"
+            name = f"{init}, error {calibration_error(p, y):.3f}"
             CalibrationDisplay.from_predictions(y, p, n_bins=15, ax=ax, name=name)
     return figure
 
@@ -359,6 +370,77 @@ def curves_figure(probabilities: np.ndarray, truth: np.ndarray, names: list[str]
             RocCurveDisplay.from_predictions(y, p, name=name, ax=axes[0, 0])
             PrecisionRecallDisplay.from_predictions(y, p, name=name, ax=axes[0, 1])
     return figure
+
+
+def report(out: Path, about: dict, kept: dict[tuple, dict], names: list[str], val_truth: np.ndarray,
+           truth: np.ndarray, patients: np.ndarray) -> None:
+    """Where the test labels come in, once all is trained and chosen: results.json, results.md and the figures.
+
+    kept: for each (mode, fraction, init, seed) what `finetune` kept, of it predictions `val` and `test` (n, L). names:
+    of the L labels; val_truth, truth (n, L), patients (n,) of test; about: what results.json says of the whole."""
+    modes, fractions, inits, seeds = (list(dict.fromkeys(axis)) for axis in zip(*kept))
+    rows, replicates, counts = [], [], patient_counts(patients, REPLICATES)
+    for (mode, fraction, init, seed), run in kept.items():
+        for i, label in enumerate(names):
+            p, y, known = run["test"][:, i].numpy(), truth[:, i], ~np.isnan(truth[:, i])
+            result, some = score(p, y, youden(run["val"][:, i].numpy(), val_truth[:, i]), counts)
+            peak = math.nan
+            if "peaks" in run:                                                                  # (epochs, n, L)
+                peak = float(nan_mean((run["peaks"][:, known, i].numpy() >= 0.5) == y[known], 1).max())
+            rows.append({"init": init, "mode": mode, "fraction": fraction, "seed": seed, "label": label,
+                         "n_train": run["n_train"][i], "positives": run["positives"][i]} | result
+                        | {"peak_accuracy": peak})
+            replicates.append(some)
+    shape = len(modes), len(fractions), len(inits), len(seeds), len(names)                          # (M, F, I, S, L)
+
+    def column(key):
+        """A key of all rows, (M, F, I, S, L + 1): the labels, and their mean."""
+        values = np.array([row[key] for row in rows], float).reshape(shape)
+        return np.concatenate([values, nan_mean(values, -1)[..., None]], -1)
+
+    areas, peaks = column("auroc"), column("peak_accuracy")
+    # The draws' mean, on the same patients for all: what another test set would show, not other training sets.
+    boot = nan_mean(np.reshape(replicates, (*shape, -1)), 3)
+    boot = np.concatenate([boot, nan_mean(boot, 3)[:, :, :, None]], 3)                          # (M, F, I, L + 1, R)
+    columns, means, comparisons = [*names, "mean"], [], []
+    text = (f"# What pre-training buys: {about['data']}\n\n{len(names)} labels: {about['labels']}; -1 is never scored. "
+            f"{len(truth)} test images of {len(set(patients))} patients. Epoch, regularisation and thresholds are "
+            f"chosen on val ({len(val_truth)} images). Mean ± deviation over {len(seeds)} draws. Intervals and p by "
+            f"{REPLICATES} bootstrap replicates over the test patients, the same for all rows.\n")
+    for (m, mode), (f, fraction) in itertools.product(enumerate(modes), enumerate(fractions)):
+        here = {"mode": mode, "fraction": fraction}
+        intervals = [paired_test(some[-1])[:2] for some in boot[m, f]]
+        means += [here | {"init": init, "auroc": float(nan_mean(draws[:, -1])), "low": low, "high": high}
+                  for init, draws, (low, high) in zip(inits, areas[m, f], intervals)]
+        text += f"\n## {mode}, {100 * fraction:g} % of the labels\n\n{'; '.join(about['draws'][fraction])}\n"
+        text += markdown("AUROC on test", columns, inits, areas[m, f], intervals)
+        if not np.isnan(peaks[m, f]).all():
+            text += markdown("Peak test accuracy over the epochs, the published protocol: optimistic, as test chooses "
+                             "the epoch", columns, inits, peaks[m, f])
+        keys = ("average_precision", "accuracy", "majority", "sensitivity", "specificity", "calibration_error")
+        text += markdown("Means over the labels, thresholds chosen on val", [key.replace("_", " ") for key in keys],
+                         inits, np.stack([column(key)[m, f, :, :, -1] for key in keys], -1), bold=False) + "\n"
+        for (a, one), (b, other) in itertools.combinations(enumerate(inits), 2):
+            differences = nan_mean(areas[m, f, b] - areas[m, f, a])                                         # (L + 1,)
+            for label, difference, some in zip(columns, differences, boot[m, f, b] - boot[m, f, a]):
+                low, high, p = paired_test(some)
+                comparisons.append(here | {"init": other, "against": one, "label": label,
+                                           "difference": float(difference), "low": low, "high": high, "p": p})
+            text += f"{other} − {one}: mean AUROC {difference:+.3f} (95 % {low:+.3f} to {high:+.3f}, p = {p:.2g})\n"
+    print("\n" + text)
+    found = about | {"results": rows, "means": means, "comparisons": comparisons}
+    (out / "results.md").write_text(text)
+    (out / "results.json").write_text(re.sub(r"\bNaN\b", "null", json.dumps(found, indent=1)) + "\n")
+    with SummaryWriter(out / "tensorboard/table") as writer:
+        writer.add_text("results", text)
+        figures = {"efficiency": efficiency_figure(areas[..., -1], boot[..., -1, :], modes, fractions, inits),
+                   "calibration": calibration_figure(kept, truth, modes, fractions, inits)}
+        for name, figure in figures.items():
+            figure.savefig(out / f"{name}.png", dpi=150)
+            writer.add_figure(name, figure)
+        for mode, fraction, init in itertools.product(modes, fractions, inits):
+            p = kept[mode, fraction, init, seeds[0]]["test"].numpy()
+            writer.add_figure(f"curves/{mode} {fraction:g}/{init}", curves_figure(p, truth, names))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -388,6 +470,10 @@ def predict(args: argparse.Namespace, where: dict, dtype: torch.dtype | None) ->
         paths = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix.lower() in IMAGES)
         if not paths:
             raise DataError(f"--data {folder} has no manifest.csv and no image ({', '.join(IMAGES)})")
+        for path in paths:
+            with contextlib.suppress(OSError), Image.open(folder / path) as image:      # a broken one is named later
+                if image.mode.startswith("I"):
+                    raise DataError(f"{folder / path} has 16 bits a pixel: `prepare.py folder` brings such images to 8")
         manifest = Manifest(folder, paths, None, None, None, [])
     preprocessing = Preprocessing(*(state["config"][key] for key in ("image_size", "normalize", "clahe")))
     images, labels = np.arange(len(manifest.paths)), state["labels"]
@@ -418,8 +504,17 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with contextlib.ExitStack() as held:
             finetune(args, rank, local_rank, world_size, held)
+    except torch.OutOfMemoryError:
+        sys.exit(f"finetune.py: GPU {local_rank} has too little memory for --batch-size {args.batch_size} over "
+                 f"{world_size} processes: lower it, or take more GPUs")
+    except RuntimeError as error:
+        if world_size > 1 and "closed by peer" in str(error):           # which has said why
+            sys.exit(1)
+        raise
     except (FloatingPointError, DataError, CheckpointError, OSError) as error:
-        # Whatever is wrong with the input is wrong for every process, and told once; a bad image is met by one alone.
+        if isinstance(error, OSError):                                  # a full disk, a folder that may not be written
+            error = f"{error.strerror or error}: {error.filename or args.out}"
+        # Wrong input is wrong for every process, and told once; a bad image is met by one alone.
         sys.exit(f"finetune.py: {error}" if rank == 0 or isinstance(error, ImageError) else 1)
     finally:
         if dist.is_initialized():
@@ -428,15 +523,22 @@ def main(argv: list[str] | None = None) -> None:
 
 def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: int, held: contextlib.ExitStack) -> None:
     # ------------------------------------------------------------------------------------------------ processes, device
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise DataError(f"{local_world_size} processes are too many for {torch.cuda.device_count()} GPUs")
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if world_size > 1:                          # the others wait while one extracts features and fits linear probes
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(days=1))
-    threads = args.threads or max(1, min(8, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else None
+    threads = args.threads or max(1, min(8, len(os.sched_getaffinity(0)) // local_world_size))
+    precision = args.precision
+    if precision == "auto":
+        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if bf16 else "fp16" if cuda else "fp32"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
     alone = dict(device=device, threads=threads, half=dtype is not None)
     shared = alone | dict(rank=rank, world_size=world_size)
 
@@ -455,15 +557,15 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
         raise DataError(f"{ENCODERS[0]} does not exist: pre-train first (`python pretrain.py --demo` takes minutes), "
                         "or name another encoder, random or imagenet with --init")
     paths = [init for init in inits if init not in ("random", "imagenet")]
-    shown, inherited = {"random": "Scratch", "imagenet": "ImageNet"}, {}
-    for path in reversed(paths):            # the first has the last word, so that rows compare
-        state = load_checkpoint(path)
+    shown, inherited, states = {"random": "Scratch", "imagenet": "ImageNet"}, {}, list(map(load_checkpoint, paths))
+    for path, state in zip(paths, states):
         shown[path] = ("SimCLR" if len(paths) == 1 else f"SimCLR ({path})") if state.get("format") == FORMAT else path
-        inherited = {k: v for k, v in (state | state.get("config", {})).items() if k in INHERITED}
-        say(f"inherited from {path}:", ", ".join(f"{k} {v}" for k, v in inherited.items()) or "nothing")
+    if paths:                                                           # the same for all rows, so that they compare
+        inherited = {k: v for k, v in (states[0] | states[0].get("config", {})).items() if k in INHERITED}
+        say(f"inherited from {paths[0]}:", ", ".join(f"{k} {v}" for k, v in inherited.items()) or "nothing")
     setting = INHERITED | inherited | {k: v for k, v in vars(args).items() if k in INHERITED and v is not None}
-    data, arch, *how = setting.values()
-    preprocessing = Preprocessing(*how)
+    data, arch = setting["data"], setting["arch"]
+    preprocessing = Preprocessing(setting["image_size"], setting["normalize"], setting["clahe"])
     for init in inits:
         build_encoder(arch, init)               # what does not fit is refused before anything is written
 
@@ -585,12 +687,14 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
         optimizer = torch.optim.AdamW([dict(params=net.encoder.parameters(), peak=args.lr_encoder),
                                        dict(params=net.head.parameters(), peak=args.lr_head)],
                                       weight_decay=0.01, fused=cuda)
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
         weights, answers = torch.zeros(known.shape), torch.from_numpy(targets)                      # (N, G), (N, G, K)
         weights[sample] = torch.from_numpy(cell_weights(targets[sample], known[sample], args.balance)).float()
         history, best, peaks = [], {"val_score": -math.inf}, []
         if last.exists() and (state := load_checkpoint(last))["name"] == name:
             net.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
             history, best, peaks = state["history"], state["best"], state["peaks"]
             say(f"going on from {last}, epoch {len(history)} of {name}")
         model = net if world_size == 1 else DistributedDataParallel(net, device_ids=[local_rank] if cuda else None)
@@ -620,8 +724,9 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
                     logits = model(x.contiguous(memory_format=torch.channels_last))                 # (B, G * K)
                 loss = masked_cross_entropy(logits.view(-1, *targets.shape[1:]), answers[index].to(device),
                                             weights[index].to(device))
-                loss.backward()
-                optimizer.step()
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
                 optimizer.zero_grad(set_to_none=True)
                 loss_sum += loss.detach()
             if world_size > 1:
@@ -644,7 +749,7 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
             if rank == 0:
                 save_checkpoint(last, {
                     "name": name, "model": net.state_dict(), "optimizer": optimizer.state_dict(),
-                    "history": history, "best": best, "peaks": peaks})
+                    "scaler": scaler.state_dict(), "history": history, "best": best, "peaks": peaks})
                 lines = [x for kept in done.values() for x in kept.get("history", [])] + history
                 (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
                 for key in list(line)[2:]:
@@ -669,68 +774,10 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
         return
     last.unlink(missing_ok=True)
 
-    # -------------------------------------------------------------------------------------- scores, by the test labels
-    y, counts = truth[test], patient_counts(manifest.patients[test], REPLICATES)
-    rows, replicates, predictions = [], [], {}
-    for key in itertools.product(args.mode, args.fraction, inits, args.seeds):
-        mode, fraction, init, seed = key
-        kept = done[name_of(*key)]
-        p = predictions[key] = kept["test"].numpy()                                                         # (n, L)
-        peaks = kept.get("peaks", torch.full((1, *y.shape), torch.nan)).numpy()                     # (epochs, n, L)
-        peaks = nan_mean(np.where(np.isnan(y + peaks), np.nan, (peaks >= 0.5) == y), 1).max(0)
-        for i, label in enumerate(names):
-            result, some = score(p[:, i], y[:, i], youden(kept["val"][:, i].numpy(), truth[val, i]), counts)
-            rows.append({"init": shown[init], "mode": mode, "fraction": fraction, "seed": seed, "label": label,
-                         "n_train": kept["n_train"][i], "positives": kept["positives"][i]} | result
-                        | ({"peak_accuracy": peaks[i]} if args.peak else {}))
-            replicates.append(some)
-    shape = len(args.mode), len(args.fraction), len(inits), len(args.seeds), len(names)            # (M, F, I, S, L)
-
-    def column(key):
-        """A column of results.json, (M, F, I, S, L), and the labels' mean as one more label."""
-        values = np.array([row[key] for row in rows], float).reshape(shape)
-        return np.concatenate([values, nan_mean(values, -1)[..., None]], -1)
-
-    areas = column("auroc")
-    # The draws' mean, on the same patients for all: what another test set would show, not other training sets.
-    boot = nan_mean(np.reshape(replicates, (*shape, -1)), 3)
-    boot = np.concatenate([boot, nan_mean(boot, 3)[:, :, :, None]], 3)                          # (M, F, I, L + 1, R)
-    columns, called = [*names, "mean"], [shown[init] for init in inits]
-    comparisons = []
-    text = (f"# What pre-training buys: {data}\n\n{len(names)} labels: {policy}; -1 is never scored. {len(test)} test "
-            f"images of {len(set(manifest.patients[test]))} patients. Epoch, regularisation and thresholds are chosen "
-            f"on val ({len(val)} images). Mean ± deviation over {len(args.seeds)} draws. Intervals and p by "
-            f"{REPLICATES} bootstrap replicates over the test patients, the same for all rows.\n")
-    for (m, mode), (f, fraction) in itertools.product(enumerate(args.mode), enumerate(args.fraction)):
-        text += f"\n## {mode}, {100 * fraction:g} % of the labels\n\n{'; '.join(drawn[fraction])}\n"
-        text += markdown("AUROC on test", columns, called, areas[m, f])
-        if args.peak and mode == "full":
-            text += markdown("Peak test accuracy over the epochs, the published protocol: optimistic, as test chooses "
-                             "the epoch", columns, called, column("peak_accuracy")[m, f])
-        keys = ("average_precision", "accuracy", "majority", "sensitivity", "specificity", "calibration_error")
-        text += markdown("Means over the labels, thresholds chosen on val", [key.replace("_", " ") for key in keys],
-                         called, np.stack([column(key)[m, f, :, :, -1] for key in keys], -1), bold=False) + "\n"
-        for (a, one), (b, other) in itertools.combinations(enumerate(called), 2):
-            differences = nan_mean(areas[m, f, b] - areas[m, f, a])                                         # (L + 1,)
-            for label, difference, some in zip(columns, differences, boot[m, f, b] - boot[m, f, a]):
-                low, high, p = paired_test(some)
-                comparisons.append({"mode": mode, "fraction": fraction, "init": other, "against": one, "label": label,
-                                    "difference": float(difference), "low": low, "high": high, "p": p})
-            text += f"{other} − {one}: mean AUROC {difference:+.3f} (95 % {low:+.3f} to {high:+.3f}, p = {p:.2g})\n"
-    print("\n" + text)
-    found = {"labels": policy, "draws": drawn, "results": rows, "comparisons": comparisons}
-    (out / "results.md").write_text(text)
-    (out / "results.json").write_text(re.sub(r"\bNaN\b", "null", json.dumps(found, indent=1)) + "\n")
-    with SummaryWriter(out / "tensorboard/table") as writer:
-        writer.add_text("results", text)
-        for name, figure in (
-                ("efficiency", efficiency_figure(areas[..., -1], boot[..., -1, :], args.mode, args.fraction, called)),
-                ("calibration", calibration_figure(predictions, y, args.mode, args.fraction, shown))):
-            figure.savefig(out / f"{name}.png", dpi=150)
-            writer.add_figure(name, figure)
-        for mode, fraction, init in itertools.product(args.mode, args.fraction, inits):
-            p = predictions[mode, fraction, init, args.seeds[0]]
-            writer.add_figure(f"curves/{mode} {fraction:g}/{shown[init]}", curves_figure(p, y, names))
+    kept = {(mode, fraction, shown[init], seed): done[name_of(mode, fraction, init, seed)]
+            for mode, fraction, init, seed in itertools.product(args.mode, args.fraction, inits, args.seeds)}
+    report(out, {"data": str(data), "labels": policy, "draws": drawn}, kept, names, truth[val], truth[test],
+           manifest.patients[test])
     say(f"done: {out / 'results.md'}, {out / 'results.json'}, {out / 'classifier.pt'}")
 
 

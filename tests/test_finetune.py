@@ -233,6 +233,8 @@ def test_one_command_one_table(table):
     block = text.split("## linear, 50 % of the labels")[1].split("##")[0]
     assert re.search(rf"\| Scratch \|.*{(found[0]['auroc'] + found[1]['auroc']) / 2:.3f}(\*\*)? \|", block)
     assert re.search(r"SimCLR − Scratch: mean AUROC [+-]\d\.\d{3} \(95 % .* p = ", block)
+    mean = json.loads((out / "results.json").read_text())["means"][0]
+    assert f"| {mean['low']:.3f} to {mean['high']:.3f} |" in block and mean["low"] <= mean["auroc"] <= mean["high"]
     events = EventAccumulator(str(out / "tensorboard/table")).Reload()
     assert {"efficiency", "calibration", "curves/full 0.5/SimCLR"} <= set(events.Tags()["images"])
     events = EventAccumulator(str(next(out.glob("tensorboard/SimCLR-full-50-seed-0")))).Reload()
@@ -259,6 +261,14 @@ def test_linear_leaves_the_encoder_alone_and_predicts(table, encoder, labelled, 
     main("--predict", out / "classifier.pt", "--data", labelled / "images", "--threads", 1)             # no manifest
     np.testing.assert_array_equal(predicted, np.loadtxt(out / "predictions.csv", delimiter=",", skiprows=1, usecols=(
         1, 2)))
+    deep = tmp_path / "deep"
+    deep.mkdir()
+    Image.fromarray(np.full((40, 40), 3000, np.uint16)).save(deep / "scan.png")
+    with pytest.raises(SystemExit, match="scan.png has 16 bits a pixel"):
+        main("--predict", out / "classifier.pt", "--data", deep)
+    (deep / "scan.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit, match="scan.png cannot be read: cannot identify"):
+        main("--predict", out / "classifier.pt", "--data", deep)
 
 
 def test_test_labels_decide_nothing_and_no_test_patient_is_drawn(table, labelled, tmp_path, monkeypatch):
@@ -282,6 +292,16 @@ def test_test_labels_decide_nothing_and_no_test_patient_is_drawn(table, labelled
     a, b = rows(out), rows(tmp_path / "run")
     assert [r["threshold"] for r in a] == [r["threshold"] for r in b]
     assert [r["auroc"] for r in a] != [r["auroc"] for r in b]
+
+
+def test_mixed_precision_learns_the_same(encoder, labelled, tmp_path):
+    """bf16, which a CPU has, too: other roundings, nearly the same losses, from the very draw and views."""
+    losses = []
+    for precision in ("fp32", "bf16"):
+        main(*FULL, "--init", encoder, "--freeze-bn", "--lr-encoder", "1e-5", "--precision", precision,
+             "--out", tmp_path / precision)
+        losses.append([json.loads(line)["loss"] for line in open(tmp_path / precision / "log.jsonl")])
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
 def test_killed_at_any_moment_and_started_again_ends_the_same(table, capsys):
