@@ -294,13 +294,14 @@ def test_test_labels_decide_nothing_and_no_test_patient_is_drawn(table, labelled
     assert [r["auroc"] for r in a] != [r["auroc"] for r in b]
 
 
-def test_mixed_precision_learns_the_same(encoder, labelled, tmp_path):
-    """bf16, which a CPU has, too: other roundings, nearly the same losses, from the very draw and views."""
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.gpu)])
+def test_mixed_precision_learns_the_same(encoder, labelled, tmp_path, precision):
+    """Other roundings (bf16's on a CPU, too), nearly the same losses, from the very draw and views."""
     losses = []
-    for precision in ("fp32", "bf16"):
-        main(*FULL, "--init", encoder, "--freeze-bn", "--lr-encoder", "1e-5", "--precision", precision,
-             "--out", tmp_path / precision)
-        losses.append([json.loads(line)["loss"] for line in open(tmp_path / precision / "log.jsonl")])
+    for name in ("fp32", precision):
+        main(*FULL, "--init", encoder, "--freeze-bn", "--lr-encoder", "1e-5", "--precision", name, "--out",
+             tmp_path / name)
+        losses.append([json.loads(line)["loss"] for line in open(tmp_path / name / "log.jsonl")])
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
