@@ -9,7 +9,8 @@
 and regularisation are chosen on val. Test labels meet nothing but predictions that already lie on disk.
 
 The run folder (--out) gets results.json, results.md and plots; classifier.pt, the best on val of all combinations; and
-predictions.pt and last.pt, from which the same command goes on after an interruption, at the last whole epoch.
+predictions.pt and last.pt, from which the same command goes on after an interruption, at the last whole epoch. One that
+asks for more fractions, seeds, modes or initialisations trains only what is missing.
 """
 import argparse
 import contextlib
@@ -21,6 +22,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -47,15 +49,25 @@ from model import (
     load_checkpoint, load_classifier, open_run, save_checkpoint)
 
 ENCODERS = ("runs/pretrain/encoder.pt", "runs/demo/encoder.pt")         # the first that exists is --init's default
+SHOWN = {"random": "Scratch", "imagenet": "ImageNet"}                   # what tables call them
 INHERITED = {"data": "data/nih", "arch": "resnet50", "image_size": 224, "normalize": "fixed", "clahe": False}
 AUGMENTATION = Augmentation(crop_area=(0.6, 1.0), blur=(0.0, 0.0), brightness=0.2, contrast=0.2)    # of full training
 STRENGTHS = 10.0 ** np.arange(-4, 3)                    # of the linear probe's regularisation, see fit_logistic
 IMAGES = (".jpg", ".jpeg", ".png")
 REPLICATES = 1000                                       # of the bootstrap
 RESULTS = ("predictions.pt", "last.pt", "classifier.pt", "log.jsonl", "results.*", "*.png", "tensorboard/*/events*")
-# Flags that say where and how a run computes, not what: they may differ when it goes on.
-NOT_THE_RUN = {"out", "overwrite", "predict", "explain", "threads", "precision"}
-MAY_BE_ZERO = {"seeds", "explain"}
+# Flags that say how much is computed, where and how, but not what: they may differ when a run goes on.
+NOT_THE_RUN = {"init", "mode", "fraction", "seeds", "out", "overwrite", "predict", "explain", "threads", "precision"}
+
+
+def within(kind: type, low: float, high: float):
+    """An argparse type: a number from low to high."""
+    def number(text):
+        if not low <= kind(text) <= high:                               # NaN is not
+            raise argparse.ArgumentTypeError(f"{text} does not lie in {low:g} to {high:g}")
+        return kind(text)
+    number.__name__ = kind.__name__                                     # argparse: "invalid int value"
+    return number
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -64,8 +76,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("what is compared: every combination")
     group.add_argument("--init", nargs="+", metavar="random|imagenet|PATH", help=f"(default {' or '.join(ENCODERS)})")
     group.add_argument("--mode", nargs="+", choices=("linear", "full"), default=["full"], help="(default full)")
-    group.add_argument("--fraction", nargs="+", type=float, default=[1.0], help="of the labelled patients (default 1)")
-    group.add_argument("--seeds", nargs="+", type=int, default=[0], help="draws of patients and of heads (default 0)")
+    group.add_argument("--fraction", nargs="+", type=within(float, 1e-9, 1), default=[1.0],
+                       help="of the labelled patients (default 1)")
+    group.add_argument("--seeds", nargs="+", type=within(int, 0, 2**63 - 1), default=[0],
+                       help="draws of patients and of heads (default 0)")
     group.add_argument("--out", default="runs/finetune", help="run folder (default %(default)s)")
     group.add_argument("--overwrite", action="store_true", help="begin anew in a run folder that holds a run")
     group = parser.add_argument_group("labels")
@@ -78,34 +92,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("inherited from the first encoder, unless given")
     group.add_argument("--data", help="data folder, made by prepare.py")
     group.add_argument("--arch", choices=ARCHITECTURES, help="of random and imagenet")
-    group.add_argument("--image-size", type=int, help="side of the input, pixels")
+    group.add_argument("--image-size", type=within(int, 32, 4096), help="side of the input, pixels")
     group.add_argument("--normalize", choices=("fixed", "image"), help="by a fixed mean and deviation, or per image")
     group.add_argument("--clahe", action=argparse.BooleanOptionalAction, help="adaptive histogram equalisation")
     group = parser.add_argument_group("full fine-tuning")
-    group.add_argument("--epochs", type=int, default=20, help="(default %(default)s)")
-    group.add_argument("--batch-size", type=int, default=64, help="images over all processes (default %(default)s)")
-    group.add_argument("--lr-encoder", type=float, default=2e-4, help="peak, AdamW (default %(default)s)")
-    group.add_argument("--lr-head", type=float, default=2e-3, help="peak, AdamW (default %(default)s)")
+    group.add_argument("--epochs", type=within(int, 1, 10**6), default=20, help="(default %(default)s)")
+    group.add_argument("--batch-size", type=within(int, 2, 2**16), default=64,
+                       help="images over all processes (default %(default)s)")
+    group.add_argument("--lr-encoder", type=within(float, 1e-12, 10), default=2e-4,
+                       help="peak, AdamW (default %(default)s)")
+    group.add_argument("--lr-head", type=within(float, 1e-12, 10), default=2e-3,
+                       help="peak, AdamW (default %(default)s)")
     group.add_argument("--freeze-bn", action="store_true", help="keep the batch norm statistics of the initialisation")
     group.add_argument("--peak", action="store_true", help="add the best test accuracy over epochs (optimistic)")
     group = parser.add_argument_group("how it computes")
     group.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="auto: bf16 on a "
                        "GPU that has it, fp16 on others, fp32 on a CPU")
-    group.add_argument("--threads", type=int, help="of the loader, a process (default: cores / processes, at most 8)")
+    group.add_argument("--threads", type=within(int, 1, 256),
+                       help="of the loader, a process (default: cores / processes, at most 8)")
     group = parser.add_argument_group("using a classifier")
     group.add_argument("--predict", metavar="CLASSIFIER.pt", help="write predictions.csv beside it: probabilities for "
                        "--data, a data folder or any folder of images")
-    group.add_argument("--explain", type=int, default=0, metavar="N", help="and Grad-CAM overlays of N images")
+    group.add_argument("--explain", type=within(int, 0, 10**9), default=0, metavar="N",
+                       help="and Grad-CAM overlays of N images")
 
     args = parser.parse_args(argv)
-    for flag, value in vars(args).items():
-        for number in value if isinstance(value, list) else [value]:
-            if type(number) in (int, float) and not (0 < number < math.inf or number == 0 and flag in MAY_BE_ZERO):
-                parser.error(f"--{flag.replace('_', '-')} {number} must be positive")
     for flag in ("init", "mode", "fraction", "seeds", "labels"):                    # twice the same is once
         setattr(args, flag, list(dict.fromkeys(getattr(args, flag) or ())))
-    if max(args.fraction) > 1:
-        parser.error(f"--fraction {max(args.fraction):g} is more than all of the labels, 1")
     if args.peak and "full" not in args.mode:
         parser.error("--peak is over epochs and needs --mode full")
     if args.predict and not args.data or args.explain and not args.predict:
@@ -135,6 +148,12 @@ def make_task(labels: np.ndarray, train: np.ndarray, uncertain: str,
     return "binary", np.nan_to_num(learned)[:, :, None], ~np.isnan(learned), truth
 
 
+def as_learned(kind: str, targets: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """What training sees of each label, (N, L): 1, 0, or NaN for nothing. The arguments are make_task's results."""
+    answers = targets[:, 0] if kind == "exclusive" else targets[:, :, 1 if kind == "three-way" else 0]
+    return np.where(known, answers, np.nan)
+
+
 def to_probabilities(logits: Tensor, kind: str) -> np.ndarray:
     """Logits (n, G * K) -> probability of each label, (n, L) float64. A three-way label's is that of present against
     absent, without the uncertain class."""
@@ -147,19 +166,18 @@ def to_probabilities(logits: Tensor, kind: str) -> np.ndarray:
     return logits.sigmoid().numpy()
 
 
-def draw(patients: np.ndarray, truth: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, int]:
+def draw(patients: np.ndarray, learned: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, int]:
     """Rows (m,) of a fraction of the patients, and how many patients beyond that fraction are in it.
 
-    patients (n,), truth (n, L). The seed puts the patients in an order; a fraction is the front of it, so the smaller
+    patients (n,), learned (n, L). The seed puts the patients in an order; a fraction is the front of it, so the smaller
     lies in the larger. For a label without a positive (or a negative) there, the first patient in that order who has
     one comes in addition, which keeps the nesting. DataError where the fraction is no patient."""
     names, patient = np.unique(patients, return_inverse=True)
     place = np.random.default_rng(seed).permutation(len(names))[patient]                # (n,) in the seed's order
-    asked = round(fraction * len(names))
+    asked = math.floor(fraction * len(names) + 0.5)
     if not asked:
-        raise DataError(f"--fraction {fraction:g} of {len(names)} labelled training patients is none; "
-                        f"from {0.5 / len(names):.2g} on it is one")
-    first = [place[has].min() for has in (column == value for column in truth.T for value in (1, 0)) if has.any()]
+        raise DataError(f"--fraction {fraction:g} of {len(names)} labelled training patients is none")
+    first = [place[has].min() for has in (column == value for column in learned.T for value in (1, 0)) if has.any()]
     beyond = {p for p in first if p >= asked}
     return np.flatnonzero((place < asked) | np.isin(place, list(beyond))), len(beyond)
 
@@ -242,10 +260,11 @@ def auroc(scores: np.ndarray, truth: np.ndarray, counts: np.ndarray | None = Non
 
 
 def patient_counts(patients: np.ndarray, replicates: int) -> np.ndarray:
-    """Bootstrap over patients: how often each of n images is in each replicate, (replicates, n)."""
+    """Bootstrap over patients: how often each of n images counts in the test set itself, once, and in each replicate,
+    (1 + replicates, n)."""
     names, patient = np.unique(patients, return_inverse=True)
     drawn = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), replicates)
-    return drawn.astype(np.int16)[:, patient]
+    return np.concatenate([np.ones((1, len(names)), int), drawn]).astype(np.int16)[:, patient]
 
 
 def nan_mean(values: np.ndarray, axis: int = 0) -> np.ndarray:
@@ -254,13 +273,17 @@ def nan_mean(values: np.ndarray, axis: int = 0) -> np.ndarray:
     return np.nansum(values, axis) / np.where(count, count, np.nan)
 
 
-def paired_test(replicates: np.ndarray) -> tuple[float, float, float]:
-    """The middle 95 % of a score's or a difference's replicates, and the two-sided p of there being no difference."""
+def interval(replicates: np.ndarray) -> tuple[float, float]:
+    """The middle 95 % of a score's or a difference's replicates, those left out that are NaN."""
     finite = replicates[~np.isnan(replicates)]
-    if not len(finite):
-        return math.nan, math.nan, math.nan
+    return tuple(np.percentile(finite, [2.5, 97.5]).tolist()) if len(finite) else (math.nan, math.nan)
+
+
+def p_value(differences: np.ndarray) -> float:
+    """Of there being no difference, two-sided: how often the replicates of a paired difference (R,) lie beyond 0."""
+    finite = differences[~np.isnan(differences)]
     tail = min((finite <= 0).sum(), (finite >= 0).sum()) + 1
-    return *np.percentile(finite, [2.5, 97.5]).tolist(), min(1.0, 2 * float(tail) / (len(finite) + 1))
+    return min(1.0, 2 * float(tail) / (len(finite) + 1)) if len(finite) else math.nan
 
 
 def youden(scores: np.ndarray, truth: np.ndarray) -> float:
@@ -275,8 +298,10 @@ def youden(scores: np.ndarray, truth: np.ndarray) -> float:
 
 def calibration_error(probabilities: np.ndarray, truth: np.ndarray, bins: int = 15) -> float:
     """Expected calibration error (Guo et al. 2017): the mean distance of probability and frequency in equal bins."""
+    if not len(truth):
+        return math.nan
     which = np.minimum((probabilities * bins).astype(int), bins - 1)
-    return float(np.abs(np.bincount(which, probabilities - truth)).sum() / max(1, len(truth)))
+    return float(np.abs(np.bincount(which, probabilities - truth)).sum() / len(truth))
 
 
 def val_score(probabilities: np.ndarray, truth: np.ndarray) -> float:
@@ -286,40 +311,37 @@ def val_score(probabilities: np.ndarray, truth: np.ndarray) -> float:
 
 
 def score(p: np.ndarray, y: np.ndarray, threshold: float, counts: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
-    """One label's part of a row of results.json, and the bootstrap replicates of its AUROC, (R,).
+    """One label's part of a row of results.json, and its AUROC in the test set and in each replicate, (1 + R,).
 
-    p, y: (n,), NaN in y left out; counts: (R, n). NaN where a score lacks the class that it needs."""
-    replicates, area, known = auroc(p, y, counts), float(auroc(p, y)[0]), ~np.isnan(y)
-    low, high, _ = paired_test(replicates)
+    p, y: (n,), NaN in y left out; counts: (1 + R, n) of patient_counts. NaN where a score lacks the class it needs."""
+    areas, known = auroc(p, y, counts), ~np.isnan(y)
+    low, high = interval(areas[1:])
     p, y = p[known], y[known]
-    called, positives = p >= threshold, int(y.sum())
-    return {"n_test": len(y), "test_positives": positives, "auroc": area, "auroc_low": low, "auroc_high": high,
-            "average_precision": math.nan if math.isnan(area) else float(average_precision_score(y, p)),
-            "accuracy": float(nan_mean(called == y)), "majority": max(positives, len(y) - positives) / max(1, len(y)),
+    called, share = p >= threshold, float(nan_mean(y))
+    return {"n_test": len(y), "test_positives": int(y.sum()), "auroc": float(areas[0]), "auroc_low": low,
+            "auroc_high": high,
+            "average_precision": float(average_precision_score(y, p)) if 0 < share < 1 else math.nan,
+            "accuracy": float(nan_mean(called == y)), "majority": max(share, 1 - share),
             "sensitivity": float(nan_mean(called[y == 1])), "specificity": float(nan_mean(~called[y == 0])),
-            "threshold": threshold, "calibration_error": calibration_error(p, y)}, replicates
+            "threshold": threshold, "calibration_error": calibration_error(p, y)}, areas
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Tables and figures.
 
-def markdown(heading: str, columns: list[str], inits: list[str], values: np.ndarray,
-             intervals: list[tuple[float, float]] | None = None, bold: bool = True) -> str:
-    """A table of initialisations against columns, mean ± deviation over the draws, the best of each column in bold.
-    values (I, S, columns) for S draws; intervals (I, 2) of the last column, for one more."""
-    def cell(mean, deviation, best):
-        text = "–" if np.isnan(mean) else f"{mean:.3f}" + (f" ± {deviation:.3f}" if draws > 1 else "")
-        return f"**{text}**" if bold and mean == best and len(inits) > 1 else text
+def cells(values: np.ndarray, bold: bool = True) -> list[list[str]]:
+    """values (I, S, C) -> the text of I rows: mean ± deviation over the S draws, the best of each column in bold."""
+    means = nan_mean(values, 1)
+    spread, best = values.std(1, ddof=min(1, values.shape[1] - 1)), np.fmax.reduce(means)       # fmax passes over NaN
+    texts = np.full(means.shape, "–", dtype=object)
+    for where in zip(*np.nonzero(~np.isnan(means))):
+        text = f"{means[where]:.3f}" + (f" ± {spread[where]:.3f}" if spread[where] else "")     # all of the labels is
+        texts[where] = f"**{text}**" if bold and means[where] == best[where[1]] and len(means) > 1 else text  # no draw
+    return texts.tolist()
 
-    means, draws = nan_mean(values, 1), values.shape[1]
-    spread, best = values.std(1, ddof=min(1, draws - 1)), np.fmax.reduce(means)         # fmax passes over NaN
-    table = [["", *columns], ["---"] * (len(columns) + 1)]
-    table += [[init, *map(cell, row, deviations, best)] for init, row, deviations in zip(inits, means, spread)]
-    if intervals is not None:
-        table[0].append("95 % interval")
-        table[1].append("---")
-        for row, (low, high) in zip(table[2:], intervals):
-            row.append("–" if np.isnan(low) else f"{low:.3f} to {high:.3f}")
+
+def markdown(heading: str, columns: list[str], inits: list[str], rows: list[list[str]]) -> str:
+    table = [["", *columns], ["---"] * (len(columns) + 1), *([init, *row] for init, row in zip(inits, rows))]
     return f"\n{heading}\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in table)
 
 
@@ -340,7 +362,7 @@ def efficiency_figure(areas: np.ndarray, replicates: np.ndarray, modes: list, fr
     order = np.argsort(fractions)
     for (m, ax), (i, init) in itertools.product(enumerate(axes[0]), enumerate(inits)):
         x, dots = np.array(fractions)[order], areas[m, order, i]                                            # (F, S)
-        low, high = np.array([paired_test(some)[:2] for some in replicates[m, order, i]]).T
+        low, high = np.array([interval(some) for some in replicates[m, order, i]]).T
         ax.plot(x, nan_mean(dots, 1), "-o", color=f"C{i}", label=init)
         ax.plot(x, dots, ".", color=f"C{i}", alpha=0.5)
         ax.fill_between(x, low, high, color=f"C{i}", alpha=0.15)
@@ -379,61 +401,86 @@ def report(out: Path, about: dict, kept: dict[tuple, dict], names: list[str], va
     kept: for each (mode, fraction, init, seed) what `finetune` kept, of it predictions `val` and `test` (n, L). names:
     of the L labels; val_truth, truth (n, L), patients (n,) of test; about: what results.json says of the whole."""
     modes, fractions, inits, seeds = (list(dict.fromkeys(axis)) for axis in zip(*kept))
-    rows, replicates, counts = [], [], patient_counts(patients, REPLICATES)
+    one = np.nansum(truth, 1) == 1                              # where labels exclude each other, images of one class
+    classes, exclusive = np.nan_to_num(truth[one]).argmax(1), about["kind"] == "exclusive"
+
+    def right(p):
+        """(E, n, L) -> (E,): the share of the images whose most probable class is theirs."""
+        return nan_mean(p[:, one].argmax(2) == classes, 1)
+
+    # --------------------------------------------------------------------- a row for each combination and label
+    rows, areas, whole, counts = [], [], [], patient_counts(patients, REPLICATES)
     for (mode, fraction, init, seed), run in kept.items():
+        val_p, p, peaks = (run[key].numpy() if key in run else None for key in ("val", "test", "peaks"))
         for i, label in enumerate(names):
-            p, y, known = run["test"][:, i].numpy(), truth[:, i], ~np.isnan(truth[:, i])
-            result, some = score(p, y, youden(run["val"][:, i].numpy(), val_truth[:, i]), counts)
-            peak = math.nan
-            if "peaks" in run:                                                                  # (epochs, n, L)
-                peak = float(nan_mean((run["peaks"][:, known, i].numpy() >= 0.5) == y[known], 1).max())
+            result, area = score(p[:, i], truth[:, i], youden(val_p[:, i], val_truth[:, i]), counts)
+            known = ~np.isnan(truth[:, i])
+            peak = math.nan if peaks is None else nan_mean((peaks[:, known, i] >= 0.5) == truth[known, i], 1).max()
             rows.append({"init": init, "mode": mode, "fraction": fraction, "seed": seed, "label": label,
                          "n_train": run["n_train"][i], "positives": run["positives"][i]} | result
-                        | {"peak_accuracy": peak})
-            replicates.append(some)
+                        | {"peak_accuracy": float(peak)})
+            areas.append(area)
+        whole.append({"accuracy": right(p[None])[0], "majority": nan_mean(np.eye(len(names))[classes]).max(),
+                      "peak_accuracy": math.nan if peaks is None else right(peaks).max()})
     shape = len(modes), len(fractions), len(inits), len(seeds), len(names)                          # (M, F, I, S, L)
 
     def column(key):
-        """A key of all rows, (M, F, I, S, L + 1): the labels, and their mean."""
+        """A key of all rows, (M, F, I, S, L + 1): the labels, and their mean, or what stands for all classes."""
         values = np.array([row[key] for row in rows], float).reshape(shape)
-        return np.concatenate([values, nan_mean(values, -1)[..., None]], -1)
+        overall = np.reshape([x[key] for x in whole], shape[:-1]) if exclusive and key in whole[0] else nan_mean(
+            values, -1)
+        return np.concatenate([values, overall[..., None]], -1)
 
-    areas, peaks = column("auroc"), column("peak_accuracy")
-    # The draws' mean, on the same patients for all: what another test set would show, not other training sets.
-    boot = nan_mean(np.reshape(replicates, (*shape, -1)), 3)
-    boot = np.concatenate([boot, nan_mean(boot, 3)[:, :, :, None]], 3)                          # (M, F, I, L + 1, R)
-    columns, means, comparisons = [*names, "mean"], [], []
+    # The mean is over the labels that test can score, in every replicate the same ones or none. Over the draws it is
+    # taken on the same patients: what another test set would show, not other training sets.
+    areas = np.reshape(areas, (*shape, -1))                                                 # (M, F, I, S, L, 1 + R)
+    scored = ~np.isnan(areas[0, 0, 0, 0, :, 0])
+    mean = areas[..., scored, :].mean(4) if scored.any() else np.full_like(areas[..., 0, :], np.nan)
+    areas = np.concatenate([areas, mean[..., None, :]], 4)                                  # (M, F, I, S, L + 1, 1 + R)
+    pooled = areas.mean(3)                                                                  # (M, F, I, L + 1, 1 + R)
+    complete = int((~np.isnan(mean[0, 0, 0, 0, 1:])).sum())
+
+    # ----------------------------------------------------------------------------------------------------- the text
+    keys = ("average_precision", "accuracy", "majority", "sensitivity", "specificity", "calibration_error")
+    scores, peaks = [column(key) for key in keys], column("peak_accuracy")
     text = (f"# What pre-training buys: {about['data']}\n\n{len(names)} labels: {about['labels']}; -1 is never scored. "
             f"{len(truth)} test images of {len(set(patients))} patients. Epoch, regularisation and thresholds are "
-            f"chosen on val ({len(val_truth)} images). Mean ± deviation over {len(seeds)} draws. Intervals and p by "
-            f"{REPLICATES} bootstrap replicates over the test patients, the same for all rows.\n")
+            f"chosen on val: {len(val_truth)} labelled images beyond the fraction. Mean ± deviation over the draws. "
+            f"Intervals and p: the test patients drawn anew {REPLICATES} times, for all rows alike; of the mean, the "
+            f"{complete} times that every label had both classes.\n")
+    means, comparisons = [], []
     for (m, mode), (f, fraction) in itertools.product(enumerate(modes), enumerate(fractions)):
-        here = {"mode": mode, "fraction": fraction}
-        intervals = [paired_test(some[-1])[:2] for some in boot[m, f]]
-        means += [here | {"init": init, "auroc": float(nan_mean(draws[:, -1])), "low": low, "high": high}
-                  for init, draws, (low, high) in zip(inits, areas[m, f], intervals)]
+        here, labels = {"mode": mode, "fraction": fraction}, [*names, "mean"]
         text += f"\n## {mode}, {100 * fraction:g} % of the labels\n\n{'; '.join(about['draws'][fraction])}\n"
-        text += markdown("AUROC on test", columns, inits, areas[m, f], intervals)
+        table = cells(areas[m, f, ..., 0])
+        for init, row, some in zip(inits, table, pooled[m, f, :, -1]):
+            low, high = interval(some[1:])
+            means.append(here | {"init": init, "auroc": float(some[0]), "low": low, "high": high})
+            row.append("–" if np.isnan(low) else f"{low:.3f} to {high:.3f}")
+        text += markdown("AUROC on test", [*labels, "95 % interval"], inits, table)
         if not np.isnan(peaks[m, f]).all():
             text += markdown("Peak test accuracy over the epochs, the published protocol: optimistic, as test chooses "
-                             "the epoch", columns, inits, peaks[m, f])
-        keys = ("average_precision", "accuracy", "majority", "sensitivity", "specificity", "calibration_error")
-        text += markdown("Means over the labels, thresholds chosen on val", [key.replace("_", " ") for key in keys],
-                         inits, np.stack([column(key)[m, f, :, :, -1] for key in keys], -1), bold=False) + "\n"
-        for (a, one), (b, other) in itertools.combinations(enumerate(inits), 2):
-            differences = nan_mean(areas[m, f, b] - areas[m, f, a])                                         # (L + 1,)
-            for label, difference, some in zip(columns, differences, boot[m, f, b] - boot[m, f, a]):
-                low, high, p = paired_test(some)
-                comparisons.append(here | {"init": other, "against": one, "label": label,
-                                           "difference": float(difference), "low": low, "high": high, "p": p})
-            text += f"{other} − {one}: mean AUROC {difference:+.3f} (95 % {low:+.3f} to {high:+.3f}, p = {p:.2g})\n"
+                             "the epoch", labels, inits, cells(peaks[m, f]))
+        text += markdown("Means over the labels, thresholds chosen on val" + exclusive * (
+            "; accuracy and majority of all classes together, the most probable one called"),
+            [key.replace("_", " ") for key in keys], inits,
+            cells(np.stack([values[m, f, :, :, -1] for values in scores], -1), bold=False)) + "\n"
+        for (a, against), (b, init) in itertools.combinations(enumerate(inits), 2):
+            for label, some in zip(labels, pooled[m, f, b] - pooled[m, f, a]):                              # (1 + R,)
+                low, high = interval(some[1:])
+                comparisons.append(here | {"init": init, "against": against, "label": label, "difference": float(
+                    some[0]), "low": low, "high": high, "p": p_value(some[1:])})
+            text += (f"{init} − {against}: mean AUROC {some[0]:+.3f} (95 % {low:+.3f} to {high:+.3f}, "
+                     f"p = {comparisons[-1]['p']:.2g})\n")
     print("\n" + text)
-    found = about | {"results": rows, "means": means, "comparisons": comparisons}
+
+    # ------------------------------------------------------------------------------------------ files and TensorBoard
     (out / "results.md").write_text(text)
+    found = about | {"results": rows, "means": means, "comparisons": comparisons}
     (out / "results.json").write_text(re.sub(r"\bNaN\b", "null", json.dumps(found, indent=1)) + "\n")
     with SummaryWriter(out / "tensorboard/table") as writer:
         writer.add_text("results", text)
-        figures = {"efficiency": efficiency_figure(areas[..., -1], boot[..., -1, :], modes, fractions, inits),
+        figures = {"efficiency": efficiency_figure(areas[..., -1, 0], pooled[..., -1, 1:], modes, fractions, inits),
                    "calibration": calibration_figure(kept, truth, modes, fractions, inits)}
         for name, figure in figures.items():
             figure.savefig(out / f"{name}.png", dpi=150)
@@ -464,10 +511,13 @@ def predict(args: argparse.Namespace, where: dict, dtype: torch.dtype | None) ->
     net, state = load_classifier(args.predict)
     net = net.to(where["device"], memory_format=torch.channels_last)
     folder, out = Path(args.data), Path(args.predict).parent
+    if not folder.is_dir():
+        raise DataError(f"--data {folder} is not a folder")
     if (folder / "manifest.csv").exists():
         manifest = read_manifest(folder)
     else:
-        paths = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix.lower() in IMAGES)
+        paths = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix.lower() in IMAGES
+                       and p.is_file())
         if not paths:
             raise DataError(f"--data {folder} has no manifest.csv and no image ({', '.join(IMAGES)})")
         for path in paths:
@@ -479,7 +529,7 @@ def predict(args: argparse.Namespace, where: dict, dtype: torch.dtype | None) ->
     images, labels = np.arange(len(manifest.paths)), state["labels"]
     loader = eval_loader(manifest, images, args.batch_size, preprocessing, **where)
     probabilities = to_probabilities(extract_features(net, loader, len(images), dtype=dtype), state["kind"])    # (n, L)
-    with open(out / "predictions.csv.tmp", "w", newline="") as file:
+    with open(out / "predictions.csv.tmp", "w", newline="", errors="surrogateescape") as file:
         csv.writer(file).writerows([["path", *labels], *(
             [path, *(f"{p:.6f}" for p in row)] for path, row in zip(manifest.paths, probabilities))])
     os.replace(out / "predictions.csv.tmp", out / "predictions.csv")
@@ -497,6 +547,10 @@ def predict(args: argparse.Namespace, where: dict, dtype: torch.dtype | None) ->
         Image.fromarray((255 * overlay).astype(np.uint8)).save(out / f"explained/{i:06d}_{name}.png")
 
 
+def digest(file: str | Path) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in
@@ -511,6 +565,9 @@ def main(argv: list[str] | None = None) -> None:
         if world_size > 1 and "closed by peer" in str(error):           # which has said why
             sys.exit(1)
         raise
+    except KeyboardInterrupt:
+        print(f"finetune.py: interrupted; the same command goes on from what is in {args.out}", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except (FloatingPointError, DataError, CheckpointError, OSError) as error:
         if isinstance(error, OSError):                                  # a full disk, a folder that may not be written
             error = f"{error.strerror or error}: {error.filename or args.out}"
@@ -552,22 +609,32 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
         return
 
     # -------------------------------------------------------------------------------------------------- initialisations
-    inits = args.init or [path for path in ENCODERS if os.path.exists(path)][:1]
-    if not inits:
+    sources = args.init or [path for path in ENCODERS if os.path.exists(path)][:1]
+    if not sources:
         raise DataError(f"{ENCODERS[0]} does not exist: pre-train first (`python pretrain.py --demo` takes minutes), "
                         "or name another encoder, random or imagenet with --init")
-    paths = [init for init in inits if init not in ("random", "imagenet")]
-    shown, inherited, states = {"random": "Scratch", "imagenet": "ImageNet"}, {}, list(map(load_checkpoint, paths))
-    for path, state in zip(paths, states):
-        shown[path] = ("SimCLR" if len(paths) == 1 else f"SimCLR ({path})") if state.get("format") == FORMAT else path
-    if paths:                                                           # the same for all rows, so that they compare
-        inherited = {k: v for k, v in (states[0] | states[0].get("config", {})).items() if k in INHERITED}
-        say(f"inherited from {paths[0]}:", ", ".join(f"{k} {v}" for k, v in inherited.items()) or "nothing")
-    setting = INHERITED | inherited | {k: v for k, v in vars(args).items() if k in INHERITED and v is not None}
+    paths = [source for source in sources if source not in SHOWN]
+    # A file may change under its name, so that what is computed from it is kept by its content, too.
+    inits = {source if source in SHOWN else f"{source} {digest(source)}": source for source in sources}
+    shown, settings = {init: SHOWN.get(source, source) for init, source in inits.items()}, {}
+    for init, path in inits.items():
+        if path in paths:
+            state = load_checkpoint(path)
+            settings[path] = {k: v for k, v in (state | state.get("config", {})).items() if k in INHERITED}
+            if state.get("format") == FORMAT and "classifier" not in state:
+                shown[init] = "SimCLR" if len(paths) == 1 else f"SimCLR ({path})"
+    inherited = next(iter(settings.values()), {})                       # the same for all rows, so that they compare
+    given = {k: v for k, v in vars(args).items() if k in INHERITED and v is not None}
+    setting = INHERITED | inherited | given
+    if paths:
+        say(f"inherited from {paths[0]}:", ", ".join(f"{k} {v}" for k, v in inherited.items() if k not in given))
+    for path, own in settings.items():
+        if differ := [f"{k} {v}" for k, v in own.items() if v != setting[k] and k != "data"]:
+            say(f"{path} was trained with {', '.join(differ)}, which is not what it is given here")
     data, arch = setting["data"], setting["arch"]
     preprocessing = Preprocessing(setting["image_size"], setting["normalize"], setting["clahe"])
-    for init in inits:
-        build_encoder(arch, init)               # what does not fit is refused before anything is written
+    for source in sources:
+        build_encoder(arch, source)             # what does not fit is refused before anything is written
 
     # ------------------------------------------------------------------------------------------------------------- data
     manifest = read_manifest(data)
@@ -582,19 +649,25 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
     for split, images in zip(("train", "val", "test"), (train, val, test)):
         if not len(images):
             raise DataError(f"{table}: no image of the {split} split has a label")
-    columns = [column for column in map(manifest.label_names.index, asked) if {0, 1} <= set(
-        np.nan_to_num(manifest.labels[train, column], nan=0 if args.blank == "zeros" else -1).tolist())]
+    columns = [manifest.label_names.index(name) for name in asked]
+    for _ in range(2):                                                  # again, without what train cannot teach
+        kind, targets, known, truth = make_task(manifest.labels[:, columns], train, args.uncertain, args.blank)
+        learned = as_learned(kind, targets, known)                                                          # (N, L)
+        both = (learned[train] == 1).any(0) & (learned[train] == 0).any(0)
+        columns = [column for column, kept in zip(columns, both) if kept]
+        if not columns:
+            raise DataError(f"{table}: no label has a positive and a negative in train, with --uncertain "
+                            f"{args.uncertain} and --blank {args.blank}")
     names = [manifest.label_names[column] for column in columns]
-    if not names:
-        raise DataError(f"{table}: no label has a positive and a negative in train")
-    if len(names) < len(asked):
-        say("left out, without both a positive and a negative in train:", *(set(asked) - set(names)))
-    kind, targets, known, truth = make_task(manifest.labels[:, columns], train, args.uncertain, args.blank)
-    if np.isnan(truth[val]).all():
-        raise DataError(f"{table}: the val split has only uncertain or empty cells in {', '.join(names)}")
+    if left_out := [name for name in asked if name not in names]:
+        say("left out, without both a positive and a negative in train:", ", ".join(left_out))
+    for split, images in (("val", val), ("test", test)):
+        if np.isnan(truth[images]).all():
+            raise DataError(f"{table}: the {split} split has only uncertain or empty cells in {', '.join(names)}")
     for name, y in zip(names, truth[val].T):
         if not {0, 1} <= set(y.tolist()):
             say(f"{name} has one class only in val: its threshold is 0.5, and it has no say in what is chosen there")
+    measure = "AUROC" if val_score(truth[val], truth[val]) > 0 else "minus the Brier score"     # of a perfect answer
     policy = {"exclusive": "exclusive labels, softmax, AUROC one against the rest",
               "binary": f"independent labels; in training -1 counts as {args.uncertain}, blank as {args.blank}",
               "three-way": f"independent labels, uncertain a class of its own; blank counts as {args.blank}",
@@ -603,7 +676,7 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
         f"{len(names)} labels ({', '.join(names)}): {policy}; -1 is never scored")
     samples, drawn = {}, {}
     for fraction, seed in itertools.product(args.fraction, args.seeds):
-        rows, beyond = draw(manifest.patients[train], truth[train], fraction, seed)
+        rows, beyond = draw(manifest.patients[train], learned[train], fraction, seed)
         samples[fraction, seed] = train[rows]
         drawn.setdefault(fraction, []).append(f"draw {seed}: {len(rows)} images" + (
             f", {beyond} patients beyond the fraction for labels that lacked a class" if beyond else ""))
@@ -613,60 +686,65 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
     # ------------------------------------------------------------------------------------------------------- run folder
     out = Path(args.out)
     finished, last = out / "predictions.pt", out / "last.pt"
-    config = {k: v for k, v in vars(args).items() if k not in NOT_THE_RUN} | setting | {"init": inits}
-    config["inputs"] = [hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] for file in (table, *paths)]
+    config = {k: v for k, v in vars(args).items() if k not in NOT_THE_RUN} | setting
+    config["the manifest's digest"] = digest(table)
     if rank == 0:
         open_run(out, "finetune", config, RESULTS, args.overwrite, held)
         if not finished.exists():
             save_checkpoint(finished, {})
     if world_size > 1:
         dist.barrier()
-    done = load_checkpoint(finished)            # name of a combination -> its predictions, and how they came about
+    done = load_checkpoint(finished)            # (mode, fraction, init, seed) -> predictions, and how they came about
 
-    def name_of(mode, fraction, init, seed):
+    def told(key):
+        mode, fraction, init, seed = key
         return f"{shown[init]}, {mode}, {100 * fraction:g} %, seed {seed}"
 
-    def finish(name, sample, net, val_p, test_p, extra):
+    def finish(key, sample, net, val_p, test_p, extra):
         """Keep a combination's predictions and, if it is the best on val up to now, its classifier."""
         value = val_score(val_p, truth[val])
         if value > max((kept["val_score"] for kept in done.values()), default=-math.inf):
             save_checkpoint(out / "classifier.pt", {
                 "format": FORMAT, "arch": arch, "encoder": net.encoder.state_dict(), "labels": names, "kind": kind,
-                "classifier": net.head.state_dict(), "config": config | {"mean": MEAN, "std": STD, "what": name},
+                "classifier": net.head.state_dict(), "config": config | {"init": inits[key[2]], "what": told(key)},
                 "thresholds": [youden(p, y) for p, y in zip(val_p.T, truth[val].T)],
-                "n_train": 0 if "strength" in extra else len(sample)})     # what its encoder learned from
-        done[name] = extra | {
+                "n_train": 0 if key[0] == "linear" else len(sample)})           # what its encoder learned from
+        done[key] = extra | {
             "val": torch.from_numpy(val_p), "test": torch.from_numpy(test_p), "val_score": value,
-            "n_train": (~np.isnan(truth[sample])).sum(0).tolist(), "positives": (truth[sample] == 1).sum(0).tolist()}
+            "n_train": (~np.isnan(learned[sample])).sum(0).tolist(),
+            "positives": (learned[sample] == 1).sum(0).tolist()}
         save_checkpoint(finished, done)
-        say(f"{name}: {'AUROC' if value >= 0 else 'minus Brier score'} on val {abs(value):.4f} "
-            f"({', '.join(f'{k} {v:g}' for k, v in extra.items() if isinstance(v, int | float))})")
+        chosen = ", ".join(f"{k} {v:g}" for k, v in extra.items() if k in ("strength", "epoch"))
+        say(f"{told(key)}: {measure} on val {value:.4f} ({chosen})")
 
     # ----------------------------------------------------------------------------------------------------- linear probe
     def linear(init):
         """All fractions and draws of one initialisation, from features that are extracted once and kept."""
         torch.manual_seed(0)                                            # one untrained encoder stands for all
-        encoder = build_encoder(arch, init).to(device, memory_format=torch.channels_last)
+        encoder = build_encoder(arch, inits[init]).to(device, memory_format=torch.channels_last)
         everything = np.concatenate([train, val, test])
         say(f"{shown[init]}: features of {len(everything)} images, kept in {out.parent / 'features'}")
         features = torch.cat([cached_features(                          # by split, as cluster_eval.py looks for them
             encoder, eval_loader(manifest, images, args.batch_size, preprocessing, **alone), len(images),
             out.parent / "features", dtype) for images in (train, val, test)])
+        if not features.isfinite().all():
+            raise FloatingPointError(f"{inits[init]}: some features are not finite; --precision fp32 may help")
         # All of train, labelled or drawn or not, says how large a feature is; some are constant on a few images.
         deviation, mean = torch.std_mean(features[:len(train)], 0)
         deviation = deviation.clamp(min=1e-6)
         x, fits = features.new_zeros(len(manifest.paths), len(mean)), {}                                    # (N, D)
         x[everything] = (features - mean) / deviation
         for fraction, seed in itertools.product(args.fraction, args.seeds):
-            name, sample = name_of("linear", fraction, init, seed), samples[fraction, seed]
-            if name in done:
+            key, sample = ("linear", fraction, init, seed), samples[fraction, seed]
+            if key in done:
                 continue
-            if sample.tobytes() not in fits:                            # all of the labels are the same in every draw
+            fit = fraction, seed if fraction < 1 else None              # all of the labels are the same in every draw
+            if fit not in fits:
                 weights = cell_weights(targets[sample], known[sample], args.balance)
-                fits[sample.tobytes()] = [found.flatten(-2).cpu() for found in fit_logistic(*(
+                fits[fit] = [found.flatten(-2).cpu() for found in fit_logistic(*(
                     torch.as_tensor(array, dtype=torch.float64, device=device)
                     for array in (x[sample], targets[sample], weights, STRENGTHS)))]
-            weight, bias = fits[sample.tobytes()]                                           # (D, R, G * K), (R, G * K)
+            weight, bias = fits[fit]                                                        # (D, R, G * K), (R, G * K)
 
             val_p, test_p = (np.stack([to_probabilities(x[images].double() @ weight[:, r] + bias[r], kind)
                                        for r in range(len(STRENGTHS))]) for images in (val, test))          # (R, n, L)
@@ -675,13 +753,15 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
             net = Classifier(encoder, bias.shape[1])
             scaled = weight[:, r].T / deviation                                                     # (G * K, D)
             net.head.load_state_dict({"weight": scaled.float(), "bias": (bias[r] - scaled @ mean.double()).float()})
-            finish(name, sample, net, val_p[r], test_p[r], {"strength": float(STRENGTHS[r])})
+            finish(key, sample, net, val_p[r], test_p[r], {"strength": float(STRENGTHS[r])})
 
     # ------------------------------------------------------------------------------------------------- full fine-tuning
-    def full(name, init, seed, sample):
+    def full(key, sample):
         """Train encoder and head on one draw; the epoch that is best on val counts."""
+        _, _, init, seed = key
         torch.manual_seed(seed)
-        net = Classifier(build_encoder(arch, init), targets[0].size).to(device, memory_format=torch.channels_last)
+        net = Classifier(build_encoder(arch, inits[init]), targets[0].size)
+        net = net.to(device, memory_format=torch.channels_last)
         if world_size > 1 and cuda:
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)          # PyTorch has none on a CPU
         optimizer = torch.optim.AdamW([dict(params=net.encoder.parameters(), peak=args.lr_encoder),
@@ -691,14 +771,16 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
         weights, answers = torch.zeros(known.shape), torch.from_numpy(targets)                      # (N, G), (N, G, K)
         weights[sample] = torch.from_numpy(cell_weights(targets[sample], known[sample], args.balance)).float()
         history, best, peaks = [], {"val_score": -math.inf}, []
-        if last.exists() and (state := load_checkpoint(last))["name"] == name:
-            net.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            scaler.load_state_dict(state["scaler"])
-            history, best, peaks = state["history"], state["best"], state["peaks"]
-            say(f"going on from {last}, epoch {len(history)} of {name}")
+        with contextlib.suppress(CheckpointError):                      # none there, or half of one: from the start
+            state = load_checkpoint(last)
+            if state.get("key") == key:
+                net.load_state_dict(state["model"])
+                optimizer.load_state_dict(state["optimizer"])
+                scaler.load_state_dict(state["scaler"])
+                history, best, peaks = state["history"], state["best"], state["peaks"]
+                say(f"going on from {last}, epoch {len(history)} of {told(key)}")
         model = net if world_size == 1 else DistributedDataParallel(net, device_ids=[local_rank] if cuda else None)
-        folder = out / "tensorboard" / re.sub(r"[^\w.-]+", "-", name)
+        folder = out / "tensorboard" / re.sub(r"[^\w.-]+", "-", told(key))
         writer = SummaryWriter(folder, purge_step=len(history) + 1) if rank == 0 else None
 
         def evaluate(images):
@@ -734,50 +816,51 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
                 for buffer in net.buffers():                    # one set of batch norm statistics, or rows would differ
                     dist.broadcast(buffer, 0)
             seconds = time.perf_counter() - clock
-            line = {"combination": name, "epoch": epoch, "loss": loss_sum.item() / epoch_steps / world_size,
-                    "lr_encoder": factor * args.lr_encoder, "lr_head": factor * args.lr_head}
-            if not math.isfinite(line["loss"]):
-                raise FloatingPointError(f"the loss is not finite in epoch {epoch} of {name}: lower the learning rates")
+            scalars = {"loss": loss_sum.item() / epoch_steps / world_size,
+                       "lr_encoder": factor * args.lr_encoder, "lr_head": factor * args.lr_head}
+            if not math.isfinite(scalars["loss"]):
+                raise FloatingPointError(f"the loss is not finite in epoch {epoch} of {told(key)}: lower --lr-encoder "
+                                         "or --lr-head")
             val_p = evaluate(val)
-            line["val_score"] = val_score(val_p, truth[val])
-            history.append(line)
+            scalars["val_score"] = val_score(val_p, truth[val])
+            history.append({"combination": told(key), "epoch": epoch} | scalars)
             if args.peak:
                 peaks.append(torch.from_numpy(evaluate(test)).float())                              # (n_test, L)
-            if line["val_score"] > best["val_score"]:
-                best = {"val_score": line["val_score"], "epoch": epoch, "val": torch.from_numpy(val_p),
+            if scalars["val_score"] > best["val_score"]:
+                best = {"val_score": scalars["val_score"], "epoch": epoch, "val": torch.from_numpy(val_p),
                         "model": {key: value.cpu().clone() for key, value in net.state_dict().items()}}
             if rank == 0:
                 save_checkpoint(last, {
-                    "name": name, "model": net.state_dict(), "optimizer": optimizer.state_dict(),
+                    "key": key, "model": net.state_dict(), "optimizer": optimizer.state_dict(),
                     "scaler": scaler.state_dict(), "history": history, "best": best, "peaks": peaks})
                 lines = [x for kept in done.values() for x in kept.get("history", [])] + history
                 (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-                for key in list(line)[2:]:
-                    writer.add_scalar(key, line[key], epoch)
-                say(f"{name} epoch {epoch:03d}/{args.epochs} | loss {line['loss']:.4f} | val AUROC "
-                    f"{line['val_score']:.4f} | {epoch_steps * args.batch_size / seconds:.0f} img/s")
+                for name, value in scalars.items():
+                    writer.add_scalar(name, value, epoch)
+                say(f"{told(key)} epoch {epoch:03d}/{args.epochs} | loss {scalars['loss']:.4f} | val {measure} "
+                    f"{scalars['val_score']:.4f} | {epoch_steps * args.batch_size / seconds:.0f} img/s")
         net.load_state_dict(best["model"])
         test_p = evaluate(test)
         if rank == 0:
             writer.close()
-            finish(name, sample, net, best["val"].numpy(), test_p, {
+            finish(key, sample, net, best["val"].numpy(), test_p, {
                 "epoch": best["epoch"], "history": history} | ({"peaks": torch.stack(peaks)} if peaks else {}))
 
     # ------------------------------------------------------------------------------------------------- all combinations
-    for init in inits if "linear" in args.mode and rank == 0 else ():
-        if any(name_of("linear", fraction, init, seed) not in done for fraction, seed in samples):
-            linear(init)
-    for (fraction, seed), init in itertools.product(samples, inits) if "full" in args.mode else ():
-        if (name := name_of("full", fraction, init, seed)) not in done:
-            full(name, init, seed, samples[fraction, seed])
+    combinations = list(itertools.product(args.mode, args.fraction, inits, args.seeds))
+    missing = [key for key in combinations if key not in done]
+    for init in dict.fromkeys(init for mode, _, init, _ in missing if mode == "linear" and rank == 0):
+        linear(init)
+    for key in missing:
+        if key[0] == "full":
+            full(key, samples[key[1], key[3]])
     if rank:
         return
     last.unlink(missing_ok=True)
-
-    kept = {(mode, fraction, shown[init], seed): done[name_of(mode, fraction, init, seed)]
-            for mode, fraction, init, seed in itertools.product(args.mode, args.fraction, inits, args.seeds)}
-    report(out, {"data": str(data), "labels": policy, "draws": drawn}, kept, names, truth[val], truth[test],
-           manifest.patients[test])
+    kept = {(mode, fraction, shown[init], seed): done[mode, fraction, init, seed]
+            for mode, fraction, init, seed in combinations}
+    report(out, {"data": str(data), "kind": kind, "labels": policy, "draws": drawn}, kept, names,
+           truth[val], truth[test], manifest.patients[test])
     say(f"done: {out / 'results.md'}, {out / 'results.json'}, {out / 'classifier.pt'}")
 
 

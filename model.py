@@ -22,6 +22,7 @@ IMAGENET_MEAN, IMAGENET_STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor(
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 FORMAT = "simclr-cxr encoder, version 1"
 CLASSIFIER = {"arch", "encoder", "config", "classifier", "labels", "kind", "thresholds"}    # what a classifier.pt holds
+PREPROCESSING = {"image_size", "normalize", "clahe"}                                        # and its config
 
 
 class CheckpointError(Exception):
@@ -59,6 +60,8 @@ def build_encoder(arch: str, init: str = "random") -> nn.Module:
         if state["conv1.weight"].shape[1] == 3:
             state = fold_rgb_stem(state)
         encoder.load_state_dict(state)
+        if not all(value.isfinite().all() for value in state.values()):
+            raise RuntimeError("some of its weights are not finite")
     except (RuntimeError, KeyError, AttributeError, IndexError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise CheckpointError(f"{init} does not fit a {arch} with a one-channel stem: {reason}") from None
@@ -113,10 +116,13 @@ class Classifier(nn.Module):
 def load_classifier(path: str | Path) -> tuple[Classifier, dict]:
     """The network of a classifier.pt, in evaluation mode, and the checkpoint; CheckpointError where it is none."""
     state = load_checkpoint(path)
-    if not CLASSIFIER <= state.keys():
+    if not (CLASSIFIER <= state.keys() and PREPROCESSING <= state["config"].keys()):
         raise CheckpointError(f"{path} is not a classifier.pt of finetune.py")
-    net = Classifier(build_encoder(state["arch"], str(path)), len(state["classifier"]["bias"]))
-    net.head.load_state_dict(state["classifier"])
+    try:
+        net = Classifier(build_encoder(state["arch"], str(path)), len(state["classifier"]["bias"]))
+        net.head.load_state_dict(state["classifier"])
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} holds a head that does not fit: {str(error).splitlines()[-1].strip()}") from None
     return net.eval(), state
 
 
@@ -152,7 +158,9 @@ def cached_features(encoder: nn.Module, loader, n: int, folder: Path, dtype: tor
         return load_checkpoint(file)["features"]
     features = extract_features(encoder, loader, n, dtype=dtype).cpu()
     folder.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(file, {"features": features})
+    mine = folder / f"{os.getpid()}.part"                       # another run may be keeping the same features
+    save_checkpoint(mine, {"features": features})
+    os.replace(mine, file)
     return features
 
 
@@ -194,8 +202,9 @@ def open_run(out: Path, stage: str, config: dict, results: tuple[str, ...], over
     config = {"stage": stage} | config
     if before and (not isinstance(before, dict) or before.get("stage") != stage):
         raise CheckpointError(f"{out} holds something else than a run of {stage}.py; choose another --out")
-    differ = [f"--{k.replace('_', '-')} ({before.get(k, 'not given')} there, {config.get(k, 'not given')} here)"
-              for k in sorted(before.keys() | config.keys()) if before.get(k) != config.get(k)]
+    flag = {k: k if " " in k else f"--{k.replace('_', '-')}" for k in before.keys() | config.keys()}
+    differ = [f"{flag[k]} ({before.get(k, 'not given')} there, {config.get(k, 'not given')} here)"
+              for k in sorted(flag) if before.get(k) != config.get(k)]
     if (out / results[0]).exists() and differ and not overwrite:
         raise CheckpointError(f"{out} holds a run with other flags: {', '.join(differ)}; choose another --out, or give "
                               "up that run with --overwrite")
@@ -215,8 +224,8 @@ def load_checkpoint(path: str | Path) -> dict:
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        reason = (str(error) or repr(error)).splitlines()[0]
+        reason = (str(error) or repr(error)).splitlines()[0].split(". ")[0]         # what torch advises next is no help
         raise CheckpointError(f"{path} is not a whole checkpoint: {reason}") from None
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path} is not a checkpoint but a {type(state).__name__}")
+    if not isinstance(state, dict) or not isinstance(state.get("config", {}), dict):
+        raise CheckpointError(f"{path} is not a checkpoint of this project, nor a state dict")
     return state

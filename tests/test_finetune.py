@@ -18,8 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import finetune
 from dali_pipeline import read_manifest
 from finetune import (
-    auroc, calibration_error, cell_weights, draw, fit_logistic, make_task, paired_test, patient_counts, score,
-    to_probabilities, val_score, youden)
+    auroc, calibration_error, cell_weights, draw, fit_logistic, interval, make_task, p_value, patient_counts,
+    score, to_probabilities, val_score, youden)
 from loss import masked_cross_entropy
 from model import FORMAT, build_encoder, load_checkpoint, load_classifier, save_checkpoint
 
@@ -134,7 +134,7 @@ def test_draws_are_nested_whole_patients_of_train(labelled):
             chosen, beyond = draw(patients, truth, fraction, seed)
             assert inside <= set(chosen)
             assert set(np.flatnonzero(np.isin(patients, patients[chosen]))) == set(chosen)              # whole patients
-            assert len(set(patients[chosen])) == round(fraction * len(set(patients))) + beyond
+            assert len(set(patients[chosen])) == int(fraction * len(set(patients)) + 0.5) + beyond
             assert (truth[chosen].sum(0) >= 1).all() and (truth[chosen].sum(0) < len(chosen)).all()
             inside = set(chosen)
         assert len(chosen) == 700 and not beyond
@@ -172,7 +172,7 @@ def test_scores_with_ties_and_masks_are_scikit_learns():
     truth[:, 2] = 1                                                                     # one class: nothing to say
     areas = []
     for p, y in zip(probabilities.T, truth.T):
-        found, replicates = score(p, y, 0.5, np.ones((2, 90), int))
+        found, replicates = score(p, y, 0.5, np.ones((3, 90), int))
         p, y = p[~np.isnan(y)], y[~np.isnan(y)]
         called, areas = p >= 0.5, [*areas, found["auroc"]]
         assert (found["n_test"], found["test_positives"]) == (len(y), (y == 1).sum())
@@ -183,7 +183,7 @@ def test_scores_with_ties_and_masks_are_scikit_learns():
             assert np.isnan([found[key] for key in ("auroc", "auroc_low", "average_precision", "specificity")]).all()
             continue
         assert found["specificity"] == pytest.approx((~called)[y == 0].mean())
-        assert [found["auroc"], *replicates] == pytest.approx([roc_auc_score(y, p)] * 3, abs=1e-12)
+        assert [found["auroc"], *replicates] == pytest.approx([roc_auc_score(y, p)] * 4, abs=1e-12)
         assert found["average_precision"] == average_precision_score(y, p)
         best = max(p, key=lambda t: (p >= t)[y == 1].mean() + (p < t)[y == 0].mean())
         at_best, at_youden = ((p >= t)[y == 1].mean() + (p < t)[y == 0].mean() for t in (best, youden(p, y)))
@@ -192,11 +192,12 @@ def test_scores_with_ties_and_masks_are_scikit_learns():
     assert calibration_error(np.array([0.05, 0.05, 0.95, 1.0]), np.array([0, 1, 1, 1.0]), 10) == pytest.approx(0.2375)
 
 
-def test_bootstrap_and_paired_test():
+def test_bootstrap_over_patients_and_paired():
     rng = np.random.default_rng(2)
     patients = np.array([f"p{i}" for i in rng.integers(0, 12, 40)])
     scores, truth = rng.integers(0, 9, 40) / 8, rng.integers(0, 2, 40).astype(float)
     counts = patient_counts(patients, 200)
+    assert (counts[0] == 1).all() and len(counts) == 201                        # first the test set itself
     assert all((counts[:, patients == p] == counts[:, patients == p][:, :1]).all() for p in set(patients))
     for replicate, area in zip(counts, auroc(scores, truth, counts)):
         drawn = np.repeat(np.arange(40), replicate)                     # an image twice where its patient is in twice
@@ -207,9 +208,11 @@ def test_bootstrap_and_paired_test():
     truth = rng.integers(0, 2, 300).astype(float)
     counts = patient_counts(np.arange(300).astype(str), 500)
     good, poor = (auroc(truth + noise * rng.standard_normal(300), truth, counts) for noise in (0.7, 2.0))
-    low, high, p = paired_test(good - poor)
-    assert 0 < low < high and p == pytest.approx(2 / 501) and paired_test(poor - good)[0] == pytest.approx(-high)
-    assert paired_test(np.zeros(500))[2] == 1 and paired_test(np.array([-1.0, 1, 2, 3]))[2] == pytest.approx(4 / 5)
+    low, high = interval((good - poor)[1:])
+    assert 0 < low < good[0] - poor[0] < high and interval((poor - good)[1:]) == pytest.approx((-high, -low))
+    assert p_value((good - poor)[1:]) == pytest.approx(2 / 501) and p_value(np.zeros(500)) == 1
+    assert p_value(np.array([-1.0, 1, 2, 3, np.nan])) == pytest.approx(4 / 5)
+    assert interval(np.array([np.nan, 1, 1])) == (1, 1) and np.isnan(interval(np.full(3, np.nan))).all()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -254,7 +257,8 @@ def test_linear_leaves_the_encoder_alone_and_predicts(table, encoder, labelled, 
     assert before.keys() == state["encoder"].keys() and state["labels"] == ["Mass", "Effusion"]
     assert all(torch.equal(value, state["encoder"][key]) for key, value in before.items())
     main("--predict", out / "classifier.pt", "--data", labelled, "--threads", 1, "--explain", 3)
-    kept, manifest = load_checkpoint(out / "predictions.pt")[state["config"]["what"]], read_manifest(labelled)
+    kept = max(load_checkpoint(out / "predictions.pt").values(), key=lambda run: run["val_score"])
+    manifest = read_manifest(labelled)
     predicted = np.loadtxt(out / "predictions.csv", delimiter=",", skiprows=1, usecols=(1, 2))
     np.testing.assert_allclose(predicted[manifest.images("test")], kept["test"], atol=1e-4)
     assert len(list((out / "explained").glob("*_00[012]_*_?.??.png"))) == 3
@@ -332,7 +336,7 @@ def test_two_processes_are_one(encoder, labelled, tmp_path):
     main(*command, found[0])
     code, output = run("finetune.py", *command, found[1], processes=2)
     assert code == 0 and output.count("done:") == 1, output
-    a, b = (load_checkpoint(out / "predictions.pt")["SimCLR, full, 100 %, seed 0"] for out in found)
+    (a,), (b,) = (load_checkpoint(out / "predictions.pt").values() for out in found)
     torch.testing.assert_close(a["test"], b["test"], atol=1e-3, rtol=0)
     losses = [[line["loss"] for line in kept["history"]] for kept in (a, b)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4) and losses[0][1] < losses[0][0]
@@ -354,7 +358,8 @@ def test_wrong_input_is_refused_in_a_sentence(capsys, tmp_path, monkeypatch, enc
     monkeypatch.chdir(tmp_path)
     given = "--init", encoder
     assert "runs/pretrain/encoder.pt does not exist: pre-train first" in refused()
-    assert "--fraction 0.0 must be positive" in refused("--fraction", 0)
+    assert "--fraction: 0 does not lie in" in refused("--fraction", 0) and "nan does" in refused("--fraction", "nan")
+    assert "--seeds: -1 does not" in refused("--seeds", 0, -1) and "invalid int value: 'x'" in refused("--epochs", "x")
     assert "is not a classifier.pt" in refused("--predict", encoder, "--data", labelled)
     assert "--labels Hernia" in refused(*given, "--labels", "Hernia")
     assert "of 36 labelled training patients is none" in refused(*given, "--fraction", 0.001)
