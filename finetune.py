@@ -335,8 +335,10 @@ def cells(values: np.ndarray, bold: bool = True) -> list[list[str]]:
     spread, best = values.std(1, ddof=min(1, values.shape[1] - 1)), np.fmax.reduce(means)       # fmax passes over NaN
     texts = np.full(means.shape, "–", dtype=object)
     for where in zip(*np.nonzero(~np.isnan(means))):
-        text = f"{means[where]:.3f}" + (f" ± {spread[where]:.3f}" if spread[where] else "")     # all of the labels is
-        texts[where] = f"**{text}**" if bold and means[where] == best[where[1]] and len(means) > 1 else text  # no draw
+        text = f"{means[where]:.3f}"
+        if spread[where] > 1e-9:                        # draws of all labels are the same; a linear probe of them, too
+            text += f" ± {spread[where]:.3f}"
+        texts[where] = f"**{text}**" if bold and len(means) > 1 and means[where] == best[where[1]] else text
     return texts.tolist()
 
 
@@ -427,9 +429,10 @@ def report(out: Path, about: dict, kept: dict[tuple, dict], names: list[str], va
     def column(key):
         """A key of all rows, (M, F, I, S, L + 1): the labels, and their mean, or what stands for all classes."""
         values = np.array([row[key] for row in rows], float).reshape(shape)
-        overall = np.reshape([x[key] for x in whole], shape[:-1]) if exclusive and key in whole[0] else nan_mean(
-            values, -1)
-        return np.concatenate([values, overall[..., None]], -1)
+        mean = nan_mean(values, -1)
+        if exclusive and key in whole[0]:
+            mean = np.reshape([x[key] for x in whole], shape[:-1])
+        return np.concatenate([values, mean[..., None]], -1)
 
     # The mean is over the labels that test can score, in every replicate the same ones or none. Over the draws it is
     # taken on the same patients: what another test set would show, not other training sets.
@@ -442,7 +445,8 @@ def report(out: Path, about: dict, kept: dict[tuple, dict], names: list[str], va
 
     # ----------------------------------------------------------------------------------------------------- the text
     keys = ("average_precision", "accuracy", "majority", "sensitivity", "specificity", "calibration_error")
-    scores, peaks = [column(key) for key in keys], column("peak_accuracy")
+    overall = np.stack([column(key)[..., -1] for key in keys], -1)                                  # (M, F, I, S, 6)
+    peaks = column("peak_accuracy")
     text = (f"# What pre-training buys: {about['data']}\n\n{len(names)} labels: {about['labels']}; -1 is never scored. "
             f"{len(truth)} test images of {len(set(patients))} patients. Epoch, regularisation and thresholds are "
             f"chosen on val: {len(val_truth)} labelled images beyond the fraction. Mean ± deviation over the draws. "
@@ -456,6 +460,7 @@ def report(out: Path, about: dict, kept: dict[tuple, dict], names: list[str], va
         for init, row, some in zip(inits, table, pooled[m, f, :, -1]):
             low, high = interval(some[1:])
             means.append(here | {"init": init, "auroc": float(some[0]), "low": low, "high": high})
+            means[-1] |= {key: float(v) for key, v in zip(keys, nan_mean(overall[m, f, inits.index(init)]))}
             row.append("–" if np.isnan(low) else f"{low:.3f} to {high:.3f}")
         text += markdown("AUROC on test", [*labels, "95 % interval"], inits, table)
         if not np.isnan(peaks[m, f]).all():
@@ -464,7 +469,7 @@ def report(out: Path, about: dict, kept: dict[tuple, dict], names: list[str], va
         text += markdown("Means over the labels, thresholds chosen on val" + exclusive * (
             "; accuracy and majority of all classes together, the most probable one called"),
             [key.replace("_", " ") for key in keys], inits,
-            cells(np.stack([values[m, f, :, :, -1] for values in scores], -1), bold=False)) + "\n"
+            cells(overall[m, f], bold=False)) + "\n"
         for (a, against), (b, init) in itertools.combinations(enumerate(inits), 2):
             for label, some in zip(labels, pooled[m, f, b] - pooled[m, f, a]):                              # (1 + R,)
                 low, high = interval(some[1:])

@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import re
+import shutil
 import signal
 
 import numpy as np
@@ -215,6 +216,41 @@ def test_bootstrap_over_patients_and_paired():
     assert interval(np.array([np.nan, 1, 1])) == (1, 1) and np.isnan(interval(np.full(3, np.nan))).all()
 
 
+def test_mean_and_its_interval_keep_to_the_same_labels(tmp_path):
+    """A replicate without a rare label's positive says nothing of the mean; both against scikit-learn, one by one."""
+    rng = np.random.default_rng(3)
+    patients = rng.integers(0, 30, 80).astype(str)
+    truth = np.c_[rng.integers(0, 2, 80), np.arange(80) < 2, np.ones(80)].astype(float)         # the last: one class
+    p = np.clip(truth + rng.standard_normal((80, 3)) / 2, 0, 1)
+    run = {"val": torch.tensor(p), "test": torch.tensor(p), "n_train": [9] * 3, "positives": [3] * 3}
+    about = {"data": "here", "kind": "binary", "labels": "as they are", "draws": {1.0: ["all"]}}
+    finetune.report(tmp_path, about, {("full", 1.0, "Scratch", 0): run}, ["a", "b", "c"], truth, truth, patients)
+    means = []
+    for counts in patient_counts(patients, finetune.REPLICATES):
+        drawn = np.repeat(np.arange(80), counts)
+        if all(len(set(truth[drawn, i])) == 2 for i in (0, 1)):
+            means.append(np.mean([roc_auc_score(truth[drawn, i], p[drawn, i]) for i in (0, 1)]))
+    mean, = json.loads((tmp_path / "results.json").read_text())["means"]
+    assert mean["auroc"] == pytest.approx(means[0]) and 500 < len(means) < finetune.REPLICATES
+    assert [mean["low"], mean["high"]] == pytest.approx(np.percentile(means[1:], [2.5, 97.5]))
+    assert f"the {len(means) - 1} times that every label had" in (tmp_path / "results.md").read_text()
+
+
+def test_exclusive_classes_have_one_accuracy(tmp_path):
+    rng = np.random.default_rng(4)
+    classes = rng.integers(0, 3, 50)
+    p, peaks = rng.dirichlet(np.ones(3), 50), torch.tensor(rng.dirichlet(np.ones(3), (4, 50)))
+    run = {"val": torch.tensor(p), "test": torch.tensor(p), "peaks": peaks, "n_train": [9] * 3, "positives": [3] * 3}
+    about = {"data": "here", "kind": "exclusive", "labels": "as they are", "draws": {1.0: ["all"]}}
+    truth, patients = np.eye(3)[classes], np.arange(50).astype(str)
+    finetune.report(tmp_path, about, {("full", 1.0, "Scratch", 0): run}, list("abc"), truth, truth, patients)
+    mean, = json.loads((tmp_path / "results.json").read_text())["means"]
+    assert mean["accuracy"] == (p.argmax(1) == classes).mean()
+    assert mean["majority"] == np.bincount(classes).max() / 50
+    peak = max((some.argmax(1).numpy() == classes).mean() for some in peaks)
+    assert re.search(rf"Peak.*\n\n.*\n.*\n\| Scratch .*\| {peak:.3f} \|", (tmp_path / "results.md").read_text())
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -329,6 +365,15 @@ def test_killed_at_any_moment_and_started_again_ends_the_same(table, capsys):
     assert " epoch " not in capsys.readouterr().out and rows(again) == rows(out)
 
 
+def test_a_run_takes_more_and_trains_only_that(table, encoder, capsys):
+    more = shutil.copytree(table[0], table[0].parent / "more")
+    main(*FULL, "--init", encoder, "random", "--mode", "linear", "full", "--fraction", 0.5, 0.2, "--seeds", 0, "--peak",
+         "--out", more)
+    output, known = capsys.readouterr().out, {tuple(row.values()) for row in rows(table[0])}
+    assert "50 %, seed 0" not in output.split("# What")[0] and output.count("Scratch, full, 20 %, seed 0 epoch") == 2
+    assert len(rows(more)) == 16 and known <= {tuple(row.values()) for row in rows(more)}
+
+
 def test_two_processes_are_one(encoder, labelled, tmp_path):
     """With batch norm frozen (a CPU cannot synchronise it) training is the same to rounding, and so is every score."""
     found = tmp_path / "one", tmp_path / "two"
@@ -371,6 +416,15 @@ def test_wrong_input_is_refused_in_a_sentence(capsys, tmp_path, monkeypatch, enc
     assert "has no label column" in refused(*given, "--data", bare)
     assert not (tmp_path / "runs").exists()
     assert "--epochs (2 there, 5 here)" in refused(*table[1], table[0], "--epochs", 5)
+    twice = changed(labelled, tmp_path / "twice", lambda lines: lines + [["images/000.jpg", "p0", "train", "1", "0"]])
+    shutil.copy(next((labelled / "images").iterdir()), twice / "images/000.jpg")
+    assert "the manifest's digest (" in refused(*table[1], table[0], "--data", twice)
+    assert "the test split has only uncertain" in refused(*given, "--data", cells("mute", "test", ["-1", "-1"]))
+    assert "is not a folder" in refused("--predict", table[0] / "classifier.pt", "--data", tmp_path / "nowhere")
+    weights = load_checkpoint(encoder)["encoder"]
+    weights["conv1.weight"][0] = torch.nan
+    torch.save({"format": FORMAT, "arch": "resnet18", "encoder": weights}, tmp_path / "nan.pt")
+    assert "weights are not finite" in refused("--init", tmp_path / "nan.pt", "--data", labelled)
 
 
 @pytest.mark.parametrize("flags", [["--uncertain", "multiclass"], ["--uncertain", "ones", "--blank", "ignore",
