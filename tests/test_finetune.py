@@ -13,14 +13,11 @@ import torch
 from conftest import run, smooth_image, start
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import average_precision_score, roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import finetune
 from dali_pipeline import read_manifest
-from finetune import (
-    auroc, calibration_error, cell_weights, draw, fit_logistic, interval, make_task, p_value, patient_counts,
-    score, to_probabilities, val_score, youden)
+from finetune import cell_weights, draw, fit_logistic, make_task, to_probabilities
 from loss import masked_cross_entropy
 from model import FORMAT, build_encoder, load_checkpoint, load_classifier, save_checkpoint
 
@@ -164,91 +161,6 @@ def test_probe_finds_scikit_learns_optimum(n, width):
     peer = LogisticRegression(C=1 / (n * 0.01), tol=1e-9, max_iter=10_000).fit(x, classes)
     np.testing.assert_allclose(to_probabilities(torch.tensor(x) @ found[:, 0, 0] + free[0, 0], "exclusive"),
                                peer.predict_proba(x), atol=1e-4)
-
-
-def test_scores_with_ties_and_masks_are_scikit_learns():
-    rng = np.random.default_rng(0)
-    assert auroc(np.array([0.5, 0.5, 0.2, 0.9]), np.array([1, 0, 0, 1.0]))[0] == 7 / 8                   # by hand
-    probabilities, truth = rng.integers(0, 9, (90, 3)) / 8, rng.choice([1, 0, np.nan], (90, 3))
-    truth[:, 2] = 1                                                                     # one class: nothing to say
-    areas = []
-    for p, y in zip(probabilities.T, truth.T):
-        found, replicates = score(p, y, 0.5, np.ones((3, 90), int))
-        p, y = p[~np.isnan(y)], y[~np.isnan(y)]
-        called, areas = p >= 0.5, [*areas, found["auroc"]]
-        assert (found["n_test"], found["test_positives"]) == (len(y), (y == 1).sum())
-        assert found["accuracy"] == pytest.approx((called == y).mean())
-        assert found["majority"] == max(y.mean(), 1 - y.mean())
-        assert found["sensitivity"] == pytest.approx(called[y == 1].mean())
-        if (y == 1).all():
-            assert np.isnan([found[key] for key in ("auroc", "auroc_low", "average_precision", "specificity")]).all()
-            continue
-        assert found["specificity"] == pytest.approx((~called)[y == 0].mean())
-        assert [found["auroc"], *replicates] == pytest.approx([roc_auc_score(y, p)] * 4, abs=1e-12)
-        assert found["average_precision"] == average_precision_score(y, p)
-        best = max(p, key=lambda t: (p >= t)[y == 1].mean() + (p < t)[y == 0].mean())
-        at_best, at_youden = ((p >= t)[y == 1].mean() + (p < t)[y == 0].mean() for t in (best, youden(p, y)))
-        assert at_best == pytest.approx(at_youden)
-    assert val_score(probabilities, truth) == pytest.approx(np.nanmean(areas)) and youden(p, y) == 0.5
-    assert calibration_error(np.array([0.05, 0.05, 0.95, 1.0]), np.array([0, 1, 1, 1.0]), 10) == pytest.approx(0.2375)
-
-
-def test_bootstrap_over_patients_and_paired():
-    rng = np.random.default_rng(2)
-    patients = np.array([f"p{i}" for i in rng.integers(0, 12, 40)])
-    scores, truth = rng.integers(0, 9, 40) / 8, rng.integers(0, 2, 40).astype(float)
-    counts = patient_counts(patients, 200)
-    assert (counts[0] == 1).all() and len(counts) == 201                        # first the test set itself
-    assert all((counts[:, patients == p] == counts[:, patients == p][:, :1]).all() for p in set(patients))
-    for replicate, area in zip(counts, auroc(scores, truth, counts)):
-        drawn = np.repeat(np.arange(40), replicate)                     # an image twice where its patient is in twice
-        if len(set(truth[drawn])) == 2:
-            assert area == pytest.approx(roc_auc_score(truth[drawn], scores[drawn]))
-        else:
-            assert np.isnan(area)
-    truth = rng.integers(0, 2, 300).astype(float)
-    counts = patient_counts(np.arange(300).astype(str), 500)
-    good, poor = (auroc(truth + noise * rng.standard_normal(300), truth, counts) for noise in (0.7, 2.0))
-    low, high = interval((good - poor)[1:])
-    assert 0 < low < good[0] - poor[0] < high and interval((poor - good)[1:]) == pytest.approx((-high, -low))
-    assert p_value((good - poor)[1:]) == pytest.approx(2 / 501) and p_value(np.zeros(500)) == 1
-    assert p_value(np.array([-1.0, 1, 2, 3, np.nan])) == pytest.approx(4 / 5)
-    assert interval(np.array([np.nan, 1, 1])) == (1, 1) and np.isnan(interval(np.full(3, np.nan))).all()
-
-
-def test_mean_and_its_interval_keep_to_the_same_labels(tmp_path):
-    """A replicate without a rare label's positive says nothing of the mean; both against scikit-learn, one by one."""
-    rng = np.random.default_rng(3)
-    patients = rng.integers(0, 30, 80).astype(str)
-    truth = np.c_[rng.integers(0, 2, 80), np.arange(80) < 2, np.ones(80)].astype(float)         # the last: one class
-    p = np.clip(truth + rng.standard_normal((80, 3)) / 2, 0, 1)
-    run = {"val": torch.tensor(p), "test": torch.tensor(p), "n_train": [9] * 3, "positives": [3] * 3}
-    about = {"data": "here", "kind": "binary", "labels": "as they are", "draws": {1.0: ["all"]}}
-    finetune.report(tmp_path, about, {("full", 1.0, "Scratch", 0): run}, ["a", "b", "c"], truth, truth, patients)
-    means = []
-    for counts in patient_counts(patients, finetune.REPLICATES):
-        drawn = np.repeat(np.arange(80), counts)
-        if all(len(set(truth[drawn, i])) == 2 for i in (0, 1)):
-            means.append(np.mean([roc_auc_score(truth[drawn, i], p[drawn, i]) for i in (0, 1)]))
-    mean, = json.loads((tmp_path / "results.json").read_text())["means"]
-    assert mean["auroc"] == pytest.approx(means[0]) and 500 < len(means) < finetune.REPLICATES
-    assert [mean["low"], mean["high"]] == pytest.approx(np.percentile(means[1:], [2.5, 97.5]))
-    assert f"the {len(means) - 1} times that every label had" in (tmp_path / "results.md").read_text()
-
-
-def test_exclusive_classes_have_one_accuracy(tmp_path):
-    rng = np.random.default_rng(4)
-    classes = rng.integers(0, 3, 50)
-    p, peaks = rng.dirichlet(np.ones(3), 50), torch.tensor(rng.dirichlet(np.ones(3), (4, 50)))
-    run = {"val": torch.tensor(p), "test": torch.tensor(p), "peaks": peaks, "n_train": [9] * 3, "positives": [3] * 3}
-    about = {"data": "here", "kind": "exclusive", "labels": "as they are", "draws": {1.0: ["all"]}}
-    truth, patients = np.eye(3)[classes], np.arange(50).astype(str)
-    finetune.report(tmp_path, about, {("full", 1.0, "Scratch", 0): run}, list("abc"), truth, truth, patients)
-    mean, = json.loads((tmp_path / "results.json").read_text())["means"]
-    assert mean["accuracy"] == (p.argmax(1) == classes).mean()
-    assert mean["majority"] == np.bincount(classes).max() / 50
-    peak = max((some.argmax(1).numpy() == classes).mean() for some in peaks)
-    assert re.search(rf"Peak.*\n\n.*\n.*\n\| Scratch .*\| {peak:.3f} \|", (tmp_path / "results.md").read_text())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
