@@ -5,8 +5,9 @@
     torchrun --nproc_per_node=8 finetune.py --mode full         eight GPUs: the same batches, the same views, faster
     python finetune.py --predict runs/finetune/classifier.pt --data DIR --explain 8
 
-`linear` fits a logistic regression to the frozen encoder's features; `full` trains the encoder, too. Thresholds, epochs
-and regularisation are chosen on val. Test labels meet nothing but predictions that already lie on disk.
+`linear` fits a logistic regression to the frozen encoder's features; `full` trains the encoder, too, and where it was
+pre-trained goes on from there. Thresholds, epochs and regularisation are chosen on val. Test labels meet nothing but
+predictions that already lie on disk.
 
 The run folder (--out) gets results.json, results.md and plots; classifier.pt, the best on val of all combinations; and
 predictions.pt and last.pt, from which the same command goes on after an interruption, at the last whole epoch. One that
@@ -16,6 +17,7 @@ import argparse
 import contextlib
 import csv
 import datetime
+import functools
 import hashlib
 import itertools
 import json
@@ -462,8 +464,9 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
         say(f"{told(key)}: {measure} on val {value:.4f} ({chosen})")
 
     # ----------------------------------------------------------------------------------------------------- linear probe
-    def linear(init):
-        """All fractions and draws of one initialisation, from features that are extracted once and kept."""
+    @functools.lru_cache(maxsize=1)
+    def frozen(init):
+        """The encoder as it came; its features of all images, standardised, (N, D), and by what mean and deviation."""
         torch.manual_seed(0)                                            # one untrained encoder stands for all
         encoder = build_encoder(arch, inits[init]).to(device, memory_format=torch.channels_last)
         everything = np.concatenate([train, val, test])
@@ -476,35 +479,40 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
         # All of train, labelled or drawn or not, says how large a feature is; some are constant on a few images.
         deviation, mean = torch.std_mean(features[:len(train)], 0)
         deviation = deviation.clamp(min=1e-6)
-        x, fits = features.new_zeros(len(manifest.paths), len(mean)), {}                                    # (N, D)
+        x = features.new_zeros(len(manifest.paths), len(mean))
         x[everything] = (features - mean) / deviation
-        for fraction, seed in itertools.product(args.fraction, args.seeds):
-            key, sample = ("linear", fraction, init, seed), samples[fraction, seed]
-            if key in done:
-                continue
-            fit = fraction, seed if fraction < 1 else None              # all of the labels are the same in every draw
-            if fit not in fits:
-                weights = cell_weights(targets[sample], known[sample], args.balance)
-                fits[fit] = [found.flatten(-2).cpu() for found in fit_logistic(*(
-                    torch.as_tensor(array, dtype=torch.float64, device=device)
-                    for array in (x[sample], targets[sample], weights, STRENGTHS)))]
-            weight, bias = fits[fit]                                                        # (D, R, G * K), (R, G * K)
+        return encoder, x, mean, deviation
 
-            val_p, test_p = (np.stack([to_probabilities(x[images].double() @ weight[:, r] + bias[r], kind)
-                                       for r in range(len(STRENGTHS))]) for images in (val, test))          # (R, n, L)
-            scores = [val_score(p, truth[val]) for p in val_p]
-            r = max(range(len(STRENGTHS)), key=lambda r, scores=scores: (scores[r], r))     # at a tie the strongest
-            net = Classifier(encoder, bias.shape[1])
-            scaled = weight[:, r].T / deviation                                                     # (G * K, D)
-            net.head.load_state_dict({"weight": scaled.float(), "bias": (bias[r] - scaled @ mean.double()).float()})
-            finish(key, sample, net, val_p[r], test_p[r], {"strength": float(STRENGTHS[r])})
+    fits = {}
+
+    def probe(init, fraction, seed):
+        """Logistic regression on one draw: the classifier, its predictions, and the strength that val chose."""
+        encoder, x, mean, deviation = frozen(init)
+        fit, sample = (init, fraction, seed if fraction < 1 else None), samples[fraction, seed]     # all is all
+        if fit not in fits:
+            weights = cell_weights(targets[sample], known[sample], args.balance)
+            fits[fit] = [found.flatten(-2).cpu() for found in fit_logistic(*(
+                torch.as_tensor(array, dtype=torch.float64, device=device)
+                for array in (x[sample], targets[sample], weights, STRENGTHS)))]
+        weight, bias = fits[fit]                                                            # (D, R, G * K), (R, G * K)
+        val_p, test_p = (np.stack([to_probabilities(x[images].double() @ weight[:, r] + bias[r], kind)
+                                   for r in range(len(STRENGTHS))]) for images in (val, test))              # (R, n, L)
+        scores = [val_score(p, truth[val]) for p in val_p]
+        r = max(range(len(STRENGTHS)), key=lambda r: (scores[r], r))                        # at a tie the strongest
+        net = Classifier(encoder, bias.shape[1])
+        scaled = weight[:, r].T / deviation                                                             # (G * K, D)
+        net.head.load_state_dict({"weight": scaled.float(), "bias": (bias[r] - scaled @ mean.double()).float()})
+        return net, val_p[r], test_p[r], float(STRENGTHS[r])
 
     # ------------------------------------------------------------------------------------------------- full fine-tuning
     def full(key, sample):
-        """Train encoder and head on one draw; the epoch that is best on val counts."""
-        _, _, init, seed = key
+        """Train encoder and head on one draw; the epoch that is best on val counts. What was pre-trained starts from
+        the linear probe, epoch 0: a random head would spoil it in its first steps (Kumar et al. 2022)."""
+        _, fraction, init, seed = key
         torch.manual_seed(seed)
         net = Classifier(build_encoder(arch, inits[init]), targets[0].size)
+        if init != "random" and rank == 0:                              # DDP hands it on to the other processes
+            net.head.load_state_dict(probe(init, fraction, seed)[0].head.state_dict())
         net = net.to(device, memory_format=torch.channels_last)
         if world_size > 1 and cuda:
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)          # PyTorch has none on a CPU
@@ -531,6 +539,13 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
             loader = eval_loader(manifest, images, args.batch_size, preprocessing, **shared)
             return to_probabilities(extract_features(net, loader, len(images), rank, world_size, dtype), kind)
 
+        def snapshot(epoch, val_p):
+            return {"val_score": val_score(val_p, truth[val]), "epoch": epoch, "val": torch.from_numpy(val_p),
+                    "model": {name: value.cpu().clone() for name, value in net.state_dict().items()}}
+
+        if init != "random" and not history:
+            best = snapshot(0, evaluate(val))
+            say(f"{told(key)} epoch 000/{args.epochs} | the linear probe | val {measure} {best['val_score']:.4f}")
         epoch_steps = max(10, math.ceil(len(sample) / args.batch_size))         # few images are shown several times
         total_steps, warmup_steps = args.epochs * epoch_steps, args.epochs * epoch_steps // 10
         batches = iter(train_loader(manifest, sample, args.batch_size, range(len(history) * epoch_steps, total_steps),
@@ -571,8 +586,7 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
             if args.peak:
                 peaks.append(torch.from_numpy(evaluate(test)).float())                              # (n_test, L)
             if scalars["val_score"] > best["val_score"]:
-                best = {"val_score": scalars["val_score"], "epoch": epoch, "val": torch.from_numpy(val_p),
-                        "model": {key: value.cpu().clone() for key, value in net.state_dict().items()}}
+                best = snapshot(epoch, val_p)
             if rank == 0:
                 save_checkpoint(last, {
                     "key": key, "model": net.state_dict(), "optimizer": optimizer.state_dict(),
@@ -593,8 +607,11 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
     # ------------------------------------------------------------------------------------------------- all combinations
     combinations = list(itertools.product(args.mode, args.fraction, inits, args.seeds))
     missing = [key for key in combinations if key not in done]
-    for init in dict.fromkeys(init for mode, _, init, _ in missing if mode == "linear" and rank == 0):
-        linear(init)
+    for key in sorted(missing, key=lambda key: list(inits).index(key[2])):              # features are read once
+        mode, fraction, init, seed = key
+        if mode == "linear" and rank == 0:
+            net, val_p, test_p, strength = probe(init, fraction, seed)
+            finish(key, samples[fraction, seed], net, val_p, test_p, {"strength": strength})
     for key in missing:
         if key[0] == "full":
             full(key, samples[key[1], key[3]])
