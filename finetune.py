@@ -195,7 +195,7 @@ def cell_weights(targets: np.ndarray, known: np.ndarray, balance: bool) -> np.nd
 
 def fit_logistic(x: Tensor, targets: Tensor, weights: Tensor, strengths: Tensor, tolerance: float = 1e-6,
                  max_steps: int = 5000) -> tuple[Tensor, Tensor]:
-    """Logistic regressions (softmax where K > 1), one for each of R strengths and G questions, at their optimum.
+    """Logistic regressions (softmax where K > 1), one for each of R strengths and G questions.
 
     x (n, D) float64; targets (n, G, K); weights (n, G). Each minimises its weighted mean cross-entropy + strength / 2 *
     |w|^2, the intercept free: scikit-learn's with C = 1 / (n * strength). Returns coefficients (D, R, G, K) and
@@ -203,7 +203,8 @@ def fit_logistic(x: Tensor, targets: Tensor, weights: Tensor, strengths: Tensor,
 
     In the rows' principal axes x'x is diagonal, and with it a bound of the Hessian (Böhning 1992): the gradient divided
     by it is sure to descend. Nesterov's momentum makes that fast; a problem whose momentum points uphill starts it anew
-    (O'Donoghue and Candès 2015). It ends where no gradient promises more than `tolerance` of loss."""
+    (O'Donoghue and Candès 2015). It ends where no step promises more than `tolerance` of loss; where the strength is weak
+    and the rows are few the optimum may still be some 1e-4 below."""
     center = x.mean(0)
     x = x - center
     few = len(x) < x.shape[1]                   # then the axes of the rows' span, where the optimum lies, are enough

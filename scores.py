@@ -182,12 +182,12 @@ def report(out: Path, about: dict, kept: dict[tuple, dict], names: list[str], va
     kept: for each (mode, fraction, init, seed) what `finetune` kept, of it predictions `val` and `test` (n, L). names:
     of the L labels; val_truth, truth (n, L), patients (n,) of test; about: what results.json says of the whole."""
     modes, fractions, inits, seeds = (list(dict.fromkeys(axis)) for axis in zip(*kept))
-    one = np.nansum(truth, 1) == 1                              # where labels exclude each other, images of one class
-    classes, exclusive = np.nan_to_num(truth[one]).argmax(1), about["kind"] == "exclusive"
+    exclusive, certain = about["kind"] == "exclusive", np.nansum(truth, 1) == 1             # images of one class only
+    classes = np.nan_to_num(truth[certain]).argmax(1)
 
     def right(p):
         """(E, n, L) -> (E,): the share of the images whose most probable class is theirs."""
-        return nan_mean(p[:, one].argmax(2) == classes, 1)
+        return nan_mean(p[:, certain].argmax(2) == classes, 1)
 
     # --------------------------------------------------------------------- a row for each combination and label
     rows, areas, whole, counts = [], [], [], patient_counts(patients, REPLICATES)
@@ -245,10 +245,10 @@ def report(out: Path, about: dict, kept: dict[tuple, dict], names: list[str], va
         if not np.isnan(peaks[m, f]).all():
             text += markdown("Peak test accuracy over the epochs, the published protocol: optimistic, as test chooses "
                              "the epoch", labels, inits, cells(peaks[m, f]))
-        text += markdown("Means over the labels, thresholds chosen on val" + exclusive * (
-            "; accuracy and majority of all classes together, the most probable one called"),
-            [key.replace("_", " ") for key in keys], inits,
-            cells(overall[m, f], bold=False)) + "\n"
+        heading = "Means over the labels, thresholds chosen on val"
+        if exclusive:
+            heading += "; accuracy and majority of all classes together, the most probable one called"
+        text += markdown(heading, [key.replace("_", " ") for key in keys], inits, cells(overall[m, f], False)) + "\n"
         for (a, against), (b, init) in itertools.combinations(enumerate(inits), 2):
             for label, some in zip(labels, pooled[m, f, b] - pooled[m, f, a]):                              # (1 + R,)
                 low, high = interval(some[1:])
