@@ -203,8 +203,8 @@ def fit_logistic(x: Tensor, targets: Tensor, weights: Tensor, strengths: Tensor,
 
     In the rows' principal axes x'x is diagonal, and with it a bound of the Hessian (Böhning 1992): the gradient divided
     by it is sure to descend. Nesterov's momentum makes that fast; a problem whose momentum points uphill starts it anew
-    (O'Donoghue and Candès 2015). It ends where no step promises more than `tolerance` of loss; where the strength is weak
-    and the rows are few the optimum may still be some 1e-4 below."""
+    (O'Donoghue and Candès 2015). It ends where no step promises more than `tolerance` of loss; where strength
+    is little and rows are few the optimum may still be some 1e-4 below."""
     center = x.mean(0)
     x = x - center
     few = len(x) < x.shape[1]                   # then the axes of the rows' span, where the optimum lies, are enough

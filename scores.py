@@ -128,12 +128,18 @@ def markdown(heading: str, columns: list[str], inits: list[str], rows: list[list
 
 def panels(rows: list[str], columns: list[str], **style) -> tuple[Figure, np.ndarray]:
     """A figure and its axes (rows, columns), in the one style of all figures."""
-    figure = Figure((4 * len(columns), 4 * len(rows)), layout="constrained")
+    figure = Figure((5 * len(columns), 5 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
     for ax, (row, column) in zip(axes.flat, itertools.product(rows, columns)):
         ax.set(title=" ".join(filter(None, (row, column))), **style)
         ax.grid(alpha=0.3)
     return figure, axes
+
+
+def legend_below(ax) -> None:
+    """Where it hides nothing, however long the names."""
+    if ax.lines:
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), fontsize=8, frameon=False)
 
 
 def efficiency_figure(areas: np.ndarray, replicates: np.ndarray, modes: list, fractions: list, inits: list) -> Figure:
@@ -147,7 +153,9 @@ def efficiency_figure(areas: np.ndarray, replicates: np.ndarray, modes: list, fr
         ax.plot(x, nan_mean(dots, 1), "-o", color=f"C{i}", label=init)
         ax.plot(x, dots, ".", color=f"C{i}", alpha=0.5)
         ax.fill_between(x, low, high, color=f"C{i}", alpha=0.15)
-        ax.legend()
+        ax.set_xticks(x, [f"{100 * fraction:g} %" for fraction in x])
+        ax.minorticks_off()
+        legend_below(ax)
     return figure
 
 
@@ -161,6 +169,8 @@ def calibration_figure(kept: dict[tuple, dict], truth: np.ndarray, modes: list, 
             p, y = p[known], np.broadcast_to(truth, p.shape)[known]
             name = f"{init}, error {calibration_error(p, y):.3f}"
             CalibrationDisplay.from_predictions(y, p, n_bins=15, ax=ax, name=name)
+        ax.set(xlabel="probability", ylabel="share of positives")
+        legend_below(ax)
     return figure
 
 
@@ -172,6 +182,8 @@ def curves_figure(probabilities: np.ndarray, truth: np.ndarray, names: list[str]
         if 0 < y.sum() < len(y):
             RocCurveDisplay.from_predictions(y, p, name=name, ax=axes[0, 0])
             PrecisionRecallDisplay.from_predictions(y, p, name=name, ax=axes[0, 1])
+    for ax in axes.flat:
+        legend_below(ax)
     return figure
 
 
@@ -191,7 +203,8 @@ def report(out: Path, about: dict, kept: dict[tuple, dict], names: list[str], va
 
     # --------------------------------------------------------------------- a row for each combination and label
     rows, areas, whole, counts = [], [], [], patient_counts(patients, REPLICATES)
-    for (mode, fraction, init, seed), run in kept.items():
+    for mode, fraction, init, seed in itertools.product(modes, fractions, inits, seeds):
+        run = kept[mode, fraction, init, seed]
         val_p, p, peaks = (run[key].numpy() if key in run else None for key in ("val", "test", "peaks"))
         for i, label in enumerate(names):
             result, area = score(p[:, i], truth[:, i], youden(val_p[:, i], val_truth[:, i]), counts)

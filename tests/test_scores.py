@@ -81,6 +81,20 @@ def test_mean_and_its_interval_keep_to_the_same_labels(tmp_path):
     assert f"the {len(means) - 1} times that every label had" in (tmp_path / "results.md").read_text()
 
 
+def test_the_order_of_the_runs_does_not_matter(tmp_path):
+    rng, kept = np.random.default_rng(5), {}
+    truth, patients = rng.integers(0, 2, (40, 1)).astype(float), np.arange(40).astype(str)
+    for key in rng.permutation(list(np.ndindex(2, 2, 3))).tolist():
+        p = torch.tensor(rng.random((40, 1)))
+        name = ("linear", "full")[key[0]], (0.1, 1.0)[key[1]], f"init {key[2]}", 0
+        kept[name] = {"val": p, "test": p, "n_train": [9], "positives": [3]}
+    about = {"data": "here", "kind": "binary", "labels": "as they are", "draws": {0.1: ["some"], 1.0: ["all"]}}
+    report(tmp_path, about, kept, ["a"], truth, truth, patients)
+    for mean in json.loads((tmp_path / "results.json").read_text())["means"]:
+        p = kept[mean["mode"], mean["fraction"], mean["init"], 0]["test"]
+        assert mean["auroc"] == pytest.approx(roc_auc_score(truth[:, 0], p[:, 0]))
+
+
 def test_exclusive_classes_have_one_accuracy(tmp_path):
     rng = np.random.default_rng(4)
     classes = rng.integers(0, 3, 50)
