@@ -301,9 +301,10 @@ def cluster_eval(args: argparse.Namespace) -> None:
         loader = eval_loader(manifest, images, 128, Preprocessing(**settings), device, half=dtype is not None,
                              threads=min(8, len(os.sched_getaffinity(0))))
         features = cached_features(encoder, loader, len(images), out.parent / "features", dtype).numpy()
-        bad = images[~np.isfinite(features).all(1)]
+        bad = images[~(np.abs(features) < 1e18).all(1)]                 # squares must be finite, too
         if len(bad):
-            raise DataError(f"{init}: features of {len(bad)} images are not finite, of {manifest.paths[bad[0]]} first")
+            raise DataError(f"{init}: features of {len(bad)} images are not finite, or huge, of "
+                            f"{manifest.paths[bad[0]]} first")
         if init == "pixels":
             features = PCA(min(COMPONENTS, *features.shape), random_state=0).fit_transform(features)
         if args.export and init == list(states)[-1]:

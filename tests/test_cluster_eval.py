@@ -318,10 +318,11 @@ def test_wrong_input_gets_one_sentence(trained, tmp_path, monkeypatch, capsys):
     assert "two patients" in manifest(lambda row: ",".join([row[0], row[1] if row[1] == "patient" else row[2],
                                                                 *row[2:]]))
     state = load_checkpoint(encoder)
-    state["encoder"]["layer4.1.bn2.weight"][3] = math.nan                       # as a training gone wrong leaves it
-    save_checkpoint(tmp_path / "bad.pt", state)
-    message = refused(capsys, "--init", tmp_path / "bad.pt", "--out", out)
-    assert "bad.pt: features of 30 images are not finite" in message and "images/test_0_0.jpg" in message
+    for value, told in (math.nan, "weights are not finite"), (3e38, "features of 30 images are not finite, or huge"):
+        state["encoder"]["layer4.1.bn2.weight"][:] = value                      # as a training gone wrong leaves it
+        save_checkpoint(tmp_path / "bad.pt", state)
+        message = refused(capsys, "--init", tmp_path / "bad.pt", "--out", out)
+        assert "bad.pt" in message and told in message
 
 
 def test_collapsed_encoder_is_told_not_a_crash(trained, tmp_path, capsys):
