@@ -241,7 +241,8 @@ def fit_logistic(x: Tensor, targets: Tensor, weights: Tensor, strengths: Tensor,
 # Using a classifier.
 
 def grad_cam(net: Classifier, x: Tensor, outputs: Tensor) -> Tensor:
-    """Where in the images x (B, 1, S, S) the outputs (B,) come from: (B, S, S), 0 to 1 (Selvaraju et al. 2017)."""
+    """Where in the images x (B, 1, S, S) the outputs (B,) come from: (B, S, S), 0 to 1 (Selvaraju et al. 2017). The map
+    has S / 32 cells a side, coarse below 224 pixels, and is 0 where none of them speaks for the output."""
     kept = []
     hook = net.encoder.layer4.register_forward_hook(lambda module, inputs, output: kept.append(output))
     logits = net(x)
