@@ -44,8 +44,8 @@ from dali_pipeline import (
     Augmentation, DataError, ImageError, Manifest, Preprocessing, eval_loader, read_manifest, train_loader)
 from loss import masked_cross_entropy
 from model import (
-    ARCHITECTURES, FORMAT, MEAN, STD, CheckpointError, Classifier, build_encoder, cached_features, extract_features,
-    load_checkpoint, load_classifier, open_run, save_checkpoint)
+    ARCHITECTURES, FORMAT, MEAN, PREPROCESSING, STD, CheckpointError, Classifier, build_encoder, cached_features,
+    extract_features, load_checkpoint, load_classifier, open_run, save_checkpoint)
 from scores import report, val_score, youden
 
 ENCODERS = ("runs/pretrain/encoder.pt", "runs/demo/encoder.pt")         # the first that exists is --init's default
@@ -273,7 +273,7 @@ def predict(args: argparse.Namespace, where: dict, dtype: torch.dtype | None) ->
                 if image.mode.startswith("I"):
                     raise DataError(f"{folder / path} has 16 bits a pixel: `prepare.py folder` brings such images to 8")
         manifest = Manifest(folder, paths, None, None, None, [])
-    preprocessing = Preprocessing(*(state["config"][key] for key in ("image_size", "normalize", "clahe")))
+    preprocessing = Preprocessing(**{key: state["config"][key] for key in PREPROCESSING})
     images, labels = np.arange(len(manifest.paths)), state["labels"]
     loader = eval_loader(manifest, images, args.batch_size, preprocessing, **where)
     probabilities = to_probabilities(extract_features(net, loader, len(images), dtype=dtype), state["kind"])    # (n, L)
@@ -314,7 +314,8 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(1)
         raise
     except KeyboardInterrupt:
-        print(f"finetune.py: interrupted; the same command goes on from what is in {args.out}", file=sys.stderr)
+        if rank == 0:
+            print(f"finetune.py: interrupted; the same command goes on from what is in {args.out}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except (FloatingPointError, DataError, CheckpointError, OSError) as error:
         if isinstance(error, OSError):                                  # a full disk, a folder that may not be written
@@ -509,12 +510,10 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
     # ------------------------------------------------------------------------------------------------- full fine-tuning
     def full(key, sample):
         """Train encoder and head on one draw; the epoch that is best on val counts. What was pre-trained starts from
-        the linear probe, epoch 0: a random head would spoil it in its first steps (Kumar et al. 2022)."""
+        the linear probe, epoch 0: a random head could distort it in its first steps (Kumar et al. 2022)."""
         _, fraction, init, seed = key
         torch.manual_seed(seed)
         net = Classifier(build_encoder(arch, inits[init]), targets[0].size)
-        if init != "random" and rank == 0:                              # DDP hands it on to the other processes
-            net.head.load_state_dict(probe(init, fraction, seed)[0].head.state_dict())
         net = net.to(device, memory_format=torch.channels_last)
         if world_size > 1 and cuda:
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)          # PyTorch has none on a CPU
@@ -533,6 +532,8 @@ def finetune(args: argparse.Namespace, rank: int, local_rank: int, world_size: i
                 scaler.load_state_dict(state["scaler"])
                 history, best, peaks = state["history"], state["best"], state["peaks"]
                 say(f"going on from {last}, epoch {len(history)} of {told(key)}")
+        if init != "random" and not history and rank == 0:              # DDP hands it on to the other processes
+            net.head.load_state_dict(probe(init, fraction, seed)[0].head.state_dict())
         model = net if world_size == 1 else DistributedDataParallel(net, device_ids=[local_rank] if cuda else None)
         folder = out / "tensorboard" / re.sub(r"[^\w.-]+", "-", told(key))
         writer = SummaryWriter(folder, purge_step=len(history) + 1) if rank == 0 else None
