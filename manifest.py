@@ -1,0 +1,200 @@
+"""What all scripts share without PyTorch: errors, files that are written whole, and the data folder.
+
+A data folder holds images/ and manifest.csv, whose columns are path, patient and split, then one
+column a label: 1 present, 0 absent, -1 uncertain, empty not mentioned.
+
+    path,patient,split,Cardiomegaly,Lung Opacity
+    images/p00001/s1.jpg,p00001,train,1,-1
+"""
+import contextlib
+import csv
+import fcntl
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+import numpy as np
+
+SPLITS = ("train", "val", "test")
+LABEL_VALUES = {
+    "1": 1.0, "1.0": 1.0,
+    "0": 0.0, "0.0": 0.0,
+    "-1": -1.0, "-1.0": -1.0,
+    "": np.nan,
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# Errors that a user can mend. Each is one sentence that names the file, the row or the flag.
+
+class DataError(Exception):
+    """Input that cannot be used; its text is the whole message that the user sees."""
+
+
+class ImageError(DataError):
+    """An image that the manifest lists and that cannot be read. One process meets it, alone."""
+
+
+@contextlib.contextmanager
+def errors_in_one_sentence(script: str, out: str | Path, speaks: bool = True) -> Iterator[None]:
+    """End the script with one sentence and a non-zero exit code where its user can mend the error.
+
+    out: the folder being written; it is named where the operating system names no file.
+    speaks: False on all processes of a job but the first. The same input is wrong for all of them
+    and should be reported once; only an ImageError is always reported, because an image is read by
+    one process alone. Ctrl-C exits with 130, as shells expect. Other exceptions pass through."""
+    try:
+        yield
+    except DataError as error:
+        sys.exit(f"{script}: {error}" if speaks or isinstance(error, ImageError) else 1)
+    except OSError as error:            # a full disk, a folder without permission to write
+        reason = f"{error.strerror or error}: {error.filename or out}"
+        sys.exit(f"{script}: {reason}" if speaks else 1)
+    except KeyboardInterrupt:
+        if speaks:
+            print(f"{script}: interrupted; the same command goes on from what is in {out}",
+                  file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+def differing_flags(before: dict, now: dict) -> str:
+    """`--seed (0 there, 5 here), …` for all settings that two runs do not share, or nothing."""
+    return ", ".join(
+        f"--{name.replace('_', '-')} ({before.get(name, 'not given')} there, "
+        f"{now.get(name, 'not given')} here)"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name))
+
+
+# --------------------------------------------------------------------------------------------------
+# Files.
+
+@contextlib.contextmanager
+def whole_file(path: str | Path, sync: bool = True) -> Iterator[BinaryIO]:
+    """A file to write to, which gets its name `path` once everything is written.
+
+    Whoever opens `path` finds the old content or the new content, never a part of it. With `sync`
+    that holds after a power cut too; without, it is faster by far for thousands of small files."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)       # half a file on a full disk would keep it full
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replace a text file as a whole, in UTF-8. Bytes of file names that are not UTF-8 stay."""
+    with whole_file(path) as file:
+        file.write(text.encode(errors="surrogateescape"))
+
+
+def lock(file) -> bool:
+    """Whether this process holds an open file for itself from now on, until the file is closed."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+# --------------------------------------------------------------------------------------------------
+# The manifest.
+
+@dataclass(frozen=True)
+class Manifest:
+    """The rows of a data folder's manifest.csv; row i is image index i everywhere in the project.
+
+    A plain folder of images, which predict.py takes too, has paths and nothing else: no patients,
+    no splits and no labels (`listed` is False)."""
+    folder: Path
+    paths: list[str]                # N of them, relative to the folder
+    patients: np.ndarray            # (N,) str
+    splits: np.ndarray              # (N,) str: train, val or test
+    labels: np.ndarray              # (N, L) float32: 1, 0, -1, or NaN for an empty cell
+    label_names: list[str]          # L of them; none in an unlabelled folder
+    listed: bool = True             # whether there is a manifest.csv
+
+    def images(self, split: str) -> np.ndarray:
+        """Image indices of a split, (n,) int64, in manifest order; DataError where it is empty."""
+        index = np.flatnonzero(self.splits == split)
+        if not len(index):
+            raise DataError(f"{self.folder / 'manifest.csv'} has no image in the {split} split")
+        return index
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Read and check `folder`/manifest.csv, and that every image in it is on disk.
+
+    DataError names the file, the row (the header is row 1) and the column."""
+    file = Path(folder) / "manifest.csv"
+    if not file.is_file():
+        raise DataError(f"{folder} is not a data folder: {file} is missing "
+                        "(python prepare.py --help makes one)")
+    header, rows = _read_rows(file)
+    label_names = header[3:]
+
+    row_of, split_of = {}, {}           # row of each path, split of each patient seen so far
+    labels = np.empty((len(rows), len(label_names)), np.float32)
+    for i, row in enumerate(rows):
+        where = f"{file}, row {i + 2}"
+        if len(row) != len(header):
+            raise DataError(f"{where}: {len(row)} cells where the header has {len(header)}")
+        path, patient, split, *cells = row
+        parts = PurePosixPath(path).parts
+        if not path or PurePosixPath(path).is_absolute() or ".." in parts:
+            raise DataError(f"{where}, column path: {path!r} must be a path inside {folder}")
+        if row_of.setdefault(path, i + 2) != i + 2:
+            raise DataError(f"{where}, column path: {path} is already in row {row_of[path]}")
+        if not patient:
+            raise DataError(f"{where}, column patient: empty")
+        if split not in SPLITS:
+            raise DataError(f"{where}, column split: {split!r} is none of {', '.join(SPLITS)}")
+        if split_of.setdefault(patient, split) != split:
+            raise DataError(f"{where}, column patient: {patient} is in {split} and in "
+                            f"{split_of[patient]}")
+        for column, cell in enumerate(cells):
+            if cell not in LABEL_VALUES:
+                raise DataError(f"{where}, column {label_names[column]}: {cell!r} is none of "
+                                "1, 0, -1 or empty")
+            labels[i, column] = LABEL_VALUES[cell]
+
+    paths = [row[0] for row in rows]
+    missing = [i for i, path in enumerate(paths) if not os.path.exists(os.path.join(folder, path))]
+    if missing:
+        others = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise DataError(f"{file}, row {missing[0] + 2}: {paths[missing[0]]} is missing on disk"
+                        f"{others}")
+    patients, splits = (np.array([row[column] for row in rows]) for column in (1, 2))
+    return Manifest(Path(folder), paths, patients, splits, labels, label_names)
+
+
+def _read_rows(file: Path) -> tuple[list[str], list[list[str]]]:
+    """The header, checked, and the rows of a manifest.csv."""
+    with open(file, newline="", encoding="utf-8-sig") as f:
+        try:
+            header, *rows = csv.reader(f)
+        except (ValueError, csv.Error) as error:    # no line at all, no text, a NUL byte
+            raise DataError(f"{file} is empty or not a CSV file ({error})") from None
+    for column, name in enumerate(("path", "patient", "split")):
+        if header[column:column + 1] != [name]:
+            raise DataError(f"{file}, row 1: column {column + 1} must be '{name}', "
+                            f"the header is {','.join(header)!r}")
+    for name in header[3:]:
+        if not name:
+            raise DataError(f"{file}, row 1: label column '' is without a name")
+        if header.count(name) > 1:
+            raise DataError(f"{file}, row 1: label column {name!r} is there twice")
+    while rows and not rows[-1]:                    # blank lines at the end
+        rows.pop()
+    if not rows:
+        raise DataError(f"{file} lists no image")
+    return header, rows
