@@ -253,11 +253,11 @@ def labelled_images(manifest: Manifest) -> dict[str, np.ndarray]:
     table = manifest.folder / "manifest.csv"
     if not manifest.label_names:
         raise DataError(f"{table} has no label column: there is nothing to fine-tune on")
-    has_labels = ~np.isnan(manifest.labels).all(1)                              # (N,)
+    label_count = (~np.isnan(manifest.labels)).sum(1)                           # (N,)
     splits = {}
     for split in SPLITS:
         images = manifest.images(split)
-        splits[split] = images[has_labels[images]]
+        splits[split] = images[label_count[images] > 0]
     for split, images in splits.items():
         if not len(images):
             raise DataError(f"{table}: no image of the {split} split has a label")

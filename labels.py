@@ -65,7 +65,7 @@ def make_task(labels: np.ndarray, train: np.ndarray, uncertain: str, blank: str)
 
     if uncertain == "multiclass":
         one_hot = np.stack([labels == value for value in (0, 1, -1)], axis=2)   # (N, L, 3)
-        return Task("three-way", one_hot.astype(np.float32), one_hot.any(2), truth)
+        return Task("three-way", one_hot.astype(np.float32), ~np.isnan(labels), truth)
 
     value = np.float32({"ones": 1, "zeros": 0, "ignore": np.nan}[uncertain])
     labels = np.where(labels == -1, value, labels)
