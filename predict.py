@@ -3,13 +3,14 @@
     python predict.py runs/finetune/classifier.pt data/new
     python predict.py runs/finetune/classifier.pt data/new --explain 8      and eight overlays
 
-DIR is a data folder made by prepare.py, or any folder with JPEG and PNG images in it. Images
-are prepared as the classifier's training images were, by what the classifier says of them.
+DIR is a data folder made by prepare.py, or any folder with JPEG and PNG images in it.
+Images are prepared as the classifier's training images were, by what the classifier
+says of them.
 
-The output folder (--out) gets predictions.csv, a row for each image and a column for each
-label; and explained/, Grad-CAM overlays of the first images, each for the label that lies most
-above its threshold. Every DIR has an output folder of its own beside the classifier, so that
-the predictions of one do not replace those of another.
+The output folder (--out) gets predictions.csv, a row for each image and a column for
+each label; and explained/, Grad-CAM overlays of the first images, each for the label
+that lies most above its threshold. Every DIR has an output folder of its own beside the
+classifier, so that the predictions of one do not replace those of another.
 """
 import contextlib
 import csv
@@ -92,11 +93,11 @@ def predictions_table(paths: list[str], labels: list[str], probabilities: np.nda
 # Explanation of a prediction.
 
 def grad_cam(net: Classifier, x: Tensor, outputs: Tensor) -> Tensor:
-    """Where in the images x (B, 1, S, S) the outputs (B,) of a network come from (Selvaraju et
-    al. 2017).
+    """Where in the images x (B, 1, S, S) the outputs (B,) of a network come from
+    (Selvaraju et al. 2017).
 
-    Returns (B, S, S), 0 to 1. The map is made of cells of 32 x 32 pixels, so that it is coarse
-    below 224 pixels, and it is 0 where no cell speaks for the output."""
+    Returns (B, S, S), 0 to 1. The map is made of cells of 32 x 32 pixels, so that it is
+    coarse below 224 pixels, and it is 0 where no cell speaks for the output."""
     maps = []                           # the last feature maps, of which the map is a mean
     hook = net.encoder.layer4.register_forward_hook(
         lambda module, inputs, output: maps.append(output))

@@ -117,6 +117,7 @@ def test_grad_cam_is_the_class_activation_map():
 def test_help_and_two_processes(classifier, labelled):
     code, output = run("predict.py", "--help")
     assert code == 0 and "python predict.py runs/finetune/classifier.pt data/new" in output
-    assert "CLASSIFIER.pt" in output and "--explain N" in output and "beside the classifier" in output
+    assert "CLASSIFIER.pt" in output and "--explain N" in output
+    assert "beside the classifier" in output
     code, output = run("predict.py", classifier, labelled, processes=2)
     assert code == 0 and output.count("130 images, Mass, Effusion") == 1, output
