@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
+from torchvision.models import ResNet
 
 import run
 from dali_pipeline import Augmentation, Preprocessing, eval_loader, train_loader
@@ -68,6 +69,7 @@ RESULTS = ("predictions.pt", "last.pt", "classifier.pt", "log.jsonl", "results.*
 
 @dataclass
 class Config:
+    """Which combinations are compared, on which labels, and how each is trained."""
     init: tuple[str, ...] = flag(
         (), f"(default {' or '.join(ENCODERS)})", metavar="random|imagenet|PATH", may_differ=True,
         section="what is compared: every combination")
@@ -124,6 +126,12 @@ class Combination(NamedTuple):
     init: str                           # an Init's key
     seed: int
 
+    @property
+    def starts_from_probe(self) -> bool:
+        """Whether training starts from the linear probe: a random head could distort what was
+        pre-trained in its first steps (Kumar et al. 2022)."""
+        return self.mode == "full" and self.init != "random"
+
 
 class Init(NamedTuple):
     """An initialisation of the encoder."""
@@ -168,11 +176,22 @@ class Study:
         return Path(self.config.out)
 
     @property
+    def last(self) -> Path:
+        return self.out / "last.pt"
+
+    @property
+    def last_key(self) -> tuple | None:
+        """The combination that last.pt is amid; None where there is none, or half of a file."""
+        with contextlib.suppress(CheckpointError):
+            return load_checkpoint(self.last).get("key")
+        return None
+
+    @property
     def preprocessing(self) -> Preprocessing:
         return Preprocessing(self.settings["image_size"], self.settings["normalize"],
                              self.settings["clahe"])
 
-    def encoder(self, init: Init) -> Any:
+    def encoder(self, init: Init) -> ResNet:
         return build_encoder(self.settings["arch"], init.source)
 
     def name(self, c: Combination) -> str:
@@ -398,17 +417,12 @@ class LinearProbe:
 
 
 def fit_probes(study: Study, missing: list[Combination]) -> dict[Combination, dict[str, Tensor]]:
-    """Finish the linear combinations; return the heads that full ones start from.
-
-    A random head could distort a pre-trained encoder in its first steps (Kumar et al.
-    2022). An encoder that was not pre-trained has nothing to lose, and starts from a random
-    one."""
+    """Finish the linear combinations; return the heads that full ones start from."""
     heads = {}
-    # What last.pt goes on with has its head from there.
-    last_key = FineTuning.key_in(study.out / "last.pt")
+    last_key = study.last_key           # what goes on from last.pt has its head from there
     for init in study.inits.values():
         combinations = [c for c in missing if c.init == init.key and (
-            c.mode == "linear" or (starts_from_probe(c) and c != last_key))]
+            c.mode == "linear" or (c.starts_from_probe and c != last_key))]
         if not combinations:
             continue
         linear_probe = LinearProbe(study, init)
@@ -423,10 +437,6 @@ def fit_probes(study: Study, missing: list[Combination]) -> dict[Combination, di
 
 # --------------------------------------------------------------------------------------------------
 # Full: all processes train encoder and head.
-
-def starts_from_probe(c: Combination) -> bool:
-    return c.init != "random"
-
 
 def freeze_batch_norm(net: nn.Module) -> None:
     """Use the statistics that are there and leave them as they are, until net.train()."""
@@ -466,23 +476,16 @@ class FineTuning:
         self.best: dict[str, Any] = {"val_score": -math.inf}
         self.peaks: list[Tensor] = []
 
-    @staticmethod
-    def key_in(file: Path) -> tuple | None:
-        """Which combination a last.pt belongs to; None where there is none, or half of one."""
-        with contextlib.suppress(CheckpointError):
-            return load_checkpoint(file).get("key")
-        return None
-
-    def load(self, file: Path) -> None:
-        """Go on from a last.pt of this combination."""
-        state = load_checkpoint(file)
+    def load(self) -> None:
+        """Go on from last.pt, which must be this combination's."""
+        state = load_checkpoint(self.study.last)
         self.net.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.history, self.best, self.peaks = state["history"], state["best"], state["peaks"]
 
-    def save(self, file: Path) -> None:
-        save_checkpoint(file, {
+    def save(self) -> None:
+        save_checkpoint(self.study.last, {
             "key": tuple(self.combination), "model": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
             "history": self.history, "best": self.best, "peaks": self.peaks})
@@ -530,18 +533,17 @@ class EpochLog:
 def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> Outcome:
     """Train encoder and head on one draw; the epoch that is best on val counts.
 
-    head: what the linear layer starts from, see `fit_probes`; None where it starts at
-    random, where last.pt goes on, and on all processes but the first. Raises
-    FloatingPointError where the loss diverges."""
+    head: weights that the linear layer starts from, on the first process; None for random
+    ones. Raises FloatingPointError where the loss diverges."""
     config, compute, task, say = study.config, study.compute, study.task, study.compute.say
-    sample, name, last = study.sample(c), study.name(c), study.out / "last.pt"
+    sample, name = study.sample(c), study.name(c)
 
     # Network and optimizer, new or as the last whole epoch left them.
     training = FineTuning(study, c)
     net, optimizer, scaler = training.net, training.optimizer, training.scaler
-    if FineTuning.key_in(last) == c:
-        training.load(last)
-        say(f"going on from {last}, epoch {len(training.history)} of {name}")
+    if study.last_key == c:
+        training.load()
+        say(f"going on from {study.last}, epoch {len(training.history)} of {name}")
     elif head is not None:
         net.head.load_state_dict(head)
     first = len(training.history)
@@ -562,7 +564,7 @@ def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> O
     log = EpochLog(training)
 
     # The linear probe is epoch 0, and the best one until training is better.
-    if starts_from_probe(c) and not first:
+    if c.starts_from_probe and not first:
         score = training.compare(0, probabilities(study, net, "val"))
         say(f"{name} epoch 000/{config.epochs} | the linear probe | val {study.measure} "
             f"{score:.4f}")
@@ -594,9 +596,9 @@ def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> O
         # After an epoch: the mean loss, for which the host waits nowhere else, and the same
         # batch norm statistics everywhere. Otherwise each process would predict with its own.
         compute.share_buffers(net)
-        loss = compute.reduce(loss_sum).item() / epoch_steps / compute.world_size
+        mean_loss = compute.reduce(loss_sum).item() / epoch_steps / compute.world_size
         speed = epoch_steps * config.batch_size / (time.perf_counter() - clock)
-        if not math.isfinite(loss):
+        if not math.isfinite(mean_loss):
             raise FloatingPointError(f"the loss is not finite in epoch {epoch} of {name}: lower "
                                      "--lr-encoder or --lr-head")
 
@@ -606,14 +608,14 @@ def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> O
             training.peaks.append(torch.from_numpy(probabilities(study, net, "test")).float())
 
         # Keep all that the next epoch needs, so that a kill costs one epoch at most.
-        scalars = {"loss": loss, "lr_encoder": optimizer.param_groups[0]["lr"],
+        scalars = {"loss": mean_loss, "lr_encoder": optimizer.param_groups[0]["lr"],
                    "lr_head": optimizer.param_groups[1]["lr"], "val_score": score}
         training.history.append({"combination": name, "epoch": epoch} | scalars)
+        log.add(epoch, scalars)         # first, as nobody would repeat the line of the last epoch
         if compute.rank == 0:
-            training.save(last)
-        log.add(epoch, scalars)
-        say(f"{name} epoch {epoch:03d}/{config.epochs} | loss {loss:.4f} | val {study.measure} "
-            f"{score:.4f} | {speed:.0f} img/s")
+            training.save()
+        say(f"{name} epoch {epoch:03d}/{config.epochs} | loss {mean_loss:.4f} | val "
+            f"{study.measure} {score:.4f} | {speed:.0f} img/s")
 
     # The best epoch's network meets the test images.
     log.close()
@@ -711,7 +713,7 @@ def finetune(config: Config, compute: Compute, resources: contextlib.ExitStack) 
 
     # All is trained and chosen, so that the test labels may come in.
     if compute.rank == 0:
-        (study.out / "last.pt").unlink(missing_ok=True)
+        study.last.unlink(missing_ok=True)
         write_report(study, combinations)
 
 

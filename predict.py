@@ -40,12 +40,13 @@ RESULTS = ("predictions.csv", "explained/*.png")
 
 @dataclass
 class Config:
+    """Which classifier looks at what, and where its answers go."""
     classifier: str = positional("made by finetune.py", "CLASSIFIER.pt")
     data: str = positional("a data folder, or any folder of images", "DIR")
     explain: int = flag(0, "overlay the first N images with their Grad-CAM", 0, metavar="N",
                         may_differ=True)
-    out: str = flag("", "output folder (default: predictions/ and the name of DIR, "
-                           "beside the classifier)", may_differ=True)
+    out: str = flag("", "output folder (default: predictions/ and the name of DIR, beside the "
+                    "classifier)", may_differ=True)
     overwrite: bool = flag(False, "replace the predictions of another classifier or folder",
                            may_differ=True)
 
@@ -135,8 +136,8 @@ def explain(net: Classifier, state: dict[str, Any], manifest: Manifest, probabil
         label = int((probabilities[i] - state["thresholds"]).argmax())
         output = torch.tensor([label * width + present], device=x.device)
         picture = overlay(x[0], grad_cam(net, x, output)[0])
-        name = f"{Path(manifest.paths[i]).stem}_{state['labels'][label]}_" \
-               f"{probabilities[i, label]:.2f}"
+        stem, probability = Path(manifest.paths[i]).stem, probabilities[i, label]
+        name = f"{stem}_{state['labels'][label]}_{probability:.2f}"
         name = re.sub(r"[^\w.-]+", "-", name)
         with whole_file(folder / f"{i:06d}_{name}.png", sync=False) as file:
             picture.save(file, "PNG")
@@ -158,7 +159,7 @@ def predict(config: Config, compute: Compute, resources: contextlib.ExitStack) -
     manifest = list_images(Path(config.data))
     images, labels = np.arange(len(manifest.paths)), state["labels"]
 
-    # The output folder remembers whose predictions it holds.
+    # The output folder remembers whose predictions it holds, and refuses those of others.
     out = Path(config.out)
     run.open_run(config, "predict", RESULTS, resources,
                  classifier=str(Path(config.classifier).resolve()),
