@@ -1,4 +1,5 @@
-"""What all scripts share without PyTorch: errors, files that are written whole, and the data folder.
+"""What all scripts share without PyTorch: errors, files written whole, and the data
+folder.
 
 A data folder holds images/ and manifest.csv, whose columns are path, patient and split, then one
 column a label: 1 present, 0 absent, -1 uncertain, empty not mentioned.
@@ -29,19 +30,22 @@ LABEL_VALUES = {
 
 
 # --------------------------------------------------------------------------------------------------
-# Errors that a user can mend. Each is one sentence that names the file, the row or the flag.
+# Errors that a user can mend. Each is one sentence that names the file, the row or the
+# flag.
 
 class DataError(Exception):
     """Input that cannot be used; its text is the whole message that the user sees."""
 
 
 class ImageError(DataError):
-    """An image that the manifest lists and that cannot be read. One process meets it, alone."""
+    """An image that the manifest lists and that cannot be read. One process meets it,
+    alone."""
 
 
 @contextlib.contextmanager
 def errors_in_one_sentence(script: str, out: str | Path, speaks: bool = True) -> Iterator[None]:
-    """End the script with one sentence and a non-zero exit code where its user can mend the error.
+    """End the script with one sentence and a non-zero exit code where its user can mend
+    the error.
 
     out: the folder being written; it is named where the operating system names no file.
     speaks: False on all processes of a job but the first. The same input is wrong for all of them
@@ -62,7 +66,8 @@ def errors_in_one_sentence(script: str, out: str | Path, speaks: bool = True) ->
 
 
 def differing_flags(before: dict, now: dict) -> str:
-    """`--seed (0 there, 5 here), …` for all settings that two runs do not share, or nothing."""
+    """`--seed (0 there, 5 here), …` for all settings that two runs do not share, or
+    nothing."""
     return ", ".join(
         f"--{name.replace('_', '-')} ({before.get(name, 'not given')} there, "
         f"{now.get(name, 'not given')} here)"
@@ -77,8 +82,9 @@ def differing_flags(before: dict, now: dict) -> str:
 def whole_file(path: str | Path, sync: bool = True) -> Iterator[BinaryIO]:
     """A file to write to, which gets its name `path` once everything is written.
 
-    Whoever opens `path` finds the old content or the new content, never a part of it. With `sync`
-    that holds after a power cut too; without, it is faster by far for thousands of small files."""
+    Whoever opens `path` finds the old content or the new content, never a part of it.
+    With `sync` that holds after a power cut too; without, it is faster by far for
+    thousands of small files."""
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -92,13 +98,15 @@ def whole_file(path: str | Path, sync: bool = True) -> Iterator[BinaryIO]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Replace a text file as a whole, in UTF-8. Bytes of file names that are not UTF-8 stay."""
+    """Replace a text file as a whole, in UTF-8. Bytes of file names that are not UTF-8
+    stay."""
     with whole_file(path) as file:
         file.write(text.encode(errors="surrogateescape"))
 
 
 def lock(file) -> bool:
-    """Whether this process holds an open file for itself from now on, until the file is closed."""
+    """Whether this process holds an open file for itself from now on, until the file is
+    closed."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -111,10 +119,11 @@ def lock(file) -> bool:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The rows of a data folder's manifest.csv; row i is image index i everywhere in the project.
+    """The rows of a data folder's manifest.csv; row i is image index i everywhere in
+    the project.
 
-    A plain folder of images, which predict.py takes too, has paths and nothing else: no patients,
-    no splits and no labels (`listed` is False)."""
+    A plain folder of images, which predict.py takes too, has paths and nothing else: no
+    patients, no splits and no labels (`listed` is False)."""
     folder: Path
     paths: list[str]                # N of them, relative to the folder
     patients: np.ndarray            # (N,) str
@@ -124,7 +133,8 @@ class Manifest:
     listed: bool = True             # whether there is a manifest.csv
 
     def images(self, split: str) -> np.ndarray:
-        """Image indices of a split, (n,) int64, in manifest order; DataError where it is empty."""
+        """Image indices of a split, (n,) int64, in manifest order; DataError where it
+        is empty."""
         index = np.flatnonzero(self.splits == split)
         if not len(index):
             raise DataError(f"{self.folder / 'manifest.csv'} has no image in the {split} split")

@@ -1,0 +1,453 @@
+"""What the runs of all stages have in common: flags, processes and device, run folder,
+checkpoints.
+
+A stage is a Config, a dataclass of its flags, and a function `stage(config, compute,
+resources)` that `main` calls. What a stage decides stands in its script; what it would
+have to repeat from another script stands here.
+"""
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pickle
+import signal
+import sys
+import typing
+import zipfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from manifest import (
+    DataError, differing_flags, errors_in_one_sentence, lock, whole_file, write_text)
+
+
+class CheckpointError(DataError):
+    """A checkpoint or a run folder that cannot be used."""
+
+
+class RunConfig(Protocol):
+    """What this file asks of a stage's Config, beside being a dataclass of `flag`
+    fields."""
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    out: str
+    overwrite: bool
+    precision: str
+    threads: int | None
+
+
+# --------------------------------------------------------------------------------------------------
+# Flags. A stage declares each one once, as a field of its Config: name, type, default,
+# help, range.
+
+def flag(default: Any, help: str, low: float = -math.inf, high: float = math.inf, *,
+         section: str | None = None, choices: tuple | None = None,
+         metavar: str | tuple | None = None, may_differ: bool = False) -> Any:
+    """A dataclass field that is a flag of the command line.
+
+    low, high: the range of a number, both ends allowed.
+    section: a heading of --help; it holds for this flag and those after it.
+    may_differ: True where the flag says how or how long a run computes and not what, so that a
+    run may go on with another value than it began with."""
+    return dataclasses.field(default=default, metadata={
+        "help": help, "low": low, "high": high, "section": section, "choices": choices,
+        "metavar": metavar, "may_differ": may_differ})
+
+
+def positional(help: str, metavar: str) -> Any:
+    """A dataclass field that is an argument without a flag; such fields come first."""
+    return dataclasses.field(metadata={
+        "help": help, "metavar": metavar, "positional": True, "may_differ": True})
+
+
+# The same in every stage that trains or extracts features: `precision: str = flag(**PRECISION)`.
+PRECISION: dict[str, Any] = dict(
+    default="auto", choices=("auto", "bf16", "fp16", "fp32"), may_differ=True,
+    help="auto: bf16 on a GPU that has it, fp16 on other GPUs, fp32 on a CPU")
+THREADS: dict[str, Any] = dict(
+    default=None, low=1, high=256, may_differ=True,
+    help="of the loader, for each process (default: cores / processes, at most 8)")
+
+
+def parse(config_class: type, argv: list[str] | None) -> Any:
+    """The command line as an instance of `config_class`.
+
+    A Config may define `presets(args) -> dict`: other defaults that one of its flags
+    asks for, as --demo does. A ValueError from its __post_init__ is reported as a wrong
+    flag is."""
+    parser = argparse.ArgumentParser(
+        description=sys.modules[config_class.__module__].__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser
+    for field in dataclasses.fields(config_class):
+        if field.metadata.get("section"):
+            group = parser.add_argument_group(field.metadata["section"])
+        _add_argument(group, field)
+    if hasattr(config_class, "presets"):
+        parser.set_defaults(**config_class.presets(parser.parse_known_args(argv)[0]))
+    args = vars(parser.parse_args(argv))
+    try:
+        return config_class(**{name: tuple(value) if isinstance(value, list) else value
+                               for name, value in args.items()})
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _add_argument(group, field: dataclasses.Field) -> None:
+    """Make one field of a Config known to argparse, by its type and its metadata."""
+    about, name = field.metadata, f"--{field.name.replace('_', '-')}"
+    if about.get("positional"):
+        group.add_argument(field.name, help=about["help"], metavar=about["metavar"])
+        return
+    if field.type is bool:
+        group.add_argument(name, action="store_true", help=about["help"])
+        return
+    if field.type == bool | None:           # --clahe, --no-clahe, or neither: inherited
+        group.add_argument(name, action=argparse.BooleanOptionalAction, help=about["help"])
+        return
+    # The type is plain, as in `int`, or optional, as in `int | None`, or a tuple: of as
+    # many values as the default has, or of one or more where it is written `tuple[str,
+    # ...]`.
+    kind: Any
+    kind, *rest = typing.get_args(field.type) or (field.type,)
+    count = len(field.default) if isinstance(field.default, tuple) else None
+    group.add_argument(
+        name, type=number_within(kind, about["low"], about["high"]), default=field.default,
+        nargs="+" if ... in rest else count, choices=about["choices"], metavar=about["metavar"],
+        help=about["help"] + ("" if field.default in (None, ()) else " (default %(default)s)"))
+
+
+def number_within(kind: Callable, low: float, high: float) -> Callable:
+    """A type for argparse: `kind` of the text, which if it is a number lies in `low` to
+    `high`."""
+    def convert(text):
+        value = kind(text)
+        if kind is not str and not low <= value <= high:        # NaN lies nowhere
+            raise argparse.ArgumentTypeError(f"{text} does not lie in {low:g} to {high:g}")
+        return value
+
+    convert.__name__ = kind.__name__        # argparse writes "invalid int value" from this
+    return convert
+
+
+# --------------------------------------------------------------------------------------------------
+# Processes, device, precision.
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """Where this process computes, and its place among the processes that torchrun
+    started.
+
+    With one process every collective call returns at once, so that a stage need not
+    ask."""
+    rank: int
+    world_size: int
+    device: torch.device
+    precision: str                      # bf16, fp16 or fp32
+    threads: int                        # of the loader
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What autocast computes in; None for float32 throughout."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[self.precision]
+
+    @property
+    def name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.cuda else "CPU"
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+    def loader_arguments(self) -> dict[str, Any]:
+        """What train_loader and eval_loader ask of the process that they load for."""
+        return dict(device=self.device, rank=self.rank, world_size=self.world_size,
+                    threads=self.threads, half=self.dtype is not None)
+
+    def without_others(self) -> "Compute":
+        """The same device for work that one process does while the others wait."""
+        return dataclasses.replace(self, rank=0, world_size=1)
+
+    def say(self, *words) -> None:
+        """Print, once for all processes."""
+        if self.rank == 0:
+            print(*words, flush=True)
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+        """The sum over all processes, or another `op`; in place, and returned."""
+        if self.world_size > 1:
+            dist.all_reduce(x, op)
+        return x
+
+    def agree_on(self, number: int) -> bool:
+        """Whether all processes have the same number."""
+        smallest_negated, largest = self.reduce(
+            torch.tensor([-number, number]), dist.ReduceOp.MAX).tolist()
+        return -smallest_negated == largest
+
+    def place(self, net: nn.Module) -> Any:
+        """A network on this process's device, with batch norm over all processes on
+        GPUs.
+
+        PyTorch has no SyncBatchNorm for a CPU; there each process normalises its own
+        images."""
+        net = net.to(device=self.device)
+        net = net.to(memory_format=torch.channels_last)     # pyright: ignore[reportCallIssue]
+        if self.world_size > 1 and self.cuda:
+            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        return net
+
+    def data_parallel(self, net: Any) -> Any:
+        """The network for the training step: backward() averages gradients over all
+        processes."""
+        if self.world_size == 1:
+            return net
+        return DistributedDataParallel(
+            net, device_ids=[self.device.index] if self.cuda else None,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=not self.cuda)                # SyncBatchNorm's are equal already
+
+    def share_buffers(self, net: nn.Module) -> None:
+        """Give all processes the first one's batch norm statistics. On a CPU they
+        differ."""
+        if self.world_size > 1:
+            for buffer in net.buffers():
+                dist.broadcast(buffer, 0)
+
+
+def start(config: RunConfig, timeout: timedelta) -> Compute:
+    """Join the processes that torchrun started, or be the only one."""
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise DataError(f"{local_world_size} processes are too many for "
+                        f"{torch.cuda.device_count()} GPUs")
+    if cuda:
+        torch.cuda.set_device(local_rank)
+        torch.backends.cudnn.benchmark = True               # every batch has the same shape
+    if world_size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
+    precision = config.precision
+    if precision == "auto":
+        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if bf16 else "fp16" if cuda else "fp32"
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    cores = len(os.sched_getaffinity(0))
+    threads = config.threads or max(1, min(8, cores // local_world_size))
+    return Compute(rank, world_size, device, precision, threads)
+
+
+def learning_rate(step: int, total_steps: int, warmup_steps: float, peak: float = 1.0) -> float:
+    """Linear warm-up to `peak`, then half a cosine to zero."""
+    if step < warmup_steps:
+        return peak * (step + 1) / math.ceil(warmup_steps)
+    angle = math.pi * (step - warmup_steps) / (total_steps - warmup_steps)
+    return peak * (1 + math.cos(angle)) / 2
+
+
+# --------------------------------------------------------------------------------------------------
+# How a run begins and ends.
+
+def main(stage: Callable, config_class: type, argv: list[str] | None = None,
+         timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Run `stage(config, compute, resources)`; what its user can mend ends it in one
+    sentence.
+
+    resources: an ExitStack; what the stage enters there is closed however the run ends.
+    timeout: how long a process waits for another one in a collective call."""
+    config = parse(config_class, argv)
+    script, first = f"{stage.__name__}.py", os.environ.get("RANK", "0") == "0"
+    try:
+        with contextlib.ExitStack() as resources, errors_in_one_sentence(script, config.out, first):
+            stage(config, start(config, timeout), resources)
+    except FloatingPointError as error:
+        sys.exit(f"{script}: {error}" if first else 1)
+    except torch.OutOfMemoryError:
+        sys.exit(f"{script}: the GPU has too little memory: lower --batch-size or --image-size, or "
+                 "take more GPUs")
+    except RuntimeError as error:
+        if "closed by peer" not in str(error):
+            raise
+        sys.exit(1)         # another process failed, and has already printed the reason
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class StopSignal:
+    """SIGTERM and SIGINT, remembered until the run has come to a good moment to leave.
+
+    A signal often comes twice, from the cluster and from torchrun; the second one must
+    not end the process while it saves."""
+
+    def __init__(self, resources: contextlib.ExitStack):
+        self.number = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before = signal.signal(number, self._remember)
+            resources.callback(signal.signal, number, before)
+
+    def _remember(self, number, frame) -> None:
+        self.number = number
+
+    def received(self, compute: Compute) -> int:
+        """The signal that any of the processes has received, or 0: all leave at the
+        same step."""
+        return int(compute.reduce(torch.tensor(self.number), dist.ReduceOp.MAX))
+
+
+# --------------------------------------------------------------------------------------------------
+# The run folder: config.json says which run it holds.
+
+def open_run(config: RunConfig, stage: str, results: tuple[str, ...],
+             resources: contextlib.ExitStack, starts_from: str = "", **more) -> None:
+    """Make the run folder, or recognise the run in it, and keep it locked until the run
+    ends.
+
+    results: patterns of the files that the stage writes; a folder in which the first of
+    them exists holds something that could be lost. CheckpointError says which flags
+    differ from those of the run that made it, unless --overwrite is given, which
+    deletes the results. A folder that holds anything but a run of this stage is refused
+    in any case.
+    starts_from: a file that alone may lie in a new run folder, for the run to start from.
+    more: compared as flags are."""
+    out = Path(config.out)
+    contents = {file.name for file in out.iterdir()} if out.is_dir() else set()
+    if contents - {starts_from} and "config.json" not in contents:
+        raise CheckpointError(f"{out} is not empty and holds no run; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    file = resources.enter_context(open(out / "config.json", "a+", encoding="utf-8"))
+    if not lock(file):
+        raise CheckpointError(f"another process is at work in {out}; choose another --out")
+    before = _read_config(file)
+    if before and before.get("stage") != stage:
+        raise CheckpointError(f"{out} holds something else than a run of {stage}.py; "
+                              "choose another --out")
+    now = {"stage": stage} | {field.name: getattr(config, field.name)
+                              for field in dataclasses.fields(config)
+                              if not field.metadata["may_differ"]} | more
+    now = json.loads(json.dumps(now))               # tuples are lists in a file
+    difference = differing_flags(before, now)
+    if config.overwrite:
+        for pattern in results:
+            for old in out.glob(pattern):
+                old.unlink()
+    elif before and difference and (out / results[0]).exists():
+        raise CheckpointError(f"{out} holds a run with other flags: {difference}; choose another "
+                              "--out, or give up that run with --overwrite")
+    if difference:
+        # The file is rewritten in place because its lock would not follow a new one.
+        # Nothing is lost if that is cut short: the next run with the same flags writes
+        # it again.
+        file.truncate(0)
+        file.write(json.dumps(now, indent=1) + "\n")
+        file.flush()
+
+
+def _read_config(file) -> dict:
+    """What an open config.json says; {} for an empty file."""
+    file.seek(0)
+    try:
+        config = json.loads(file.read() or "{}")
+    except ValueError:
+        config = None
+    return config if isinstance(config, dict) else {"stage": "unknown"}
+
+
+class Curves:
+    """log.jsonl and TensorBoard's files in the run folder, written by the first
+    process."""
+
+    def __init__(self, config: RunConfig, compute: Compute, step: int):
+        """Go on after `step`; lines and points after it belong to steps that will be
+        repeated."""
+        self.writer = None
+        if compute.rank > 0:
+            return
+        path = Path(config.out) / "log.jsonl"
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines(keepends=True)
+                     if line.endswith("\n") and json.loads(line)["step"] <= step]
+            write_text(path, "".join(lines))
+        self.file = open(path, "a")
+        self.writer = SummaryWriter(config.out, purge_step=step + 1 if step else None)
+        if not step:
+            settings = dataclasses.asdict(config).items()
+            self.writer.add_text("config", "\n".join(f"    {k} = {v}" for k, v in settings))
+
+    def add(self, step: int, epoch: float, scalars: dict[str, float]) -> None:
+        """One line of log.jsonl and one point on each curve. JSON has no NaN: it
+        becomes null."""
+        if self.writer:
+            finite = {name: value if math.isfinite(value) else None
+                      for name, value in scalars.items()}
+            line = {"step": step, "epoch": round(epoch, 3)} | finite
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, step)
+
+    def add_image(self, name: str, pixels: Tensor, step: int) -> None:
+        """pixels: (3, H, W) in [0, 1]."""
+        if self.writer:
+            self.writer.add_image(name, pixels, step)
+
+    def close(self, config: RunConfig, results: dict[str, float]) -> None:
+        """End with the flags and the results in TensorBoard's table of
+        hyper-parameters."""
+        if self.writer:
+            flags = {name: value if isinstance(value, int | float | bool) else str(value)
+                     for name, value in dataclasses.asdict(config).items()}
+            for summary in hparams(flags, results):
+                self.writer._get_file_writer().add_summary(summary)
+            self.writer.close()
+            self.file.close()
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints: tensors, numbers, strings, lists and dicts.
+
+def save_checkpoint(path: str | Path, state: dict) -> None:
+    """Write `state` so that `path` is a whole checkpoint at every moment, the old or
+    the new."""
+    try:
+        with whole_file(path) as file:
+            torch.save(state, file)
+    except RuntimeError as error:
+        # PyTorch's writer reports a full disk as a RuntimeError that hides the OSError.
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU, running no code from it; CheckpointError names
+    the file."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError,
+            zipfile.BadZipFile) as error:
+        # Only the first sentence: PyTorch goes on to suggest weights_only=False.
+        reason = (str(error) or repr(error)).splitlines()[0].split(". ")[0]
+        raise CheckpointError(f"{path} is not a whole checkpoint: {reason}") from None
+    if not isinstance(state, dict) or not isinstance(state.get("config", {}), dict):
+        raise CheckpointError(f"{path} is not a checkpoint of this project, nor a state dict")
+    return state
