@@ -70,8 +70,8 @@ CELLS = {cell: cell.removesuffix(".0") for cell in LABEL_VALUES}
 class Item:
     """One image on its way into the data folder, and its row of the manifest."""
     source: str                     # the file, below --src
-    path: str                       # images/….jpg in the data folder
-    patient: str
+    path: str                       # images/….jpg, below --out
+    patient: str                    # whatever tells one patient from another
     split: str                      # train, val, test, or "" where the source does not say
     labels: tuple[str, ...]         # "1", "0", "-1" or "", one for each of Source.label_names
 
@@ -79,10 +79,10 @@ class Item:
 @dataclass
 class Source:
     """The images that a source offers, those that it does not, and what its user has to know."""
-    label_names: list[str]
+    label_names: list[str]                                              # as in the manifest
     items: list[Item] = field(default_factory=list)
-    rejected: list[tuple[str, str]] = field(default_factory=list)      # file, reason
-    notes: list[str] = field(default_factory=list)                     # sentences for DATA.md
+    rejected: list[tuple[str, str]] = field(default_factory=list)       # file, reason
+    notes: list[str] = field(default_factory=list)                      # sentences for DATA.md
 
 
 # --------------------------------------------------------------------------------------------------
@@ -97,8 +97,8 @@ class Row(NamedTuple):
 class Table(NamedTuple):
     """The columns of a CSV file that were asked for, and its rows by their key."""
     file: Path
-    columns: list[str]
-    rows: dict[str, Row]
+    columns: list[str]              # without the key's
+    rows: dict[str, Row]            # by the cell of the key's column
 
     def column(self, name: str) -> dict[str, str]:
         """{key: cell} of one column; nothing where it was optional and is not there."""
@@ -108,7 +108,8 @@ class Table(NamedTuple):
         return {key: row.cells[place] for key, row in self.rows.items()}
 
 
-def read_table(file: Path, key: str, columns: list[str] | None = None, optional: Collection[str] = (),
+def read_table(file: Path, key: str, columns: list[str] | None = None,
+               optional: Collection[str] = (),
                normalise: Callable[[str], str] = str) -> Table:
     """A CSV file by its column `key`, whose cells pass through `normalise` and come once each.
 
@@ -119,17 +120,20 @@ def read_table(file: Path, key: str, columns: list[str] | None = None, optional:
     try:
         with open(file, newline="", encoding="utf-8-sig") as f:
             lines = csv.reader(f)
+
+            # The header: where is each of the columns?
             header = [name.strip() for name in next(lines, [])]
             columns = [name for name in header if name != key] if columns is None else columns
             for name in (key, *columns):
                 if header.count(name) != 1 and (name in header or name not in optional):
                     raise DataError(f"{file} must have one column {name!r}, "
                                     f"its header is {','.join(header)!r}")
-            columns = [name for name in columns if name in header]
+            columns = [name for name in columns if name in header]      # without optional ones
             places = [header.index(name) for name in (key, *columns)]
 
+            # The rows, by their keys.
             for number, line in enumerate(lines, 2):
-                if not line:                                    # blank
+                if not line:                                            # a blank line
                     continue
                 if len(line) != len(header):
                     raise DataError(f"{file}, row {number}: {len(line)} cells where the header "
@@ -152,18 +156,24 @@ def read_labels(table: Table, names: list[str]) -> tuple[list[str], dict[str, tu
     A column of 1, 0, -1 and blanks is a label. A column of words, for example of diseases, becomes
     one label for each word, and a blank in it leaves them all open. A column that mixes both has a
     typing error in it: DataError names the row."""
-    label_names, labels = [], dict.fromkeys(table.rows, ())
+    label_names: list[str] = []
+    labels: dict[str, tuple[str, ...]] = dict.fromkeys(table.rows, ())
     for name in names:
+        # Every cell is a value of a label, or every cell that is not blank is a word.
         column = table.column(name)
         words = sorted(set(column.values()) - CELLS.keys())
         if words and not {"", *words} >= set(column.values()):
             key, word = next((key, cell) for key, cell in column.items() if cell in words)
             raise DataError(f"{table.file}, row {table.rows[key].number}, column {name}: {word!r} "
                             "among values of 1, 0, -1 and blank")
+
+        # Equal words of two columns must not become one label: then the column's name goes first.
         if not words:
             label_names.append(name)
+        elif len(names) == 1:
+            label_names += words
         else:
-            label_names += words if len(names) == 1 else [f"{name} {word}" for word in words]
+            label_names += [f"{name} {word}" for word in words]
         for key, cell in column.items():
             labels[key] += one_hot(cell, words) if words else (CELLS[cell],)
     return label_names, labels
@@ -242,6 +252,7 @@ def folder_flags(flag: Callable) -> None:
 
 def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
     """[train|val|test/]class/….png. Where --csv and the folders disagree, --csv wins."""
+    # What the folders say.
     images = [file for file in files if file.lower().endswith(EXTENSIONS)]
     places = {file: place for file, place in zip(images, places_of(images), strict=True)}
     splits = {file: place.split for file, place in places.items()}
@@ -250,6 +261,7 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
     labels = {file: one_hot(place.class_name, source.label_names)
               for file, place in places.items()}
 
+    # What the table says.
     if args.csv:
         table = read_table(
             args.csv, args.path_column,
@@ -264,19 +276,20 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
         if args.label_columns:
             source.label_names, labels = read_labels(table, args.label_columns)
 
+    # One item an image. Where x.png lies beside x.jpg both keep their suffix, as x.png.jpg.
     sharing = Counter(map(jpeg_path, images))
     for file in images:
         split = splits[file]
         if split is None:
             source.rejected.append((file, "outside the folders train, val and test"))
             continue
-        # Where x.png lies beside x.jpg both keep their suffix: the first becomes x.png.jpg.
         path = jpeg_path(file if sharing[jpeg_path(file)] == 1 else file + ".jpg")
         patient = patients.get(file, path)
         if args.patients_per_split and split:
             patient = f"{split}-{patient}"
         source.items.append(Item(file, path, patient, split, labels[file]))
 
+    # What the user has to know.
     if not patients:
         source.notes.append("No patient is known: every image counts as a patient of its own.")
     others = Counter(PurePosixPath(file).suffix or "without suffix"
@@ -322,13 +335,16 @@ def nih_items(args: argparse.Namespace, files: list[str]) -> Source:
     tables = list(args.src.glob("Data_Entry_2017*.csv"))
     if len(tables) != 1:
         raise DataError(f"{args.src} must hold one Data_Entry_2017*.csv, it holds {len(tables)}")
+
+    # Official lists of the images to train on and to test on.
     train = set((args.src / "train_val_list.txt").read_text().split())
     test = set((args.src / "test_list.txt").read_text().split())
     if train & test:
         raise DataError(f"{min(train & test)} is in both train_val_list.txt and test_list.txt "
                         f"of {args.src}")
 
-    images = {}                     # by name, which is what the table and the lists go by
+    # The table and the lists go by an image's name, whichever folder it was unpacked into.
+    images = {}
     for file in files:
         name = PurePosixPath(file).name
         if file.endswith(".png") and images.setdefault(name, file) != file:
@@ -394,6 +410,8 @@ def dicom_items(args: argparse.Namespace, files: list[str]) -> Source:
 
     Nothing that names a person may enter the data folder: no header field, file name or path."""
     source, code = Source([]), coder(args.salt)
+
+    # The labels, by PatientID or another of the keys.
     label_keys, labels = set(), {}
     if args.labels:
         table = read_table(args.labels, args.key, args.label_columns or None)
@@ -403,12 +421,13 @@ def dicom_items(args: argparse.Namespace, files: list[str]) -> Source:
             raise DataError(f"{args.labels} must hold 1, 0, -1 or blanks: choose such columns "
                             "by --label-columns")
 
+    # The headers. A file that is not taken has a reason in place of an identity.
     identities = in_parallel(
         partial(read_identity, modalities=args.modality, max_megapixels=args.max_megapixels),
         [args.src / file for file in files], args.workers, "headers")
     images, keys = set(), set()
     for file, identity in zip(files, identities, strict=True):
-        if isinstance(identity, str):                   # the reason why it is not taken
+        if isinstance(identity, str):
             source.rejected.append((file, identity))
             continue
         if identity.SOPInstanceUID in images:
@@ -423,6 +442,7 @@ def dicom_items(args: argparse.Namespace, files: list[str]) -> Source:
             file, f"images/{patient}/{code(identity.SOPInstanceUID)}.jpg", patient, split="",
             labels=labels.get(key, ("",) * len(source.label_names))))
 
+    # Labels of images that are not there. If that is all of them, the key is the wrong one.
     if label_keys and not keys & label_keys:
         raise DataError(f"{args.labels}: no {args.key} in it is that of a DICOM file in {args.src}")
     source.rejected += [(key, f"{args.key} in {args.labels.name}, in no DICOM file")
@@ -473,6 +493,7 @@ def assign_splits(source: Source, args: argparse.Namespace) -> None:
     a hash, so that in a folder that grows nearly all stay where they were. DataError for a patient
     in two given splits: what is learned from one image would be tested on another of the same
     chest."""
+    # The splits that the source gives; a patient without one may go to any.
     split_of = {}                               # by patient
     for item in source.items:
         split = item.split or "train"
@@ -483,6 +504,7 @@ def assign_splits(source: Source, args: argparse.Namespace) -> None:
             raise DataError(f"patient {item.patient} is in {split} and in {split_of[item.patient]} "
                             f"of {args.src}{hint}")
 
+    # The missing ones, each from what the one before it left.
     pool = [patient for patient, split in split_of.items() if split == "train"]
     pool.sort(key=lambda patient: hashlib.sha256(f"{args.seed} {patient}".encode()).digest())
     total = len(pool)
@@ -521,7 +543,7 @@ def convert(item: Item, conversion: Conversion) -> str:
     except DataError as error:
         return str(error)
     image.info.clear()              # or Pillow copies the source's comment and resolution
-    jpeg = io.BytesIO()
+    jpeg = io.BytesIO()             # whole in memory before the first byte is written to disk
     image.save(jpeg, "JPEG", quality=conversion.settings.quality)
     target = conversion.out / item.path
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -560,6 +582,7 @@ def write_images(source: Source, args: argparse.Namespace) -> None:
     """Write the images that are not there yet, and the list of what was rejected.
 
     What cannot be converted leaves source.items. DataError where nothing is left."""
+    # An earlier run of the same command may have written a part of them.
     todo = [item for item in source.items if not is_written(args.out / item.path)]
     if len(todo) < len(source.items):
         print(f"{len(source.items) - len(todo):,} of {len(source.items):,} images "
@@ -569,9 +592,11 @@ def write_images(source: Source, args: argparse.Namespace) -> None:
     reasons = in_parallel(partial(convert, conversion=conversion), todo, args.workers,
                           f"{args.source} -> {args.out}")
 
+    # What could not be converted joins what the source had rejected.
     failed = {item.source: why for item, why in zip(todo, reasons, strict=True) if why}
     source.items = [item for item in source.items if item.source not in failed]
     source.rejected = sorted([*source.rejected, *failed.items()])
+
     # The names of a hospital's files are for the hospital only: there the list lies beside the
     # data folder, which may be handed on.
     file = args.out / "rejected.csv"
@@ -603,11 +628,13 @@ def prepare(args: argparse.Namespace) -> None:
         check_source(source, args)
         assign_splits(source, args)
 
+        # Remove what another run made, its manifest first: a folder that has one is complete.
         if args.overwrite:
-            # The manifest goes first: a folder that has one is complete.
             for name in ("manifest.csv", "DATA.md", "rejected.csv", "prepare.json"):
                 (args.out / name).unlink(missing_ok=True)
             shutil.rmtree(args.out / "images", ignore_errors=True)
+
+        # Say what is being made, make it, and only then write the manifest.
         write_text(args.out / "prepare.json", json.dumps(settings_of(args), indent=1))
         write_images(source, args)
         card = data_card(source, args)
@@ -623,6 +650,7 @@ def check_out(args: argparse.Namespace) -> None:
 
     It may be where it is empty, or holds an earlier part of this very run, or of another one that
     --overwrite gives up."""
+    # Images that are written into the source would be found there by the next run.
     if "src" in args:
         src, out = args.src.resolve(), args.out.resolve()
         if not src.is_dir():
@@ -630,6 +658,8 @@ def check_out(args: argparse.Namespace) -> None:
         if src == out or src in out.parents or out in src.parents:
             raise DataError(f"--src {args.src} and --out {args.out} must not lie one inside "
                             "the other")
+
+    # Whose folder is it? A run that was killed early may have left no more than these two.
     names = {path.name for path in args.out.glob("*")} - {".lock", "prepare.json.tmp"}
     if not names:
         return
@@ -637,11 +667,11 @@ def check_out(args: argparse.Namespace) -> None:
         raise DataError(f"{args.out} is not empty and was not made by prepare.py")
     if not args.overwrite:
         before = read_settings(args.out / "prepare.json")
-        now = json.loads(json.dumps(settings_of(args)))
+        now = json.loads(json.dumps(settings_of(args)))         # as if it had been read, too
         differing = differing_flags(before, now)
         if differing:
-            raise DataError(f"{args.out} was made with other settings: {differing}; "
-                            "choose another --out, or --overwrite it")
+            raise DataError(f"{args.out} was made with other flags: {differing}; choose another "
+                            "--out, or give it up with --overwrite")
 
 
 def lock_folder(folder: Path) -> TextIO:
@@ -656,6 +686,7 @@ def lock_folder(folder: Path) -> TextIO:
 
 def check_source(source: Source, args: argparse.Namespace) -> None:
     """DataError where a source has no image, a label without a proper name, or a path twice."""
+    # Most often the wrong --src was given, and the commonest reasons say so.
     if not source.items:
         reasons = Counter(why for _, why in source.rejected).most_common(3)
         raise DataError(f"no image found in {args.src}"
@@ -664,6 +695,7 @@ def check_source(source: Source, args: argparse.Namespace) -> None:
         taken = name in ("path", "patient", "split") or source.label_names.count(name) > 1
         if not name or taken:
             raise DataError(f"{name!r} cannot be the name of a label, or is that of two")
+    # x.png, x.jpg and x.png.jpg in one folder: one image would replace another.
     path, count = Counter(item.path for item in source.items).most_common(1)[0]
     if count > 1:
         raise DataError(f"two files of {args.src} would both become {path}: rename one of them")
@@ -700,33 +732,26 @@ def write_csv(file: Path, rows: Iterable) -> None:
 
 def data_card(source: Source, args: argparse.Namespace) -> str:
     """DATA.md: the command that made the folder, and what is in it, counted."""
+    # The command. Flags without a value are left out; 0 is a value.
     command = ["python", "prepare.py", args.source, "--out", str(args.out)]
     for name, value in settings_of(args).items():
-        # Flags without a value are left out; 0 is a value.
         if name == "source" or value is None or value is False or value == []:
             continue
         command.append(f"--{name.replace('_', '-')}")
         if value is not True:
             command += map(str, value if isinstance(value, list) else [value])
 
+    # The table: a column for each split, a row for images, for patients and for each label.
     splits = [[item for item in source.items if item.split == split] for split in SPLITS]
-    table = [
-        ("", *SPLITS),
-        ("---", "---:", "---:", "---:"),
-        ("images", *(f"{len(items):,}" for items in splits)),
-        ("patients", *(f"{len({item.patient for item in items}):,}" for items in splits))]
+    rows = [("images", [f"{len(items):,}" for items in splits]),
+            ("patients", [f"{len({item.patient for item in items}):,}" for items in splits])]
     for place, name in enumerate(source.label_names):
         counts = [Counter(item.labels[place] for item in items) for items in splits]
-        table.append((name, *map(label_cell, counts)))
+        rows.append((name, [label_cell(count) for count in counts]))
+    table = ["| | train | val | test |", "|---|---:|---:|---:|",
+             *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows)]
     return "\n".join([f"# {args.out.name}", "", f"    {shlex.join(command)}", "",
-                      *map(table_line, table), "", *source.notes, ""])
-
-
-def table_line(cells: tuple[str, ...]) -> str:
-    """A line of a Markdown table."""
-    if cells[0] == "---":
-        return f"|{'|'.join(cells)}|"
-    return "| " + " | ".join(cells).lstrip() + " |"
+                      *table, "", *source.notes, ""])
 
 
 def label_cell(counts: Counter) -> str:
@@ -759,14 +784,14 @@ def verify(args: argparse.Namespace) -> int:
 
 def find_problems(folder: Path, split_of: dict[str, str], workers: int) -> dict[str, str]:
     """{path: what is wrong with it} of the images {path: split} of a data folder."""
-    made = folder / "prepare.json"
+    made = folder / "prepare.json"      # not there in a folder that someone made by hand
     size = read_settings(made)["size"] if made.exists() else None
     # Of two identical images test's stays, or else val's: the test set must not shrink.
     order = {"test": 0, "val": 1}
     paths = sorted(split_of, key=lambda path: order.get(split_of[path], 2))
     looks = in_parallel(partial(look_at, size=size), [folder / path for path in paths], workers,
                         "verify")
-    problems, first = {}, {}            # first: the path at which a digest was first met
+    problems, first = {}, {}            # first: the path with which each digest was met first
     for path, look in zip(paths, looks, strict=True):
         problem = look.problem
         twin = first.setdefault(look.digest, path) if look.digest else path
@@ -810,6 +835,7 @@ def drop(folder: Path, paths: set[str]) -> None:
     with lock_folder(folder):
         with open(file, newline="") as f:
             header, *rows = csv.reader(f)
+        # The first free number: no manifest that was put away is ever overwritten.
         remaining = [row for row in rows if row[0] not in paths]
         number = 1
         while (folder / f"manifest.{number}.csv").exists():

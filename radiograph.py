@@ -120,7 +120,8 @@ def finish(image: Image.Image, settings: ImageSettings) -> Image.Image:
 
 def blank_reason(image: Image.Image) -> str:
     """Why an image of mode L shows nothing, or "" where it shows something."""
-    low, high = image.getextrema()
+    levels = np.asarray(image)                      # (H, W) uint8
+    low, high = int(levels.min()), int(levels.max())
     return f"blank: gray levels {low} to {high} only" if high - low < MIN_RANGE else ""
 
 
