@@ -560,15 +560,17 @@ def in_parallel(function: Callable, items: list, workers: int, title: str) -> li
         # Ctrl-C reaches all processes of a terminal and is for this one only. A signal that is
         # blocked here when the workers are started stays blocked in them.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        results = pool.map(function, items, chunksize=8)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        return list(tqdm(results, title, len(items), unit=" images", dynamic_ncols=True))
+        with tqdm(pool.map(function, items, chunksize=8), title, len(items),
+                  unit=" images", dynamic_ncols=True) as results:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            return list(results)
     except BrokenProcessPool:
         raise DataError("a worker process died, most likely for want of memory; the same command "
                         "goes on where this one stopped, with fewer --workers if it happens "
                         "again") from None
     finally:
-        # Whatever ended the loop, the workers finish the few images that they have begun.
+        # However the loop ended, the workers finish the few images that they have begun.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         pool.shutdown(cancel_futures=True)
 
 
@@ -835,8 +837,9 @@ def drop(folder: Path, paths: set[str]) -> None:
     with lock_folder(folder):
         with open(file, newline="") as f:
             header, *rows = csv.reader(f)
-        # The first free number: no manifest that was put away is ever overwritten.
         remaining = [row for row in rows if row[0] not in paths]
+
+        # The first free number: no manifest that was put away is ever overwritten.
         number = 1
         while (folder / f"manifest.{number}.csv").exists():
             number += 1
