@@ -66,6 +66,21 @@ def errors_in_one_sentence(script: str, out: str | Path, speaks: bool = True) ->
         sys.exit(128 + signal.SIGINT)
 
 
+def _report_uncaught(kind, error, traceback) -> None:
+    """Python's answer to an uncaught exception, but for Ctrl-C no traceback."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, traceback)
+        return
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: interrupted before it began", file=sys.stderr, flush=True)
+    os._exit(128 + signal.SIGINT)
+
+
+# The one thing in the project that happens at import. A script loads PyTorch for seconds before
+# its main() is called, and nothing else can answer Ctrl-C until then; so this file is loaded first.
+sys.excepthook = _report_uncaught
+
+
 def differing_flags(before: dict, now: dict) -> str:
     """`--seed (0 there, 5 here), …` for all settings that two runs do not share, or
     nothing."""

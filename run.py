@@ -21,15 +21,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from manifest import (                  # first: see there
+    DataError, differing_flags, errors_in_one_sentence, lock, whole_file, write_text)
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
-
-from manifest import (
-    DataError, differing_flags, errors_in_one_sentence, lock, whole_file, write_text)
 
 
 class CheckpointError(DataError):
