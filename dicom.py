@@ -1,11 +1,13 @@
 """DICOM radiographs: which files are taken, who they are of, and how they are meant to be seen.
 
-prepare.py hands nothing of a header on but a keyed hash of who and which image it is. The hash
-is made here (`coder`), so that all that touches an identity stands in one file.
+Nothing of a header goes on into a data folder but a keyed hash of who and which image it is. All
+that touches an identity stands in this file.
 """
+import argparse
 import hmac
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +18,8 @@ from pydicom.errors import InvalidDicomError
 from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
 
 from manifest import DataError
-from radiograph import ImageSettings, eight_bits, reason
+from radiograph import ImageSettings, eight_bits, in_parallel, reason
+from sources import Item, Source, read_labels, read_table
 
 
 class Identity(NamedTuple):
@@ -115,3 +118,62 @@ def coder(salt: Path) -> Callable[[str], str]:
         raise DataError(f"{salt} holds no secret: restore it, or delete it where no data folder "
                         "was made with it")
     return lambda text: hmac.new(secret, text.encode(), "sha256").hexdigest()[:16]
+
+
+# --------------------------------------------------------------------------------------------------
+# The source.
+
+def dicom_flags(flag: Callable) -> None:
+    flag("--modality", nargs="+", default=["CR", "DX"], help="modalities to take (default: CR DX)")
+    flag("--salt", type=Path,
+         help="file of the secret for hashing identities, made if missing (default: OUT.salt)")
+    flag("--labels", type=Path, help="CSV of labels")
+    flag("--key", choices=Identity._fields, default="PatientID",
+         help="its column that says whose (default: PatientID)")
+    flag("--label-columns", nargs="+", default=[], metavar="COLUMN",
+         help="its labels (default: all other columns)")
+
+
+def dicom_items(args: argparse.Namespace, files: list[str]) -> Source:
+    """DICOM radiographs, de-identified.
+
+    Nothing that names a person may enter the data folder: no header field, file name or path."""
+    source, code = Source([]), coder(args.salt)
+
+    # The labels, by PatientID or another of the keys.
+    label_keys, labels = set(), {}
+    if args.labels:
+        table = read_table(args.labels, args.key, args.label_columns or None)
+        label_keys = set(table.rows)
+        source.label_names, labels = read_labels(table, table.columns)
+        if source.label_names != table.columns:         # a column of words might be one of names
+            raise DataError(f"{args.labels} must hold 1, 0, -1 or blanks: choose such columns "
+                            "by --label-columns")
+
+    # The headers. A file that is not taken has a reason in place of an identity.
+    identities = in_parallel(
+        partial(read_identity, modalities=args.modality, max_megapixels=args.max_megapixels),
+        [args.src / file for file in files], args.workers, "headers")
+    images, keys = set(), set()
+    for file, identity in zip(files, identities, strict=True):
+        if isinstance(identity, str):
+            source.rejected.append((file, identity))
+            continue
+        if identity.SOPInstanceUID in images:
+            source.rejected.append((file, "SOPInstanceUID of an earlier file"))
+            continue
+        images.add(identity.SOPInstanceUID)
+        key = getattr(identity, args.key)
+        keys.add(key)
+        # A study is of one person. Where the PatientID was blanked that is all there is to go by.
+        patient = code(identity.PatientID or identity.StudyInstanceUID)
+        source.items.append(Item(
+            file, f"images/{patient}/{code(identity.SOPInstanceUID)}.jpg", patient, split="",
+            labels=labels.get(key, ("",) * len(source.label_names))))
+
+    # Labels of images that are not there. If that is all of them, the key is the wrong one.
+    if label_keys and not keys & label_keys:
+        raise DataError(f"{args.labels}: no {args.key} in it is that of a DICOM file in {args.src}")
+    source.rejected += [(key, f"{args.key} in {args.labels.name}, in no DICOM file")
+                        for key in label_keys - keys]
+    return source

@@ -8,14 +8,20 @@ functions of the same form. Whatever the format, an image ends as Pillow's mode 
 255, whose shorter side is `size` pixels at most. A smaller image keeps its size: enlarging adds
 bytes and no information.
 """
+import ctypes
 import os
+import signal
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from manifest import DataError
 
@@ -126,7 +132,7 @@ def blank_reason(image: Image.Image) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# Both, safely.
+# One image, whatever it is.
 
 def load_image(file: Path, read: Reader, settings: ImageSettings) -> Image.Image:
     """Read a file by `read` and finish it. DataError says why a file cannot be used.
@@ -148,3 +154,34 @@ def reason(error: Exception) -> str:
     """An exception in one line; the type is named unless its text was written for the user."""
     text = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
     return " ".join(text.split())
+
+
+# --------------------------------------------------------------------------------------------------
+# Many files: a pool of processes.
+
+def in_parallel(function: Callable, items: list, workers: int, title: str) -> list:
+    """function(item) of all items, in their order, by `workers` processes under a progress bar."""
+    tqdm.monitor_interval = 0       # no thread: fork, which shares what is imported, wants none
+    pool = ProcessPoolExecutor(workers, get_context("fork"), die_with_parent)
+    try:
+        # Ctrl-C reaches all processes of a terminal and is for this one only. A signal that is
+        # blocked here when the workers are started stays blocked in them.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        with tqdm(pool.map(function, items, chunksize=8), title, len(items),
+                  unit=" images", dynamic_ncols=True) as results:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            return list(results)
+    except BrokenProcessPool:
+        raise DataError("a worker process died, most likely for want of memory; the same command "
+                        "goes on where this one stopped, with fewer --workers if it happens "
+                        "again") from None
+    finally:
+        # However the loop ended, the workers finish the few images that they have begun.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        pool.shutdown(cancel_futures=True)
+
+
+def die_with_parent() -> None:
+    """Called in a worker: let it not outlive its parent, or it would keep the folder locked."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

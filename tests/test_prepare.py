@@ -17,6 +17,7 @@ from PIL import Image
 
 import prepare
 import radiograph as radiograph_module
+import sources
 from manifest import read_manifest
 
 SCRIPT = Path(prepare.__file__)
@@ -342,7 +343,7 @@ def test_nih(tmp_path):
     (src / "BBox_List_2017.csv").write_text("Image Index,Finding Label\n")
     run("nih", "--src", src, "--out", tmp_path / "out", "--workers", 2, "--val-fraction", 0.2)
     manifest = read_manifest(tmp_path / "out")
-    assert manifest.label_names == prepare.NIH_FINDINGS and len(manifest.label_names) == 15
+    assert manifest.label_names == sources.NIH_FINDINGS and len(manifest.label_names) == 15
     assert Counter(manifest.splits.tolist()) == {"train": 24, "val": 6, "test": 10}
     in_test = manifest.patients[manifest.splits == "test"]
     assert set(in_test.tolist()) == set("16 17 18 19 20".split())
@@ -393,7 +394,7 @@ def test_nih_of_full_size_parses_in_seconds(tmp_path):
     nih(tmp_path / "src", rows, {image for image, _, _ in rows} - in_test, in_test)
     args = prepare.parse_args(["nih", "--src", str(tmp_path / "src"), "--out", "out"])
     start = time.process_time()
-    source = prepare.nih_items(args, [f"images/{image}" for image, _, _ in rows])
+    source = sources.nih_items(args, [f"images/{image}" for image, _, _ in rows])
     prepare.assign_splits(source, args)
     assert time.process_time() - start < 20                        # about 2
     assert len(source.items) == 112120 and not source.rejected
@@ -411,7 +412,7 @@ def chexpert(src, part, rows):
     with open(src / f"{part}.csv", "w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA",
-                        *prepare.CHEXPERT_OBSERVATIONS])
+                        *sources.CHEXPERT_OBSERVATIONS])
         table.writerows([path, "Female", 68, view, "AP", *cells] for path, view, cells in rows)
 
 
@@ -465,7 +466,7 @@ def test_chexpert_of_full_size_parses_in_seconds(tmp_path):
     args = prepare.parse_args(["chexpert", "--src", str(tmp_path / "src"), "--out", "out"])
     files = [path.partition("/")[2] for path, _, _ in train + valid]
     start = time.process_time()
-    source = prepare.chexpert_items(args, files)
+    source = sources.chexpert_items(args, files)
     prepare.assign_splits(source, args)
     assert time.process_time() - start < 40                        # about 4
     frontal = [row for row in train if row[1] == "Frontal"]
