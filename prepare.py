@@ -127,8 +127,8 @@ def assign_splits(source: Source, args: argparse.Namespace) -> None:
 class Conversion:
     """From where to where, and how, the images of a run are converted."""
     read: Reader
-    src: Path
-    out: Path
+    src: Path                       # above Item.source
+    out: Path                       # above Item.path
     settings: ImageSettings
 
 
@@ -182,7 +182,7 @@ def write_images(source: Source, args: argparse.Namespace) -> None:
 
 
 def is_written(file: Path) -> bool:
-    """Whether an image is there. Only a whole one gets its name, but a power cut may empty it."""
+    """Whether an image is there: only a whole one gets its name, but a power cut may empty it."""
     return file.exists() and file.stat().st_size > 0
 
 
@@ -247,7 +247,9 @@ def check_out(args: argparse.Namespace) -> None:
 
 
 def lock_folder(folder: Path) -> TextIO:
-    """A file that holds a folder, made where it is missing, until it is closed."""
+    """Lock a folder, which is made where it is missing, until the returned file is closed.
+
+    DataError where another run has it."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "w")
     if not lock(file):
@@ -263,21 +265,23 @@ def check_source(source: Source, args: argparse.Namespace) -> None:
         reasons = Counter(why for _, why in source.rejected).most_common(3)
         raise DataError(f"no image found in {args.src}"
                         + "".join(f"; {count:,} files: {why}" for why, count in reasons))
+    # A label is a column of the manifest.
     for name in source.label_names:
         taken = name in ("path", "patient", "split") or source.label_names.count(name) > 1
         if not name or taken:
             raise DataError(f"{name!r} cannot be the name of a label, or is that of two")
     # x.png, x.jpg and x.png.jpg in one folder: one image would replace another.
-    path, count = Counter(item.path for item in source.items).most_common(1)[0]
-    if count > 1:
-        raise DataError(f"two files of {args.src} would both become {path}: rename one of them")
+    for path, count in Counter(item.path for item in source.items).items():
+        if count > 1:
+            raise DataError(f"two files of {args.src} would both become {path}: "
+                            "rename one of them")
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that shape the data folder, for prepare.json and DATA.md.
 
     Those of DICOM that may hold names are left out."""
-    left_out = {"out", "workers", "overwrite"}
+    left_out = {"out", "workers", "overwrite"}      # the same images, whatever these are
     if args.source == "dicom":
         left_out |= {"src", "labels", "salt"}
     return {name: str(value.absolute()) if isinstance(value, Path) else value
@@ -285,6 +289,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_settings(file: Path) -> dict[str, Any]:
+    """What settings_of gave the run that wrote a prepare.json."""
     try:
         return dict(json.loads(file.read_text()))
     except (ValueError, TypeError):
@@ -343,14 +348,17 @@ def verify(args: argparse.Namespace) -> int:
     problems = find_problems(args.folder, table.column("split"), args.workers)
     for path, problem in problems.items():
         print(f"{path}: {problem}")
+
+    # A problem's first word is its kind: missing, unreadable, blank, unexpected or duplicate.
     kinds = Counter(problem.split()[0].rstrip(":") for problem in problems.values())
     counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
     print(f"{len(table.rows):,} images: {counts or 'all good'}")
 
     if args.drop and problems:
         drop(args.folder, set(problems))
+    # read_manifest checks the patients, splits and labels, but stops at an image that is missing.
     if args.drop or "missing" not in kinds:
-        read_manifest(args.folder)      # the patients, splits and labels are checked, too
+        read_manifest(args.folder)
     return 1 if problems and not args.drop else 0
 
 
@@ -358,14 +366,16 @@ def find_problems(folder: Path, split_of: dict[str, str], workers: int) -> dict[
     """{path: what is wrong with it} of the images {path: split} of a data folder."""
     made = folder / "prepare.json"      # not there in a folder that someone made by hand
     size = read_settings(made)["size"] if made.exists() else None
-    # Of two identical images test's stays, or else val's: the test set must not shrink.
+
+    # Of two identical images keep test's, then val's: the test set must not shrink.
     order = {"test": 0, "val": 1}
     paths = sorted(split_of, key=lambda path: order.get(split_of[path], 2))
     looks = in_parallel(partial(look_at, size=size), [folder / path for path in paths], workers,
                         "verify")
+
     problems, first = {}, {}            # first: the path with which each digest was met first
     for path, look in zip(paths, looks, strict=True):
-        problem = look.problem
+        problem = look.problem          # or, where it is good by itself, that it is there twice
         twin = first.setdefault(look.digest, path) if look.digest else path
         if twin != path:
             problem = f"duplicate of {twin}"
@@ -391,13 +401,15 @@ def look_at(file: Path, size: int | None) -> Look:
         return Look("missing")
     except Exception as error:          # a decoder may raise anything
         return Look(f"unreadable: {reason(error)}")
+
+    # Whatever prepare.py wrote is gray, of the right size, and shows something.
     blank = blank_reason(image.convert("L"))
     if blank:
         return Look(blank)
     side = min(image.size)
     if image.mode != "L" or side < MIN_SIDE or size and side > size:
         return Look(f"unexpected size or mode: {image.width} x {image.height} {image.mode}")
-    pixels = image.tobytes() + repr(image.size).encode()
+    pixels = image.tobytes() + repr(image.size).encode()        # 2 x 8 pixels are not 4 x 4
     return Look("", hashlib.blake2b(pixels).digest())
 
 
@@ -439,6 +451,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                                   allow_abbrev=False)
     verify_flags(command.add_argument)
 
+    # What no single flag can know.
     args = parser.parse_args(argv)
     if args.source == "dicom" and not args.salt:
         args.salt = Path(f"{args.out}.salt")
@@ -486,6 +499,7 @@ def verify_flags(flag: Callable) -> None:
 
 def check_flags(args: argparse.Namespace, error: Callable[[str], Any]) -> None:
     """Report flags of a source that do not go together by `error`, which ends the script."""
+    # The nih and chexpert sources bring their test split.
     fractions = args.val_fraction, getattr(args, "test_fraction", 0)
     if not (min(fractions) >= 0 and sum(fractions) < 1):
         error("--val-fraction and --test-fraction must leave something for train")
@@ -500,11 +514,13 @@ def check_flags(args: argparse.Namespace, error: Callable[[str], Any]) -> None:
 
 
 def image_settings(args: argparse.Namespace) -> ImageSettings:
-    return ImageSettings(args.size, args.quality, args.stretch, args.max_megapixels)
+    """How a source's flags ask for its images."""
+    return ImageSettings(args.size, args.quality, args.stretch and tuple(args.stretch),
+                         args.max_megapixels)
 
 
 def src_folder(args: argparse.Namespace) -> Path:
-    """--src, or for a source that reads no files what leaves a path below it as it is."""
+    """--src; for a source that reads no files the path that changes nothing when joined."""
     return args.src if "src" in args else Path()
 
 
