@@ -39,7 +39,7 @@ def read_identity(file: Path, modalities: Sequence[str], max_megapixels: float) 
     holds much that is no radiograph."""
     try:
         header = pydicom.dcmread(file, stop_before_pixels=True)
-        _check_header(header, modalities, max_megapixels)
+        check_header(header, modalities, max_megapixels)
         identity = Identity(*(str(header.get(name) or "").strip() for name in Identity._fields))
         if not identity.SOPInstanceUID or not (identity.PatientID or identity.StudyInstanceUID):
             raise DataError("SOPInstanceUID is missing, or both PatientID and StudyInstanceUID are")
@@ -50,7 +50,7 @@ def read_identity(file: Path, modalities: Sequence[str], max_megapixels: float) 
         return reason(error)
 
 
-def _check_header(header, modalities: Sequence[str], max_megapixels: float) -> None:
+def check_header(header, modalities: Sequence[str], max_megapixels: float) -> None:
     """DataError for whatever is not one gray radiograph of moderate size without writing in it."""
     if "Rows" not in header:
         raise DataError(f"not an image ({header.file_meta.MediaStorageSOPClassUID.name})")

@@ -17,7 +17,8 @@ def stream(seed, patient, page=0):
 
     Page 0 is a patient's anatomy, 1 + 2i the findings of image i, 2 + 2i its pose and exposure.
     Each page is the same whichever others were drawn."""
-    return np.random.Generator(np.random.Philox(key=[seed, patient], counter=[0, 0, 0, page]))
+    philox = np.random.Philox(key=[seed, patient], counter=[0, 0, 0, page])
+    return np.random.Generator(philox)
 
 
 def inside(distance, soft=0.012):
@@ -43,11 +44,11 @@ def patient_anatomy(seed, patient) -> dict[str, Any]:
         # Half of the days on which a finding could be there, it is: prevalence 0.22.
         prone=rng.random(4) < 0.45,
         height=rng.uniform(0.76, 0.82),         # lung apex to the widest level of the cage
-        base=rng.uniform(0.36, 0.40),           # level of the costophrenic angles, down from v = 0
-        dome=rng.uniform(0.12, 0.16),           # of the diaphragm, its height above those angles
+        base=rng.uniform(0.36, 0.40),           # v of the costophrenic angles
+        dome=rng.uniform(0.12, 0.16),           # the diaphragm's height above those angles
         heart=rng.uniform(0.38, 0.44),          # cardiothoracic ratio, healthy below 0.5
-        tilt=rng.uniform(30, 42),               # long axis of the heart, down to the patient's left
-        mediastinum=rng.uniform(0.075, 0.09),   # half the width of the vessels between the lungs
+        tilt=rng.uniform(30, 42),               # of the heart's long axis, down to its left
+        mediastinum=rng.uniform(0.075, 0.09),   # half the width of the vessels in it
         rib_gap=rng.uniform(0.094, 0.1),        # from one rib to the next
         rib_phase=rng.uniform(0, 0.15),
         bone=rng.uniform(0.16, 0.20),           # attenuation of a rib
@@ -67,7 +68,8 @@ def phantom(seed, patient, image, size=256, found=None):
 
     `found`, 4 booleans, shows other findings than its own: their places are drawn whether they are
     shown or not, and nothing else in the image changes."""
-    anatomy, rng = patient_anatomy(seed, patient), stream(seed, patient, 2 + 2 * image)
+    anatomy = patient_anatomy(seed, patient)
+    rng = stream(seed, patient, 2 + 2 * image)
     u, v = pose(rng, size)
     if found is None:
         found = findings(seed, patient, image)
@@ -79,9 +81,10 @@ def pose(rng, size):
 
     u, v, both (size, size): u runs to the image's right (the patient's left), v down, both in
     thorax widths from the middle of the thorax. Pixels are looked up there, none is resampled."""
-    width = rng.uniform(0.55, 0.95)                             # of the thorax, in image sides
+    width = rng.uniform(0.55, 0.95)             # of the thorax, in image sides
     turn = math.radians(rng.uniform(-25, 25))
-    x, y = np.meshgrid(*[(np.arange(size, dtype=np.float32) + 0.5) / size - 0.5] * 2)
+    centres = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
+    x, y = np.meshgrid(centres, centres)
     x = x - rng.uniform(-0.14, 0.14)
     y = y - rng.uniform(-0.14, 0.14)
     u = (math.cos(turn) * x + math.sin(turn) * y) / width
@@ -99,9 +102,10 @@ def matter(anatomy, rng, u, v, found):
 
     # Thorax: an egg, at its widest from v = 0.2 down, round at the apices. Lungs fill it down to
     # the diaphragm's domes, of which the liver lifts the right one.
-    cage = 0.5 * dome((np.minimum(v - 0.2, 0) / anatomy["height"]) ** 2) ** 1.2 + 1e-3
+    above = np.minimum(v - 0.2, 0) / anatomy["height"]
+    cage = 0.5 * dome(above ** 2) ** 1.2 + 1e-3
     depth = dome((side / cage) ** 2)
-    base = anatomy["base"] + rng.uniform(-0.02, 0.02)           # how deep a breath
+    base = anatomy["base"] + rng.uniform(-0.02, 0.02)       # how deep a breath
     diaphragm = anatomy["dome"] * dome(((side - 0.24) / 0.27) ** 2)
     floor = base - diaphragm - 0.025 * (u < 0)
     lungs = inside(cage - side) * inside(floor - v)
@@ -163,8 +167,9 @@ def matter(anatomy, rng, u, v, found):
     torso = np.interp(v, levels, widths).astype(np.float32)     # half its width at each level
     flesh = 1.5 * anatomy["habitus"] * dome((side / torso) ** 2) ** 0.7
     total = flesh - 1.15 * air
-    total += 0.15 * fluid                   # water stops more than the abdomen's fat and bowel
-    total += anatomy["bone"] * (1.2 - 0.7 * depth) * ribs + 0.25 * spine + 0.3 * clavicles
+    total += 0.15 * fluid               # water stops more than the abdomen's fat and bowel
+    bones = anatomy["bone"] * (1.2 - 0.7 * depth) * ribs + 0.25 * spine + 0.3 * clavicles
+    total += bones
     return total
 
 

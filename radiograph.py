@@ -1,12 +1,12 @@
-"""One file -> an 8-bit gray image of moderate size, or one sentence that says why there is none.
+"""From files to 8-bit gray images: finding files, reading one, and a pool of processes for many.
 
     files = find_files(folder)
     image = load_image(folder / files[0], read_image, ImageSettings(size=256))
 
-read_image reads the common image formats; dicom.read_dicom and the demo's phantoms are read by
-functions of the same form. Whatever the format, an image ends as Pillow's mode L, (H, W) of 0 to
-255, whose shorter side is `size` pixels at most. A smaller image keeps its size: enlarging adds
-bytes and no information.
+load_image gives an image, or a DataError whose one sentence says why there is none. read_image
+reads the common image formats; dicom.read_dicom, for DICOM files, is called in the same way.
+Whatever the format, an image ends as Pillow's mode L, (H, W) of 0 to 255, whose shorter side is
+`size` pixels at most. A smaller image keeps its size: enlarging adds bytes and no information.
 """
 import ctypes
 import os
@@ -160,7 +160,10 @@ def reason(error: Exception) -> str:
 # Many files: a pool of processes.
 
 def in_parallel(function: Callable, items: list, workers: int, title: str) -> list:
-    """function(item) of all items, in their order, by `workers` processes under a progress bar."""
+    """function(item) of all items, in their order, by `workers` processes under a progress bar.
+
+    An exception in a worker is raised here, after the images in work. DataError where a worker
+    dies. The function and the results are pickled."""
     tqdm.monitor_interval = 0       # no thread: fork, which shares what is imported, wants none
     pool = ProcessPoolExecutor(workers, get_context("fork"), die_with_parent)
     try:

@@ -229,7 +229,7 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
     """[train|val|test/]class/….png. Where --csv and the folders disagree, --csv wins."""
     # What the folders say.
     images = [file for file in files if file.lower().endswith(EXTENSIONS)]
-    places = {file: place for file, place in zip(images, places_of(images), strict=True)}
+    places = dict(zip(images, places_of(images), strict=True))
     splits = {file: place.split for file, place in places.items()}
     patients = {}
     source = Source(sorted({place.class_name for place in places.values()} - {""}))
