@@ -7,13 +7,14 @@ column a label: 1 present, 0 absent, -1 uncertain, empty not mentioned.
     path,patient,split,Cardiomegaly,Lung Opacity
     images/p00001/s1.jpg,p00001,train,1,-1
 """
+import argparse
 import contextlib
 import csv
 import fcntl
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -73,6 +74,19 @@ def differing_flags(before: dict, now: dict) -> str:
         f"{now.get(name, 'not given')} here)"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name))
+
+
+def number_within(kind: Callable, low: float, high: float) -> Callable:
+    """A type for argparse: `kind` of the text, which if it is a number lies in `low` to
+    `high`."""
+    def convert(text):
+        value = kind(text)
+        if kind is not str and not low <= value <= high:        # NaN lies nowhere
+            raise argparse.ArgumentTypeError(f"{text} does not lie in {low:g} to {high:g}")
+        return value
+
+    convert.__name__ = kind.__name__        # argparse writes "invalid int value" from this
+    return convert
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,167 +1,158 @@
-"""Stage 1: SimCLR on unlabelled chest radiographs (Chen et al. 2020). Data folder in, encoder and curves out.
+"""Stage 1: SimCLR on unlabelled chest radiographs (Chen et al. 2020). Data folder in, encoder out.
 
-    python pretrain.py --demo                                   synthetic radiographs, a small ResNet, a few minutes
+    python pretrain.py --demo                                   drawn radiographs, a small ResNet
     python pretrain.py --data data/nih                          one GPU, or none
-    torchrun --nproc_per_node=8 pretrain.py --data data/nih     eight GPUs: the same batches, the same views, faster
+    torchrun --nproc_per_node=8 pretrain.py --data data/nih     eight GPUs: the same batches, faster
     tensorboard --logdir runs                                   the curves
 
-The run folder (--out) gets encoder.pt, all that the later stages need; last.pt, from which the same command goes on
-after any interruption as though there had been none; log.jsonl, config.json and TensorBoard's event files.
+The run folder (--out) gets encoder.pt, which is all that the later stages need; last.pt,
+from which the same command goes on after any interruption as though there had been none;
+and log.jsonl, config.json and TensorBoard's event files. A last.pt that is copied into a
+new run folder starts the run there, with other flags if you like.
 """
-import argparse
 import contextlib
+import dataclasses
 import hashlib
-import json
 import math
-import os
 import signal
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from sklearn.metrics import roc_auc_score
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+from torch import Tensor
 from torchvision.utils import make_grid
 
-from dali_pipeline import (
-    Augmentation, DataError, ImageError, Preprocessing, eval_loader, read_manifest, train_loader)
+import run
+from dali_pipeline import Augmentation, Preprocessing, eval_loader, train_loader
 from loss import chance_level, diagnostics, nt_xent
+from manifest import DataError, Manifest, read_manifest
 from model import (
-    ARCHITECTURES, FORMAT, MEAN, STD, CheckpointError, SimCLR, build_encoder, extract_features, load_checkpoint,
-    open_run, save_checkpoint)
+    ARCHITECTURES, FORMAT, MEAN, STD, SimCLR, build_encoder, extract_features, num_features)
+from probe import knn_auroc
+from run import CheckpointError, Compute, flag, load_checkpoint, save_checkpoint
 
-DEMO = dict(data="data/demo", out="runs/demo", arch="resnet18", image_size=64, normalize="image", batch_size=128,
-            epochs=14, warmup_epochs=1, optimizer="adamw", lr=2e-3, temperature=0.1, probe_every=4,
-            crop_area=(0.5, 1.0), rotation=20.0, blur=(0.1, 1.0), brightness=0.3, contrast=0.3)
-BASE_LR = {"lars": 0.3, "adam": 5e-4, "adamw": 5e-4}                    # for a batch of 256; scaled in proportion
-RESULTS = ("last.pt", "encoder.pt", "log.jsonl", "events.out.tfevents.*")       # what --overwrite gives up
-# Flags that say where and how a run computes, not what: they may differ when it goes on.
-NOT_THE_RUN = {"out", "resume", "overwrite", "max_steps", "save_every", "log_every", "threads", "precision", "compile"}
+# What a run writes, and --overwrite deletes. The first of them is what a run goes on from.
+RESULTS = ("last.pt", "encoder.pt", "log.jsonl", "events.out.tfevents.*")
+# Peak learning rates for a batch of 256. Larger batches get proportionally more (Goyal et
+# al. 2017).
+BASE_LR = {"lars": 0.3, "adam": 5e-4, "adamw": 5e-4}
+PUBLISHED = Augmentation()
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    group = parser.add_argument_group("data and run folder")
-    group.add_argument("--data", default="data/nih", help="data folder, made by prepare.py (default %(default)s)")
-    group.add_argument("--out", default="runs/pretrain", help="run folder (default %(default)s)")
-    group.add_argument("--demo", action="store_true", help="small run on data/demo, made if missing, into runs/demo")
-    group.add_argument("--synthetic", action="store_true", help="random tensors, no files: the step's ceiling of speed")
-    group.add_argument("--resume", default="auto", metavar="auto|PATH", help="checkpoint to go on from (default: "
-                       "last.pt of the run folder, if there)")
-    group.add_argument("--overwrite", action="store_true", help="begin anew in a run folder that holds a run")
-    group.add_argument("--seed", type=int, default=0, help="of weights, order and views (default %(default)s)")
+# --------------------------------------------------------------------------------------------------
+# Flags: name, type, default, what it means, and the range of a number.
 
-    group = parser.add_argument_group("network")
-    group.add_argument("--arch", choices=ARCHITECTURES, default="resnet50", help="encoder (default %(default)s)")
-    group.add_argument("--init", default="random", metavar="random|imagenet|PATH", help="encoder's first weights")
-    group.add_argument("--proj-layers", type=int, default=2, help="of the projection head (default %(default)s)")
-    group.add_argument("--proj-width", type=int, default=0, help="inside the head (default: the encoder's, 2048)")
-    group.add_argument("--proj-dim", type=int, default=128, help="at the head's end (default %(default)s)")
+@dataclass
+class Config:
+    """The defaults are the published recipe; --demo has others."""
+    data: str = flag("data/nih", "data folder, made by prepare.py", section="data and run folder")
+    out: str = flag("runs/pretrain", "run folder", may_differ=True)
+    demo: bool = flag(False, "small run on data/demo, made if missing, into runs/demo")
+    overwrite: bool = flag(False, "begin anew in a run folder that holds a run", may_differ=True)
+    seed: int = flag(0, "of weights, order and views", 0, 2**63 - 1)
 
-    group = parser.add_argument_group("preprocessing and views")
-    group.add_argument("--image-size", type=int, default=224, help="side of a view, pixels (default %(default)s)")
-    group.add_argument("--normalize", choices=("fixed", "image"), default="fixed", help="by a fixed mean and "
-                       "deviation, or after bringing each image to them (default %(default)s)")
-    group.add_argument("--clahe", action="store_true", help="adaptive histogram equalisation of each image")
-    default = Augmentation()
-    group.add_argument("--crop-area", type=float, nargs=2, default=default.crop_area, metavar=("LOW", "HIGH"),
-                       help="fraction of the image in a view (default %(default)s)")
-    group.add_argument("--flip", type=float, default=default.flip, help="probability of a mirror image (default "
-                       "%(default)s)")
-    group.add_argument("--rotation", type=float, default=default.rotation, help="degrees, to either side (default "
-                       "%(default)s)")
-    group.add_argument("--brightness", type=float, default=default.brightness, help="factor 1 ± this (default "
-                       "%(default)s)")
-    group.add_argument("--contrast", type=float, default=default.contrast, help="factor 1 ± this (default %(default)s)")
-    group.add_argument("--blur", type=float, nargs=2, default=default.blur, metavar=("LOW", "HIGH"),
-                       help="sigma, pixels of the view; 0 0 for none (default %(default)s)")
+    arch: str = flag("resnet50", "encoder", choices=ARCHITECTURES, section="network")
+    init: str = flag("random", "first weights of the encoder", metavar="random|imagenet|PATH")
+    proj_layers: int = flag(2, "layers of the projection head", 1)
+    proj_width: int = flag(0, "width inside the head; 0: that of the features", 0)
+    proj_dim: int = flag(128, "width of the projections", 1)
 
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=int, default=100, help="(default %(default)s)")
-    group.add_argument("--batch-size", type=int, default=512, help="images over all processes (default %(default)s)")
-    group.add_argument("--temperature", type=float, default=0.07, help="of NT-Xent (default %(default)s)")
-    group.add_argument("--optimizer", choices=BASE_LR, default="lars", help="(default %(default)s)")
-    group.add_argument("--lr", type=float, help="learning rate for a batch of 256 (default: lars 0.3, adam(w) 5e-4)")
-    group.add_argument("--weight-decay", type=float, default=1e-6, help="(default %(default)s)")
-    group.add_argument("--warmup-epochs", type=float, default=10, help="of linear warm-up (default %(default)s)")
-    group.add_argument("--max-steps", type=int, help="stop after this step; the schedule still spans --epochs")
+    image_size: int = flag(224, "side of a view, pixels", 1, section="preprocessing and views")
+    normalize: str = flag("fixed", "by a fixed mean and deviation, or each image to these",
+                          choices=("fixed", "image"))
+    clahe: bool = flag(False, "adaptive histogram equalisation of each image")
+    crop_area: tuple[float, float] = flag(
+        PUBLISHED.crop_area, "share of the image in a view", metavar=("LOW", "HIGH"))
+    flip: float = flag(PUBLISHED.flip, "probability of a mirror image", 0, 1)
+    rotation: float = flag(PUBLISHED.rotation, "degrees, to either side", 0, 360)
+    brightness: float = flag(PUBLISHED.brightness, "factor 1 ± this", 0, 0.999)
+    contrast: float = flag(PUBLISHED.contrast, "factor 1 ± this", 0, 0.999)
+    blur: tuple[float, float] = flag(
+        PUBLISHED.blur, "sigma, pixels of the view; 0 0 for none", metavar=("LOW", "HIGH"))
 
-    group = parser.add_argument_group("probe: k nearest neighbours on val, where there are labels")
-    group.add_argument("--probe-every", type=int, default=5, help="epochs; 0 for never (default %(default)s)")
-    group.add_argument("--probe-images", type=int, default=10_000, help="at most, of train and of val (default "
-                       "%(default)s)")
+    epochs: int = flag(100, "passes over the train split", 1, section="optimisation")
+    batch_size: int = flag(512, "images over all processes", 1)
+    temperature: float = flag(0.07, "of NT-Xent", 1e-6, 1e6)
+    optimizer: str = flag("lars", "as published: lars", choices=tuple(BASE_LR))
+    lr: float | None = flag(
+        None, "peak learning rate for a batch of 256 (default: lars 0.3, adam and adamw 5e-4)",
+        1e-12, 1e30)
+    weight_decay: float = flag(1e-6, "of weights, not of biases and batch norm", 0, 1e6)
+    warmup_epochs: float = flag(10.0, "of linear warm-up", 0, 1e6)
+    max_steps: int | None = flag(
+        None, "stop after this step; the schedule still spans --epochs", 1, may_differ=True)
 
-    group = parser.add_argument_group("how it computes")
-    group.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="auto: bf16 on a "
-                       "GPU that has it, fp16 on others, fp32 on a CPU")
-    group.add_argument("--compile", action="store_true", help="torch.compile the network")
-    group.add_argument("--threads", type=int, help="of the loader, a process (default: cores / processes, at most 8)")
-    group.add_argument("--log-every", type=int, default=10, help="steps (default %(default)s)")
-    group.add_argument("--save-every", type=int, default=250, help="steps (default %(default)s)")
+    probe_every: int = flag(5, "epochs; 0 for never", 0,
+                            section="probe: k nearest neighbours on val, where there are labels")
+    probe_images: int = flag(10_000, "at most, of train and of val", 1)
 
-    if parser.parse_known_args(argv)[0].demo:
-        parser.set_defaults(**DEMO)
-    args = parser.parse_args(argv)
-    for flag in ("epochs", "batch_size", "image_size", "proj_layers", "proj_dim", "log_every", "save_every",
-                 "probe_images", "max_steps", "threads", "temperature", "lr"):
-        value = getattr(args, flag)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            parser.error(f"--{flag.replace('_', '-')} {value} must be positive")
-    for flag in ("seed", "proj_width", "probe_every", "weight_decay", "warmup_epochs", "rotation"):
-        value = getattr(args, flag)
-        if not (value >= 0 and math.isfinite(value)):
-            parser.error(f"--{flag.replace('_', '-')} {value} must not be negative")
-    for flag in ("brightness", "contrast"):
-        if not 0 <= getattr(args, flag) < 1:
-            parser.error(f"--{flag} {getattr(args, flag)} must lie in 0 to 1, 1 left out")
-    if not 0 <= args.flip <= 1:
-        parser.error(f"--flip {args.flip} is a probability, from 0 to 1")
-    if not 0 < args.crop_area[0] <= args.crop_area[1] <= 1:
-        parser.error(f"--crop-area {args.crop_area[0]} {args.crop_area[1]} must rise, within 0 to 1")
-    if not (0 == args.blur[0] == args.blur[1] or 0 < args.blur[0] <= args.blur[1]):
-        parser.error(f"--blur {args.blur[0]} {args.blur[1]} must rise and be positive, or be 0 0")
-    if args.warmup_epochs >= args.epochs:
-        parser.error(f"--warmup-epochs {args.warmup_epochs:g} leaves nothing of --epochs {args.epochs}")
-    if args.seed >= 2**63:
-        parser.error(f"--seed {args.seed} must be below 2**63")
-    if args.overwrite and Path(args.out).resolve() in Path(args.resume).resolve().parents:
-        parser.error(f"--resume {args.resume} lies in --out {args.out}, which --overwrite empties")
-    args.data = str(Path(args.data))                                                # x/ is x
-    args.crop_area, args.blur = list(args.crop_area), list(args.blur)               # as JSON gives them back
-    args.lr = args.lr if args.lr is not None else BASE_LR[args.optimizer]
-    return args
+    precision: str = flag(**run.PRECISION, section="how it computes")
+    compile: bool = flag(False, "torch.compile the network", may_differ=True)
+    threads: int | None = flag(**run.THREADS)
+    log_every: int = flag(10, "steps", 1, may_differ=True)
+    save_every: int = flag(250, "steps", 1, may_differ=True)
 
+    @staticmethod
+    def presets(args) -> dict:
+        """Other defaults for --demo: minutes on two CPU cores."""
+        return {} if not args.demo else dict(
+            data="data/demo", out="runs/demo", arch="resnet18", image_size=64,
+            normalize="image", crop_area=(0.5, 1.0), rotation=20.0, blur=(0.1, 1.0),
+            brightness=0.3, contrast=0.3, epochs=14, batch_size=128, temperature=0.1,
+            optimizer="adamw", lr=2e-3, warmup_epochs=1.0, probe_every=4)
+
+    def __post_init__(self):
+        self.data = str(Path(self.data))                # data/nih/ is data/nih
+        self.lr = BASE_LR[self.optimizer] if self.lr is None else self.lr
+        low, high = self.crop_area
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"--crop-area {low} {high} must rise, within 0 to 1")
+        low, high = self.blur
+        if not (0 == low == high or 0 < low <= high):
+            raise ValueError(f"--blur {low} {high} must rise and be positive, or be 0 0")
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"--warmup-epochs {self.warmup_epochs:g} leaves nothing of --epochs "
+                             f"{self.epochs}")
+
+
+# --------------------------------------------------------------------------------------------------
+# What is trained.
 
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017) with momentum, as SimCLR uses it.
 
-    A weight's step is scaled by trust |w| / |g|, so that layers learn at the same relative pace however large the
-    batch; biases and batch norm (one-dimensional parameters) get neither that nor weight decay."""
+    A weight's step is scaled by trust |w| / |g|, so that layers learn at the same relative
+    pace however large the batch. Biases and batch norm, which are one-dimensional, get
+    neither that nor weight decay."""
 
-    def __init__(self, parameters, lr: float, weight_decay: float = 0.0, momentum: float = 0.9, trust: float = 0.001):
-        super().__init__(parameters, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, trust=trust))
+    def __init__(self, parameters, lr: float, weight_decay: float = 0.0, momentum: float = 0.9,
+                 trust: float = 0.001):
+        super().__init__(parameters, dict(
+            lr=lr, weight_decay=weight_decay, momentum=momentum, trust=trust))
 
     @torch.no_grad()
-    def step(self):
+    def step(self):  # pyright: ignore[reportIncompatibleMethodOverride]
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 gradient = p.grad
+                # Weights: decay, and a step in proportion to the weight's own norm.
                 if p.ndim > 1:
                     gradient = gradient.add(p, alpha=group["weight_decay"])
                     weight_norm, gradient_norm = p.norm(), gradient.norm()
-                    scale = torch.where((weight_norm > 0) & (gradient_norm > 0),
-                                        group["trust"] * weight_norm / gradient_norm, 1.0)
+                    # A weight or gradient of zero has no such proportion: its step stays as
+                    # it is.
+                    scale = torch.where(
+                        (weight_norm > 0) & (gradient_norm > 0),
+                        group["trust"] * weight_norm / gradient_norm, 1.0)
                     gradient = gradient * scale
+                # All parameters: momentum.
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 momentum = self.state[p]["momentum_buffer"]
@@ -169,338 +160,363 @@ class LARS(torch.optim.Optimizer):
                 p.add_(momentum, alpha=-group["lr"])
 
 
-def learning_rate(step: int, total_steps: int, warmup_steps: float, peak: float) -> float:
-    """Linear warm-up to `peak`, then half a cosine to zero."""
-    if step < warmup_steps:
-        return peak * (step + 1) / math.ceil(warmup_steps)
-    return peak * (1 + math.cos(math.pi * (step - warmup_steps) / (total_steps - warmup_steps))) / 2
+class Training:
+    """All that a step changes, which is all that last.pt keeps.
 
+    images: a digest of the train split's paths. The views follow from it, the flags and the
+    step, so that last.pt needs no state of the loader."""
 
-def knn_auroc(bank: Tensor, bank_labels: np.ndarray, queries: Tensor, query_labels: np.ndarray, k: int = 20) -> list:
-    """AUROC of each label when a query's score is the weighted vote of its k nearest neighbours in the bank.
+    def __init__(self, config: Config, compute: Compute, images: str):
+        torch.manual_seed(config.seed)
+        encoder = build_encoder(config.arch, config.init)
+        net = SimCLR(encoder, config.proj_layers, config.proj_width, config.proj_dim)
+        self.config, self.images, self.step = config, images, 0
+        self.net = compute.place(net)
 
-    bank (N, D), queries (M, D): features, any norm. Labels (N, L), (M, L): 1, 0, NaN for not mentioned, which counts as
-    absent, and -1 for uncertain, which is left out. A vote weighs exp(cosine / 0.07) (Wu et al. 2018). NaN where the
-    queries have one class only."""
-    cosine, neighbours = (F.normalize(queries) @ F.normalize(bank).T).topk(min(k, len(bank)))              # (M, k)
-    weights, neighbours = ((cosine - cosine[:, :1]) / 0.07).exp().cpu().numpy(), neighbours.cpu().numpy()
-    votes = np.nan_to_num(bank_labels)[neighbours]                                                         # (M, k, L)
-    known = weights[:, :, None] * (votes >= 0)
-    scores = (known * votes).sum(1) / known.sum(1).clip(min=1e-12)                                         # (M, L)
-    truth = np.nan_to_num(query_labels)
-    auroc = []
-    for score, label in zip(scores.T, truth.T):
-        score, label = score[label >= 0], label[label >= 0]
-        auroc.append(float(roc_auc_score(label, score)) if 0 < label.sum() < len(label) else math.nan)
-    return auroc
+        # Decay shrinks what multiplies features, not what shifts or scales them.
+        weights = [p for p in self.net.parameters() if p.ndim > 1]
+        biases = [p for p in self.net.parameters() if p.ndim <= 1]      # and batch norm
+        groups = [dict(params=weights, weight_decay=config.weight_decay),
+                  dict(params=biases, weight_decay=0.0)]
+        assert config.lr is not None                                    # Config sees to it
+        self.peak_lr = config.lr * config.batch_size / 256
+        if config.optimizer == "lars":
+            self.optimizer: torch.optim.Optimizer = LARS(groups, self.peak_lr)
+        else:
+            adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+            self.optimizer = adam(groups, self.peak_lr, fused=compute.cuda)
+        # float16 underflows where gradients are small, so the loss is scaled up; bf16 needs
+        # no scaling.
+        self.scaler = torch.amp.GradScaler(
+            compute.device.type, enabled=compute.precision == "fp16")
 
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in
-                                    (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    try:
-        with contextlib.ExitStack() as held:
-            pretrain(args, rank, local_rank, world_size, held)
-    except FloatingPointError as error:
-        sys.exit(f"pretrain.py: {error}; the last good checkpoint stays in {args.out}; a lower --lr may help"
-                 if rank == 0 else 1)
-    except torch.OutOfMemoryError:
-        sys.exit(f"pretrain.py: GPU {local_rank} has too little memory for --batch-size {args.batch_size} over "
-                 f"{world_size} processes at --image-size {args.image_size}: lower one of them, or take more GPUs")
-    except RuntimeError as error:
-        if world_size > 1 and "closed by peer" in str(error):           # which has said why
-            sys.exit(1)
-        raise
-    except (DataError, CheckpointError, OSError) as error:
-        if isinstance(error, OSError):                                  # a full disk, a folder that may not be written
-            error = f"{error.strerror or error}: {error.filename or args.out}"
-        # Wrong input is wrong for every process, and told once; a bad image is met by one alone.
-        sys.exit(f"pretrain.py: {error}" if rank == 0 or isinstance(error, ImageError) else 1)
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def pretrain(args: argparse.Namespace, rank: int, local_rank: int, world_size: int, held: contextlib.ExitStack) -> None:
-    # ------------------------------------------------------------------------------------------------ processes, device
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    cuda = torch.cuda.is_available()
-    if cuda and local_rank >= torch.cuda.device_count():
-        raise DataError(f"{local_world_size} processes are too many for {torch.cuda.device_count()} GPUs")
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
-    if world_size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    threads = args.threads or max(1, min(8, len(os.sched_getaffinity(0)) // local_world_size))
-    precision = args.precision
-    if precision == "auto":
-        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16" if bf16 else "fp16" if cuda else "fp32"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
-
-    def say(*words):
-        if rank == 0:
-            print(*words, flush=True)
-
-    # ------------------------------------------------------------------------------------------------------------- data
-    if args.demo and not args.synthetic:
-        if rank == 0 and not (Path(args.data) / "manifest.csv").exists():
-            import prepare
-            prepare.main(["demo", "--out", args.data])
-        if world_size > 1:
-            dist.barrier()
-    preprocessing = Preprocessing(args.image_size, args.normalize, args.clahe)
-    augmentation = Augmentation(args.crop_area, args.rotation, args.blur, args.flip, args.brightness, args.contrast)
-    if args.synthetic:
-        manifest, train = None, np.arange(100 * args.batch_size)
-    else:
-        if args.data == "data/nih" and not Path(args.data).exists():
-            raise DataError("data/nih does not exist: make it with `python prepare.py nih --src DIR --out data/nih`, "
-                            "name another folder with --data, or try `python pretrain.py --demo`, which brings its own")
-        manifest = read_manifest(args.data)
-        train = manifest.images("train")
-    if args.batch_size > len(train):
-        raise DataError(f"--batch-size {args.batch_size} is larger than the train split: {len(train)} images")
-    if args.batch_size % world_size:
-        raise DataError(f"--batch-size {args.batch_size} is global and must divide by the {world_size} processes")
-    total_steps = args.epochs * len(train) // args.batch_size           # batches run on across the seam of two epochs
-    warmup_steps = args.warmup_epochs * len(train) / args.batch_size
-    train_paths = "\n".join(manifest.paths[i] for i in train) if manifest else ""
-    train_digest = hashlib.sha256(train_paths.encode()).hexdigest()
-
-    # ---------------------------------------------------------------------------------------------------------- network
-    torch.manual_seed(args.seed)
-    net = SimCLR(build_encoder(args.arch, args.init), args.proj_layers, args.proj_width, args.proj_dim)
-    net = net.to(device, memory_format=torch.channels_last)
-    if world_size > 1 and cuda:
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)              # PyTorch has none on a CPU
-    peak_lr = args.lr * args.batch_size / 256
-    decayed, plain = [[p for p in net.parameters() if (p.ndim > 1) == flag] for flag in (True, False)]
-    groups = [dict(params=decayed, weight_decay=args.weight_decay), dict(params=plain, weight_decay=0.0)]
-    optimizer = (LARS(groups, peak_lr) if args.optimizer == "lars" else
-                 {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer](groups, peak_lr, fused=cuda))
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-
-    # ------------------------------------------------------------------------------------- run folder: resuming, saving
-    def restore(checkpoint: Path) -> int:
-        """Network, optimizer and scaler as they were; the step from which to go on."""
-        state = load_checkpoint(checkpoint)
+    def load(self, file: Path) -> None:
+        """Go on from a last.pt; CheckpointError or DataError where it belongs to another run."""
+        # Is it one of ours, and of this run? The first reason that a user can act on is
+        # told.
+        state = load_checkpoint(file)
         if not {"model", "optimizer", "scaler", "step", "config", "images", "rng"} <= state.keys():
-            raise CheckpointError(f"{checkpoint} is no last.pt of a pre-training run")
-        for flag in ("arch", "optimizer"):
-            if state["config"][flag] != getattr(args, flag):
-                raise CheckpointError(f"{checkpoint} has --{flag} {state['config'][flag]}, not {getattr(args, flag)}")
-        if state["images"] != train_digest:
-            raise DataError(f"{args.data}/manifest.csv lists other training images than when {checkpoint} was saved")
+            raise CheckpointError(f"{file} is no last.pt of a pre-training run")
+        for name in ("arch", "optimizer"):
+            theirs, ours = state["config"][name], getattr(self.config, name)
+            if theirs != ours:
+                raise CheckpointError(f"{file} has --{name} {theirs}, not {ours}")
+        if state["images"] != self.images:
+            raise DataError(f"{self.config.data}/manifest.csv lists other training images than "
+                            f"when {file} was saved")
+        # Widths, depths and so on are compared by PyTorch itself.
         try:
-            net.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
+            self.net.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[-1].strip()
-            raise CheckpointError(f"{checkpoint} does not fit these flags: {reason}") from None
-        for group, decay in zip(optimizer.param_groups, (args.weight_decay, 0.0)):
-            group["weight_decay"] = decay                               # the flag's, not the checkpoint's
-        scaler.load_state_dict(state["scaler"])
+            raise CheckpointError(f"{file} does not fit these flags: {reason}") from None
+        # The flag counts and not the checkpoint, which may come from a run with another
+        # one.
+        self.optimizer.param_groups[0]["weight_decay"] = self.config.weight_decay
+        self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
-        return state["step"]
+        self.step = state["step"]
 
-    out, last = Path(args.out), Path(args.out) / "last.pt"
-    step = restore(Path(args.resume)) if args.resume != "auto" else 0   # before anything in --out is touched
-    if rank == 0:
-        config = {k: v for k, v in vars(args).items() if k not in NOT_THE_RUN}
-        open_run(out, "pretrain", config, RESULTS, args.overwrite, held)
-        if args.resume != "auto" and last.exists():
-            raise DataError(f"{out} has a last.pt of its own: leave out --resume {args.resume} to go on from that one, "
-                            "or give it up with --overwrite")
+    def save(self) -> None:
+        """Write last.pt, then encoder.pt; FloatingPointError where a weight is not finite.
+
+        A kill between the two files leaves an older encoder.pt; the next run writes it again."""
+        # A poisoned state must not replace the last good one.
+        for name, value in self.net.state_dict().items():
+            if not value.isfinite().all():
+                raise diverged(f"{name} is not finite after step {self.step}", self.config)
+        config = dataclasses.asdict(self.config) | {"mean": MEAN, "std": STD}
+        save_checkpoint(Path(self.config.out) / "last.pt", {
+            "model": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(), "step": self.step, "config": config,
+            "images": self.images, "rng": torch.get_rng_state()})
+        save_checkpoint(Path(self.config.out) / "encoder.pt", {
+            "format": FORMAT, "arch": self.config.arch, "step": self.step, "config": config,
+            "encoder": self.net.encoder.state_dict()})
+
+
+# --------------------------------------------------------------------------------------------------
+# What is prepared before the loop.
+
+def diverged(what: str, config: Config) -> FloatingPointError:
+    return FloatingPointError(f"{what}; the last good checkpoint stays in {config.out}; "
+                              "a lower --lr may help")
+
+
+def open_run_folder(training: Training, config: Config, compute: Compute,
+                    resources: contextlib.ExitStack) -> None:
+    """Lock the run folder for this run and bring `training` to where its last.pt left off."""
+    out, last = Path(config.out), Path(config.out) / "last.pt"
+    if compute.rank == 0:
+        if last.exists() and not (out / "config.json").exists() and not config.overwrite:
+            training.load(last)         # copied here: does it fit, before the folder is claimed?
+        run.open_run(config, "pretrain", RESULTS, resources, starts_from="last.pt")
         if (out / "encoder.pt").exists() and not last.exists():
-            raise DataError(f"{out} holds an encoder.pt and no last.pt to go on from; choose another --out, or "
-                            "give it up with --overwrite")
-        if not last.exists():                           # what a run left that was killed before it saved
+            raise DataError(f"{out} holds an encoder.pt and no last.pt to go on from; choose "
+                            "another --out, or give it up with --overwrite")
+        if not last.exists():
+            # Curves of a run that was killed before its first checkpoint.
             for old in [*out.glob("log.jsonl"), *out.glob("events.out.tfevents.*")]:
                 old.unlink()
-    if world_size > 1:
-        dist.barrier()
+    # From here on the folder belongs to this run, and all processes start from the same
+    # file.
+    compute.barrier()
     if last.exists():
-        step = restore(last)
-    if world_size > 1:
-        spread = torch.tensor([step, -step])
-        dist.all_reduce(spread, dist.ReduceOp.MAX)
-        if spread.sum():
-            raise DataError(f"the processes do not see the same {last}: --out must lie on storage that all of them see")
-    stop_at = min(total_steps, args.max_steps or total_steps)
+        training.load(last)
+    if not compute.agree_on(training.step):
+        raise DataError(f"the processes do not see the same {last}: --out must lie on storage "
+                        "that all of them see")
 
-    def save():
-        """last.pt first: whoever finds it newer than encoder.pt writes that again."""
-        if rank == 0:
-            for name, value in net.state_dict().items():
-                if not value.isfinite().all():
-                    raise FloatingPointError(f"{name} is not finite after step {step}")
-            config = vars(args) | {"mean": MEAN, "std": STD}
-            save_checkpoint(last, {
-                "model": net.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                "step": step, "epoch": step * args.batch_size // len(train), "config": config, "images": train_digest,
-                "rng": torch.get_rng_state()})
-            save_checkpoint(out / "encoder.pt", {"format": FORMAT, "arch": args.arch, "step": step, "config": config,
-                                                 "encoder": net.encoder.state_dict()})
 
-    if step >= stop_at:
-        encoder = out / "encoder.pt"
-        if not encoder.exists() or load_checkpoint(encoder).get("step") != step:
-            save()
-        what = "is complete" if step >= total_steps else "has reached --max-steps"
-        say(f"{out} {what}: step {step} of {total_steps}, encoder in {encoder}")
-        return
-    model = torch.compile(net) if args.compile else net
-    if world_size > 1:
-        model = DistributedDataParallel(model, device_ids=[local_rank] if cuda else None, gradient_as_bucket_view=True,
-                                        broadcast_buffers=not cuda)     # SyncBatchNorm's are the same already
+def read_data(config: Config, compute: Compute) -> tuple[Manifest, np.ndarray]:
+    """The data folder and the images of its train split; for --demo it is made first."""
+    # The other processes wait until the first one has drawn the demo's radiographs.
+    if config.demo and compute.rank == 0 and not Path(config.data, "manifest.csv").exists():
+        import prepare                  # stage 0 is needed for the demo alone
+        prepare.main(["demo", "--out", config.data])
+    compute.barrier()
+    if config.data == Config.data and not Path(config.data).exists():
+        raise DataError(
+            "data/nih does not exist: make it with `python prepare.py nih --src DIR --out "
+            "data/nih`, name another folder with --data, or try `python pretrain.py --demo`, which "
+            "brings its own")
+    manifest = read_manifest(config.data)
+    train = manifest.images("train")
+    if config.batch_size > len(train):
+        raise DataError(f"--batch-size {config.batch_size} is larger than the train split: "
+                        f"{len(train)} images")
+    if config.batch_size % compute.world_size:
+        raise DataError(f"--batch-size {config.batch_size} is global and must divide by the "
+                        f"{compute.world_size} processes")
+    return manifest, train
 
-    writer, log_file = None, None
-    if rank == 0:
-        if (out / "log.jsonl").exists():        # lines behind the checkpoint, of steps that will be taken once more
-            lines = [x for x in (out / "log.jsonl").read_text().splitlines(True) if x.endswith("\n")]
-            (out / "log.jsonl").write_text("".join(x for x in lines if json.loads(x)["step"] <= step))
-        log_file = open(out / "log.jsonl", "a")
-        writer = SummaryWriter(out, purge_step=step + 1 if step else None)
-        if not step:
-            writer.add_text("config", "\n".join(f"    {k} = {v}" for k, v in vars(args).items()))
 
-    def place() -> str:
-        return f"epoch {step * args.batch_size // len(train):03d} step {step:05d}/{total_steps}"
+class Schedule(NamedTuple):
+    """When things happen, in steps. Batches run on from one epoch into the next."""
+    images: int                         # in the train split
+    batch_size: int                     # over all processes
+    total: int                          # steps of all --epochs
+    warmup: float                       # steps
+    end: int                            # where this run stops: total, or --max-steps
+    probes: set[int]                    # steps after which the features are probed
 
-    def log(scalars: dict):
-        """One line of log.jsonl and one point on each curve."""
-        if rank == 0:
-            log_file.write(json.dumps({"step": step, "epoch": round(step * args.batch_size / len(train), 3)} | {
-                k: v if math.isfinite(v) else None for k, v in scalars.items()}) + "\n")
-            log_file.flush()
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, step)
+    def epoch(self, step: int) -> float:
+        return step * self.batch_size / self.images
 
-    say(f"{args.arch} from {args.init}, {sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters, "
-        f"{precision} on {world_size} x {torch.cuda.get_device_name(device) if cuda else 'CPU'}")
-    say(f"{len(train)} images of {args.data if manifest else 'noise'} at {args.image_size} px, {args.epochs} epochs = "
-        f"{total_steps} steps of {args.batch_size} images ({args.batch_size // world_size} a process)")
-    say(f"{args.optimizer}, learning rate {peak_lr:.3g} = {args.lr:g} x {args.batch_size} / 256")
-    if world_size > 1 and not cuda:
+    def place(self, step: int) -> str:
+        return (f"epoch {step * self.batch_size // self.images:03d} "
+                f"step {step:05d}/{self.total}")
+
+
+def plan(config: Config, manifest: Manifest, images: int) -> Schedule:
+    total = config.epochs * images // config.batch_size
+    warmup = config.warmup_epochs * images / config.batch_size
+    probes = set()
+    if config.probe_every and manifest.label_names and "val" in manifest.splits:
+        epochs = range(0, config.epochs, config.probe_every)
+        probes = {epoch * images // config.batch_size for epoch in epochs} | {total}
+    end = min(total, config.max_steps or total)
+    return Schedule(images, config.batch_size, total, warmup, end, probes)
+
+
+def probe(training: Training, compute: Compute, manifest: Manifest,
+          preprocessing: Preprocessing) -> dict[str, float]:
+    """Do the features get better, and not only the loss? {name: AUROC} on val.
+
+    Each label of val is predicted by the nearest neighbours in train, see `knn_auroc`;
+    first comes the mean over the labels, as `probe/auroc`."""
+    config, encoder = training.config, training.net.encoder
+    # On a CPU each process has statistics of its own; the features must come from one
+    # network.
+    compute.share_buffers(training.net)
+    features, labels = [], []
+    for split in ("train", "val"):
+        # The same random images every time, so that two points of the curve can be
+        # compared.
+        images = np.random.default_rng(config.seed).permutation(manifest.images(split))
+        images = np.sort(images[:config.probe_images])
+        loader = eval_loader(manifest, images, max(1, 2 * config.batch_size // compute.world_size),
+                             preprocessing, **compute.loader_arguments())
+        x = extract_features(encoder, num_features(encoder), loader, compute.dtype)     # (n, D)
+        if not x.isfinite().all():
+            raise diverged(f"the features are not finite after step {training.step}", config)
+        features.append(x)
+        labels.append(manifest.labels[images])
+    auroc = knn_auroc(features[0], labels[0], features[1], labels[1])
+    mean = float(np.nanmean(auroc)) if not np.isnan(auroc).all() else math.nan
+    by_label = {f"probe/{name}": value for name, value in zip(manifest.label_names, auroc)}
+    return {"probe/auroc": mean} | by_label
+
+
+class Progress:
+    """Loss and time since the last log line. The loss stays on the GPU until it is read there."""
+
+    NEVER = torch.iinfo(torch.int64).max
+
+    def __init__(self, config: Config, compute: Compute, step: int):
+        self.config, self.compute = config, compute
+        self.first_bad = torch.tensor(self.NEVER, device=compute.device)
+        self._begin(step)
+
+    def _begin(self, step: int) -> None:
+        self.loss_sum = torch.zeros((), device=self.compute.device)
+        self.step, self.clock, self.waited = step, time.perf_counter(), 0.0
+
+    def add(self, loss: Tensor, step: int) -> None:
+        """The loss of the step that led to `step`; whether it is finite is asked in `read`."""
+        self.loss_sum += loss.detach()
+        self.first_bad = self.first_bad.minimum(torch.where(loss.isfinite(), self.NEVER, step))
+
+    def read(self, z1: Tensor, z2: Tensor, step: int) -> dict[str, float]:
+        """What to log, averaged over the processes, and begin anew. z1, z2: the last projections.
+
+        FloatingPointError where the loss of a step since the last line was not finite."""
+        steps = step - self.step
+        scalars = diagnostics(z1.detach(), z2.detach()) | {"loss": self.loss_sum / steps}
+        averages = self.compute.reduce(torch.stack(list(scalars.values())))
+        first_bad = int(self.compute.reduce(self.first_bad, dist.ReduceOp.MIN))
+        if first_bad < self.NEVER:
+            raise diverged(f"the loss is not finite at step {first_bad}", self.config)
+        averages = (averages / self.compute.world_size).tolist()
+        seconds, waited = time.perf_counter() - self.clock, self.waited
+        self._begin(step)
+        return dict(zip(scalars, averages)) | {
+            "images_per_second": steps * self.config.batch_size / seconds,
+            "wait_seconds": waited, "wait_share": waited / seconds}
+
+
+def view_pairs(view1: Tensor, view2: Tensor) -> Tensor:
+    """The first eight images' views, one above the other, as a picture (3, H, W) in [0, 1]."""
+    pairs = torch.stack([view1[:8], view2[:8]]).flatten(0, 1).float().cpu() * STD + MEAN
+    return make_grid(pairs.clamp(0, 1), nrow=len(view1[:8]))
+
+
+def introduce(training: Training, schedule: Schedule, compute: Compute) -> None:
+    """Say what is about to be trained, on what, and how."""
+    config, say = training.config, compute.say
+    parameters = sum(p.numel() for p in training.net.parameters()) / 1e6
+    say(f"{config.arch} from {config.init}, {parameters:.1f} M parameters, {compute.precision} on "
+        f"{compute.world_size} x {compute.name}")
+    say(f"{schedule.images} images of {config.data} at {config.image_size} px, {config.epochs} "
+        f"epochs = {schedule.total} steps of {config.batch_size} images "
+        f"({config.batch_size // compute.world_size} a process)")
+    say(f"{config.optimizer}, learning rate {training.peak_lr:.3g} = {config.lr:g} x "
+        f"{config.batch_size} / 256")
+    if compute.world_size > 1 and not compute.cuda:
         say("batch norm sees each process's images alone: there is no SyncBatchNorm on a CPU")
-    if step:
-        say(f"going on from {last if args.resume == 'auto' else args.resume}, step {step}")
-
-    # ------------------------------------------------------------------------------------------------------------ probe
-    probe_auroc = math.nan
-    probe_steps = set()
-    if manifest and args.probe_every and "val" in manifest.splits and manifest.label_names:
-        val = manifest.images("val")
-        probe_steps = {epoch * len(train) // args.batch_size for epoch in range(0, args.epochs, args.probe_every)}
-        probe_steps.add(total_steps)
-    else:
+    if not schedule.probes:
         say("no probe of the features: it needs --probe-every, labels and a val split")
+    if training.step:
+        say(f"going on from {config.out}/last.pt, step {training.step}")
 
-    def probe():
-        """Do the features get better, and not only the loss? Mean AUROC over the labels on val, from train's."""
-        chosen = [np.sort(np.random.default_rng(args.seed).permutation(images)[:args.probe_images])
-                  for images in (train, val)]
-        if world_size > 1:                      # on a CPU each process has batch norm statistics of its own
-            for buffer in net.buffers():
-                dist.broadcast(buffer, 0)
-        features = [extract_features(
-            net.encoder, eval_loader(manifest, images, max(1, 2 * args.batch_size // world_size), preprocessing, device,
-                                     rank, world_size, threads, half=dtype is not None),
-            len(images), rank, world_size, dtype) for images in chosen]
-        if not all(x.isfinite().all() for x in features):
-            raise FloatingPointError(f"the features are not finite after step {step}")
-        if rank == 0:
-            nonlocal probe_auroc
-            auroc = knn_auroc(features[0], manifest.labels[chosen[0]], features[1], manifest.labels[chosen[1]])
-            probe_auroc = float(np.nanmean(auroc)) if not np.isnan(auroc).all() else math.nan
-            named = dict(zip(manifest.label_names, auroc))
-            log({"probe/auroc": probe_auroc} | {f"probe/{name}": value for name, value in named.items()})
-            some = [f"{name} {value:.3f}" for name, value in named.items()][:15] + ["..."] * (len(named) > 15)
-            say(f"{place()} | probe AUROC {probe_auroc:.4f} ({', '.join(some)})")
 
-    signalled = []                  # often twice, by the cluster and by torchrun: no reason to leave without saving
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: signalled.append(number))
+# --------------------------------------------------------------------------------------------------
+# The stage.
 
-    # --------------------------------------------------------------------------------------------------------- training
-    if args.synthetic:
-        shape = (args.batch_size // world_size, 1, args.image_size, args.image_size)
-        loader = [[torch.randn(shape, device=device), torch.randn(shape, device=device), None]] * (stop_at - step)
-    else:
-        loader = train_loader(manifest, train, args.batch_size, range(step, stop_at), 2, augmentation, preprocessing,
-                              args.seed, device, rank, world_size, threads, half=dtype is not None)
-    if step == 0 and step in probe_steps:
-        probe()
+def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) -> None:
+    """Train until --epochs, --max-steps or a signal. Raises FloatingPointError where it
+    diverges."""
+    # The data, when what happens, and how views are made.
+    say = compute.say
+    manifest, train = read_data(config, compute)
+    schedule = plan(config, manifest, len(train))
+    preprocessing = Preprocessing(config.image_size, config.normalize, config.clahe)
+    augmentation = Augmentation(config.crop_area, config.rotation, config.blur, config.flip,
+                                config.brightness, config.contrast)
+
+    # Network, optimizer and step, as the last.pt of the run folder left them.
+    paths = "\n".join(manifest.paths[i] for i in train)
+    training = Training(config, compute, hashlib.sha256(paths.encode()).hexdigest())
+    open_run_folder(training, config, compute, resources)
+    net, optimizer, scaler, first = training.net, training.optimizer, training.scaler, training.step
+    encoder = Path(config.out) / "encoder.pt"
+    # Nothing left to do: see that encoder.pt is that of last.pt, and leave everything as it
+    # is.
+    if first >= schedule.end:
+        stale = not encoder.exists() or load_checkpoint(encoder).get("step") != first
+        if compute.rank == 0 and stale:
+            training.save()
+        what = "is complete" if first >= schedule.total else "has reached --max-steps"
+        say(f"{config.out} {what}: step {first} of {schedule.total}, encoder in {encoder}")
+        return
+
+    # Everything is known to fit: from here on the run writes.
+    introduce(training, schedule, compute)
+    model = compute.data_parallel(torch.compile(net) if config.compile else net)
+    curves, stop = run.Curves(config, compute, first), run.StopSignal(resources)
+    progress, chance = Progress(config, compute, first), chance_level(config.batch_size)
+    loss, auroc = math.nan, math.nan            # the latest, for the table of hyper-parameters
+    batches = iter(train_loader(
+        manifest, train, config.batch_size, range(first, schedule.end), 2, augmentation,
+        preprocessing, config.seed, **compute.loader_arguments()))
     model.train()
-    never = torch.iinfo(torch.int64).max
-    first_bad = torch.tensor(never, device=device)          # first step whose loss is not finite, found without waiting
-    loss_sum, waited, logged, clock = torch.zeros((), device=device), 0.0, step, time.perf_counter()
-    batches, first = iter(loader), step
-    while step < stop_at:
-        lr = learning_rate(step, total_steps, warmup_steps, peak_lr)
+    while True:
+        step, pause = training.step, time.perf_counter()
+
+        # Every few epochs: do the features get better, and not only the loss?
+        if step in schedule.probes and (step > first or step == 0):
+            scores = probe(training, compute, manifest, preprocessing)
+            curves.add(step, schedule.epoch(step), scores)
+            auroc = scores["probe/auroc"]
+            labels = [f"{name} {scores[f'probe/{name}']:.3f}" for name in manifest.label_names]
+            labels = labels[:15] + ["..."] * (len(labels) > 15)
+            say(f"{schedule.place(step)} | probe AUROC {auroc:.4f} ({', '.join(labels)})")
+
+        # Every few steps, at the end, and when somebody wants the machine: save.
+        signalled = stop.received(compute)
+        due = step % config.save_every == 0 or step in schedule.probes or step == schedule.end
+        if compute.rank == 0 and step > first and (due or signalled):
+            training.save()
+        if signalled:
+            command = "the same command" + (" without --overwrite" if config.overwrite else "")
+            say(f"{signal.Signals(signalled).name} at step {step}: saved {config.out}/last.pt; "
+                f"{command} goes on")
+            sys.exit(128 + signalled)
+        if step == schedule.end:
+            break
+        progress.clock += time.perf_counter() - pause           # speed is that of training
+
+        # One step. The learning rate depends on the step alone ...
+        lr = run.learning_rate(step, schedule.total, schedule.warmup, training.peak_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        # ... two views of each image go through the network as one batch ...
         asked = time.perf_counter()
-        view1, view2, _ = next(batches)                                                     # (N, 1, S, S) each
-        waited += time.perf_counter() - asked
-        x = torch.cat([view1, view2]).contiguous(memory_format=torch.channels_last)         # (2N, 1, S, S)
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            z1, z2 = model(x).chunk(2)                                                      # (N, proj_dim) each
-        loss = nt_xent(z1, z2, args.temperature)
-        scaler.scale(loss).backward()
+        view1, view2, _ = next(batches)                                     # (N, 1, S, S) each
+        progress.waited += time.perf_counter() - asked
+        x = torch.cat([view1, view2])                                       # (2N, 1, S, S)
+        with compute.autocast():
+            z = model(x.contiguous(memory_format=torch.channels_last))      # (2N, proj_dim)
+        # ... and each projection has to find its partner among those of all processes.
+        z1, z2 = z.chunk(2)                                                 # (N, proj_dim) each
+        batch_loss = nt_xent(z1, z2, config.temperature)
+        scaler.scale(batch_loss).backward()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        loss_sum += loss.detach()
-        first_bad = first_bad.minimum(torch.where(loss.isfinite(), never, step + 1))
-        if rank == 0 and step == first:
-            pairs = torch.stack([view1[:8], view2[:8]]).flatten(0, 1).float().cpu() * STD + MEAN
-            writer.add_image("views", make_grid(pairs.clamp(0, 1), nrow=len(view1[:8])), step)
-        step += 1
+        if step == first:
+            curves.add_image("views", view_pairs(view1, view2), step)
+        training.step = step = step + 1
+        progress.add(batch_loss, step)
 
-        if step % args.log_every == 0 or step == stop_at:
-            scalars = diagnostics(z1.detach(), z2.detach()) | {"loss": loss_sum / (step - logged)}
-            averages = torch.stack(list(scalars.values()))
-            if world_size > 1:
-                dist.all_reduce(averages)
-                dist.all_reduce(first_bad, dist.ReduceOp.MIN)
-            if first_bad < never:
-                raise FloatingPointError(f"the loss is not finite at step {first_bad.item()}")
-            scalars = dict(zip(scalars, (averages / world_size).tolist()))
-            seconds = time.perf_counter() - clock
-            speed = (step - logged) * args.batch_size / seconds
-            log(scalars | {"chance": chance_level(args.batch_size), "lr": lr, "images_per_second": speed,
-                           "wait_seconds": waited})
-            left = int((stop_at - step) * seconds / (step - logged))
-            say(f"{place()} | loss {scalars['loss']:.4f} (chance {chance_level(args.batch_size):.2f}) | lr {lr:.2e} | "
-                f"{speed:.0f} img/s | wait {waited / seconds:.0%} | eta {left // 3600}h{left // 60 % 60:02d}m")
-            loss_sum.zero_()
-            waited, logged, clock = 0.0, step, time.perf_counter()
-        pause = time.perf_counter()
-        if step in probe_steps:
-            probe()
-        stop = torch.tensor(signalled[0] if signalled else 0)
-        if world_size > 1:
-            dist.all_reduce(stop, dist.ReduceOp.MAX)        # over gloo, on the CPU: all leave at the same step
-        if step % args.save_every == 0 or step == stop_at or step in probe_steps or stop:
-            save()
-        if stop:
-            but = " without --overwrite and --resume" if args.overwrite or args.resume != "auto" else ""
-            say(f"{signal.Signals(stop.item()).name} at step {step}: saved {last}; the same command{but} goes on")
-            sys.exit(128 + stop.item())
-        clock += time.perf_counter() - pause                # speed is that of training
-    if rank == 0:
-        flags = {k: v if isinstance(v, int | float | bool) else str(v) for k, v in vars(args).items()}
-        for summary in hparams(flags, {"loss": scalars["loss"], "probe/auroc": probe_auroc}):
-            writer.file_writer.add_summary(summary)
-        writer.close()
-    say(f"done: {out / 'encoder.pt'}")
+        # Every few steps: a point on the curves. Nowhere else does the host wait for the
+        # GPU.
+        if step % config.log_every == 0 or step == schedule.end:
+            scalars = progress.read(z1, z2, step) | {"chance": chance, "lr": lr}
+            curves.add(step, schedule.epoch(step), scalars)
+            loss, speed = scalars["loss"], scalars["images_per_second"]
+            left = int((schedule.end - step) * config.batch_size / speed)           # seconds
+            say(f"{schedule.place(step)} | loss {loss:.4f} (chance {chance:.2f}) | lr {lr:.2e} | "
+                f"{speed:.0f} img/s | wait {scalars['wait_share']:.0%} | "
+                f"eta {left // 3600}h{left // 60 % 60:02d}m")
+
+    curves.close(config, {"loss": loss, "probe/auroc": auroc})
+    say(f"done: {encoder}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    run.main(pretrain, Config, argv)
 
 
 if __name__ == "__main__":

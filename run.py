@@ -70,11 +70,11 @@ def positional(help: str, metavar: str) -> Any:
         "help": help, "metavar": metavar, "positional": True, "may_differ": True})
 
 
-# The same in every stage that trains or extracts features.
-PRECISION = dict(
+# The same in every stage that trains or extracts features: `precision: str = flag(**PRECISION)`.
+PRECISION: dict[str, Any] = dict(
     default="auto", choices=("auto", "bf16", "fp16", "fp32"), may_differ=True,
     help="auto: bf16 on a GPU that has it, fp16 on other GPUs, fp32 on a CPU")
-THREADS = dict(
+THREADS: dict[str, Any] = dict(
     default=None, low=1, high=256, may_differ=True,
     help="of the loader, for each process (default: cores / processes, at most 8)")
 
@@ -260,8 +260,8 @@ def learning_rate(step: int, total_steps: int, warmup_steps: float, peak: float 
     """Linear warm-up to `peak`, then half a cosine to zero."""
     if step < warmup_steps:
         return peak * (step + 1) / math.ceil(warmup_steps)
-    progress = (step - warmup_steps) / (total_steps - warmup_steps)
-    return peak * (1 + math.cos(math.pi * progress)) / 2
+    angle = math.pi * (step - warmup_steps) / (total_steps - warmup_steps)
+    return peak * (1 + math.cos(angle)) / 2
 
 
 # --------------------------------------------------------------------------------------------------
@@ -318,7 +318,7 @@ class StopSignal:
 # The run folder: config.json says which run it holds.
 
 def open_run(config: RunConfig, stage: str, results: tuple[str, ...],
-             resources: contextlib.ExitStack, **more) -> None:
+             resources: contextlib.ExitStack, starts_from: str = "", **more) -> None:
     """Make the run folder, or recognise the run in it, and keep it locked until the run
     ends.
 
@@ -326,10 +326,12 @@ def open_run(config: RunConfig, stage: str, results: tuple[str, ...],
     them exists holds something that could be lost. CheckpointError says which flags
     differ from those of the run that made it, unless --overwrite is given, which
     deletes the results. A folder that holds anything but a run of this stage is refused
-    in any case. `more` is compared as flags are.
-    """
+    in any case.
+    starts_from: a file that alone may lie in a new run folder, for the run to start from.
+    more: compared as flags are."""
     out = Path(config.out)
-    if out.is_dir() and any(out.iterdir()) and not (out / "config.json").exists():
+    contents = {file.name for file in out.iterdir()} if out.is_dir() else set()
+    if contents - {starts_from} and "config.json" not in contents:
         raise CheckpointError(f"{out} is not empty and holds no run; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     file = resources.enter_context(open(out / "config.json", "a+", encoding="utf-8"))
@@ -348,7 +350,7 @@ def open_run(config: RunConfig, stage: str, results: tuple[str, ...],
         for pattern in results:
             for old in out.glob(pattern):
                 old.unlink()
-    elif difference and (out / results[0]).exists():
+    elif before and difference and (out / results[0]).exists():
         raise CheckpointError(f"{out} holds a run with other flags: {difference}; choose another "
                               "--out, or give up that run with --overwrite")
     if difference:
