@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import io
 import itertools
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,11 +31,11 @@ import prepare
 from dali_pipeline import Augmentation, Loader, Preprocessing, train_loader
 from labels import draw
 from loss import nt_xent
-from manifest import Manifest, read_manifest
+from manifest import Manifest, number_within, read_manifest
 from model import ARCHITECTURES, MEAN, STD, SimCLR, build_encoder
 from pretrain import LARS
 from probe import STRENGTHS, fit_logistic
-from run import number_within
+from radiograph import ImageSettings, read_image
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -58,12 +57,6 @@ def median_seconds(work: Callable, repeats: int, clock: Callable = time.perf_cou
     return float(np.median(seconds[1:]))
 
 
-def processor_seconds() -> float:
-    """Of this process and of the processes that it started and that have ended."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
-
-
 def report(part: str, unit: str, figures: dict[str, float]) -> None:
     """Print a line for each contender; the ratio is to the first one, which is ours."""
     ours = next(iter(figures.values()))
@@ -75,29 +68,17 @@ def report(part: str, unit: str, figures: dict[str, float]) -> None:
 # --------------------------------------------------------------------------------------------------
 # Stage 0.
 
-def quietly_prepare(*flags: str) -> None:
-    """Run prepare.py without its progress bar and its summary."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        prepare.main(list(flags))
-
-
 def bench_prepare(args: argparse.Namespace, folder: Path) -> None:
-    """Folder of 1024 x 1024 PNGs -> data folder of 256-pixel JPEGs: CPU time for an image.
-
-    Ours is the whole stage with one worker process, its start and the manifest included.
-    The loop over Pillow does nothing but read, resize and write."""
-    # Drawing is slow: a few radiographs, each of them several times.
-    copies, source, out = 8, folder / "source" / "class", folder / "out"
-    source.mkdir(parents=True)
-    for patient in range(4):
-        image = Image.fromarray(phantom.phantom(0, patient, 0, 1024))
-        for copy in range(copies):
-            image.save(source / f"{patient}_{copy}.png")
-    files = sorted(source.iterdir())
+    """1024 x 1024 PNG -> 256-pixel JPEG: processor time of one core for an image."""
+    files = [folder / f"{patient}.png" for patient in range(8)]
+    for patient, file in enumerate(files):
+        Image.fromarray(phantom.phantom(0, patient, 0, 1024)).save(file)
+    items = [prepare.Item(file.name, f"{file.stem}.jpg", "", "", ()) for file in files]
+    conversion = prepare.Conversion(read_image, folder, folder / "out", ImageSettings())
 
     def ours():
-        quietly_prepare("folder", "--src", str(source.parent), "--out", str(out),
-                        "--workers", "1", "--overwrite")
+        for item in items:
+            assert not prepare.convert(item, conversion)
 
     def loop():
         for file in files:
@@ -111,7 +92,7 @@ def bench_prepare(args: argparse.Namespace, folder: Path) -> None:
 
     contenders = {"prepare.py": ours, "a loop over Pillow": loop, "decoding alone": decode}
     report("prepare", "ms an image", {
-        name: 1000 * median_seconds(work, args.repeats, processor_seconds) / len(files)
+        name: 1000 * median_seconds(work, args.repeats, time.process_time) / len(files)
         for name, work in contenders.items()})
 
 
@@ -121,7 +102,8 @@ def bench_prepare(args: argparse.Namespace, folder: Path) -> None:
 def demo_folder(args: argparse.Namespace, folder: Path) -> Manifest:
     """A data folder of drawn radiographs, four images of each patient."""
     patients = max(8, args.batch_size // 2)
-    quietly_prepare("demo", "--out", str(folder), "--patients", str(patients))
+    with contextlib.redirect_stdout(None):
+        prepare.main(["demo", "--out", str(folder), "--patients", str(patients)])
     return read_manifest(folder)
 
 
