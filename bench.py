@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
@@ -253,7 +253,7 @@ def bench_fed(args: argparse.Namespace, folder: Path) -> None:
 # --------------------------------------------------------------------------------------------------
 # GPU memory.
 
-def saved_bytes(net: SimCLR, x: Tensor) -> int:
+def saved_bytes(net: nn.Module, x: Tensor) -> int:
     """What a forward pass in bf16 keeps for its backward pass, parameters left out."""
     parameters = {p.untyped_storage().data_ptr() for p in net.parameters()}
     # Several operations save the same storage. Holding on to each one makes sure that no
