@@ -51,13 +51,12 @@ def draw_image(axes: Axes, pixels: np.ndarray, title: str = "", side: str = "") 
 
 
 def draw_curve(axes: Axes, points: list[tuple[float, float]], color: str, title: str,
-               reference: float, meaning: str, below: bool) -> None:
+               reference: float, meaning: str) -> None:
     """A curve over epochs and the dashed line that it has to leave."""
     axes.plot(*zip(*points), color=color, lw=2, marker="o" if len(points) < 9 else "")
     axes.axhline(reference, color=FAINT, lw=1, ls="--")
     axes.annotate(meaning, (1, reference), xycoords=("axes fraction", "data"), fontsize=9,
-                  xytext=(0, 4 if not below else -4), textcoords="offset points", color=FAINT,
-                  ha="right", va="bottom" if not below else "top")
+                  xytext=(0, -4), textcoords="offset points", color=FAINT, ha="right", va="top")
     epoch, value = points[-1]
     axes.annotate(f"{value:.3f}" if value < 1 else f"{value:.2f}", (epoch, value), fontsize=10,
                   xytext=(0, 6), textcoords="offset points", color=color, ha="center",
@@ -79,7 +78,8 @@ def main(run: str, file: str) -> None:
     auroc = [(line["epoch"], line["probe/auroc"]) for line in lines if "probe/auroc" in line]
 
     figure = Figure(figsize=(12, 4.6), dpi=100, layout="constrained", facecolor="white")
-    left, right = figure.subfigures(1, 2, width_ratios=(1.75, 1))
+    left, right = figure.subfigures(            # pyright: ignore[reportGeneralTypeIssues]
+        1, 2, width_ratios=(1.75, 1))
     # Left: a column for each label.
     grid = left.subplots(3, len(images))
     for column, i in enumerate(images):
@@ -92,11 +92,11 @@ def main(run: str, file: str) -> None:
         draw_image(grid[2, column], view2[column].numpy(), side="view 2" if first else "")
     # Right: what pre-training is asked, and what it is for.
     above, below = right.subplots(2, 1, sharex=True)
-    draw_curve(above, auroc, BLUE, "AUROC of the findings on val: nearest neighbours",
-               auroc[0][1], "untrained encoder", below=True)
+    draw_curve(above, auroc, BLUE, "Mean AUROC on val, by nearest neighbours",
+               auroc[0][1], "untrained encoder")
     draw_curve(below, loss, RED, "SimCLR loss: which views belong together?",
-               chance, "chance", below=True)
-    below.set_xlabel("epoch, without any label", fontsize=9, color=INK)
+               chance, "chance")
+    below.set_xlabel("epoch of training without labels", fontsize=9, color=INK)
     figure.savefig(file)
 
 
