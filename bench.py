@@ -334,7 +334,7 @@ def bench_probe(args: argparse.Namespace, folder: Path) -> None:
     patients = np.arange(args.images) // 3
     # At 100 % the five draws are one.
     draws = {rows.tobytes(): rows for rows in (
-        draw(patients, y, fraction, seed)[0]
+        draw(patients, y, fraction, seed).rows
         for fraction in (0.01, 0.1, 1.0) for seed in range(5))}.values()
 
     def ours():
