@@ -18,6 +18,7 @@
 # do and the job ends.
 OUT=${OUT:-runs/pretrain}
 source .venv/bin/activate
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100       # seconds to save in; torchrun grants 30 by itself
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 mkdir -p "$(dirname "$OUT")"
 started=$(mktemp -p "$(dirname "$OUT")")
