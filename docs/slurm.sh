@@ -16,6 +16,8 @@
 # for it: then the same command goes on from last.pt. It does so only if this turn has saved
 # something, because a wrong flag would fail for ever. Once the run is complete nothing is left to
 # do and the job ends.
+#
+# Tried on one machine, with stand-ins for srun and scontrol; not yet under SLURM itself.
 OUT=${OUT:-runs/pretrain}
 source .venv/bin/activate
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100       # seconds to save in; torchrun grants 30 by itself
