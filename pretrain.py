@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import run                              # first: from here on Ctrl-C is one sentence
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torchvision.utils import make_grid
 
-import run
 from dali_pipeline import Augmentation, Preprocessing, eval_loader, train_loader
 from loss import chance_level, diagnostics, nt_xent
 from manifest import DataError, Manifest, read_manifest

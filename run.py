@@ -21,15 +21,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from manifest import (                  # first: see there
+    DataError, differing_flags, errors_in_one_sentence, lock, number_within, whole_file,
+    write_text)
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
-
-from manifest import (
-    DataError, differing_flags, errors_in_one_sentence, lock, whole_file, write_text)
 
 
 class CheckpointError(DataError):
@@ -133,19 +134,6 @@ def _default_text(default: Any) -> str:
         return ""
     values = default if isinstance(default, tuple) else [default]
     return f" (default {' '.join(map(str, values))})"
-
-
-def number_within(kind: Callable, low: float, high: float) -> Callable:
-    """A type for argparse: `kind` of the text, which if it is a number lies in `low` to
-    `high`."""
-    def convert(text):
-        value = kind(text)
-        if kind is not str and not low <= value <= high:        # NaN lies nowhere
-            raise argparse.ArgumentTypeError(f"{text} does not lie in {low:g} to {high:g}")
-        return value
-
-    convert.__name__ = kind.__name__        # argparse writes "invalid int value" from this
-    return convert
 
 
 # --------------------------------------------------------------------------------------------------

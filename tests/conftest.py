@@ -12,13 +12,11 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-# What a training run in these tests shares: small enough for seconds on a CPU, and still the real thing.
-SMALL = ["--arch", "resnet18", "--image-size", "32", "--batch-size", "8", "--epochs", "3", "--warmup-epochs", "1",
-         "--log-every", "1", "--save-every", "3", "--probe-every", "0", "--threads", "1"]
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+# What a training run in these tests shares: small enough for seconds on a CPU, and still the real
+# thing.
+SMALL = ["--arch", "resnet18", "--image-size", "32", "--batch-size", "8", "--epochs", "3",
+         "--warmup-epochs", "1", "--log-every", "1", "--save-every", "3", "--probe-every", "0",
+         "--threads", "1"]
 
 
 def pytest_collection_modifyitems(items):
@@ -28,32 +26,37 @@ def pytest_collection_modifyitems(items):
 
 
 def smooth_image(rng, height, width):
-    """(height, width) uint8 with structure at all scales up to a few pixels, as radiographs have."""
+    """(height, width) uint8 with structure at all scales up to a few pixels, as radiographs
+    have."""
     coarse = Image.fromarray(rng.integers(0, 256, (height // 6, width // 6), dtype=np.uint8))
     return np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def write_folder(folder, patients=20, images_per_patient=3, labels=("Effusion", "Mass")):
-    """A data folder as prepare.py makes it: images of different shapes, every value a label can take, all splits."""
+    """A data folder as prepare.py makes it: images of different shapes, every value a label can
+    take, all splits."""
     rng = np.random.default_rng(0)
     (folder / "images").mkdir(parents=True)
     with open(folder / "manifest.csv", "w", newline="") as f:
         table = csv.writer(f)
         table.writerow(["path", "patient", "split", *labels])
         for patient in range(patients):
-            split = "train" if patient < 0.7 * patients else "val" if patient < 0.85 * patients else "test"
+            split = ("train" if patient < 0.7 * patients else
+                     "val" if patient < 0.85 * patients else "test")
             for image in range(images_per_patient):
                 height, width = 40 + rng.integers(30), 40 + rng.integers(30)
                 path = f"images/{patient:03d}_{image}.jpg"
                 Image.fromarray(smooth_image(rng, height, width)).save(folder / path, quality=95)
-                table.writerow([path, f"p{patient}", split, *([1, 0, -1, "", 1, 0][(patient + image + i) % 6]
-                                                              for i in range(len(labels)))])
+                values = [1, 0, -1, "", 1, 0]
+                table.writerow([path, f"p{patient}", split,
+                                *(values[(patient + image + i) % 6] for i in range(len(labels)))])
     return folder
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """A data folder that tests read and never change: 60 images of 20 patients, 42 of them for training."""
+    """A data folder that tests read and never change: 60 images of 20 patients, 42 of them for
+    training."""
     return write_folder(tmp_path_factory.mktemp("data") / "folder")
 
 
@@ -65,8 +68,10 @@ def folder(tmp_path):
 
 def start(*command, processes=None, **kwargs):
     """Start a script of the project as a user does, under torchrun where `processes` is given."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.Popen([*(launcher if processes else [sys.executable]), *map(str, command)], cwd=ROOT, text=True,
+    launcher = [sys.executable]
+    if processes:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.Popen([*launcher, *map(str, command)], cwd=ROOT, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             env=os.environ | {"OMP_NUM_THREADS": "1"}, **kwargs)
 

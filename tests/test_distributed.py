@@ -1,4 +1,5 @@
-"""The number of processes changes the speed and nothing else. Real gloo processes, started by torchrun."""
+"""The number of processes changes the speed and nothing else. Real gloo processes, started by
+torchrun."""
 import json
 import os
 import signal
@@ -11,14 +12,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 @pytest.fixture(scope="module")
 def steps(data, tmp_path_factory):
-    """{W: {key: per step, W processes' values}} for one, two and four processes at the same global batch."""
+    """{W: {key: per step, W processes' values}} for one, two and four processes at the same global
+    batch."""
     recorded = {}
     for world_size in (1, 2, 4):
         out = tmp_path_factory.mktemp(f"w{world_size}")
         code, output = run(ROOT / "tests/ddp_steps.py", data, out, processes=world_size)
         assert code == 0, output
         ranks = [torch.load(out / f"{rank}.pt") for rank in range(world_size)]
-        recorded[world_size] = {key: [[rank[step][key] for rank in ranks] for step in range(6)] for key in ranks[0][0]}
+        recorded[world_size] = {key: [[rank[step][key] for rank in ranks] for step in range(6)]
+                                for key in ranks[0][0]}
     return recorded
 
 
@@ -28,39 +31,44 @@ def test_processes_see_the_same_and_learn_the_same(steps, world_size):
     for step in range(6):
         assert torch.equal(torch.cat(many["index"][step]), one["index"][step][0])
         assert torch.equal(torch.cat(many["views"][step], dim=1), one["views"][step][0])
-        assert torch.stack(many["loss"][step]).mean().item() == pytest.approx(one["loss"][step][0].item(), abs=1e-5)
-        assert torch.stack(many["top1"][step]).mean().item() == pytest.approx(one["top1"][step][0].item(), abs=1e-6)
+        for name, tolerance in (("loss", 1e-5), ("top1", 1e-6)):
+            mean = torch.stack(many[name][step]).mean().item()
+            assert mean == pytest.approx(one[name][step][0].item(), abs=tolerance)
         reference = one["gradient"][step][0]
         for gradient in many["gradient"][step]:
             assert (gradient - reference).norm() < 1e-4 * reference.norm()
 
 
 def test_eight_processes_write_one_run(data, tmp_path):
-    code, output = run("pretrain.py", *SMALL, "--data", data, "--out", tmp_path / "run", "--max-steps", "4",
-                       "--probe-every", "1", processes=8)
+    code, output = run("pretrain.py", *SMALL, "--data", data, "--out", tmp_path / "run",
+                       "--max-steps", "4", "--probe-every", "1", processes=8)
     assert code == 0, output
     assert output.count("done:") == 1 and "1 a process" in output
     lines = [json.loads(line) for line in open(tmp_path / "run/log.jsonl")]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
     assert len(list((tmp_path / "run").glob("events.out.tfevents.*"))) == 1
     events = EventAccumulator(str(tmp_path / "run")).Reload()
-    assert {"loss", "chance", "alignment", "uniformity", "top1", "lr", "images_per_second", "wait_seconds",
-            "probe/auroc", "probe/Effusion", "probe/Mass"} <= set(events.Tags()["scalars"])
-    assert events.Tags()["images"] == ["views"] and "config/text_summary" in events.Tags()["tensors"]
+    assert {"loss", "chance", "alignment", "uniformity", "top1", "lr", "images_per_second",
+            "wait_seconds", "wait_share", "probe/auroc", "probe/Effusion",
+            "probe/Mass"} <= set(events.Tags()["scalars"])
+    assert events.Tags()["images"] == ["views"]
+    assert "config/text_summary" in events.Tags()["tensors"]
     assert len(events.Scalars("loss")) == 4
 
 
 def test_bad_input_is_told_once(data, tmp_path):
-    code, output = run("pretrain.py", *SMALL, "--data", data, "--out", tmp_path / "run", "--batch-size", "9",
-                       processes=2)
+    code, output = run("pretrain.py", *SMALL, "--data", data, "--out", tmp_path / "run",
+                       "--batch-size", "9", processes=2)
     assert code != 0
     assert output.count("--batch-size 9 is global and must divide by the 2 processes") == 1
     assert not (tmp_path / "run").exists()
 
 
 def test_terminated_job_goes_on_where_it_stopped(data, tmp_path):
-    """A cluster signals every process of the job, and torchrun passes the signal on: each hears it twice."""
-    command = ["pretrain.py", *SMALL, "--data", data, "--out", tmp_path / "run", "--save-every", "1000"]
+    """A cluster signals every process of the job, and torchrun passes the signal on: each hears it
+    twice."""
+    command = ["pretrain.py", *SMALL, "--data", data, "--out", tmp_path / "run",
+               "--save-every", "1000"]
     job = start(*command, processes=2, start_new_session=True)
     for line in job.stdout:
         if "step 00004/15 | loss" in line:
@@ -76,7 +84,8 @@ def test_terminated_job_goes_on_where_it_stopped(data, tmp_path):
 
 @pytest.mark.gpu
 def test_synchronised_batch_norm_and_bf16_under_nccl(data, tmp_path):
-    code, output = run("pretrain.py", *SMALL, "--data", data, "--out", tmp_path / "run", "--max-steps", "3",
-                       processes=min(2, torch.cuda.device_count()))
+    code, output = run("pretrain.py", *SMALL, "--data", data, "--out", tmp_path / "run",
+                       "--max-steps", "3", processes=min(2, torch.cuda.device_count()))
     assert code == 0 and ("bf16" in output or "fp16" in output), output
-    assert all(line["loss"] is not None for line in map(json.loads, open(tmp_path / "run/log.jsonl")))
+    lines = map(json.loads, open(tmp_path / "run/log.jsonl"))
+    assert all(line["loss"] is not None for line in lines)

@@ -1,13 +1,16 @@
-"""Encoders, the folded ImageNet stem, and checkpoints that are whole or refused."""
+"""Encoders, the folded ImageNet stem, kept features, and checkpoints that are whole or refused."""
+import os
+
 import numpy as np
 import pytest
 import torch
 import torchvision
 
 import model
-from dali_pipeline import Preprocessing, eval_loader, read_manifest
-from model import (
-    CheckpointError, SimCLR, build_encoder, cached_features, extract_features, load_checkpoint, save_checkpoint)
+from dali_pipeline import Preprocessing, eval_loader
+from manifest import read_manifest
+from model import SimCLR, build_encoder, cached_features, extract_features
+from run import CheckpointError, load_checkpoint, save_checkpoint
 
 
 def rgb_network(arch="resnet18"):
@@ -36,16 +39,19 @@ def test_folded_stem_sees_what_the_rgb_network_sees(tmp_path):
     torch.save(rgb.state_dict(), tmp_path / "rgb.pth")
     gray = build_encoder("resnet18", str(tmp_path / "rgb.pth")).eval()
     x = torch.rand(2, 1, 96, 96)
-    rgb_input = (x.expand(-1, 3, -1, -1) - model.IMAGENET_MEAN.view(3, 1, 1)) / model.IMAGENET_STD.view(3, 1, 1)
+    mean, std = model.IMAGENET_MEAN.view(3, 1, 1), model.IMAGENET_STD.view(3, 1, 1)
+    rgb_input = (x.expand(-1, 3, -1, -1) - mean) / std
     gray_input = (x - model.MEAN) / model.STD
     with torch.no_grad():
         theirs, ours = rgb.bn1(rgb.conv1(rgb_input)), gray.bn1(gray.conv1(gray_input))
-        inside = (..., slice(2, -2), slice(2, -2))                      # the padding reaches two outputs into the image
+        inside = (..., slice(2, -2), slice(2, -2))  # the padding reaches two outputs into the image
         assert torch.allclose(ours[inside], theirs[inside], atol=1e-5)
         rgb.fc = torch.nn.Identity()
         theirs, ours = rgb(rgb_input), gray(gray_input)
-    assert (ours - theirs).norm() < 0.02 * theirs.norm()                # the border, felt through the whole network
-    assert (ours - theirs).norm() < 0.1 * (ours - ours.flip(0)).norm()  # and small beside what tells images apart
+    # The border, felt through the whole network
+    assert (ours - theirs).norm() < 0.02 * theirs.norm()
+    # And small beside what tells images apart
+    assert (ours - theirs).norm() < 0.1 * (ours - ours.flip(0)).norm()
 
 
 def test_projection_head():
@@ -53,14 +59,14 @@ def test_projection_head():
     assert [m.out_features for m in net.projector if isinstance(m, torch.nn.Linear)] == [96, 96, 32]
     assert net(torch.randn(2, 1, 32, 32)).shape == (2, 32)
     default = SimCLR(build_encoder("resnet50")).projector
-    assert [(m.in_features, m.out_features) for m in default if isinstance(m, torch.nn.Linear)] == [(2048, 2048),
-                                                                                                    (2048, 128)]
+    linear = [m for m in default if isinstance(m, torch.nn.Linear)]
+    assert [(m.in_features, m.out_features) for m in linear] == [(2048, 2048), (2048, 128)]
 
 
 def test_encoder_file_round_trip(tmp_path):
     encoder = build_encoder("resnet18")
-    save_checkpoint(tmp_path / "encoder.pt", {"format": model.FORMAT, "arch": "resnet18", "config": {},
-                                              "encoder": encoder.state_dict()})
+    save_checkpoint(tmp_path / "encoder.pt", {
+        "format": model.FORMAT, "arch": "resnet18", "config": {}, "encoder": encoder.state_dict()})
     again = build_encoder("resnet18", str(tmp_path / "encoder.pt"))
     for key, value in encoder.state_dict().items():
         assert torch.equal(again.state_dict()[key], value)
@@ -87,7 +93,7 @@ def test_broken_checkpoint_is_named(tmp_path, damage):
         path.write_text("not a checkpoint")
     elif damage == "missing":
         path.unlink()
-    elif damage == "pickle":                                            # would run code if it were unpickled freely
+    elif damage == "pickle":  # would run code if it were unpickled freely
         torch.save({"step": pytest.approx(3)}, path)
     elif damage == "list":
         torch.save([1, 2], path)
@@ -108,13 +114,18 @@ def test_features_are_kept_for_the_same_weights_and_images(data, tmp_path):
     manifest, encoder = read_manifest(data), build_encoder("resnet18")
 
     def features(image_size=32, first=0):
-        loader = eval_loader(manifest, np.arange(first, first + 10), 4, Preprocessing(image_size), "cpu")
-        return cached_features(encoder, loader, 10, tmp_path)
+        images = np.arange(first, first + 10)
+        loader = eval_loader(manifest, images, 4, Preprocessing(image_size), "cpu")
+        return cached_features(encoder, 512, loader, tmp_path)
 
     expected = features()
     kept, = tmp_path.iterdir()
     when = kept.stat().st_mtime_ns
-    assert torch.equal(features(), expected) and [p.stat().st_mtime_ns for p in tmp_path.iterdir()] == [when]
+    written = kept.read_bytes()
+    os.utime(kept, ns=(when - 10**9, when - 10**9))
+    assert torch.equal(features(), expected) and list(tmp_path.iterdir()) == [kept]
+    # Read and not written again: the bytes are the same, and the time is that of the last use.
+    assert kept.read_bytes() == written and kept.stat().st_mtime_ns > when - 10**9
     features(image_size=48)
     features(first=1)
     encoder.conv1.weight.data.neg_()
@@ -125,17 +136,42 @@ def test_features_are_kept_for_the_same_weights_and_images(data, tmp_path):
     assert torch.equal(features(), expected) and len(list(tmp_path.iterdir())) == 4
 
 
-def test_features_of_shards_add_up_to_those_of_the_whole():
+def test_kept_features_are_bounded_and_the_oldest_go_first(data, tmp_path, monkeypatch):
+    manifest, encoder = read_manifest(data), build_encoder("resnet18")
+
+    def keep(first):
+        loader = eval_loader(manifest, np.arange(first, first + 10), 4, Preprocessing(32), "cpu")
+        cached_features(encoder, 512, loader, tmp_path)
+        return set(tmp_path.iterdir())
+
+    first, = keep(0)
+    second, = keep(1) - {first}
+    monkeypatch.setattr(model, "KEPT_FEATURES", int(2.5 * first.stat().st_size))
+    for file, seconds in ((first, 100), (second, 50)):          # that long ago
+        os.utime(file, ns=(file.stat().st_mtime_ns - seconds * 10**9,) * 2)
+    keep(0)                                                     # read: the second is the oldest now
+    third, = keep(2) - {first, second}
+    assert set(tmp_path.iterdir()) == {first, third}
+
+
+def test_features_are_the_networks_outputs_in_order(data):
     torch.manual_seed(0)
-    encoder, images = build_encoder("resnet18"), torch.randn(7, 1, 32, 32)
-
-    def loader(rank, world_size):
-        mine = images[rank::world_size]
-        batches = [(mine[i:i + 2], None) for i in range(0, len(mine), 2)]
-        return type("Batches", (), {"device": torch.device("cpu"), "__iter__": lambda self: iter(batches)})()
-
-    whole = extract_features(encoder, loader(0, 1), 7)
-    assert encoder.training and whole.shape == (7, 512)
+    encoder, manifest = build_encoder("resnet18"), read_manifest(data)
+    loader = eval_loader(manifest, np.arange(7), 2, Preprocessing(32), "cpu")
+    features = extract_features(encoder, 512, loader)
+    assert encoder.training and features.shape == (7, 512)
     encoder.eval()
     with torch.no_grad():
-        assert torch.allclose(whole, encoder(images), atol=1e-5)
+        images = torch.cat([x for x, _ in loader])
+        assert torch.allclose(features, encoder(images), atol=1e-5)
+
+
+def test_each_process_fills_its_rows(data, monkeypatch):
+    """What two processes fill adds up to the whole: here their sum is taken by hand."""
+    encoder, manifest = build_encoder("resnet18"), read_manifest(data)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda features: None)
+    parts = [extract_features(encoder, 512, eval_loader(
+        manifest, np.arange(7), 2, Preprocessing(32), "cpu", rank, world_size))
+        for rank, world_size in ((0, 1), (0, 2), (1, 2))]
+    assert (parts[1][1::2] == 0).all() and (parts[2][0::2] == 0).all()
+    assert torch.allclose(parts[0], parts[1] + parts[2], atol=1e-5)

@@ -4,20 +4,24 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
+import sys
 import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import SMALL, run, start
+from conftest import ROOT, SMALL, run, start
 from sklearn.metrics import roc_auc_score
 
 import pretrain
-from model import load_checkpoint, save_checkpoint
-from pretrain import LARS, knn_auroc, learning_rate
+from pretrain import LARS
+from probe import knn_auroc
+from run import learning_rate, load_checkpoint, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -30,21 +34,25 @@ def finished(data, tmp_path_factory):
 
 
 def scalars(out, name):
-    return {line["step"]: line[name] for line in map(json.loads, open(out / "log.jsonl")) if name in line}
+    lines = map(json.loads, open(out / "log.jsonl"))
+    return {line["step"]: line[name] for line in lines if name in line}
 
 
 def test_run_folder(finished):
     out, output = finished
-    assert sorted(p.name.split(".")[0] for p in out.iterdir()) == ["config", "encoder", "events", "last", "log"]
+    names = sorted(p.name.split(".")[0] for p in out.iterdir())
+    assert names == ["config", "encoder", "events", "last", "log"]
     assert sorted(scalars(out, "loss")) == list(range(1, 16))
-    assert sorted(scalars(out, "probe/auroc")) == [0, 5, 10, 15]        # 42 images, 8 a step: epochs of 5.25 steps
+    # 42 images, 8 a step: epochs of 5.25 steps
+    assert sorted(scalars(out, "probe/auroc")) == [0, 5, 10, 15]
     assert re.search(r"epoch 002 step 00015/15 \| loss \d\.\d{4} \(chance 2\.71\) \| lr ", output)
-    assert scalars(out, "lr")[1] == pytest.approx(0.3 * 8 / 256 / 6) and scalars(out, "lr")[15] < 0.3 * 8 / 256 / 10
+    assert scalars(out, "lr")[1] == pytest.approx(0.3 * 8 / 256 / 6)
+    assert scalars(out, "lr")[15] < 0.3 * 8 / 256 / 10
 
 
 def test_encoder_loads_into_torchvision_strictly(data, tmp_path):
-    code, output = run("pretrain.py", *SMALL, "--arch", "resnet50", "--data", data, "--out", tmp_path,
-                       "--max-steps", "1")
+    code, output = run("pretrain.py", *SMALL, "--arch", "resnet50", "--data", data,
+                       "--out", tmp_path, "--max-steps", "1")
     assert code == 0, output
     checkpoint = load_checkpoint(tmp_path / "encoder.pt")
     net = torchvision.models.resnet50()
@@ -57,7 +65,8 @@ def test_encoder_loads_into_torchvision_strictly(data, tmp_path):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed_at_any_step_and_started_again_ends_the_same(finished, data, tmp_path, how):
     whole, _ = finished
-    command = ["pretrain.py", *SMALL, "--probe-every", "1", "--data", data, "--out", tmp_path / "run"]
+    command = ["pretrain.py", *SMALL, "--probe-every", "1", "--data", data,
+               "--out", tmp_path / "run"]
     victim, at = random.Random(how).randint(4, 13), None
     process = start(*command)
     for line in process.stdout:
@@ -80,7 +89,32 @@ def test_killed_at_any_step_and_started_again_ends_the_same(finished, data, tmp_
     for name in ("loss", "top1", "lr", "probe/auroc"):
         assert scalars(whole, name) == scalars(tmp_path / "run", name)
     encoder = load_checkpoint(tmp_path / "run/encoder.pt")["encoder"]
-    assert all(torch.equal(value, ends[0]["model"][f"encoder.{key}"]) for key, value in encoder.items())
+    assert all(torch.equal(value, ends[0]["model"][f"encoder.{key}"])
+               for key, value in encoder.items())
+
+
+def interrupted(command, moment):
+    """Ctrl-C once `moment` seconds, or a line that holds it, has passed: (exit code, stderr)."""
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    if isinstance(moment, str):
+        for line in process.stdout:
+            if moment in line:
+                break
+    else:
+        time.sleep(moment)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    return process.returncode, error
+
+
+@pytest.mark.parametrize("moment", [0.5, 1.5, 2.5, 3.5, 5.0, "learning rate", "step 00010/"])
+def test_control_c_at_any_moment_is_one_sentence(data, tmp_path, moment):
+    """While PyTorch loads, while the run is set up, while it probes, while it trains."""
+    command = ["pretrain.py", *SMALL, "--probe-every", "1", "--data", data, "--epochs", "900",
+               "--out", tmp_path / "run"]
+    code, error = interrupted(command, moment)
+    assert code == 130 and len(error.strip().splitlines()) <= 1 and "Traceback" not in error, error
 
 
 def test_same_command_on_a_complete_run_says_so(finished, data, capsys):
@@ -95,31 +129,43 @@ def refused(capsys, *arguments):
     """The one sentence with which pretrain.main ends on bad input."""
     with pytest.raises(SystemExit) as end:
         pretrain.main([*SMALL, *map(str, arguments)])
-    message = str(end.value.code) if isinstance(end.value.code, str) else capsys.readouterr().err.splitlines()[-1]
+    message = end.value.code
+    if not isinstance(message, str):
+        message = capsys.readouterr().err.splitlines()[-1]
     assert end.value.code not in (0, None) and "\n" not in message
-    assert message.startswith("pretrain.py: ") or ".py: error: " in message                 # argparse's own
+    assert message.startswith("pretrain.py: ") or ".py: error: " in message  # argparse's own
     return message
 
 
 def test_other_flags_are_refused_until_overwrite(finished, data, tmp_path, capsys):
     out, _ = finished
     before = {p.name: p.read_bytes() for p in out.iterdir()}
-    message = refused(capsys, "--probe-every", 1, "--data", data, "--out", out, "--temperature", 0.2, "--seed", 5)
+    message = refused(capsys, "--probe-every", 1, "--data", data, "--out", out,
+                      "--temperature", 0.2, "--seed", 5)
     assert "--seed (0 there, 5 here), --temperature (0.07 there, 0.2 here)" in message
     assert "--out" in message and "--overwrite" in message
-    (tmp_path / "other.pt").write_bytes((out / "last.pt").read_bytes())
-    message = refused(capsys, "--probe-every", 1, "--data", data, "--out", out, "--resume", tmp_path / "other.pt")
-    assert "has a last.pt of its own" in message
-    message = refused(capsys, "--data", data, "--out", out, "--overwrite", "--resume", out / "last.pt")
-    assert "lies in --out" in message
-    assert "does not exist" in refused(capsys, "--data", data, "--out", out, "--overwrite", "--resume", "/none.pt")
     assert before == {p.name: p.read_bytes() for p in out.iterdir()}
 
 
+def test_copied_checkpoint_starts_a_run_with_other_flags(finished, data, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    shutil.copy(finished[0] / "last.pt", tmp_path / "run")
+    flags = ["--data", str(data), "--out", str(tmp_path / "run"), "--epochs", "4", "--lr", "0.1"]
+    pretrain.main([*SMALL, *flags])
+    assert "last.pt, step 15" in capsys.readouterr().out
+    assert sorted(scalars(tmp_path / "run", "loss")) == list(range(16, 22))
+    pretrain.main([*SMALL, *flags])
+    assert "is complete: step 21 of 21" in capsys.readouterr().out
+    message = refused(capsys, *flags, "--lr", 0.2)  # now it is a run like others
+    assert "--lr (0.1 there, 0.2 here)" in message
+
+
 def test_encoder_is_written_again_or_guarded(data, tmp_path, capsys):
-    """A kill between the two files of a checkpoint leaves the older encoder; somebody may delete last.pt for space."""
+    """A kill between the two files of a checkpoint leaves the older encoder; somebody may delete
+    last.pt for space."""
     def again(*arguments):
-        pretrain.main([*SMALL, "--data", str(data), "--out", str(tmp_path / "run"), "--max-steps", "1", *arguments])
+        pretrain.main([*SMALL, "--data", str(data), "--out", str(tmp_path / "run"),
+                       "--max-steps", "1", *arguments])
         return load_checkpoint(tmp_path / "run/encoder.pt")["encoder"]["conv1.weight"]
 
     first = again()
@@ -133,21 +179,25 @@ def test_encoder_is_written_again_or_guarded(data, tmp_path, capsys):
 
 def test_full_disk_while_saving_is_told_and_leaves_the_old_checkpoint(data, tmp_path, capsys):
     (tmp_path / "run").mkdir()
-    if os.geteuid() or subprocess.call(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", tmp_path / "run"]):
+    small_disk = ["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", tmp_path / "run"]
+    if os.geteuid() or subprocess.call(small_disk):
         pytest.skip("only root can mount a small disk")
     try:
-        pretrain.main([*SMALL, "--data", str(data), "--out", str(tmp_path / "run"), "--max-steps", "1"])
+        pretrain.main([*SMALL, "--data", str(data), "--out", str(tmp_path / "run"),
+                       "--max-steps", "1"])
         before = (tmp_path / "run/last.pt").read_bytes()
         message = refused(capsys, "--data", data, "--out", tmp_path / "run", "--max-steps", "2")
         assert "No space left on device" in message
-        assert (tmp_path / "run/last.pt").read_bytes() == before and not list((tmp_path / "run").glob("*.tmp"))
+        assert (tmp_path / "run/last.pt").read_bytes() == before
+        assert not list((tmp_path / "run").glob("*.tmp"))
     finally:
         subprocess.call(["umount", "-l", tmp_path / "run"])
 
 
 def test_diverging_run_stops_before_the_probe(data, tmp_path, capsys):
-    message = refused(capsys, "--data", data, "--out", tmp_path / "run", "--optimizer", "adam", "--lr", "1e18",
-                      "--warmup-epochs", 0, "--log-every", 100, "--save-every", 100, "--probe-every", 1)
+    message = refused(capsys, "--data", data, "--out", tmp_path / "run", "--optimizer", "adam",
+                      "--lr", "1e18", "--warmup-epochs", 0, "--log-every", 100,
+                      "--save-every", 100, "--probe-every", 1)
     assert "not finite after step" in message and not (tmp_path / "run/last.pt").exists()
 
 
@@ -163,51 +213,60 @@ def test_overwrite_begins_anew_and_max_steps_goes_on(data, tmp_path, capsys):
 
 def test_wrong_input_gets_one_sentence(data, folder, tmp_path, capsys):
     out = tmp_path / "run"
-    assert "nowhere is not a data folder" in refused(capsys, "--data", tmp_path / "nowhere", "--out", out)
+    message = refused(capsys, "--data", tmp_path / "nowhere", "--out", out)
+    assert "nowhere is not a data folder" in message
     assert "larger than" in refused(capsys, "--data", data, "--out", out, "--batch-size", 64)
     assert "unrecognized arguments: --batchsize 8" in refused(capsys, "--batchsize", 8)
-    for flag, value in [("--epochs", 0), ("--temperature", -1), ("--temperature", "nan"), ("--flip", 2),
-                        ("--brightness", 1), ("--warmup-epochs", 3), ("--crop-area", "0.9 0.2"), ("--blur", "0 1")]:
+    for flag, value in [("--epochs", 0), ("--temperature", -1), ("--temperature", "nan"),
+                        ("--flip", 2), ("--brightness", 1), ("--warmup-epochs", 3),
+                        ("--crop-area", "0.9 0.2"), ("--blur", "0 1")]:
         assert flag in refused(capsys, flag, *str(value).split())
     (folder / "manifest.csv").write_text("")
     assert "manifest.csv is empty" in refused(capsys, "--data", folder, "--out", out)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/mine.txt").write_text("precious")
-    assert "holds no run" in refused(capsys, "--data", data, "--out", tmp_path / "notes", "--overwrite")
+    flags = ["--data", data, "--out", tmp_path / "notes"]
+    assert "holds no run" in refused(capsys, *flags, "--overwrite")
     (tmp_path / "notes/config.json").write_text('{"stage": "finetune"}')
-    assert "something else than a run of pretrain.py" in refused(capsys, "--data", data, "--out", tmp_path / "notes")
+    assert "something else than a run of pretrain.py" in refused(capsys, *flags)
     assert not out.exists() and (tmp_path / "notes/mine.txt").read_text() == "precious"
 
 
 def test_default_data_folder_points_to_the_demo(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     message = refused(capsys)
-    assert "prepare.py nih" in message and "pretrain.py --demo" in message and not list(tmp_path.iterdir())
+    assert "prepare.py nih" in message and "pretrain.py --demo" in message
+    assert not list(tmp_path.iterdir())
 
 
 def test_image_deleted_after_preparation_is_named(folder, tmp_path, capsys):
     (folder / "images/001_1.jpg").unlink()
-    assert "images/001_1.jpg is missing on disk" in refused(capsys, "--data", folder, "--out", tmp_path / "run")
+    message = refused(capsys, "--data", folder, "--out", tmp_path / "run")
+    assert "images/001_1.jpg is missing on disk" in message
     (folder / "images/001_1.jpg").write_bytes(b"not a jpeg")
     message = refused(capsys, "--data", folder, "--out", tmp_path / "run", "--batch-size", 4)
     assert "images/001_1.jpg (row 6 of manifest.csv) cannot be read" in message
 
 
 def test_unusable_checkpoints_are_refused_and_stay(finished, data, tmp_path, capsys):
+    """A last.pt that was copied into a new run folder is refused before the folder is claimed."""
     out, _ = finished
-    last = (out / "last.pt").read_bytes()
-    (tmp_path / "cut.pt").write_bytes(last[:-1000])
-    arguments = ["--data", data, "--out", tmp_path / "run", "--resume"]
-    assert "cut.pt is not a whole checkpoint" in refused(capsys, *arguments, tmp_path / "cut.pt")
-    assert "none.pt does not exist" in refused(capsys, *arguments, tmp_path / "none.pt")
-    assert "encoder.pt is no last.pt" in refused(capsys, *arguments, out / "encoder.pt")
-    assert "has --arch resnet18, not resnet34" in refused(capsys, *arguments, out / "last.pt", "--arch", "resnet34")
-    assert "has --optimizer lars, not adam" in refused(capsys, *arguments, out / "last.pt", "--optimizer", "adam")
-    assert "does not fit these flags" in refused(capsys, *arguments, out / "last.pt", "--proj-dim", 64)
+    last, copy = (out / "last.pt").read_bytes(), tmp_path / "run/last.pt"
+    copy.parent.mkdir()
+    arguments = ["--data", data, "--out", tmp_path / "run"]
+    for content, flags, complaint in [
+            (last[:-1000], [], "last.pt is not a whole checkpoint"),
+            ((out / "encoder.pt").read_bytes(), [], "last.pt is no last.pt of a pre-training run"),
+            (last, ["--arch", "resnet34"], "has --arch resnet18, not resnet34"),
+            (last, ["--optimizer", "adam"], "has --optimizer lars, not adam"),
+            (last, ["--proj-dim", 64], "does not fit these flags")]:
+        copy.write_bytes(content)
+        assert complaint in refused(capsys, *arguments, *flags)
+        assert copy.read_bytes() == content and list(copy.parent.iterdir()) == [copy]
+    copy.unlink()
     torch.save(load_checkpoint(out / "encoder.pt")["encoder"], tmp_path / "plain.pt")
-    assert "plain.pt does not fit a resnet34" in refused(capsys, *arguments[:-1], "--arch", "resnet34", "--init",
-                                                         tmp_path / "plain.pt")
-    assert (out / "last.pt").read_bytes() == last
+    message = refused(capsys, *arguments, "--arch", "resnet34", "--init", tmp_path / "plain.pt")
+    assert "plain.pt does not fit a resnet34" in message
 
 
 def test_two_processes_in_one_run_folder_are_refused(data, tmp_path, capsys):
@@ -225,10 +284,11 @@ def test_two_processes_in_one_run_folder_are_refused(data, tmp_path, capsys):
 
 
 def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(data, tmp_path, capsys):
-    arguments = ["--data", data, "--out", tmp_path / "run", "--optimizer", "adam", "--save-every", 1]
+    arguments = ["--data", data, "--out", tmp_path / "run", "--optimizer", "adam",
+                 "--save-every", 1]
     pretrain.main([*SMALL, *map(str, arguments), "--max-steps", "2"])
     state = load_checkpoint(tmp_path / "run/last.pt")
-    state["model"]["projector.0.weight"][0] = math.inf                   # as a diverging step would leave it
+    state["model"]["projector.0.weight"][0] = math.inf  # as a diverging step would leave it
     save_checkpoint(tmp_path / "run/last.pt", state)
     before = (tmp_path / "run/last.pt").read_bytes()
     message = refused(capsys, *arguments)
@@ -236,15 +296,11 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(data, tm
     assert (tmp_path / "run/last.pt").read_bytes() == before
 
 
-def test_synthetic_needs_no_files(tmp_path, capsys):
-    pretrain.main([*SMALL, "--synthetic", "--out", str(tmp_path / "run"), "--max-steps", "2"])
-    assert sorted(scalars(tmp_path / "run", "loss")) == [1, 2] and "of noise at 32 px" in capsys.readouterr().out
-
-
 def test_schedule():
     lr = [learning_rate(step, 100, 10, 2.0) for step in range(100)]
     assert lr[0] == pytest.approx(0.2) and lr[9] == lr[10] == 2.0 and lr[55] == pytest.approx(1.0)
-    assert lr[:10] == sorted(lr[:10]) and lr[10:] == sorted(lr[10:], reverse=True) and 0 < lr[99] < 0.002
+    assert lr[:10] == sorted(lr[:10]) and lr[10:] == sorted(lr[10:], reverse=True)
+    assert 0 < lr[99] < 0.002
 
 
 def test_lars_steps():
@@ -267,7 +323,7 @@ def test_knn_auroc_against_a_direct_computation():
     bank, queries = rng.normal(size=(60, 8)), rng.normal(size=(30, 8))
     bank_labels = rng.choice([1, 0, -1, np.nan], (60, 3), p=[0.3, 0.4, 0.1, 0.2])
     query_labels = rng.choice([1, 0, -1, np.nan], (30, 3), p=[0.3, 0.4, 0.1, 0.2])
-    query_labels[:, 2] = 0                                                                  # one class only
+    query_labels[:, 2] = 0  # one class only
     got = knn_auroc(torch.tensor(bank), bank_labels, torch.tensor(queries), query_labels, k=7)
     for label in range(2):
         scores = []
@@ -277,7 +333,8 @@ def test_knn_auroc_against_a_direct_computation():
             weight = np.exp(cosine[near] / 0.07)
             scores.append((weight * (bank_labels[near, label] == 1)).sum() / weight.sum())
         known = query_labels[:, label] != -1
-        assert got[label] == pytest.approx(roc_auc_score(query_labels[known, label] == 1, np.array(scores)[known]))
+        expected = roc_auc_score(query_labels[known, label] == 1, np.array(scores)[known])
+        assert got[label] == pytest.approx(expected)
     assert math.isnan(got[2])
 
 

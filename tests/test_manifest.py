@@ -1,0 +1,133 @@
+"""The data folder's contract and what stands beside it: errors in one sentence, files that are
+whole, locks."""
+import csv
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from manifest import (
+    DataError, ImageError, differing_flags, errors_in_one_sentence, lock, read_manifest,
+    whole_file, write_text)
+
+
+def edit(folder, row, column, value):
+    rows = list(csv.reader(open(folder / "manifest.csv")))
+    rows[row][column] = value
+    with open(folder / "manifest.csv", "w", newline="") as f:
+        csv.writer(f).writerows(rows)
+
+
+def test_manifest_is_read(data):
+    manifest = read_manifest(data)
+    assert manifest.label_names == ["Effusion", "Mass"] and manifest.labels.shape == (60, 2)
+    assert [len(manifest.images(split)) for split in ("train", "val", "test")] == [42, 9, 9]
+    assert manifest.labels[:4, 0].tolist()[:3] == [1, 0, -1]
+    assert math.isnan(manifest.labels[3 * 3, 0])
+
+
+@pytest.mark.parametrize("row, column, value, message", [
+    (0, 1, "person", r"row 1: column 2 must be 'patient'"),
+    (0, 4, "Effusion", r"row 1: label column 'Effusion' is there twice"),
+    (0, 3, "", r"row 1: label column '' is without a name"),
+    (5, 0, "images/000_0.jpg", r"row 6, column path: images/000_0.jpg is already in row 2"),
+    (5, 0, "../secret.jpg", r"row 6, column path: '../secret.jpg' must be a path inside"),
+    (5, 0, "/etc/secret.jpg", r"row 6, column path"),
+    (5, 0, "images/none.jpg", r"row 6: images/none.jpg is missing on disk"),
+    (5, 1, "", r"row 6, column patient: empty"),
+    (5, 2, "training", r"row 6, column split: 'training' is none of train, val, test"),
+    (5, 2, "test", r"row (6|7), column patient: p1 is in \w+ and in \w+"),
+    (5, 3, "2", r"row 6, column Effusion: '2' is none of 1, 0, -1 or empty"),
+    (5, 4, "yes", r"row 6, column Mass: 'yes'")])
+def test_manifest_error_names_file_row_and_column(folder, row, column, value, message):
+    edit(folder, row, column, value)
+    with pytest.raises(DataError, match=r"manifest.csv, " + message):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "is empty"), ("path,patient,split\n", "lists no image"),
+    ("path,patient\na,b\n", "row 1: column 3 must be 'split'"),
+    ("path,patient,split,A\nx.jpg,p,train\n", "row 2: 3 cells where the header has 4")])
+def test_manifest_that_is_no_table(folder, text, message):
+    (folder / "manifest.csv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_manifest(folder)
+
+
+def test_missing_folder_and_missing_split(tmp_path, folder):
+    with pytest.raises(DataError, match="nowhere is not a data folder"):
+        read_manifest(tmp_path / "nowhere")
+    for row in range(1, 13):
+        edit(folder, row, 2, "train")
+    with pytest.raises(DataError, match="manifest.csv has no image in the val split"):
+        read_manifest(folder).images("val")
+
+
+# --------------------------------------------------------------------------------------------------
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    write_text(tmp_path / "a.txt", "old Ä")
+    with pytest.raises(ZeroDivisionError), whole_file(tmp_path / "a.txt") as file:
+        file.write(b"half")
+        raise ZeroDivisionError
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "old Ä"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_lock_excludes_others_until_the_file_is_closed(tmp_path):
+    with open(tmp_path / "lock", "w") as first, open(tmp_path / "lock", "w") as second:
+        assert lock(first) and not lock(second)
+        first.close()
+        assert lock(second)
+
+
+def test_differing_flags_are_named_with_both_values():
+    assert differing_flags({"seed": 0, "lr": 1.0}, {"seed": 0, "lr": 1.0}) == ""
+    difference = differing_flags({"image_size": 64, "lr": 1}, {"image_size": 32, "clahe": True})
+    assert difference == ("--clahe (not given there, True here), --image-size (64 there, 32 here), "
+                          "--lr (1 there, not given here)")
+
+
+@pytest.mark.parametrize("error, speaks, code", [
+    (DataError("no"), True, "a.py: no"), (DataError("no"), False, 1),
+    (ImageError("no"), False, "a.py: no"),
+    (OSError(28, "No space left", "x"), True, "a.py: No space left: x"),
+    (OSError(28, "No space left"), True, "a.py: No space left: out"),
+    (OSError(28, "No space left"), False, 1), (KeyboardInterrupt(), True, 130)])
+def test_errors_that_a_user_can_mend_end_in_one_sentence(error, speaks, code, capsys):
+    with pytest.raises(SystemExit) as end, errors_in_one_sentence("a.py", "out", speaks):
+        raise error
+    assert end.value.code == code
+    told = capsys.readouterr().err
+    assert told.startswith("a.py: interrupted") if code == 130 else not told
+
+
+def test_other_errors_pass_through():
+    with pytest.raises(ZeroDivisionError), errors_in_one_sentence("a.py", "out"):
+        raise ZeroDivisionError
+
+
+def test_control_c_in_a_destructor_is_not_lost():
+    """Python drops exceptions there, a KeyboardInterrupt too, and would go on as if nothing had
+    happened."""
+    script = """
+import signal, time
+from manifest import errors_in_one_sentence
+
+class Object:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+with errors_in_one_sentence("a.py", "out"):
+    item = Object()
+    del item
+    time.sleep(20)
+"""
+    process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, text=True,
+                             capture_output=True, timeout=60)
+    assert process.returncode == 130
+    assert process.stderr.startswith("a.py: interrupted") and process.stderr.count("\n") == 1
