@@ -30,13 +30,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import run                              # first: from here on Ctrl-C is one sentence
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.models import ResNet
 
-import run
 from dali_pipeline import Augmentation, Preprocessing, eval_loader, train_loader
 from labels import (
     Draw, Task, cell_weights, draw, make_task, policy_sentence, to_probabilities)

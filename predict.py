@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import run                              # first: from here on Ctrl-C is one sentence
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,6 @@ from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor
 
-import run
 from dali_pipeline import Loader, Preprocessing, eval_loader
 from labels import to_probabilities
 from manifest import DataError, Manifest, read_manifest, whole_file, write_text
