@@ -137,27 +137,37 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One step of all parameters, by operations on lists of tensors: on a GPU that is a
+        dozen launches instead of six for each parameter."""
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                gradient = p.grad
-                # Weights: decay, and a step in proportion to the weight's own norm.
-                if p.ndim > 1:
-                    gradient = gradient.add(p, alpha=group["weight_decay"])
-                    weight_norm, gradient_norm = p.norm(), gradient.norm()
-                    # A weight or gradient of zero has no such proportion: its step stays as
-                    # it is.
-                    scale = torch.where(
-                        (weight_norm > 0) & (gradient_norm > 0),
-                        group["trust"] * weight_norm / gradient_norm, 1.0)
-                    gradient = gradient * scale
-                # All parameters: momentum.
+            trained = [p for p in group["params"] if p.grad is not None]
+            for p in trained:
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum_buffer"]
-                momentum.mul_(group["momentum"]).add_(gradient)
-                p.add_(momentum, alpha=-group["lr"])
+            weights = [p for p in trained if p.ndim > 1]
+            biases = [p for p in trained if p.ndim <= 1]
+            if weights:
+                self._update(weights, self._adapted(weights, group), group)
+            if biases:
+                self._update(biases, [p.grad for p in biases], group)
+
+    def _adapted(self, weights: list[Tensor], group: dict) -> list[Tensor]:
+        """Gradients with weight decay, each scaled to the norm of its weight."""
+        gradients = torch._foreach_add(
+            [p.grad for p in weights], weights, alpha=group["weight_decay"])
+        weight_norms = torch.stack(torch._foreach_norm(weights))
+        gradient_norms = torch.stack(torch._foreach_norm(gradients))
+        # A weight or gradient of zero has no proportion: its gradient stays as it is.
+        scales = torch.where((weight_norms > 0) & (gradient_norms > 0),
+                             group["trust"] * weight_norms / gradient_norms, 1.0)
+        torch._foreach_mul_(gradients, list(scales.unbind()))
+        return gradients
+
+    def _update(self, parameters: list[Tensor], gradients: list, group: dict) -> None:
+        momenta = [self.state[p]["momentum_buffer"] for p in parameters]
+        torch._foreach_mul_(momenta, group["momentum"])
+        torch._foreach_add_(momenta, gradients)
+        torch._foreach_add_(parameters, momenta, alpha=-group["lr"])
 
 
 class Training:
