@@ -10,6 +10,8 @@ from which the same command goes on after any interruption as though there had b
 and log.jsonl, config.json and TensorBoard's event files. A last.pt that is copied into a
 new run folder starts the run there, with other flags if you like.
 """
+# pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportArgumentType=false
+# The type stubs of PyTorch do not know its operations on lists of tensors, torch._foreach_*.
 import contextlib
 import dataclasses
 import hashlib
@@ -337,9 +339,6 @@ def probe(training: Training, compute: Compute, manifest: Manifest,
     Each label of val is predicted by the nearest neighbours in train, see `knn_auroc`;
     first comes the mean over the labels, as `probe/auroc`."""
     config, encoder = training.config, training.net.encoder
-    # On a CPU each process has statistics of its own; the features must come from one
-    # network.
-    compute.share_buffers(training.net)
     features, labels = [], []
     for split in ("train", "val"):
         # The same random images every time, so that two points of the curve can be
@@ -413,8 +412,6 @@ def introduce(training: Training, schedule: Schedule, compute: Compute) -> None:
         f"({config.batch_size // compute.world_size} a process)")
     say(f"{config.optimizer}, learning rate {training.peak_lr:.3g} = {config.lr:g} x "
         f"{config.batch_size} / 256")
-    if compute.world_size > 1 and not compute.cuda:
-        say("batch norm sees each process's images alone: there is no SyncBatchNorm on a CPU")
     if not schedule.probes:
         say("no probe of the features: it needs --probe-every, labels and a val split")
     if training.step:

@@ -23,9 +23,9 @@ class Normalise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float):
         own = torch.stack(torch.var_mean(x.float(), _dims(x), correction=0))    # (2, C)
-        everybodys = own.new_empty(dist.get_world_size() * 2, x.shape[1])       # (2W, C)
-        dist.all_gather_into_tensor(everybodys, own)
-        variances, means = everybodys[0::2], everybodys[1::2]                   # (W, C) each
+        everybodys = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(everybodys, own)
+        variances, means = torch.stack(everybodys).unbind(1)                    # (W, C) each
         # The variance within the processes' images, plus that between the processes.
         mean = means.mean(0)
         variance = variances.mean(0) + (means - mean).square().mean(0)
