@@ -1,25 +1,34 @@
-"""Stage 3: what structure the features have, without labels in training. Encoder and data folder in, one table out.
+"""Stage 3: what structure features have, without labels in training. Encoder and data
+folder in, one table out.
 
-    python cluster_eval.py                                      the last pre-training, beside random weights and pixels
-    python cluster_eval.py --init random imagenet runs/pretrain/encoder.pt runs/finetune/classifier.pt
-    python cluster_eval.py --classes binary:Effusion            one finding against the rest
-    python cluster_eval.py --k sweep                            how many clusters do the features themselves suggest?
-    tensorboard --logdir runs                                   table, figures, and the features in the projector
+    python cluster_eval.py                              the last pre-training, and controls
+    python cluster_eval.py --init imagenet runs/pretrain/encoder.pt runs/finetune/classifier.pt
+    python cluster_eval.py --classes binary:Effusion    one finding against the rest
+    python cluster_eval.py --k sweep                    how many clusters do features suggest?
+    tensorboard --logdir runs                           table, figures, and the projector
 
-k-means never sees a label; labels only judge what it found. They have to be exclusive for that: --classes says which
-images take part, and as what. It is done on test, for an encoder may remember the images of train, a classifier their
-labels too. The run folder (--out) gets results.json, results.md, and in cluster_figures/ PNGs and TensorBoard's files.
+k-means never sees a label; labels only judge what it found. They have to be exclusive
+for that: --classes says which images take part, and as what. It is done on test, because
+an encoder may remember the images of train, and a classifier their labels too. The run
+folder (--out) gets results.json, results.md, and in cluster_figures/ a PNG for each row
+and TensorBoard's files.
 """
-import argparse
-import json
+import contextlib
+import dataclasses
+import functools
+import math
 import os
 import shutil
-import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
 
+import run                              # first: from here on Ctrl-C is one sentence
 import numpy as np
 import torch
-from matplotlib import colormaps
+from matplotlib import color_sequences
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.optimize import linear_sum_assignment
 from sklearn import metrics
@@ -27,357 +36,747 @@ from sklearn.cluster import KMeans, MiniBatchKMeans
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.preprocessing import normalize
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 
-from dali_pipeline import SPLITS, DataError, Manifest, Preprocessing, eval_loader, read_manifest
-from model import MEAN, STD, CheckpointError, build_encoder, cached_features, load_checkpoint
+from dali_pipeline import Preprocessing, eval_loader
+from manifest import (
+    SPLITS, DataError, Manifest, read_manifest, whole_file, write_text)
+from model import MEAN, STD, build_encoder, cached_features, num_features
+from probe import knn_class_shares
+from run import Compute, flag, load_checkpoint
+from scores import legend_below, write_json
 
-SCORES = ("accuracy", "balanced_accuracy", "NMI", "ARI", "purity", "silhouette", "cosine_within", "cosine_between",
-          "kNN_accuracy", "kNN_AUROC")              # the table's columns and the keys of results.json
-NO_CHECKPOINT = {"random": 0, "pixels": 0, "imagenet": 1_281_167}       # and how many labels went into them
-ENCODERS = ("runs/pretrain/encoder.pt", "runs/demo/encoder.pt")         # the first there is makes a default row
-NO_FINDING = "No Finding"           # what NIH and CheXpert call the column of images without any
-MINIBATCH_ABOVE = 20_000            # images; beyond, k-means works on batches of 4,096
-SAMPLED, MAPPED = 5_000, 2_000      # images at most: for silhouette, cosines and k-NN; on the map, in the projector
-PIXELS, COMPONENTS = 32, 50         # the row `pixels`: images of 32 x 32, reduced to 50 principal components
+# The table's columns and the keys of results.json.
+SCORES = ("accuracy", "balanced_accuracy", "NMI", "ARI", "purity", "silhouette",
+          "cosine_within", "cosine_between", "kNN_accuracy", "kNN_AUROC")
+# Rows that need no checkpoint, and how many labelled images went into each.
+NO_CHECKPOINT = {"random": 0, "pixels": 0, "imagenet": 1_281_167}
+# The first of these that exists is a row by default.
+ENCODERS = ("runs/pretrain/encoder.pt", "runs/demo/encoder.pt")
+# What NIH and CheXpert call the column of images without any.
+NO_FINDING = "No Finding"
 
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.add_argument("--init", nargs="+", metavar="NAME|PATH", help="rows: random, imagenet, pixels, checkpoints")
-    parser.add_argument("--data", help="data folder (default: the one that the first checkpoint was trained on)")
-    parser.add_argument("--split", choices=(*SPLITS, "all"), default="test", help="images (default %(default)s)")
-    parser.add_argument("--classes", default="single", metavar="single|dominant|binary:LABEL", help="images of one "
-                        "finding, all by their rarest, or LABEL against the rest (default %(default)s)")
-    parser.add_argument("--no-finding", choices=("keep", "drop"), help="images without (drop; in binary keep)")
-    parser.add_argument("--k", default="classes", metavar="classes|sweep|N", help="clusters (default %(default)s)")
-    parser.add_argument("--seeds", type=int, default=5, help="k-means runs a row (default %(default)s)")
-    parser.add_argument("--l2", action=argparse.BooleanOptionalAction, default=True, help="bring features to length 1")
-    parser.add_argument("--bootstrap", type=int, default=1000, help="draws for the intervals (default %(default)s)")
-    parser.add_argument("--export", metavar="FILE.npz", help="the last row's features, index, path, patient and labels")
-    parser.add_argument("--out", default="runs/cluster", help="run folder (default %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="give up the results that the run folder holds")
-    args = parser.parse_args(argv)
-    if min(args.seeds, args.bootstrap) < 1:
-        parser.error(f"--seeds {args.seeds} and --bootstrap {args.bootstrap} must be positive")
-    if args.k not in ("classes", "sweep") and not (args.k.isdecimal() and int(args.k) > 1):
-        parser.error(f"--k {args.k} is none of classes, sweep or a number from 2")
-    if args.classes not in ("single", "dominant") and not args.classes.startswith("binary:"):
-        parser.error(f"--classes {args.classes} is none of single, dominant or binary:LABEL")
-    if args.export and not (args.export.endswith(".npz") and Path(args.export).parent.is_dir()):
-        parser.error(f"--export {args.export} must be a .npz file in a folder that exists")
-    args.no_finding = args.no_finding or ("keep" if args.classes.startswith("binary:") else "drop")
-    return args
+# With more images than this, k-means works on batches of 4,096.
+MINIBATCH_ABOVE = 20_000
+# How many images at most: for silhouette, cosines and neighbours; on the map.
+SAMPLE, MAP = 5_000, 2_000
+# The row `pixels`: images of 32 x 32, reduced to 50 principal components.
+PIXELS, COMPONENTS = 32, 50
 
 
-def choose_classes(labels: np.ndarray, names: list[str], rule: str, no_finding: str) -> tuple[np.ndarray, list[str]]:
-    """Each image's class (n,) int64, -1 where it is left out, and the classes' names. labels (n, L) as in the manifest.
+# --------------------------------------------------------------------------------------------------
+# Flags.
 
-    rule: `single` takes images with one positive finding and no uncertain one; `dominant` every image with a positive
-    one, as the rarest where it has several; `binary:LABEL` all but those where LABEL is uncertain. An empty cell counts
-    as absent, but a row of nothing else is left out. "No Finding" is no finding: with no_finding `keep`, images without
-    a positive or uncertain one are a class, or in `binary` belong to the rest. DataError: no such LABEL."""
+@dataclass
+class Config:
+    """The defaults compare the last pre-training with random weights and raw pixels."""
+    init: tuple[str, ...] = flag(
+        (), "rows: random, imagenet, pixels, checkpoints (default: random, pixels and the "
+        "last pre-training)", metavar="NAME|PATH", section="rows, images and classes")
+    data: str | None = flag(
+        None, "data folder (default: the one that the first checkpoint was trained on)")
+    split: str = flag("test", "images", choices=(*SPLITS, "all"))
+    classes: str = flag(
+        "single", "images of one finding, all by their rarest, or LABEL against the rest",
+        metavar="single|dominant|binary:LABEL")
+    no_finding: str | None = flag(
+        None, "images without a finding (default: drop; in binary keep)",
+        choices=("keep", "drop"))
+
+    k: str = flag("classes", "clusters", metavar="classes|sweep|N",
+                  section="clusters and scores")
+    seeds: int = flag(5, "k-means runs a row", 1)
+    l2: bool | None = flag(None, "bring features to length 1 (default: yes)")
+    bootstrap: int = flag(1000, "draws of the patients for the intervals", 1)
+
+    export: str | None = flag(
+        None, "the last row's features, index, path, patient and labels",
+        metavar="FILE.npz", section="output")
+    out: str = flag("runs/cluster", "run folder", may_differ=True)
+    overwrite: bool = flag(False, "give up the results that the run folder holds",
+                           may_differ=True)
+
+    precision: str = flag(**run.PRECISION, section="how it computes")
+    threads: int | None = flag(**run.THREADS)
+
+    def __post_init__(self):
+        binary = self.classes.startswith("binary:")
+        self.l2 = True if self.l2 is None else self.l2
+        self.no_finding = self.no_finding or ("keep" if binary else "drop")
+        number = int(self.k) if self.k.isdecimal() else 0
+        if self.k not in ("classes", "sweep") and number < 2:
+            raise ValueError(f"--k {self.k} is none of classes, sweep or a number from 2")
+        if self.classes not in ("single", "dominant") and not binary:
+            raise ValueError(f"--classes {self.classes} is none of single, dominant or "
+                             "binary:LABEL")
+        file = Path(self.export or "features.npz")
+        if file.suffix != ".npz" or not file.parent.is_dir():
+            raise ValueError(f"--export {file} must be a .npz file in a folder that "
+                             "exists")
+
+
+# --------------------------------------------------------------------------------------------------
+# Rows: what is compared.
+
+@dataclass(frozen=True)
+class Row:
+    """One encoder of the table, and how its images are prepared."""
+    init: str                           # a name in NO_CHECKPOINT, or a path
+    arch: str                           # "PCA" for pixels
+    preprocessing: dict[str, Any]       # arguments of Preprocessing
+    labels_required: int | str          # images, or "unknown"
+
+
+def read_checkpoints(inits: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """The checkpoint of each row, {} for those without one; DataError where a row
+    cannot be had."""
+    if not inits:
+        trained = next((path for path in ENCODERS if Path(path).exists()), None)
+        if trained is None:
+            raise DataError(f"{ENCODERS[0]} does not exist: run pretrain.py first (--demo "
+                            "brings its own data), or name --init")
+        inits = ("random", "pixels", trained)
+    return {init: {} if init in NO_CHECKPOINT else load_checkpoint(init)
+            for init in inits}
+
+
+def inherit(checkpoints: dict[str, dict[str, Any]]) -> tuple[list[Row], str]:
+    """The rows, and the data folder of the first training.
+
+    Architecture and preprocessing are those that a row's checkpoint was trained with.
+    A row without a checkpoint, or with a plain state dict, has them from the first
+    one that says."""
+    trained = (state for state in checkpoints.values() if "config" in state)
+    first: dict[str, Any] = next(trained, {"config": {}})
+    names = [field.name for field in dataclasses.fields(Preprocessing)]
+    rows = []
+    for init, state in checkpoints.items():
+        settings = state.get("config", first["config"])
+        arch = (state if "arch" in state else first).get("arch", "resnet50")
+        preprocessing = {name: settings[name] for name in names if name in settings}
+        if init == "pixels":
+            arch, preprocessing["image_size"] = "PCA", PIXELS
+        rows.append(Row(init, arch, preprocessing, labels_required(init, state)))
+    return rows, first["config"].get("data", "data/nih")
+
+
+def labels_required(init: str, state: dict[str, Any]) -> int | str:
+    """How many labelled images a row's training used, from its name and its checkpoint."""
+    start = init if init in NO_CHECKPOINT else state.get("config", {}).get("init")
+    if "classifier" not in state:
+        return NO_CHECKPOINT.get(start, "unknown")
+    if "n_train" not in state:
+        return "unknown"
+    # A classifier, fine-tuned from ImageNet's labels or from an encoder that needed none.
+    earlier = NO_CHECKPOINT["imagenet"] if start == "imagenet" else 0
+    return state["n_train"] + earlier
+
+
+# --------------------------------------------------------------------------------------------------
+# Images, and the classes that clusters are compared with.
+
+@dataclass(frozen=True)
+class Selection:
+    """The images of the split, and those of them that have a class."""
+    manifest: Manifest
+    images: np.ndarray                  # (N,) image indices of the split
+    chosen: np.ndarray                  # (n,) places in `images` of those with a class
+    truth: np.ndarray                   # (n,) int64: their classes
+    names: list[str]                    # C classes
+    patients: np.ndarray                # (n,) int64: their patients
+    k: int                              # clusters to look for
+    available: dict[str, int]           # images that other flags would choose
+    description: str                    # all this in one sentence
+
+    @property
+    def index(self) -> np.ndarray:
+        """(n,) image indices of those that have a class."""
+        return self.images[self.chosen]
+
+    @property
+    def algorithm(self) -> str:
+        return "MiniBatchKMeans" if len(self.chosen) > MINIBATCH_ABOVE else "KMeans"
+
+    def subset(self, most: int) -> np.ndarray:
+        """(m,) places in `chosen`, rising: all, or `most` at random, always the same."""
+        return np.sort(np.random.default_rng(0).permutation(len(self.chosen))[:most])
+
+
+def select(config: Config, data: str) -> Selection:
+    """The images that --split, --classes and --no-finding ask for.
+
+    DataError where they are too few, or of one class or patient only."""
+    manifest = read_manifest(data)
+    if config.split == "all":
+        images = np.arange(len(manifest.paths))
+    else:
+        images = manifest.images(config.split)
+    labels, label_names = manifest.labels[images], manifest.label_names
+
+    # How many images would other flags choose? It is printed before anything is refused
+    # because it helps to mend the flags.
+    available = {}
+    for rule in ("single", "dominant", config.classes):
+        for no_finding in ("drop", "keep"):
+            classes, _ = choose_classes(labels, label_names, rule, no_finding)
+            available[f"{rule}, {no_finding}"] = int((classes >= 0).sum())
+    print(f"images kept by --classes and --no-finding: {available}", flush=True)
+
+    # Only classes that occur count.
+    assert config.no_finding is not None                # Config sees to it
+    classes, names = choose_classes(labels, label_names, config.classes,
+                                    config.no_finding)
+    chosen = np.flatnonzero(classes >= 0)               # (n,)
+    present, truth = np.unique(classes[chosen], return_inverse=True)
+    names = [names[c] for c in present]
+    patient_names, patients = np.unique(manifest.patients[images[chosen]],
+                                        return_inverse=True)
+
+    k = int(config.k) if config.k.isdecimal() else len(names)
+    description = (
+        f"--classes {config.classes} --no-finding {config.no_finding} keeps "
+        f"{len(chosen):,} of {len(images):,} images of {data}, {config.split}, "
+        f"{len(patient_names):,} patients: "
+        f"{dict(zip(names, np.bincount(truth).tolist()))}")
+    if len(names) < 2 or len(patient_names) < 2 or len(chosen) < k:
+        raise DataError(
+            f"{description}: it takes two classes, two patients and no fewer images than "
+            f"--k {k} clusters; --no-finding keep, or binary: and one of "
+            f"{', '.join(label_names)}, may help")
+    return Selection(manifest, images, chosen, truth, names, patients, k, available,
+                     description)
+
+
+def choose_classes(labels: np.ndarray, names: list[str], rule: str,
+                   no_finding: str) -> tuple[np.ndarray, list[str]]:
+    """Each image's class (n,) int64, -1 where it is left out, and the classes' names.
+
+    labels (n, L) as in the manifest. rule: `single` takes images with one positive
+    finding and no uncertain one; `dominant` every image with a positive one, as the
+    rarest where it has several; `binary:LABEL` all but those where LABEL is
+    uncertain. An empty cell counts as absent, but a row of nothing else is left out.
+
+    The label "No Finding" is not a finding: with no_finding `keep`, images without a
+    positive or uncertain finding are a class, or in `binary` belong to the rest.
+    DataError: no such LABEL."""
     findings = np.array([name != NO_FINDING for name in names], bool)
-    present, uncertain = (labels == 1)[:, findings], (labels == -1)[:, findings]                        # (n, F) bool
-    healthy = labels[:, names.index(NO_FINDING)] == 1 if NO_FINDING in names else (labels == 0).any(1)
-    healthy = healthy & ~(present | uncertain).any(1)
+    present = (labels == 1)[:, findings]                # (n, F)
+    uncertain = (labels == -1)[:, findings]             # (n, F)
+    # Healthy is who is said to be; where no column says so, who lacks some finding.
+    if NO_FINDING in names:
+        healthy = labels[:, names.index(NO_FINDING)] == 1
+    else:
+        healthy = (labels == 0).any(1)
+    healthy = healthy & ~(present | uncertain).any(1)   # (n,)
+
     if rule not in ("single", "dominant"):
         label = rule.removeprefix("binary:")
         if label not in names:
-            raise DataError(f"--classes {rule}: there is no label {label!r}, only {', '.join(names)}")
+            raise DataError(f"--classes {rule}: there is no label {label!r}, only "
+                            f"{', '.join(names)}")
         column = labels[:, names.index(label)]
-        out = (column == -1) | np.isnan(labels).all(1) | (healthy & (column != 1) & (no_finding == "drop"))
-        return np.where(out, -1, column == 1), [f"not {label}", label]
-    present = np.c_[present, healthy & (no_finding == "keep")]                                          # (n, F + 1)
-    rarest = np.where(present, present.sum(0), np.inf).argmin(1)
-    chosen = present.any(1) if rule == "dominant" else (present.sum(1) == 1) & ~uncertain.any(1)
-    return np.where(chosen, rarest, -1), [name for name in names if name != NO_FINDING] + [NO_FINDING]
+        excluded = (column == -1) | np.isnan(labels).all(1)
+        if no_finding == "drop":
+            excluded |= healthy & (column != 1)
+        return np.where(excluded, -1, column == 1), [f"not {label}", label]
 
+    # The last column is No Finding, as one class more.
+    present = np.c_[present, healthy & (no_finding == "keep")]      # (n, F + 1)
+    rarest = np.where(present, present.sum(0), np.inf).argmin(1)
+    if rule == "dominant":
+        chosen = present.any(1)
+    else:
+        chosen = (present.sum(1) == 1) & ~uncertain.any(1)
+    names = [name for name in names if name != NO_FINDING] + [NO_FINDING]
+    return np.where(chosen, rarest, -1), names
+
+
+# --------------------------------------------------------------------------------------------------
+# Features.
+
+def features_of(row: Row, selection: Selection, compute: Compute, folder: Path) -> np.ndarray:
+    """(N, D) float32: a row's features of the split, kept in `folder`; DataError
+    where some are not finite."""
+    torch.manual_seed(0)
+    if row.init == "pixels":
+        # Raw pixels pass through Flatten, so that the loader and the cache need no
+        # special case.
+        encoder, width = nn.Flatten(), PIXELS ** 2
+    else:
+        encoder = compute.place(build_encoder(row.arch, row.init))
+        width = num_features(encoder)
+    loader = eval_loader(selection.manifest, selection.images, 128,
+                         Preprocessing(**row.preprocessing), **compute.loader_arguments())
+    features = cached_features(encoder, width, loader, folder, compute.dtype).numpy()
+    # Huge ones are refused because distances square them.
+    bad = selection.images[~(np.abs(features) < 1e18).all(1)]
+    if len(bad):
+        raise DataError(f"{row.init}: features of {len(bad)} images are not finite, or "
+                        f"huge, of {selection.manifest.paths[bad[0]]} first")
+    if row.init == "pixels":
+        components = min(COMPONENTS, *features.shape)
+        features = PCA(components, random_state=0).fit_transform(features)
+    return features
+
+
+def export(file: str, features: np.ndarray, selection: Selection) -> None:
+    """Features (N, D) and what the manifest says of their images, for other programs."""
+    manifest, images = selection.manifest, selection.images
+    with whole_file(file) as output:
+        np.savez(output, features=features, index=images,
+                 path=np.array(manifest.paths)[images], patient=manifest.patients[images],
+                 labels=manifest.labels[images],
+                 label_names=np.array(manifest.label_names))
+
+
+# --------------------------------------------------------------------------------------------------
+# Scores.
 
 def agreement(truth: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
-    """How well clusters (n,) fit classes (n,). accuracy: share of the images in the cluster assigned to their class,
-    one to one (Kuhn 1955). balanced_accuracy: the same in each class, and the mean. NMI: mutual information over the
-    mean entropy. ARI: Hubert and Arabie 1985. purity: every cluster takes its majority class; grows with k."""
-    table = metrics.cluster.contingency_matrix(truth, clusters)                 # (C, K), of those that occur
+    """How well clusters (n,) fit classes (n,).
+
+    accuracy: share of the images in the cluster assigned to their class, one to one
+    (Kuhn 1955). balanced_accuracy: the same in each class, and the mean. NMI: mutual
+    information over the mean entropy. ARI: Hubert and Arabie 1985. purity: every
+    cluster takes its majority class; grows with k."""
+    # Classes and clusters that occur, (C, K).
+    table: Any = metrics.cluster.contingency_matrix(truth, clusters)
     classes, assigned = linear_sum_assignment(table, maximize=True)
-    found = np.zeros(len(table))
-    found[classes] = table[classes, assigned]
-    return {"accuracy": found.sum() / len(truth), "balanced_accuracy": (found / table.sum(1)).mean(),
+    correct = np.zeros(len(table))                      # images of each class
+    correct[classes] = table[classes, assigned]
+    return {"accuracy": correct.sum() / len(truth),
+            "balanced_accuracy": (correct / table.sum(1)).mean(),
             "NMI": metrics.normalized_mutual_info_score(truth, clusters),
-            "ARI": metrics.adjusted_rand_score(truth, clusters), "purity": table.max(0).sum() / len(truth)}
+            "ARI": metrics.adjusted_rand_score(truth, clusters),
+            "purity": table.max(0).sum() / len(truth)}
 
 
-def knn_votes(cosine: np.ndarray, truth: np.ndarray, patients: np.ndarray, k: int = 20) -> np.ndarray:
-    """Share (m, C) of each class in the votes of an image's k nearest of other patients, from all cosines (m, m).
-
-    A vote weighs exp(cosine / 0.07) (Wu et al. 2018). Without the own patient, whose images are nearly copies, the own
-    class is rarer, and features that say nothing would fall below chance: votes are scaled back to all frequencies.
-    On average that mends it; a class of very few patients still starts from an AUROC below 0.5."""
-    one_hot, others = np.eye(truth.max() + 1)[truth], patients[:, None] != patients             # (m, C), (m, m)
-    near, index = torch.from_numpy(np.where(others, cosine, -np.inf)).topk(min(k, len(truth) - 1))      # (m, k)
-    votes = (((near - near[:, :1]) / 0.07).exp().numpy()[:, :, None] * one_hot[index]).sum(1)
-    votes *= one_hot.sum(0) / (others @ one_hot).clip(1)
-    return votes / votes.sum(1, keepdims=True)
+class Clustering(NamedTuple):
+    """The best of 10 initialisations of k-means."""
+    fit: Any                            # a KMeans or MiniBatchKMeans
+    silhouette: float                   # NaN for one cluster, or one an image
 
 
-def k_means(features: np.ndarray, k: int, seed: int, sample: np.ndarray) -> tuple[KMeans | MiniBatchKMeans, float]:
-    """The best of 10 initialisations, and its mean silhouette on `sample` (Rousseeuw 1987), NaN for one cluster or
-    one an image. scikit-learn warns where equal images leave clusters empty."""
-    method = MiniBatchKMeans(k, n_init=10, batch_size=4096, random_state=seed)
-    fit = (method if len(features) > MINIBATCH_ABOVE else KMeans(k, n_init=10, random_state=seed)).fit(features)
-    parted = 1 < len(np.unique(fit.labels_[sample])) < len(sample)
-    return fit, float(metrics.silhouette_score(features[sample], fit.labels_[sample])) if parted else np.nan
+def k_means(features: np.ndarray, k: int, seed: int, sample: np.ndarray) -> Clustering:
+    """Clusters of features (n, D), and their mean silhouette on `sample` (Rousseeuw 1987).
+
+    scikit-learn warns where equal images leave clusters empty."""
+    method: Any = KMeans
+    if len(features) > MINIBATCH_ABOVE:
+        method = functools.partial(MiniBatchKMeans, batch_size=4096)
+    fit = method(k, n_init=10, random_state=seed).fit(features)
+    clusters = fit.labels_[sample]                      # (m,)
+    silhouette = math.nan
+    if 1 < len(np.unique(clusters)) < len(sample):
+        silhouette = float(metrics.silhouette_score(features[sample], clusters))
+    return Clustering(fit, silhouette)
 
 
-def evaluate(features: np.ndarray, truth: np.ndarray, patients: np.ndarray, k: int, seeds: int, bootstrap: int,
-             sample: np.ndarray) -> tuple[dict, KMeans | MiniBatchKMeans]:
-    """A row's {score: {mean, spread, low, high}}, NaN where there is none, and its k-means of lowest inertia.
+class Estimate(TypedDict):
+    """A score in results.json; NaN, there null, where there is none."""
+    mean: float                         # over the seeds
+    spread: float                       # standard deviation over the seeds
+    low: float                          # 95 % interval of the mean over the patients
+    high: float
 
-    features (n, D) float32; truth, patients (n,) int64; sample (m,) int64: images for silhouette, cosines and k-NN.
-    spread: standard deviation over the seeds. low, high: 95 % interval of the mean when patients are drawn anew and
-    the clusters, kept, are assigned again. A patient drawn twice agrees with itself, which lifts all agreement: the
-    draws are moved until their mean is the estimate (a percentile interval, recentred)."""
-    runs, silhouettes = zip(*(k_means(features, k, seed, sample) for seed in range(seeds)))
-    known, unit = truth[sample], normalize(features[sample])                                    # (m,), (m, D)
-    cosine, same = unit @ unit.T, known[:, None] == known                                       # (m, m)
-    votes = knn_votes(cosine, known, patients[sample])                                          # (m, C)
 
-    def scores(counts):
-        """{score: a value a seed, or one where seeds play no part}, each image counted counts (n,) times"""
-        every, asked = np.repeat(np.arange(len(truth)), counts), np.repeat(np.arange(len(sample)), counts[sample])
-        tables = [agreement(truth[every], run.labels_[every]) for run in runs]
-        areas = [metrics.roc_auc_score(known[asked] == c, votes[asked, c]) for c in np.unique(known[asked])
-                 if (known[asked] != c).any()]                                  # a draw may hold one class only
-        return {name: [table[name] for table in tables] for name in tables[0]} | {
-            "kNN_accuracy": [np.mean(votes[asked].argmax(1) == known[asked])],
-            "kNN_AUROC": [np.mean(areas) if areas else np.nan]}
+class Evaluation(NamedTuple):
+    """A row's scores."""
+    scores: dict[str, Estimate]
+    best: Any                           # the k-means of lowest inertia
 
-    rng, n_patients = np.random.default_rng(0), patients.max() + 1                  # the same draws for every row
-    draws = [scores(np.bincount(rng.integers(n_patients, size=n_patients), minlength=n_patients)[patients])
-             for _ in range(bootstrap)]
-    values = scores(np.ones(len(truth), int)) | {
-        "silhouette": silhouettes, "cosine_between": [cosine[~same].mean()],
-        "cosine_within": [cosine[same & ~np.eye(len(same), dtype=bool)].mean()]}            # the diagonal is no pair
-    row = {}
+
+def evaluate(features: np.ndarray, truth: np.ndarray, patients: np.ndarray, k: int,
+             seeds: int, bootstrap: int, sample: np.ndarray) -> Evaluation:
+    """All scores of features (n, D) float32.
+
+    truth, patients (n,) int64; sample (m,) int64: images for silhouette, cosines and
+    nearest neighbours. The interval is a bootstrap over patients: the clusters stay,
+    and are assigned to classes anew in each draw."""
+    clusterings = [k_means(features, k, seed, sample) for seed in range(seeds)]
+    clusters = [clustering.fit.labels_ for clustering in clusterings]
+    unit = np.asarray(normalize(features[sample]))      # (m, D)
+    cosine = unit @ unit.T                              # (m, m)
+    shares = knn_class_shares(cosine, truth[sample], patients[sample])      # (m, C)
+
+    # The images as they are. An image with itself is no pair.
+    once = np.ones(len(truth), int)
+    values = resampled_scores(once, truth, clusters, sample, shares)
+    same_class = truth[sample][:, None] == truth[sample]
+    pairs = ~np.eye(len(sample), dtype=bool)
+    values |= {"silhouette": [clustering.silhouette for clustering in clusterings],
+               "cosine_within": [cosine[same_class & pairs].mean()],
+               "cosine_between": [cosine[~same_class].mean()]}
+
+    # Patients drawn with replacement, in the same draws for every row.
+    rng, n = np.random.default_rng(0), patients.max() + 1
+    draws = []
+    for _ in range(bootstrap):
+        times = np.bincount(rng.integers(n, size=n), minlength=n)           # (patients,)
+        draws.append(resampled_scores(times[patients], truth, clusters, sample, shares))
+
+    scores = {}
     for name in SCORES:
-        mean, spread = np.mean(values[name]), np.std(values[name], ddof=1) if len(values[name]) > 1 else np.nan
-        drawn = np.array([np.mean(draw.get(name, np.nan)) for draw in draws])
-        drawn = drawn[np.isfinite(drawn)] if np.isfinite(drawn).any() else drawn
-        low, high = np.percentile(drawn - drawn.mean() + mean, (2.5, 97.5)).clip(-1 if name == "ARI" else 0, 1)
-        row[name] = {"mean": float(mean), "spread": float(spread), "low": float(low), "high": float(high)}
-    return row, min(runs, key=lambda run: run.inertia_)
+        replicates = np.array([np.mean(draw.get(name, math.nan)) for draw in draws])
+        lowest = -1 if name == "ARI" else 0
+        scores[name] = estimate(values[name], replicates, lowest)
+    best = min(clusterings, key=lambda clustering: clustering.fit.inertia_)
+    return Evaluation(scores, best.fit)
 
 
-def draw(points: np.ndarray, truth: np.ndarray, clusters: np.ndarray, table: np.ndarray, sheet: torch.Tensor,
-         dots: np.ndarray, sides: list[int], names: list[str], title: str) -> Figure:
-    """A row in four panels: map of points (m, 2), by truth (m,) and by clusters (m,); contingency table (C, K); contact
-    sheet (8 R, 1, S, S) of the images nearest to the centres `sides` (R,), with dots (8 R,) for their classes. Cluster
-    c is the one assigned to class c; those from C on are too many, and gray."""
-    hues = [*colormaps["tab10"].colors, *colormaps["tab20"].colors[1::2]]           # ten strong ones, ten pale ones
-    colours = [hues[c % 20] if c < len(names) else "lightgray" for c in range(table.shape[1])]
-    labels = [*names, *(f"cluster {c}" for c in range(len(names), table.shape[1]))]
+def resampled_scores(counts: np.ndarray, truth: np.ndarray, clusters: list[np.ndarray],
+                     sample: np.ndarray, shares: np.ndarray) -> dict[str, list]:
+    """Scores where image i counts counts[i] times: a value for each seed, or one
+    where seeds play no part.
+
+    counts, truth (n,); clusters: (n,) for each seed; sample (m,); shares (m, C) of
+    the classes among the neighbours of `sample`."""
+    images = np.repeat(np.arange(len(truth)), counts)
+    tables = [agreement(truth[images], labels[images]) for labels in clusters]
+    scores: dict[str, list] = {
+        name: [table[name] for table in tables] for name in tables[0]}
+
+    queries = np.repeat(np.arange(len(sample)), counts[sample])     # rows of `shares`
+    classes, votes = truth[sample][queries], shares[queries]
+    areas = [metrics.roc_auc_score(classes == c, votes[:, c])
+             for c in np.unique(classes)
+             if (classes != c).any()]                   # a draw may hold one class only
+    scores["kNN_accuracy"] = [np.mean(votes.argmax(1) == classes)]
+    scores["kNN_AUROC"] = [np.mean(areas) if areas else math.nan]
+    return scores
+
+
+def estimate(values: list[float], replicates: np.ndarray, lowest: float) -> Estimate:
+    """Mean and spread of a score's values over the seeds, and its interval from the draws.
+
+    A patient that is drawn twice agrees with itself, which lifts all agreement: the
+    draws are shifted so that they centre on the estimate (a percentile interval,
+    recentred). Scores lie in `lowest` to 1."""
+    mean = np.mean(values)
+    spread = np.std(values, ddof=1) if len(values) > 1 else math.nan
+    finite = replicates[np.isfinite(replicates)]
+    replicates = finite if len(finite) else replicates
+    shifted = replicates - replicates.mean() + mean
+    low, high = np.percentile(shifted, (2.5, 97.5)).clip(lowest, 1)
+    return Estimate(mean=float(mean), spread=float(spread), low=float(low),
+                    high=float(high))
+
+
+def majority_row(truth: np.ndarray) -> dict[str, Any]:
+    """The row of results.json for no features at all: every image in one cluster."""
+    scores = agreement(truth, np.zeros_like(truth)) | {"kNN_AUROC": 0.5}
+    scores["kNN_accuracy"] = scores["accuracy"]
+    nothing = dict(spread=math.nan, low=math.nan, high=math.nan)
+    return {"labels_required": 0,
+            "scores": {name: {"mean": scores.get(name, math.nan)} | nothing
+                       for name in SCORES}}
+
+
+def sweep(features: np.ndarray, selection: Selection) -> dict[str, list]:
+    """Silhouette and inertia for 2 to twice as many clusters as there are classes, at
+    least 10."""
+    most = min(max(10, 2 * selection.k), len(features))
+    sizes = list(range(2, most + 1))
+    sample = selection.subset(SAMPLE)
+    clusterings = [k_means(features, k, 0, sample) for k in sizes]
+    return {"k": sizes,
+            "silhouette": [clustering.silhouette for clustering in clusterings],
+            "inertia": [float(clustering.fit.inertia_) for clustering in clusterings]}
+
+
+# --------------------------------------------------------------------------------------------------
+# Figures. For them clusters are numbered as the classes assigned to them, and those that got
+# no class come after.
+
+class Numbering(NamedTuple):
+    """Clusters by their class. K is the number of clusters or of classes, the larger one."""
+    clusters: np.ndarray                # (n,) the number of each image's cluster
+    table: np.ndarray                   # (C, K) images of each class in each cluster
+    numbers: np.ndarray                 # (k,) the numbers of all clusters, rising
+    centres: np.ndarray                 # (k,) k-means's own numbers of the same clusters
+
+
+def number_clusters(clusters: np.ndarray, k: int, truth: np.ndarray, classes: int) -> Numbering:
+    """clusters (n,): k-means's own numbers, below k; truth (n,), below `classes`."""
+    table = metrics.confusion_matrix(truth, clusters, labels=range(max(k, classes)))
+    order = linear_sum_assignment(table, maximize=True)[1]      # the cluster of each number
+    number = np.argsort(order)                                  # the number of each cluster
+    centres = np.argsort(number[:k])
+    return Numbering(number[clusters], table[:classes, order], number[centres], centres)
+
+
+@dataclass(frozen=True)
+class Legend:
+    """Names and colours of K clusters; the first C are those of the classes."""
+    classes: int                        # C
+    names: list[str]                    # K of them
+    colours: list                       # K of them; clusters without a class are gray
+
+
+def cluster_legend(names: list[str], clusters: int) -> Legend:
+    """names: of the C classes; clusters: K, at least C."""
+    # Ten strong colours, then ten pale ones.
+    hues = [*color_sequences["tab10"], *color_sequences["tab20"][1::2]]
+    classes = range(len(names))
+    extra = range(len(names), clusters)
+    return Legend(len(names), [*names, *(f"cluster {c}" for c in extra)],
+                  [*(hues[c % 20] for c in classes), *("lightgray" for _ in extra)])
+
+
+def map_points(features: np.ndarray) -> np.ndarray:
+    """(m, D) -> (m, 2) by t-SNE, from at most 50 principal components."""
+    m, width = features.shape
+    components = PCA(min(COMPONENTS, width, m), random_state=0).fit_transform(features)
+    return TSNE(perplexity=min(30, (m - 1) / 3), random_state=0).fit_transform(components)
+
+
+def draw_map(axes: Axes, points: np.ndarray, values: np.ndarray, legend: Legend,
+             what: str) -> None:
+    """Points (m, 2) in the colours of their classes or clusters (m,)."""
+    # Clusters without a class share one entry in the legend.
+    without_class = values[values >= legend.classes].min(initial=len(legend.names))
+    for c in np.unique(values):
+        name = None
+        if c < legend.classes:
+            name = legend.names[c]
+        elif c == without_class:
+            name = "other clusters"
+        axes.scatter(*points[values == c].T, s=14, linewidths=0, alpha=0.8,
+                     color=legend.colours[c], label=name)
+    axes.set(title=f"t-SNE of {len(points):,} images, by {what}", xticks=[], yticks=[])
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3, fontsize=8,
+                frameon=False, markerscale=2)
+
+
+def draw_table(axes: Axes, table: np.ndarray, legend: Legend) -> None:
+    """Contingency table (C, K), shaded by the share of the class."""
+    axes.imshow(table / table.sum(1, keepdims=True), cmap="Blues", vmin=0, vmax=1.5,
+                aspect="auto")
+    # More columns have no room for numbers and names.
+    readable = table.shape[1] <= 30
+    if readable:
+        for (row, column), n in np.ndenumerate(table):
+            axes.text(column, row, f"{n:.0f}", ha="center", va="center")
+    axes.set(title="images of class and cluster", xlabel="cluster, named by its class",
+             yticks=range(legend.classes), yticklabels=legend.names[:legend.classes])
+    axes.set_xticks(range(len(legend.names)), legend.names, rotation=45, ha="right",
+                    rotation_mode="anchor")
+    axes.tick_params(axis="x", labelbottom=readable)
+
+
+def draw_sheet(axes: Axes, pictures: Tensor, classes: np.ndarray, numbers: np.ndarray,
+               legend: Legend) -> None:
+    """A row of eight pictures for each of R clusters: pictures (8 R, 1, S, S) in [0,
+    1], their classes (8 R,), and the clusters' numbers (R,)."""
+    size = pictures.shape[-1] + 2               # make_grid puts 2 pixels between them
+    row, column = np.divmod(np.arange(len(pictures)), 8)
+    axes.imshow(make_grid(pictures, nrow=8)[0].numpy(), cmap="gray", vmin=0, vmax=1)
+    axes.scatter(column * size + 16, row * size + 16, s=40,
+                 c=[legend.colours[c] for c in classes])
+    axes.set(title="nearest to each centre; the dot is the class", xticks=[],
+             yticks=np.arange(len(numbers)) * size + size / 2,
+             yticklabels=[legend.names[c] for c in numbers])
+
+
+def thumbnails(manifest: Manifest, images: np.ndarray, size: int) -> Tensor:
+    """(m, 1, size, size) float32 in [0, 1] on the CPU."""
+    loader = eval_loader(manifest, images, 64, Preprocessing(size), "cpu")
+    return (torch.cat([x for x, _ in loader]) * STD + MEAN).clamp(0, 1)
+
+
+def figures(title: str, tag: str, features: np.ndarray, best: Any, selection: Selection,
+            writer: SummaryWriter) -> None:
+    """One row in four panels, as a PNG and in TensorBoard, and its features in the projector.
+
+    tag: the name of the file; features (n, D); best: the row's k-means."""
+    truth, images = selection.truth, selection.index
+    numbering = number_clusters(best.labels_, selection.k, truth, len(selection.names))
+    legend = cluster_legend(selection.names, numbering.table.shape[1])
     figure = Figure(figsize=(14, 13), dpi=90, layout="constrained")
     figure.suptitle(title)
-    by_class, by_cluster, confusion, nearest = figure.subplots(2, 2).flat
-    for axes, values, what in ((by_class, truth, "class"), (by_cluster, clusters, "cluster, named by its class")):
-        others = values[values >= len(names)].min(initial=len(labels))          # one entry in the legend for them all
-        for c in np.unique(values):
-            name = labels[c] if c < len(names) else "other clusters" if c == others else None
-            axes.scatter(*points[values == c].T, s=14, linewidths=0, alpha=0.8, color=colours[c], label=name)
-        axes.set(title=f"t-SNE of {len(points):,} images, by {what}", xticks=[], yticks=[])
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3, fontsize=8, frameon=False, markerscale=2)
-    confusion.imshow(table / table.sum(1, keepdims=True), cmap="Blues", vmin=0, vmax=1.5, aspect="auto")
-    few = table.shape[1] <= 30                                                  # more have no room for their numbers
-    for (row, column), n in np.ndenumerate(table if few else table[:0]):
-        confusion.text(column, row, f"{n:.0f}", ha="center")
-    confusion.set(title="images of class and cluster", yticks=range(len(names)), yticklabels=names,
-                  xlabel="cluster, named by its class", xticks=range(len(labels)), xticklabels=labels)
-    confusion.tick_params(axis="x", labelrotation=30, labelbottom=few)
-    size, places = sheet.shape[-1] + 2, np.arange(len(sheet))                       # make_grid adds 2 pixels
-    nearest.imshow(make_grid(sheet, nrow=8)[0], cmap="gray", vmin=0, vmax=1)
-    nearest.scatter(places % 8 * size + 10, places // 8 * size + 10, s=40, c=[colours[c] for c in dots])
-    nearest.set(title="nearest to each centre; the dot is the class", xticks=[],
-                yticks=np.arange(len(sides)) * size + size / 2, yticklabels=[labels[c] for c in sides])
+    by_class, by_cluster, contingency, sheet = figure.subplots(2, 2).flat
+
+    # The map, twice.
+    on_map = selection.subset(MAP)                      # (m,)
+    points = map_points(features[on_map])
+    clusters = numbering.clusters[on_map]
+    draw_map(by_class, points, truth[on_map], legend, "class")
+    draw_map(by_cluster, points, clusters, legend, "cluster, named by its class")
+
+    # Which class is in which cluster.
+    draw_table(contingency, numbering.table, legend)
+
+    # What a cluster looks like: the eight images nearest to its centre, some of them twice
+    # if n < 8. Twelve clusters fit on the sheet.
+    centres, numbers = numbering.centres[:12], numbering.numbers[:12]       # (R,)
+    nearest = best.transform(features)[:, centres].argsort(0)               # (n, R)
+    eight = np.arange(8).clip(max=len(nearest) - 1)
+    nearest = nearest[eight].T.ravel()                                      # (8 R,)
+    pictures = thumbnails(selection.manifest, images[nearest], 96)
+    draw_sheet(sheet, pictures, truth[nearest], numbers, legend)
+    figure.savefig(f"{writer.log_dir}/{tag}.png")
+    writer.add_figure(tag, figure)
+
+    # TensorBoard's projector turns the features themselves in three dimensions.
+    manifest, mapped = selection.manifest, images[on_map]
+    metadata = zip(clusters, np.array(selection.names)[truth[on_map]],
+                   manifest.patients[mapped], np.array(manifest.paths)[mapped])
+    writer.add_embedding(
+        torch.from_numpy(features[on_map]), list(metadata),
+        thumbnails(manifest, mapped, PIXELS), tag=tag,
+        metadata_header=["cluster", "class", "patient", "path"])
+
+
+def sweep_figure(curves: dict[str, dict[str, list]], classes: int) -> Figure:
+    """Silhouette and inertia against k, a line for each row."""
+    figure = Figure(figsize=(11, 5), dpi=110, layout="constrained")
+    for axes, score in zip(figure.subplots(1, 2), ("silhouette", "inertia")):
+        for init, curve in curves.items():
+            axes.plot(curve["k"], curve[score], "o-", label=init)
+        axes.set(xlabel=f"k, clusters (there are {classes} classes)", title=score)
+        if score == "inertia":
+            axes.set_yscale("log")              # the rows' inertias differ by far
+        legend_below(axes)
     return figure
 
 
-def thumbnails(manifest: Manifest, images: np.ndarray, size: int) -> torch.Tensor:
-    """(m, 1, size, size) float32 in [0, 1] on the CPU."""
-    x = torch.cat([x for x, _ in eval_loader(manifest, images, 64, Preprocessing(size), "cpu")])
-    return (x * STD + MEAN).clamp(0, 1)
+# --------------------------------------------------------------------------------------------------
+# The table.
+
+def cell(score: Estimate) -> str:
+    """`mean ± spread [low, high]`, without the parts that are NaN; a dash without a mean."""
+    if math.isnan(score["mean"]):
+        return "–"
+    text = f"{score['mean']:.3f}"
+    if not math.isnan(score["spread"]):
+        text += f" ± {score['spread']:.3f}"
+    if not math.isnan(score["low"]):
+        text += f" [{score['low']:.3f}, {score['high']:.3f}]"
+    return text
+
+
+def table(rows: dict[str, dict[str, Any]], selection: Selection) -> str:
+    """results.md: rows as in results.json, and a paragraph that says what the numbers are."""
+    lines = [["init", "labels required", *(name.replace("_", " ") for name in SCORES)],
+             ["---"] * (len(SCORES) + 2)]
+    for init, row in rows.items():
+        lines.append([init, str(row["labels_required"]),
+                      *(cell(row["scores"][name]) for name in SCORES)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + (
+        f"\n\n{selection.description}; {selection.algorithm}, k = {selection.k}. "
+        "Mean ± standard deviation over the seeds [95 % interval over patients]. "
+        "Labels required: images whose labels the row's training used "
+        "(imagenet: photographs). "
+        f"Silhouette, cosines, k-NN: among {len(selection.subset(SAMPLE)):,}.\n")
+
+
+# --------------------------------------------------------------------------------------------------
+# The stage.
+
+def written(file: str | Path) -> str:
+    """A path and when its file was last written, so that a change under the same name shows."""
+    time = datetime.fromtimestamp(os.stat(file).st_mtime, UTC)
+    return f"{file}, written {time:%Y-%m-%d %H:%M:%S.%f} UTC"
+
+
+def open_run_folder(config: Config, inits: list[str], selection: Selection,
+                    resources: contextlib.ExitStack) -> str | None:
+    """Make the run folder this run's own, and empty; or the table, where the run is complete.
+
+    --init and --data are compared by the files that they stand for and by when those were
+    written: tomorrow the same path may hold another training."""
+    out = Path(config.out)
+    results_json, results_md = out / "results.json", out / "results.md"
+    run.open_run(
+        config, "cluster_eval", (results_json.name, results_md.name), resources,
+        init=[init if init in NO_CHECKPOINT else written(init) for init in inits],
+        data=written(selection.manifest.folder / "manifest.csv"))
+    exported = not config.export or Path(config.export).exists()
+    if results_json.exists() and results_md.exists() and exported:
+        return results_md.read_text(errors="surrogateescape")
+    # Parts of a run that was interrupted or given up.
+    results_json.unlink(missing_ok=True)
+    results_md.unlink(missing_ok=True)
+    shutil.rmtree(out / "cluster_figures", ignore_errors=True)
+    return None
+
+
+def cluster_eval(config: Config, compute: Compute, resources: contextlib.ExitStack) -> None:
+    """Features, scores and figures of every row, then the table."""
+    if compute.world_size > 1:
+        raise DataError("this stage runs in one process: start it with python, not with "
+                        "torchrun")
+
+    # What is compared, and on which images. Whatever cannot be built or does not fit is
+    # refused here, before any older result is given up.
+    checkpoints = read_checkpoints(config.init)
+    rows, trained_on = inherit(checkpoints)
+    for row in rows:
+        if row.init != "pixels":
+            build_encoder(row.arch, row.init)
+    data = config.data or trained_on
+    selection = select(config, data)
+    print(f"{selection.description}\nk = {selection.k}, {selection.algorithm} (up to "
+          f"{MINIBATCH_ABOVE:,} images KMeans, beyond MiniBatchKMeans)", flush=True)
+
+    # Where the results go, unless they are there already.
+    out = Path(config.out)
+    text = open_run_folder(config, list(checkpoints), selection, resources)
+    if text is not None:
+        print(f"{out} is complete; --overwrite does it again\n\n{text}")
+        return
+    writer = SummaryWriter(str(out / "cluster_figures"))
+    resources.callback(writer.close)
+
+    # Row by row: features ...
+    results, curves = {}, {}
+    for number, row in enumerate(rows, 1):
+        features = features_of(row, selection, compute, out.parent / "features")    # (N, D)
+        if config.export and row is rows[-1]:
+            export(config.export, features, selection)
+        features = features[selection.chosen]                                       # (n, D)
+        if config.l2:
+            features = np.asarray(normalize(features, copy=False))
+
+        # ... scores ...
+        evaluation = evaluate(
+            features, selection.truth, selection.patients, selection.k, config.seeds,
+            config.bootstrap, selection.subset(SAMPLE))
+        results[row.init] = {
+            "labels_required": row.labels_required, "arch": row.arch, **row.preprocessing,
+            "scores": evaluation.scores}
+        means = [f"{name} {score['mean']:.3f}" for name, score in evaluation.scores.items()]
+        print(f"{row.init} ({row.arch}, {row.preprocessing}): {', '.join(means)}", flush=True)
+        if config.k == "sweep":
+            curves[row.init] = sweep(features, selection)
+
+        # ... and figures. Two rows may end in the same name, so that a number comes first.
+        tag = f"{number}_{row.init.replace('/', '_')}"
+        figures(row.init, tag, features, evaluation.best, selection, writer)
+
+    # All rows together. results.json comes last: where it is, everything is.
+    if curves:
+        figure = sweep_figure(curves, len(selection.names))
+        figure.savefig(f"{writer.log_dir}/sweep.png")
+        writer.add_figure("sweep", figure)
+    results["*majority class*"] = majority_row(selection.truth)
+    text = table(results, selection)
+    writer.add_text("results", text)
+    writer.flush()
+    write_text(out / "results.md", text)
+    settings = dataclasses.asdict(config) | {
+        "init": list(checkpoints), "data": data, "precision": compute.precision}
+    write_json(out / "results.json", {
+        "config": settings, "images": selection.description,
+        "kept": selection.available, "k": selection.k, "algorithm": selection.algorithm,
+        "rows": results, "sweep": curves})
+    print(f"\n{text}\ndone: {out / 'results.md'}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    try:
-        cluster_eval(args)
-    except (DataError, CheckpointError, OSError) as error:
-        sys.exit(f"cluster_eval.py: {error}")
-
-
-def cluster_eval(args: argparse.Namespace) -> None:
-    # ------------------------------------------------------------------------------------- rows, and what they inherit
-    trained = next((path for path in ENCODERS if Path(path).exists()), ENCODERS[0])
-    inits = args.init or ["random", "pixels", trained]
-    if not args.init and not Path(trained).exists():
-        raise DataError(f"{trained} does not exist: run pretrain.py first (--demo brings its own data), or name --init")
-    states = {init: {} if init in NO_CHECKPOINT else load_checkpoint(init) for init in inits}
-    lender = next((state for state in states.values() if "config" in state), {"config": {}})    # to rows without one
-    for init, state in states.items():              # what cannot be built is told before any result is given up
-        if init != "pixels":
-            build_encoder((state if "arch" in state else lender).get("arch", "resnet50"), init)
-    data = args.data or lender["config"].get("data", "data/nih")
-
-    # ------------------------------------------------------------------------------------------------- images, classes
-    manifest = read_manifest(data)
-    images = np.arange(len(manifest.paths)) if args.split == "all" else manifest.images(args.split)
-    labels = manifest.labels[images]
-    kept = {f"{rule}, {none}": int((choose_classes(labels, manifest.label_names, rule, none)[0] >= 0).sum())
-            for rule in ("single", "dominant", args.classes) for none in ("drop", "keep")}
-    truth, names = choose_classes(labels, manifest.label_names, args.classes, args.no_finding)
-    chosen = np.flatnonzero(truth >= 0)                                             # places in `images`, (n,)
-    present, truth = np.unique(truth[chosen], return_inverse=True)
-    names = [names[c] for c in present]
-    k = int(args.k) if args.k.isdecimal() else len(names)
-    who, patients = np.unique(manifest.patients[images[chosen]], return_inverse=True)
-    what = (f"--classes {args.classes} --no-finding {args.no_finding} keeps {len(chosen):,} of {len(images):,} images "
-            f"of {data}, {args.split}, {len(who):,} patients: {dict(zip(names, np.bincount(truth).tolist()))}")
-    print(f"images kept by --classes and --no-finding: {kept}")
-    if len(names) < 2 or len(who) < 2 or len(chosen) < k:
-        raise DataError(f"{what}: it takes two classes, two patients and no fewer images than --k {k} clusters; "
-                        f"--no-finding keep, or binary: and one of {', '.join(manifest.label_names)}, may help")
-    algorithm = "MiniBatchKMeans" if len(chosen) > MINIBATCH_ABOVE else "KMeans"
-    print(f"{what}\nk = {k}, {algorithm} (up to {MINIBATCH_ABOVE:,} images KMeans, beyond MiniBatchKMeans)")
-    sample, shown = (np.sort(np.random.default_rng(0).permutation(len(chosen))[:size]) for size in (SAMPLED, MAPPED))
-
-    # ------------------------------------------------------------------------------------------------------ run folder
-    out = Path(args.out)
-    if (out / "config.json").exists():
-        raise DataError(f"{out} is the run folder of another stage; choose another --out")
-    files = [manifest.folder / "manifest.csv", *(states.keys() - NO_CHECKPOINT)]
-    run = {key: value for key, value in vars(args).items() if key not in ("out", "overwrite")}
-    run |= {"init": list(states), "data": str(data), "written": sorted(os.stat(file).st_mtime_ns for file in files)}
-    if (out / "results.json").exists() and not args.overwrite:
-        try:
-            before = dict(json.loads((out / "results.json").read_text())["config"])
-            table = (out / "results.md").read_text()
-        except (ValueError, KeyError, TypeError, FileNotFoundError):
-            raise DataError(f"{out} holds a results.json that is none of ours, or no results.md beside it; choose "
-                            "another --out, or --overwrite them") from None
-        differ = [f"{key} ({before.get(key)} there, {run[key]} here)" for key in run if run[key] != before.get(key)]
-        if args.export and not Path(args.export).exists():
-            differ.append(f"{args.export} is gone")
-        if differ:
-            raise DataError(f"{out} holds other results: {', '.join(differ)}; choose another --out or --overwrite")
-        print(f"{out} is complete; --overwrite does it again\n\n{table}")
-        return
-    for old in (out / "results.json", out / "results.md"):
-        old.unlink(missing_ok=True)
-    shutil.rmtree(out / "cluster_figures", ignore_errors=True)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = None
-    if device.type == "cuda":                                           # finetune.py's rule, to share its features
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    writer, rows, curves = SummaryWriter(out / "cluster_figures"), {}, {}
-
-    for init, state in states.items():
-        # ---------------------------------------------------------------------------------------------------- features
-        settings = state.get("config", lender["config"])
-        settings = {key: settings[key] for key in ("image_size", "normalize", "clahe") if key in settings}
-        arch = "PCA" if init == "pixels" else (state if "arch" in state else lender).get("arch", "resnet50")
-        first = init if init in NO_CHECKPOINT else state.get("config", {}).get("init")          # what it started from
-        known = NO_CHECKPOINT.get(first, "unknown")
-        if "classifier" in state:
-            known = state["n_train"] + (known if first == "imagenet" else 0) if "n_train" in state else "unknown"
-        torch.manual_seed(0)
-        if init == "pixels":                            # an encoder like others, to the loader and the kept features
-            encoder, settings["image_size"] = nn.Flatten(), PIXELS
-            encoder.num_features = PIXELS ** 2
-        else:
-            encoder = build_encoder(arch, init).to(device, memory_format=torch.channels_last)
-        loader = eval_loader(manifest, images, 128, Preprocessing(**settings), device, half=dtype is not None,
-                             threads=min(8, len(os.sched_getaffinity(0))))
-        features = cached_features(encoder, loader, len(images), out.parent / "features", dtype).numpy()
-        bad = images[~(np.abs(features) < 1e18).all(1)]                 # squares must be finite, too
-        if len(bad):
-            raise DataError(f"{init}: features of {len(bad)} images are not finite, or huge, of "
-                            f"{manifest.paths[bad[0]]} first")
-        if init == "pixels":
-            features = PCA(min(COMPONENTS, *features.shape), random_state=0).fit_transform(features)
-        if args.export and init == list(states)[-1]:
-            np.savez(args.export, features=features, index=images, path=np.array(manifest.paths)[images],
-                     patient=manifest.patients[images], labels=labels, label_names=np.array(manifest.label_names))
-        features = features[chosen]                                                                     # (n, D)
-        features = normalize(features, copy=False) if args.l2 else features
-
-        # ------------------------------------------------------------------------------------------------------ scores
-        scores, best = evaluate(features, truth, patients, k, args.seeds, args.bootstrap, sample)
-        rows[init] = {"labels_required": known, "arch": arch, **settings, "scores": scores}
-        print(f"{init} ({arch}, {settings}): "
-              + ", ".join(f"{score} {value['mean']:.3f}" for score, value in scores.items()), flush=True)
-        if args.k == "sweep":
-            sizes = list(range(2, min(max(10, 2 * k), len(chosen)) + 1))
-            fits, silhouettes = zip(*(k_means(features, size, 0, sample) for size in sizes))
-            curves[init] = {"k": sizes, "silhouette": silhouettes, "inertia": [float(fit.inertia_) for fit in fits]}
-
-        # ----------------------------------------------------------------------------------------------------- figures
-        # Number each cluster as the class assigned to it, and those that got none from len(names) on.
-        table = metrics.confusion_matrix(truth, best.labels_, labels=range(max(k, len(names))))         # (K, K)
-        order = linear_sum_assignment(table, maximize=True)[1]
-        number = np.argsort(order)
-        clusters, sides = number[best.labels_], np.argsort(number[:k])[:12]             # twelve fit on the sheet
-        points = PCA(min(COMPONENTS, features.shape[1], len(shown)), random_state=0).fit_transform(features[shown])
-        points = TSNE(perplexity=min(30, (len(shown) - 1) / 3), random_state=0).fit_transform(points)
-        nearest = best.transform(features)[:, sides].argsort(0)                                         # (n, R)
-        nearest = nearest[np.arange(8).clip(max=len(nearest) - 1)].T.ravel()                            # (8 R,)
-        figure = draw(points, truth[shown], clusters[shown], table[:len(names), order],
-                      thumbnails(manifest, images[chosen[nearest]], 96), truth[nearest], number[sides], names, init)
-        slug = f"{len(rows)}_{init.replace('/', '_')}"                  # two rows may end in the same name
-        figure.savefig(f"{writer.log_dir}/{slug}.png")
-        writer.add_figure(slug, figure)
-        index = images[chosen[shown]]
-        writer.add_embedding(
-            torch.from_numpy(features[shown]), list(zip(clusters[shown], np.array(names)[truth[shown]],
-                                                        manifest.patients[index], np.array(manifest.paths)[index])),
-            thumbnails(manifest, index, PIXELS), tag=slug, metadata_header=["cluster", "class", "patient", "path"])
-
-    # ----------------------------------------------------------------------------------------------------------- table
-    if curves:
-        figure = Figure(figsize=(11, 4.5), dpi=110, layout="constrained")
-        for axes, score in zip(figure.subplots(1, 2), ("silhouette", "inertia")):
-            for init, curve in curves.items():
-                axes.plot(curve["k"], curve[score], "o-", label=init)
-            axes.set(xlabel=f"k, clusters (there are {len(names)} classes)", title=score,
-                     yscale="log" if score == "inertia" else "linear")              # rows differ by far
-            axes.legend()
-        figure.savefig(f"{writer.log_dir}/sweep.png")
-        writer.add_figure("sweep", figure)
-    majority = agreement(truth, np.zeros_like(truth)) | {"kNN_AUROC": 0.5}                      # all in one cluster
-    majority["kNN_accuracy"] = majority["accuracy"]
-    rows["*majority class*"] = {"labels_required": 0, "scores": {score: dict.fromkeys(
-        ("spread", "low", "high"), np.nan) | {"mean": majority.get(score, np.nan)} for score in SCORES}}
-    lines = [["init", "labels required", *(score.replace("_", " ") for score in SCORES)], ["---"] * (len(SCORES) + 2)]
-    lines += [[init, str(row["labels_required"]), *(
-        f"{score['mean']:.3f} ± {score['spread']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
-        for score in row["scores"].values())] for init, row in rows.items()]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    text = text.replace(" ± nan", "").replace(" [nan, nan]", "").replace("| nan", "| –") + f"""
-
-{what}; {algorithm}, k = {k}. Mean ± standard deviation over the seeds [95 % interval over patients]. Labels required: \
-images whose labels the row's training used (imagenet: photographs). Silhouette, cosines, k-NN: among {len(sample):,}.
-"""
-    writer.add_text("results", text)
-    writer.close()
-    (out / "results.md").write_text(text)
-    results = {"config": run, "images": what, "kept": kept, "k": k, "algorithm": algorithm,
-               "rows": rows, "sweep": curves}
-    results = json.loads(json.dumps(results), parse_constant=lambda nan: None)                  # JSON has no NaN
-    (out / "results.tmp").write_text(json.dumps(results, indent=1) + "\n")
-    (out / "results.tmp").replace(out / "results.json")                             # last: where it is, all is there
-    print(f"\n{text}\ndone: {out / 'results.md'}")
+    run.main(cluster_eval, Config, argv)
 
 
 if __name__ == "__main__":

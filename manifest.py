@@ -7,6 +7,8 @@ column a label: 1 present, 0 absent, -1 uncertain, empty not mentioned.
     path,patient,split,Cardiomegaly,Lung Opacity
     images/p00001/s1.jpg,p00001,train,1,-1
 """
+import _thread
+import argparse
 import contextlib
 import csv
 import fcntl
@@ -14,7 +16,8 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -76,9 +79,18 @@ def _report_uncaught(kind, error, traceback) -> None:
     os._exit(128 + signal.SIGINT)
 
 
+def _interrupt_again(unraisable) -> None:
+    """Ctrl-C in a destructor or a weak reference's callback, where Python drops every exception:
+    once more, when that has returned."""
+    if unraisable.exc_type is KeyboardInterrupt:
+        threading.Timer(0.05, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
 # The one thing in the project that happens at import. A script loads PyTorch for seconds before
 # its main() is called, and nothing else can answer Ctrl-C until then; so this file is loaded first.
-sys.excepthook = _report_uncaught
+sys.excepthook, sys.unraisablehook = _report_uncaught, _interrupt_again
 
 
 def differing_flags(before: dict, now: dict) -> str:
@@ -89,6 +101,19 @@ def differing_flags(before: dict, now: dict) -> str:
         f"{now.get(name, 'not given')} here)"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name))
+
+
+def number_within(kind: Callable, low: float, high: float) -> Callable:
+    """A type for argparse: `kind` of the text, which if it is a number lies in `low` to
+    `high`."""
+    def convert(text):
+        value = kind(text)
+        if kind is not str and not low <= value <= high:        # NaN lies nowhere
+            raise argparse.ArgumentTypeError(f"{text} does not lie in {low:g} to {high:g}")
+        return value
+
+    convert.__name__ = kind.__name__        # argparse writes "invalid int value" from this
+    return convert
 
 
 # --------------------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from manifest import (                  # first: see there
-    DataError, differing_flags, errors_in_one_sentence, lock, whole_file, write_text)
+    DataError, differing_flags, errors_in_one_sentence, lock, number_within, whole_file,
+    write_text)
 
 import torch
 import torch.distributed as dist
@@ -127,20 +128,15 @@ def _add_argument(group, field: dataclasses.Field) -> None:
     group.add_argument(
         name, type=number_within(kind, about["low"], about["high"]), default=field.default,
         nargs="+" if ... in rest else count, choices=about["choices"], metavar=about["metavar"],
-        help=about["help"] + ("" if field.default in (None, ()) else " (default %(default)s)"))
+        help=about["help"] + _default_text(field.default))
 
 
-def number_within(kind: Callable, low: float, high: float) -> Callable:
-    """A type for argparse: `kind` of the text, which if it is a number lies in `low` to
-    `high`."""
-    def convert(text):
-        value = kind(text)
-        if kind is not str and not low <= value <= high:        # NaN lies nowhere
-            raise argparse.ArgumentTypeError(f"{text} does not lie in {low:g} to {high:g}")
-        return value
-
-    convert.__name__ = kind.__name__        # argparse writes "invalid int value" from this
-    return convert
+def _default_text(default: Any) -> str:
+    """What --help says of a default, written as one would type it."""
+    if default in (None, (), ""):
+        return ""
+    values = default if isinstance(default, tuple) else [default]
+    return f" (default {' '.join(map(str, values))})"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -322,7 +318,8 @@ def open_run(config: RunConfig, stage: str, results: tuple[str, ...],
     deletes the results. A folder that holds anything but a run of this stage is refused
     in any case.
     starts_from: a file that alone may lie in a new run folder, for the run to start from.
-    more: compared as flags are."""
+    more: compared as flags are; among it `manifest_digest`, where a run depends on all of the
+    data folder's manifest.csv."""
     out = Path(config.out)
     contents = {file.name for file in out.iterdir()} if out.is_dir() else set()
     if contents - {starts_from} and "config.json" not in contents:
@@ -335,18 +332,16 @@ def open_run(config: RunConfig, stage: str, results: tuple[str, ...],
     if before and before.get("stage") != stage:
         raise CheckpointError(f"{out} holds something else than a run of {stage}.py; "
                               "choose another --out")
-    now = {"stage": stage} | {field.name: getattr(config, field.name)
-                              for field in dataclasses.fields(config)
-                              if not field.metadata["may_differ"]} | more
+    now = {"stage": stage} | fixed_flags(config) | more
     now = json.loads(json.dumps(now))               # tuples are lists in a file
-    difference = differing_flags(before, now)
+    difference = _difference(before, now)
     if config.overwrite:
         for pattern in results:
             for old in out.glob(pattern):
                 old.unlink()
     elif before and difference and (out / results[0]).exists():
-        raise CheckpointError(f"{out} holds a run with other flags: {difference}; choose another "
-                              "--out, or give up that run with --overwrite")
+        raise CheckpointError(f"{out} holds a run {difference}; choose another --out, or give up "
+                              "that run with --overwrite")
     if difference:
         # The file is rewritten in place because its lock would not follow a new one.
         # Nothing is lost if that is cut short: the next run with the same flags writes
@@ -354,6 +349,22 @@ def open_run(config: RunConfig, stage: str, results: tuple[str, ...],
         file.truncate(0)
         file.write(json.dumps(now, indent=1) + "\n")
         file.flush()
+
+
+def fixed_flags(config: RunConfig) -> dict[str, Any]:
+    """The flags that must be the same when a run goes on, by name."""
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)
+            if not field.metadata["may_differ"]}
+
+
+def _difference(before: dict, now: dict) -> str:
+    """How two runs differ, or nothing: `with other flags: --epochs (2 there, 5 here)`."""
+    same = {"manifest_digest": now.get("manifest_digest")}
+    if flags := differing_flags(before | same, now | same):
+        return f"with other flags: {flags}"
+    if before.get("manifest_digest") != now.get("manifest_digest"):
+        return f"on {now['data']}/manifest.csv as it was before it was changed"
+    return ""
 
 
 def _read_config(file) -> dict:

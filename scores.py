@@ -1,134 +1,450 @@
-"""From predictions to a table that can be trusted: scores of stage 2, their intervals, comparisons and figures.
+"""From predictions to a table that can be trusted: scores of stage 2, their intervals,
+comparisons and figures.
 
-Test images are drawn anew by patient, the same draws for every row, so that a difference between two rows is a paired
-one. What is chosen (epochs, regularisation, thresholds) is chosen on val; `report` is where the test labels come in.
+Test images are drawn anew by patient, the same draws for every row, so that a difference
+between two rows is a paired one. What is chosen (epochs, regularisation, thresholds) is
+chosen on val; `report`, at the end, is where the test labels come in.
+
+The file has four parts, and each needs only those before it: numbers, text, figures, files.
 Truth is 1, 0 or NaN, which is left out; a score that lacks the class it needs is NaN, too.
 """
+import functools
 import itertools
 import json
 import math
-import re
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 from sklearn.calibration import CalibrationDisplay
-from sklearn.metrics import PrecisionRecallDisplay, RocCurveDisplay, average_precision_score, roc_curve
+from sklearn.metrics import (
+    PrecisionRecallDisplay, RocCurveDisplay, average_precision_score, roc_curve)
 from torch.utils.tensorboard import SummaryWriter
+
+from manifest import write_text
 
 REPLICATES = 1000                       # of the bootstrap
 
 
+# --------------------------------------------------------------------------------------------------
+# Numbers: one score of one label.
+
 def auroc(scores: np.ndarray, truth: np.ndarray, counts: np.ndarray | None = None) -> np.ndarray:
-    """Area under the ROC curve, ties half: scores (n,), truth (n,) of 1, 0 and NaN, left out, counts (R, n) of how
-    often each image is in each of R replicates (default: once, in one). Returns (R,), NaN where there is one class."""
+    """Area under the ROC curve in each of R replicates of the images, (R,).
+
+    scores (n,); truth (n,): 1, 0, and NaN, which is left out. counts (R, n): how often each
+    image is in each replicate (default: once, in one). A tie counts half, as in Mann and
+    Whitney's statistic. NaN where a replicate has one class only."""
     order = np.argsort(scores, kind="stable")
     order = order[~np.isnan(truth[order])]
     counts = np.ones((1, len(scores)), np.int16) if counts is None else counts
     if not 0 < truth[order].sum() < len(order):
         return np.full(len(counts), np.nan)
-    truth, ties = truth[order], np.flatnonzero(np.diff(scores[order], prepend=-np.inf))         # first of equal scores
+    # From the lowest score to the highest, equal scores together: each positive beats the
+    # negatives below it and half of those beside it.
+    truth = truth[order]
+    starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))        # of equal scores
     areas = []
-    for some in np.split(counts, range(100, len(counts), 100)):                                 # for memory's sake
-        positive = np.add.reduceat(some[:, order] * truth, ties, axis=1, dtype=np.float64)
-        negative = np.add.reduceat(some[:, order] * (1 - truth), ties, axis=1, dtype=np.float64)
-        below = negative.cumsum(1) - negative / 2                                               # Mann and Whitney's
+    for batch in np.split(counts, range(100, len(counts), 100)):            # for memory's sake
+        counts_in_order = batch[:, order]
+        positive = np.add.reduceat(counts_in_order * truth, starts, axis=1, dtype=np.float64)
+        negative = np.add.reduceat(counts_in_order * (1 - truth), starts, axis=1,
+                                   dtype=np.float64)
+        beaten = negative.cumsum(1) - negative / 2
         with np.errstate(invalid="ignore"):
-            areas.append((positive * below).sum(1) / (positive.sum(1) * negative.sum(1)))
+            areas.append((positive * beaten).sum(1) / (positive.sum(1) * negative.sum(1)))
     return np.concatenate(areas)
 
 
 def patient_counts(patients: np.ndarray, replicates: int) -> np.ndarray:
-    """Bootstrap over patients: how often each of n images counts in the test set itself, once, and in each replicate,
-    (1 + replicates, n)."""
+    """How often each of n images counts in a bootstrap over patients, (1 + replicates, n).
+
+    The first row is the test set itself, every image once; then come the replicates."""
     names, patient = np.unique(patients, return_inverse=True)
-    drawn = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), replicates)
-    return np.concatenate([np.ones((1, len(names)), int), drawn]).astype(np.int16)[:, patient]
+    uniform = np.full(len(names), 1 / len(names))
+    drawn = np.random.default_rng(0).multinomial(len(names), uniform, replicates)
+    counts = np.concatenate([np.ones((1, len(names)), int), drawn])         # of patients
+    return counts.astype(np.int16)[:, patient]
 
 
 def nan_mean(values: np.ndarray, axis: int = 0) -> np.ndarray:
-    """Mean of what is not NaN, silently NaN where that is nothing."""
+    """Mean of what is not NaN; NaN, without a warning, where everything is."""
     count = (~np.isnan(values)).sum(axis)
     return np.nansum(values, axis) / np.where(count, count, np.nan)
 
 
-def interval(replicates: np.ndarray) -> tuple[float, float]:
+class Interval(NamedTuple):
+    """A 95 % interval; NaN and NaN where there is none."""
+    low: float
+    high: float
+
+
+def interval(replicates: np.ndarray) -> Interval:
     """The middle 95 % of a score's or a difference's replicates, those left out that are NaN."""
     finite = replicates[~np.isnan(replicates)]
-    return tuple(np.percentile(finite, [2.5, 97.5]).tolist()) if len(finite) else (math.nan, math.nan)
+    if not len(finite):
+        return Interval(math.nan, math.nan)
+    return Interval(*np.percentile(finite, [2.5, 97.5]).tolist())
 
 
 def p_value(differences: np.ndarray) -> float:
-    """Of there being no difference, two-sided: how often the replicates of a paired difference (R,) lie beyond 0."""
+    """Two-sided p of there being no difference, from the replicates (R,) of a paired difference.
+
+    It is how often they lie on the other side of 0. NaN where there is no replicate."""
     finite = differences[~np.isnan(differences)]
     tail = min((finite <= 0).sum(), (finite >= 0).sum()) + 1
     return min(1.0, 2 * float(tail) / (len(finite) + 1)) if len(finite) else math.nan
 
 
 def youden(scores: np.ndarray, truth: np.ndarray) -> float:
-    """The score from which on to call an image positive, so that sensitivity + specificity is largest (Youden 1950);
-    0.5 where one class is missing. scores (n,), truth (n,) of 1, 0 and NaN."""
+    """The score from which on to call an image positive, so that sensitivity + specificity is
+    largest (Youden 1950); 0.5 where one class is missing.
+
+    scores (n,); truth (n,) of 1, 0 and NaN, which is left out."""
     scores, truth = scores[~np.isnan(truth)], truth[~np.isnan(truth)]
     if not 0 < truth.sum() < len(truth):
         return 0.5
-    false, true, thresholds = roc_curve(truth, scores, drop_intermediate=False)
-    return float(thresholds[1:][(true - false)[1:].argmax()])                           # the first is infinite
+    false_rate, true_rate, thresholds = roc_curve(truth, scores, drop_intermediate=False)
+    gain = true_rate - false_rate
+    return float(thresholds[1:][gain[1:].argmax()])             # the first threshold is infinite
 
 
 def calibration_error(probabilities: np.ndarray, truth: np.ndarray, bins: int = 15) -> float:
-    """Expected calibration error (Guo et al. 2017): the mean distance of probability and frequency in equal bins."""
+    """Expected calibration error (Guo et al. 2017) of n images, truth (n,) of 1 and 0.
+
+    It is the mean distance of probability and frequency in bins of equal width."""
     if not len(truth):
         return math.nan
-    which = np.minimum((probabilities * bins).astype(int), bins - 1)
-    return float(np.abs(np.bincount(which, probabilities - truth)).sum() / len(truth))
+    bin_of = np.minimum((probabilities * bins).astype(int), bins - 1)
+    return float(np.abs(np.bincount(bin_of, probabilities - truth)).sum() / len(truth))
 
 
 def val_score(probabilities: np.ndarray, truth: np.ndarray) -> float:
-    """What everything is chosen by: mean AUROC over the labels; where none has both classes, minus the Brier score."""
-    mean = nan_mean(np.concatenate([auroc(p, y) for p, y in zip(probabilities.T, truth.T)]))
+    """What everything is chosen by, larger is better; probabilities and truth (n, L).
+
+    Mean AUROC over the labels; minus the Brier score where no label has both classes."""
+    areas = [auroc(p, y) for p, y in zip(probabilities.T, truth.T)]
+    mean = nan_mean(np.concatenate(areas))
     return float(mean if not np.isnan(mean) else -nan_mean((probabilities - truth).ravel() ** 2))
 
 
-def score(p: np.ndarray, y: np.ndarray, threshold: float, counts: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
-    """One label's part of a row of results.json, and its AUROC in the test set and in each replicate, (1 + R,).
+class LabelScore(NamedTuple):
+    """How well one label was predicted."""
+    columns: dict[str, float]           # its part of a row of results.json
+    areas: np.ndarray                   # (1 + R,) AUROC, in the test set and in each replicate
 
-    p, y: (n,), NaN in y left out; counts: (1 + R, n) of patient_counts. NaN where a score lacks the class it needs."""
-    areas, known = auroc(p, y, counts), ~np.isnan(y)
+
+def score(p: np.ndarray, y: np.ndarray, threshold: float, counts: np.ndarray) -> LabelScore:
+    """All scores of one label, NaN where one lacks the class it needs.
+
+    p, y: (n,), NaN in y left out; counts: (1 + R, n) of patient_counts."""
+    areas = auroc(p, y, counts)
     low, high = interval(areas[1:])
-    p, y = p[known], y[known]
-    called, share = p >= threshold, float(nan_mean(y))
-    return {"n_test": len(y), "test_positives": int(y.sum()), "auroc": float(areas[0]), "auroc_low": low,
-            "auroc_high": high,
-            "average_precision": float(average_precision_score(y, p)) if 0 < share < 1 else math.nan,
-            "accuracy": float(nan_mean(called == y)), "majority": max(share, 1 - share),
-            "sensitivity": float(nan_mean(called[y == 1])), "specificity": float(nan_mean(~called[y == 0])),
-            "threshold": threshold, "calibration_error": calibration_error(p, y)}, areas
+    p, y = p[~np.isnan(y)], y[~np.isnan(y)]
+    called, prevalence = p >= threshold, float(nan_mean(y))
+    both_classes = 0 < prevalence < 1
+    return LabelScore({
+        "n_test": len(y), "test_positives": int(y.sum()),
+        "auroc": float(areas[0]), "auroc_low": low, "auroc_high": high,
+        "average_precision": float(average_precision_score(y, p)) if both_classes else math.nan,
+        "accuracy": float(nan_mean(called == y)),
+        "majority": max(prevalence, 1 - prevalence),
+        "sensitivity": float(nan_mean(called[y == 1])),
+        "specificity": float(nan_mean(~called[y == 0])),
+        "threshold": threshold,
+        "calibration_error": calibration_error(p, y)}, areas)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tables and figures.
+# --------------------------------------------------------------------------------------------------
+# Numbers of a run, of a row and of a block. A run is one combination of mode, fraction,
+# initialisation and draw of the labelled images; a row of a table pools an initialisation's
+# draws; a block is a table: one mode at one fraction, all initialisations.
+
+# The scores beside AUROC, in the order of the table's columns.
+OVERALL = ("average_precision", "accuracy", "majority", "sensitivity", "specificity",
+           "calibration_error")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What predictions are compared with."""
+    names: list[str]                    # L labels
+    exclusive: bool                     # whether they exclude each other
+    val_truth: np.ndarray               # (n_val, L)
+    truth: np.ndarray                   # (n, L), of test
+    counts: np.ndarray                  # (1 + R, n), see patient_counts
+
+
+@dataclass(frozen=True)
+class RunScores:
+    """What one run achieved on test, for L labels."""
+    rows: list[dict[str, Any]]          # L rows of results.json
+    areas: np.ndarray                   # (L + 1, 1 + R) AUROC of each label, and their mean
+    peaks: np.ndarray                   # (L + 1,) best accuracy of all epochs, and the mean
+    overall: dict[str, float]           # one number for each name in OVERALL
+    probabilities: np.ndarray           # (n, L)
+
+
+def score_run(about: dict[str, Any], run: dict[str, Any], task: Task) -> RunScores:
+    """All scores of one run on test.
+
+    about: its init, mode, fraction and seed; run: what `report` is given of it."""
+    val, test = run["val"].numpy(), run["test"].numpy()                     # (n_val, L), (n, L)
+    epochs = run["peaks"].numpy() if "peaks" in run else None               # (E, n, L)
+    rows, areas = [], []
+    for i, label in enumerate(task.names):
+        threshold = youden(val[:, i], task.val_truth[:, i])
+        result = score(test[:, i], task.truth[:, i], threshold, task.counts)
+        peak = math.nan if epochs is None else peak_accuracy(epochs[..., i], task.truth[:, i])
+        rows.append(about
+                    | {"label": label, "n_train": run["n_train"][i],
+                       "positives": run["positives"][i]}
+                    | result.columns | {"peak_accuracy": peak})
+        areas.append(result.areas)
+
+    # Labels that exclude each other are also one question with one answer: where that has a
+    # score, it stands for the mean over the labels.
+    means = {name: label_mean(rows, name) for name in (*OVERALL, "peak_accuracy")}
+    if task.exclusive:
+        means |= class_scores(test, epochs, task.truth)
+    peaks = [*(row["peak_accuracy"] for row in rows), means.pop("peak_accuracy")]
+    return RunScores(rows, with_mean(np.array(areas)), np.array(peaks), means, test)
+
+
+def peak_accuracy(epochs: np.ndarray, y: np.ndarray) -> float:
+    """The best of E epochs' accuracies: epochs (E, n) probabilities, y (n,) with NaN left out."""
+    scored = ~np.isnan(y)
+    return float(nan_mean((epochs[:, scored] >= 0.5) == y[scored], 1).max())
+
+
+def label_mean(rows: list[dict[str, Any]], name: str) -> float:
+    """A score's mean over the labels that have it."""
+    return float(nan_mean(np.array([row[name] for row in rows], float)))
+
+
+def class_scores(test: np.ndarray, epochs: np.ndarray | None,
+                 truth: np.ndarray) -> dict[str, float]:
+    """Scores of C exclusive classes together, the most probable one called.
+
+    test, truth (n, C), epochs (E, n, C). Only images count that belong to one class for
+    certain."""
+    certain = np.nansum(truth, 1) == 1
+    classes = np.nan_to_num(truth[certain]).argmax(1)
+
+    def accuracies(p):
+        """p (E, n, C) -> (E,)"""
+        return nan_mean(p[:, certain].argmax(2) == classes, 1)
+
+    frequencies = nan_mean(np.eye(truth.shape[1])[classes])                 # (C,)
+    return {"accuracy": float(accuracies(test[None])[0]),
+            "majority": float(frequencies.max()),
+            "peak_accuracy": math.nan if epochs is None else float(accuracies(epochs).max())}
+
+
+def with_mean(areas: np.ndarray) -> np.ndarray:
+    """AUROC of L labels, (L, 1 + R), and after them their mean, (L + 1, 1 + R).
+
+    The mean is over the labels that the test set can score, the same ones in every replicate.
+    A replicate that lacks a class of any of them has no mean, and so no say in its interval."""
+    scorable = ~np.isnan(areas[:, 0])
+    mean = areas[scorable].mean(0) if scorable.any() else np.full(areas.shape[1], np.nan)
+    return np.concatenate([areas, mean[None]])
+
+
+@dataclass(frozen=True)
+class Row:
+    """An initialisation in a block: its runs, which differ in the draw of the labelled images."""
+    init: str
+    runs: list[RunScores]               # S of them
+
+    @property
+    def draws(self) -> np.ndarray:
+        """(S, L + 1) AUROC on the test set of each draw."""
+        return np.array([run.areas[:, 0] for run in self.runs])
+
+    @property
+    def peaks(self) -> np.ndarray:
+        """(S, L + 1) best accuracy of all epochs of each draw."""
+        return np.array([run.peaks for run in self.runs])
+
+    @property
+    def overall(self) -> np.ndarray:
+        """(S, 6) the scores OVERALL of each draw."""
+        return np.array([[run.overall[name] for name in OVERALL] for run in self.runs])
+
+    @functools.cached_property
+    def pooled(self) -> np.ndarray:
+        """(L + 1, 1 + R) AUROC in the test set and in each replicate, averaged over the draws.
+
+        The average comes before the interval, which therefore says what other test patients
+        would show, and not what other training images would."""
+        return np.stack([run.areas for run in self.runs]).mean(0)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One mode at one fraction of the labels: the table that compares initialisations."""
+    mode: str
+    fraction: float
+    rows: list[Row]
+
+    @property
+    def inits(self) -> list[str]:
+        return [row.init for row in self.rows]
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A row's means over labels and draws, as in results.json; the interval is AUROC's."""
+    mode: str
+    fraction: float
+    init: str
+    auroc: float
+    low: float
+    high: float
+    average_precision: float
+    accuracy: float
+    majority: float
+    sensitivity: float
+    specificity: float
+    calibration_error: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """AUROC of one initialisation minus another's, on the same patients, as in results.json."""
+    mode: str
+    fraction: float
+    init: str
+    against: str
+    label: str                          # a label, or "mean"
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+def score_blocks(runs: dict[tuple, dict], task: Task) -> list[Block]:
+    """All runs in the order of the report; the keys are (mode, fraction, init, seed)."""
+    modes, fractions, inits, seeds = (list(dict.fromkeys(axis)) for axis in zip(*runs))
+
+    def row(mode, fraction, init):
+        return Row(init, [
+            score_run({"init": init, "mode": mode, "fraction": fraction, "seed": seed},
+                      runs[mode, fraction, init, seed], task)
+            for seed in seeds])
+
+    return [Block(mode, fraction, [row(mode, fraction, init) for init in inits])
+            for mode, fraction in itertools.product(modes, fractions)]
+
+
+def means(block: Block) -> list[Mean]:
+    """One record for each initialisation."""
+    records = []
+    for row in block.rows:
+        area = row.pooled[-1]                                               # (1 + R,)
+        overall = [float(value) for value in nan_mean(row.overall)]
+        records.append(Mean(block.mode, block.fraction, row.init, float(area[0]),
+                            *interval(area[1:]), **dict(zip(OVERALL, overall))))
+    return records
+
+
+def comparisons(block: Block, names: list[str]) -> list[Comparison]:
+    """One record for each pair of initialisations and each label, the pair's mean last."""
+    records = []
+    for other, row in itertools.combinations(block.rows, 2):
+        for label, difference in zip((*names, "mean"), row.pooled - other.pooled):     # (1 + R,)
+            records.append(Comparison(
+                block.mode, block.fraction, row.init, other.init, label, float(difference[0]),
+                *interval(difference[1:]), p_value(difference[1:])))
+    return records
+
+
+# --------------------------------------------------------------------------------------------------
+# Text: results.md.
 
 def cells(values: np.ndarray, bold: bool = True) -> list[list[str]]:
-    """values (I, S, C) -> the text of I rows: mean ± deviation over the S draws, the best of each column in bold."""
-    means = nan_mean(values, 1)
-    spread, best = values.std(1, ddof=min(1, values.shape[1] - 1)), np.fmax.reduce(means)       # fmax passes over NaN
+    """values (I, S, C) -> I rows of C cells: mean ± deviation over the S draws, the best of
+    each column in bold, a dash where there is no value."""
+    means = nan_mean(values, 1)                                             # (I, C)
+    spread = values.std(1, ddof=min(1, values.shape[1] - 1))
+    best = np.fmax.reduce(means)                                            # passes over NaN
     texts = np.full(means.shape, "–", dtype=object)
     for where in zip(*np.nonzero(~np.isnan(means))):
         text = f"{means[where]:.3f}"
-        if spread[where] > 1e-9:                        # draws of all labels are the same; a linear probe of them, too
+        # Without a ± at 100 % of the labels: all draws are the same images, so nothing varies.
+        if spread[where] > 1e-9:
             text += f" ± {spread[where]:.3f}"
-        texts[where] = f"**{text}**" if bold and len(means) > 1 and means[where] == best[where[1]] else text
+        if bold and len(means) > 1 and means[where] == best[where[1]]:
+            text = f"**{text}**"
+        texts[where] = text
     return texts.tolist()
 
 
 def markdown(heading: str, columns: list[str], inits: list[str], rows: list[list[str]]) -> str:
-    table = [["", *columns], ["---"] * (len(columns) + 1), *([init, *row] for init, row in zip(inits, rows))]
+    """A heading and a table, a row for each initialisation."""
+    table = [["", *columns],
+             ["---"] * (len(columns) + 1),
+             *([init, *row] for init, row in zip(inits, rows))]
     return f"\n{heading}\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in table)
 
 
-def panels(rows: list[str], columns: list[str], **style) -> tuple[Figure, np.ndarray]:
-    """A figure and its axes (rows, columns), in the one style of all figures."""
-    figure = Figure((5 * len(columns), 5 * len(rows)), layout="constrained")
+def preface(about: dict[str, Any], task: Task, patients: np.ndarray, complete: int) -> str:
+    """What the numbers below it are; complete: replicates that have a mean over the labels."""
+    return (
+        f"# What pre-training buys: {about['data']}\n\n"
+        f"{len(task.names)} labels: {about['labels']}; -1 is never scored. "
+        f"{len(task.truth)} test images of {len(set(patients))} patients. "
+        "Epoch, regularisation and thresholds are chosen on val: "
+        f"{len(task.val_truth)} labelled images beyond the fraction. "
+        "Mean ± deviation over the draws. "
+        f"Intervals and p: the test patients drawn anew {REPLICATES} times, for all rows alike; of "
+        f"the mean, the {complete} times that every label had both classes.\n")
+
+
+def block_text(block: Block, draws: list[str], task: Task) -> str:
+    """A block's tables and comparisons; draws: a sentence about each."""
+    labels = [*task.names, "mean"]
+    text = f"\n## {block.mode}, {100 * block.fraction:g} % of the labels\n\n{'; '.join(draws)}\n"
+
+    table = cells(np.stack([row.draws for row in block.rows]))
+    for row, mean in zip(table, means(block)):
+        row.append("–" if math.isnan(mean.low) else f"{mean.low:.3f} to {mean.high:.3f}")
+    text += markdown("AUROC on test", [*labels, "95 % interval"], block.inits, table)
+
+    peaks = np.stack([row.peaks for row in block.rows])                     # (I, S, L + 1)
+    if not np.isnan(peaks).all():
+        heading = ("Peak test accuracy over the epochs, the published protocol: optimistic, as "
+                   "test chooses the epoch")
+        text += markdown(heading, labels, block.inits, cells(peaks))
+
+    heading = "Means over the labels, thresholds chosen on val"
+    if task.exclusive:
+        heading += ("; accuracy and majority of all classes together, the most probable one "
+                    "called")
+    overall = np.stack([row.overall for row in block.rows])                 # (I, S, 6)
+    text += markdown(heading, [name.replace("_", " ") for name in OVERALL], block.inits,
+                     cells(overall, bold=False)) + "\n"
+
+    for pair in comparisons(block, task.names):
+        if pair.label == labels[-1]:
+            text += (f"{pair.init} − {pair.against}: mean AUROC {pair.difference:+.3f} "
+                     f"(95 % {pair.low:+.3f} to {pair.high:+.3f}, p = {pair.p:.2g})\n")
+    return text
+
+
+# --------------------------------------------------------------------------------------------------
+# Figures.
+
+def panels(rows: list[str], columns: list[str], entries: int,
+           **style) -> tuple[Figure, np.ndarray]:
+    """A figure and its axes (rows, columns), in the one style of all figures.
+
+    entries: how many lines the legend below each panel will have."""
+    height = 5 + 0.18 * entries                                              # inches
+    figure = Figure((5 * len(columns), height * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
     for ax, (row, column) in zip(axes.flat, itertools.product(rows, columns)):
         ax.set(title=" ".join(filter(None, (row, column))), **style)
@@ -137,37 +453,48 @@ def panels(rows: list[str], columns: list[str], **style) -> tuple[Figure, np.nda
 
 
 def legend_below(ax) -> None:
-    """Where it hides nothing, however long the names."""
+    """Where it hides nothing, however long the names: under the label of the x axis."""
     if ax.lines:
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), fontsize=8, frameon=False)
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=5, fontsize=8,
+                  frameon=False)
 
 
-def efficiency_figure(areas: np.ndarray, replicates: np.ndarray, modes: list, fractions: list, inits: list) -> Figure:
-    """Mean AUROC against the share of the labels, with the patients' 95 % interval and a dot for each draw: areas
-    (M, F, I, S), replicates (M, F, I, R), both means over the labels."""
-    figure, axes = panels([""], modes, xscale="log", xlabel="share of the labels", ylabel="mean AUROC on test")
-    order = np.argsort(fractions)
-    for (m, ax), (i, init) in itertools.product(enumerate(axes[0]), enumerate(inits)):
-        x, dots = np.array(fractions)[order], areas[m, order, i]                                            # (F, S)
-        low, high = np.array([interval(some) for some in replicates[m, order, i]]).T
-        ax.plot(x, nan_mean(dots, 1), "-o", color=f"C{i}", label=init)
-        ax.plot(x, dots, ".", color=f"C{i}", alpha=0.5)
-        ax.fill_between(x, low, high, color=f"C{i}", alpha=0.15)
+def efficiency_figure(blocks: list[Block]) -> Figure:
+    """Mean AUROC against the share of the labels, a panel for each mode.
+
+    The band is the test patients' 95 % interval; a dot is one draw of the labelled images."""
+    modes = list(dict.fromkeys(block.mode for block in blocks))
+    figure, axes = panels([""], modes, len(blocks[0].inits), xscale="log",
+                          xlabel="share of the labels", ylabel="mean AUROC on test")
+    for ax, mode in zip(axes[0], modes):
+        points = sorted((block for block in blocks if block.mode == mode),
+                        key=lambda block: block.fraction)
+        x = np.array([block.fraction for block in points])                  # (F,)
+        for i, init in enumerate(blocks[0].inits):
+            dots = np.array([block.rows[i].draws[:, -1] for block in points])       # (F, S)
+            low, high = zip(*(interval(block.rows[i].pooled[-1, 1:]) for block in points))
+            ax.plot(x, nan_mean(dots, 1), "-o", color=f"C{i}", label=init)
+            ax.plot(x, dots, ".", color=f"C{i}", alpha=0.5)
+            ax.fill_between(x, low, high, color=f"C{i}", alpha=0.15)
         ax.set_xticks(x, [f"{100 * fraction:g} %" for fraction in x])
         ax.minorticks_off()
         legend_below(ax)
     return figure
 
 
-def calibration_figure(kept: dict[tuple, dict], truth: np.ndarray, modes: list, fractions: list, inits: list) -> Figure:
-    """How often a label is there when it was given a probability, all labels and draws together."""
-    figure, axes = panels(modes, [f"{100 * f:g} %" for f in fractions])
-    for ax, (mode, fraction) in zip(axes.flat, itertools.product(modes, fractions)):
-        for init in inits:
-            p = np.stack([run["test"] for key, run in kept.items() if key[:3] == (mode, fraction, init)])   # (S, n, L)
-            known = np.broadcast_to(~np.isnan(truth), p.shape)
-            p, y = p[known], np.broadcast_to(truth, p.shape)[known]
-            name = f"{init}, error {calibration_error(p, y):.3f}"
+def calibration_figure(blocks: list[Block], truth: np.ndarray) -> Figure:
+    """How often a label is present when it was given a probability: a panel for each block, a
+    line for each initialisation, all labels and draws together. truth (n, L)."""
+    modes = list(dict.fromkeys(block.mode for block in blocks))
+    fractions = list(dict.fromkeys(block.fraction for block in blocks))
+    figure, axes = panels(modes, [f"{100 * fraction:g} %" for fraction in fractions],
+                          1 + len(blocks[0].inits))
+    for ax, block in zip(axes.flat, blocks):
+        for row in block.rows:
+            p = np.stack([run.probabilities for run in row.runs])           # (S, n, L)
+            y = np.broadcast_to(truth, p.shape)
+            p, y = p[~np.isnan(y)], y[~np.isnan(y)]
+            name = f"{row.init}, error {calibration_error(p, y):.3f}"
             CalibrationDisplay.from_predictions(y, p, n_bins=15, ax=ax, name=name)
         ax.set(xlabel="probability", ylabel="share of positives")
         legend_below(ax)
@@ -175,113 +502,67 @@ def calibration_figure(kept: dict[tuple, dict], truth: np.ndarray, modes: list, 
 
 
 def curves_figure(probabilities: np.ndarray, truth: np.ndarray, names: list[str]) -> Figure:
-    """ROC and precision-recall curves, a line for each label that has both classes."""
-    figure, axes = panels([""], ["ROC", "precision-recall"])
+    """ROC and precision-recall curves, a line for each of L labels that has both classes.
+
+    probabilities, truth (n, L)."""
+    figure, axes = panels([""], ["ROC", "precision-recall"], len(names))
     for p, y, name in zip(probabilities.T, truth.T, names):
         p, y = p[~np.isnan(y)], y[~np.isnan(y)]
         if 0 < y.sum() < len(y):
             RocCurveDisplay.from_predictions(y, p, name=name, ax=axes[0, 0])
             PrecisionRecallDisplay.from_predictions(y, p, name=name, ax=axes[0, 1])
     for ax in axes.flat:
+        ax.set_aspect("auto")           # scikit-learn's square would push the legend off the page
         legend_below(ax)
     return figure
 
 
-def report(out: Path, about: dict, kept: dict[tuple, dict], names: list[str], val_truth: np.ndarray,
-           truth: np.ndarray, patients: np.ndarray) -> None:
-    """Where the test labels come in, once all is trained and chosen: results.json, results.md and the figures.
+# --------------------------------------------------------------------------------------------------
+# Files.
 
-    kept: for each (mode, fraction, init, seed) what `finetune` kept, of it predictions `val` and `test` (n, L). names:
-    of the L labels; val_truth, truth (n, L), patients (n,) of test; about: what results.json says of the whole."""
-    modes, fractions, inits, seeds = (list(dict.fromkeys(axis)) for axis in zip(*kept))
-    exclusive, certain = about["kind"] == "exclusive", np.nansum(truth, 1) == 1             # images of one class only
-    classes = np.nan_to_num(truth[certain]).argmax(1)
+def write_json(path: Path, results: dict) -> None:
+    """Replace a results.json as a whole. JSON has no NaN: a number that is none becomes null."""
+    results = json.loads(json.dumps(results), parse_constant=lambda constant: None)
+    write_text(path, json.dumps(results, indent=1) + "\n")
 
-    def right(p):
-        """(E, n, L) -> (E,): the share of the images whose most probable class is theirs."""
-        return nan_mean(p[:, certain].argmax(2) == classes, 1)
 
-    # --------------------------------------------------------------------- a row for each combination and label
-    rows, areas, whole, counts = [], [], [], patient_counts(patients, REPLICATES)
-    for mode, fraction, init, seed in itertools.product(modes, fractions, inits, seeds):
-        run = kept[mode, fraction, init, seed]
-        val_p, p, peaks = (run[key].numpy() if key in run else None for key in ("val", "test", "peaks"))
-        for i, label in enumerate(names):
-            result, area = score(p[:, i], truth[:, i], youden(val_p[:, i], val_truth[:, i]), counts)
-            known = ~np.isnan(truth[:, i])
-            peak = math.nan if peaks is None else nan_mean((peaks[:, known, i] >= 0.5) == truth[known, i], 1).max()
-            rows.append({"init": init, "mode": mode, "fraction": fraction, "seed": seed, "label": label,
-                         "n_train": run["n_train"][i], "positives": run["positives"][i]} | result
-                        | {"peak_accuracy": float(peak)})
-            areas.append(area)
-        whole.append({"accuracy": right(p[None])[0], "majority": nan_mean(np.eye(len(names))[classes]).max(),
-                      "peak_accuracy": math.nan if peaks is None else right(peaks).max()})
-    shape = len(modes), len(fractions), len(inits), len(seeds), len(names)                          # (M, F, I, S, L)
+def report(out: Path, about: dict, runs: dict[tuple, dict], names: list[str],
+           val_truth: np.ndarray, truth: np.ndarray, patients: np.ndarray) -> None:
+    """Write results.json, results.md and the figures, and print the table. The test labels come
+    in here, once all is trained and chosen, and nowhere earlier.
 
-    def column(key):
-        """A key of all rows, (M, F, I, S, L + 1): the labels, and their mean, or what stands for all classes."""
-        values = np.array([row[key] for row in rows], float).reshape(shape)
-        mean = nan_mean(values, -1)
-        if exclusive and key in whole[0]:
-            mean = np.reshape([x[key] for x in whole], shape[:-1])
-        return np.concatenate([values, mean[..., None]], -1)
+    about: what results.json says of the whole: `data`, `kind`, `labels`, and as `draws` for
+    each fraction a sentence about each draw.
+    runs: for every combination (mode, fraction, init, seed) the probabilities `val`
+    (n_val, L) and `test` (n, L); if there are any, `peaks` (E, n, L), those of test after
+    each epoch; and for each label `n_train` and `positives`, how many images it had.
+    names: of the L labels. val_truth (n_val, L); truth (n, L) and patients (n,), of test."""
+    # --- numbers
+    task = Task(names, about["kind"] == "exclusive", val_truth, truth,
+                patient_counts(patients, REPLICATES))
+    blocks = score_blocks(runs, task)
+    # Whether a replicate has a mean depends on the truth alone, so that any row tells.
+    complete = int((~np.isnan(blocks[0].rows[0].pooled[-1, 1:])).sum())
 
-    # The mean is over the labels that test can score, in every replicate the same ones or none. Over the draws it is
-    # taken on the same patients: what another test set would show, not other training sets.
-    areas = np.reshape(areas, (*shape, -1))                                                 # (M, F, I, S, L, 1 + R)
-    scored = ~np.isnan(areas[0, 0, 0, 0, :, 0])
-    mean = areas[..., scored, :].mean(4) if scored.any() else np.full_like(areas[..., 0, :], np.nan)
-    areas = np.concatenate([areas, mean[..., None, :]], 4)                                  # (M, F, I, S, L + 1, 1 + R)
-    pooled = areas.mean(3)                                                                  # (M, F, I, L + 1, 1 + R)
-    complete = int((~np.isnan(mean[0, 0, 0, 0, 1:])).sum())
-
-    # ----------------------------------------------------------------------------------------------------- the text
-    keys = ("average_precision", "accuracy", "majority", "sensitivity", "specificity", "calibration_error")
-    overall = np.stack([column(key)[..., -1] for key in keys], -1)                                  # (M, F, I, S, 6)
-    peaks = column("peak_accuracy")
-    text = (f"# What pre-training buys: {about['data']}\n\n{len(names)} labels: {about['labels']}; -1 is never scored. "
-            f"{len(truth)} test images of {len(set(patients))} patients. Epoch, regularisation and thresholds are "
-            f"chosen on val: {len(val_truth)} labelled images beyond the fraction. Mean ± deviation over the draws. "
-            f"Intervals and p: the test patients drawn anew {REPLICATES} times, for all rows alike; of the mean, the "
-            f"{complete} times that every label had both classes.\n")
-    means, comparisons = [], []
-    for (m, mode), (f, fraction) in itertools.product(enumerate(modes), enumerate(fractions)):
-        here, labels = {"mode": mode, "fraction": fraction}, [*names, "mean"]
-        text += f"\n## {mode}, {100 * fraction:g} % of the labels\n\n{'; '.join(about['draws'][fraction])}\n"
-        table = cells(areas[m, f, ..., 0])
-        for init, row, some in zip(inits, table, pooled[m, f, :, -1]):
-            low, high = interval(some[1:])
-            means.append(here | {"init": init, "auroc": float(some[0]), "low": low, "high": high})
-            means[-1] |= {key: float(v) for key, v in zip(keys, nan_mean(overall[m, f, inits.index(init)]))}
-            row.append("–" if np.isnan(low) else f"{low:.3f} to {high:.3f}")
-        text += markdown("AUROC on test", [*labels, "95 % interval"], inits, table)
-        if not np.isnan(peaks[m, f]).all():
-            text += markdown("Peak test accuracy over the epochs, the published protocol: optimistic, as test chooses "
-                             "the epoch", labels, inits, cells(peaks[m, f]))
-        heading = "Means over the labels, thresholds chosen on val"
-        if exclusive:
-            heading += "; accuracy and majority of all classes together, the most probable one called"
-        text += markdown(heading, [key.replace("_", " ") for key in keys], inits, cells(overall[m, f], False)) + "\n"
-        for (a, against), (b, init) in itertools.combinations(enumerate(inits), 2):
-            for label, some in zip(labels, pooled[m, f, b] - pooled[m, f, a]):                              # (1 + R,)
-                low, high = interval(some[1:])
-                comparisons.append(here | {"init": init, "against": against, "label": label, "difference": float(
-                    some[0]), "low": low, "high": high, "p": p_value(some[1:])})
-            text += (f"{init} − {against}: mean AUROC {some[0]:+.3f} (95 % {low:+.3f} to {high:+.3f}, "
-                     f"p = {comparisons[-1]['p']:.2g})\n")
+    # --- text
+    text = preface(about, task, patients, complete)
+    text += "".join(block_text(block, about["draws"][block.fraction], task) for block in blocks)
     print("\n" + text)
+    write_text(out / "results.md", text)
+    write_json(out / "results.json", about | {
+        "results": [label for block in blocks for row in block.rows for run in row.runs
+                    for label in run.rows],
+        "means": [asdict(mean) for block in blocks for mean in means(block)],
+        "comparisons": [asdict(pair) for block in blocks for pair in comparisons(block, names)]})
 
-    # ------------------------------------------------------------------------------------------ files and TensorBoard
-    (out / "results.md").write_text(text)
-    found = about | {"results": rows, "means": means, "comparisons": comparisons}
-    (out / "results.json").write_text(re.sub(r"\bNaN\b", "null", json.dumps(found, indent=1)) + "\n")
-    with SummaryWriter(out / "tensorboard/table") as writer:
+    # --- figures
+    with SummaryWriter(str(out / "tensorboard/table")) as writer:
         writer.add_text("results", text)
-        figures = {"efficiency": efficiency_figure(areas[..., -1, 0], pooled[..., -1, 1:], modes, fractions, inits),
-                   "calibration": calibration_figure(kept, truth, modes, fractions, inits)}
-        for name, figure in figures.items():
+        for name, figure in (("efficiency", efficiency_figure(blocks)),
+                             ("calibration", calibration_figure(blocks, truth))):
             figure.savefig(out / f"{name}.png", dpi=150)
             writer.add_figure(name, figure)
-        for mode, fraction, init in itertools.product(modes, fractions, inits):
-            p = kept[mode, fraction, init, seeds[0]]["test"].numpy()
-            writer.add_figure(f"curves/{mode} {fraction:g}/{init}", curves_figure(p, truth, names))
+        for block in blocks:
+            for row in block.rows:
+                tag = f"curves/{block.mode} {block.fraction:g}/{row.init}"
+                writer.add_figure(tag, curves_figure(row.runs[0].probabilities, truth, names))

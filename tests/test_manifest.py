@@ -3,8 +3,11 @@ whole, locks."""
 import csv
 import math
 import os
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 
 from manifest import (
     DataError, ImageError, differing_flags, errors_in_one_sentence, lock, read_manifest,
@@ -106,3 +109,25 @@ def test_errors_that_a_user_can_mend_end_in_one_sentence(error, speaks, code, ca
 def test_other_errors_pass_through():
     with pytest.raises(ZeroDivisionError), errors_in_one_sentence("a.py", "out"):
         raise ZeroDivisionError
+
+
+def test_control_c_in_a_destructor_is_not_lost():
+    """Python drops exceptions there, a KeyboardInterrupt too, and would go on as if nothing had
+    happened."""
+    script = """
+import signal, time
+from manifest import errors_in_one_sentence
+
+class Object:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+with errors_in_one_sentence("a.py", "out"):
+    item = Object()
+    del item
+    time.sleep(20)
+"""
+    process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, text=True,
+                             capture_output=True, timeout=60)
+    assert process.returncode == 130
+    assert process.stderr.startswith("a.py: interrupted") and process.stderr.count("\n") == 1

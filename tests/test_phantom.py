@@ -1,4 +1,4 @@
-"""The demo's radiographs: every finding shows where it should, and pixels alone do not give it away."""
+"""The demo's radiographs: a finding shows where it should, and pixels alone do not give it away."""
 import numpy as np
 import pytest
 from PIL import Image
@@ -6,7 +6,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 import prepare
-from dali_pipeline import read_manifest
+from manifest import read_manifest
 from phantom import FINDINGS, findings, patient_anatomy, phantom
 
 
@@ -22,12 +22,13 @@ def test_each_image_can_be_made_alone():
 
 @pytest.mark.parametrize("finding", range(4), ids=FINDINGS)
 def test_a_finding_is_visible_and_changes_nothing_else(finding):
-    """More in the beam's way, so brighter: in a patch of the chest, by a margin that the eye sees."""
+    """More in the beam's way, so brighter: in a patch of the chest, by a margin the eye sees."""
     healthy, areas = np.zeros(4, bool), []
     sick = np.arange(4) == finding
     for patient in range(12):
-        before, after = (phantom(3, patient, 0, 128, found).astype(int) for found in (healthy, sick))
-        brighter = after - before > 12                                  # gray levels, about three times the noise
+        before, after = (phantom(3, patient, 0, 128, present).astype(int)
+                         for present in (healthy, sick))
+        brighter = after - before > 12              # gray levels, about three times the noise
         areas.append(brighter.mean())
         assert (after < before - 3).mean() < 0.01
         assert (after == before)[~brighter].mean() > 0.6
@@ -37,23 +38,28 @@ def test_a_finding_is_visible_and_changes_nothing_else(finding):
 def test_healthy_hearts_are_narrower_than_half_the_thorax():
     hearts = [patient_anatomy(0, patient)["heart"] for patient in range(100)]
     assert 0.37 < min(hearts) and max(hearts) < 0.45
-    prevalence = np.mean([findings(0, patient, image) for patient in range(300) for image in range(4)], axis=0)
+    prevalence = np.mean([findings(0, patient, image)
+                          for patient in range(300) for image in range(4)], axis=0)
     assert (0.15 < prevalence).all() and (prevalence < 0.3).all()
 
 
 def test_pixels_alone_do_not_tell():
     """A linear model on the pixels, 400 patients to learn from and 200 to be asked about."""
-    x = np.stack([np.asarray(Image.fromarray(phantom(0, patient, 0, 96)).resize((32, 32))) for patient in range(600)])
-    x, y = x.reshape(len(x), -1) / 255.0, np.array([findings(0, patient, 0) for patient in range(600)])
-    auroc = [roc_auc_score(y[400:, k], LogisticRegression(C=0.01, max_iter=300).fit(x[:400], y[:400, k])
-                           .predict_proba(x[400:])[:, 1]) for k in range(4)]
+    images = [Image.fromarray(phantom(0, patient, 0, 96)).resize((32, 32))
+              for patient in range(600)]
+    x = np.stack([np.asarray(image).ravel() for image in images]) / 255.0           # (600, 1024)
+    y = np.array([findings(0, patient, 0) for patient in range(600)])               # (600, 4)
+    auroc = []
+    for k in range(4):
+        model = LogisticRegression(C=0.01, max_iter=300).fit(x[:400], y[:400, k])
+        auroc.append(roc_auc_score(y[400:, k], model.predict_proba(x[400:])[:, 1]))
     assert 0.55 < np.mean(auroc) < 0.85
 
 
 def test_demo_source_is_a_data_folder_that_can_be_made_again(tmp_path):
     for out in ("one", "two"):
-        prepare.main(["demo", "--out", str(tmp_path / out), "--patients", "10", "--images-per-patient", "2",
-                      "--size", "64"])
+        prepare.main(["demo", "--out", str(tmp_path / out), "--patients", "10",
+                      "--images-per-patient", "2", "--size", "64"])
     manifest = read_manifest(tmp_path / "one")
     assert manifest.label_names == [*FINDINGS, "No Finding"] and len(manifest.paths) == 20
     assert [len(manifest.images(split)) for split in ("train", "val", "test")] == [14, 2, 4]

@@ -1,0 +1,139 @@
+"""What is asked of each image: labels read by a policy, a draw of the patients, weights.
+
+Pure functions of arrays. A task has G questions of K answers each for N images, and L
+probabilities, one a label, are read from the G * K logits of a network.
+"""
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from sklearn.utils.class_weight import compute_sample_weight
+from torch import Tensor
+
+from manifest import DataError
+
+# --------------------------------------------------------------------------------------------------
+# Policies: what -1 and an empty cell mean in training. Neither changes what is scored, except that
+# an empty cell may count as absent.
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked of N images, and what their L labels are scored by.
+
+    binary: a sigmoid for each label, so that G = L and K = 1.
+    three-way: absent, present and uncertain are three classes of each label (Irvin et al. 2019),
+    so that G = L and K = 3.
+    exclusive: one softmax over all labels, so that G = 1 and K = L."""
+    kind: str                           # binary, three-way or exclusive
+    targets: np.ndarray                 # (N, G, K) float32, one-hot where K > 1
+    mask: np.ndarray                    # (N, G) bool: whether there is something to learn from
+    truth: np.ndarray                   # (N, L) float32: 1, 0, or NaN, which is not scored
+
+    @property
+    def training_labels(self) -> np.ndarray:
+        """Each label as training sees it, (N, L): 1, 0, or NaN where it learns nothing."""
+        if self.kind == "exclusive":
+            presence = self.targets[:, 0]
+        else:
+            presence = self.targets[:, :, 1 if self.kind == "three-way" else 0]
+        return np.where(self.mask, presence, np.nan)
+
+    @property
+    def outputs(self) -> int:
+        """G * K, the width of the classifier's output."""
+        return self.targets.shape[1] * self.targets.shape[2]
+
+
+def make_task(labels: np.ndarray, train: np.ndarray, uncertain: str, blank: str) -> Task:
+    """The task that labels (N, L) of 1, 0, -1 and NaN ask.
+
+    train: rows of the train split. Where each of them has exactly one 1 and otherwise 0, the
+    labels are exclusive.
+    uncertain: what -1 is in training: `ones`, `zeros`, `ignore`, or `multiclass`, a class of its
+    own. It is never scored.
+    blank: what NaN is: `zeros` or `ignore`."""
+    if blank == "zeros":
+        labels = np.where(np.isnan(labels), 0, labels)
+    labels = labels.astype(np.float32)
+    truth = np.where(labels == -1, np.nan, labels)                              # (N, L)
+
+    one_class_each = (truth[train].sum(1) == 1).all()       # a sum with a NaN in it is not 1
+    if labels.shape[1] > 1 and one_class_each:
+        one_class = (truth == 1).sum(1, keepdims=True) == 1                     # (N, 1)
+        return Task("exclusive", np.nan_to_num(truth)[:, None], one_class, truth)
+
+    if uncertain == "multiclass":
+        one_hot = np.stack([labels == value for value in (0, 1, -1)], axis=2)   # (N, L, 3)
+        return Task("three-way", one_hot.astype(np.float32), one_hot.any(2), truth)
+
+    value = np.float32({"ones": 1, "zeros": 0, "ignore": np.nan}[uncertain])
+    labels = np.where(labels == -1, value, labels)
+    return Task("binary", np.nan_to_num(labels)[:, :, None], ~np.isnan(labels), truth)
+
+
+def policy_sentence(kind: str, uncertain: str, blank: str, balance: bool) -> str:
+    """How labels were read, for the log and the report."""
+    sentence = {
+        "exclusive": "exclusive labels, softmax, AUROC one against the rest",
+        "binary": f"independent labels; in training -1 counts as {uncertain}, blank as {blank}",
+        "three-way": "independent labels, uncertain a class of its own; "
+                     f"blank counts as {blank}"}[kind]
+    return sentence + ("; classes balanced" if balance else "")
+
+
+def cell_weights(targets: np.ndarray, mask: np.ndarray, balance: bool) -> np.ndarray:
+    """Weights (n, G) of the loss, 0 where there is nothing to learn from, 1 on average.
+
+    targets (n, G, K), mask (n, G): rows of a Task. balance: the answers of a question get the
+    same sum of weights, however rare some of them are."""
+    answers = targets.argmax(2) if targets.shape[2] > 1 else targets[:, :, 0]   # (n, G)
+    weights = np.zeros(mask.shape)
+    for question, rows in enumerate(mask.T):
+        weights[rows, question] = compute_sample_weight(
+            "balanced" if balance else None, answers[rows, question])
+    return weights / weights.mean()
+
+
+def to_probabilities(logits: Tensor, kind: str) -> np.ndarray:
+    """Logits (n, G * K) -> probability of each label, (n, L) float64.
+
+    A three-way label's is that of present against absent, without the uncertain class."""
+    logits = logits.double().cpu()
+    if kind == "exclusive":
+        return logits.softmax(1).numpy()
+    if kind == "three-way":
+        absent, present, _ = logits.view(len(logits), -1, 3).unbind(2)          # (n, L) each
+        logits = present - absent
+    return logits.sigmoid().numpy()
+
+
+# --------------------------------------------------------------------------------------------------
+# Draws of the training images. Small draws lie in larger ones, so that a curve over the fractions
+# shows what more labels bring and not what other patients bring.
+
+class Draw(NamedTuple):
+    """The images of some of the patients."""
+    rows: np.ndarray                    # (m,) of the n rows that were drawn from, rising
+    extra_patients: int                 # beyond the fraction, see `draw`
+
+
+def draw(patients: np.ndarray, labels: np.ndarray, fraction: float, seed: int) -> Draw:
+    """Draw a fraction of the patients, with all of their images.
+
+    patients (n,), labels (n, L) of 1, 0 and NaN. The seed puts the patients in an order, and a
+    fraction is the front of it, so that the smaller fraction lies in the larger one. A label
+    without a positive (or a negative) there gets the first patient in that order who has one,
+    which keeps the nesting. DataError where the fraction comes to no patient."""
+    names, patient = np.unique(patients, return_inverse=True)
+    place = np.random.default_rng(seed).permutation(len(names))[patient]        # (n,) in the order
+    count = math.floor(fraction * len(names) + 0.5)
+    if not count:
+        raise DataError(f"--fraction {fraction:g} of {len(names)} labelled training patients is "
+                        "none")
+    firsts = {place[labels[:, column] == value].min()
+              for column in range(labels.shape[1]) for value in (1, 0)
+              if (labels[:, column] == value).any()}
+    extra = [first for first in firsts if first >= count]
+    rows = np.flatnonzero((place < count) | np.isin(place, extra))
+    return Draw(rows, len(extra))
