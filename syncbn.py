@@ -22,7 +22,7 @@ class Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float):
-        own = torch.stack(torch.var_mean(x.float(), _dims(x), correction=0))    # (2, C)
+        own = torch.stack(torch.var_mean(_precise(x), _dims(x), correction=0))  # (2, C)
         everybodys = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(everybodys, own)
         variances, means = torch.stack(everybodys).unbind(1)                    # (W, C) each
@@ -36,8 +36,8 @@ class Normalise(torch.autograd.Function):
     def backward(ctx, gradient: Tensor, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, mean, inverse_deviation = ctx.saved_tensors
         channels = [1, -1, *[1] * (x.ndim - 2)]
-        normalised = (x.float() - mean.view(channels)) * inverse_deviation.view(channels)
-        gradient = gradient.float()
+        normalised = (_precise(x) - mean.view(channels)) * inverse_deviation.view(channels)
+        gradient = _precise(gradient)
         for_weight = (gradient * normalised).sum(_dims(x))                      # (C,)
         for_bias = gradient.sum(_dims(x))                                       # (C,)
         # An image moves mean and variance, and through them all images of all processes.
@@ -48,6 +48,11 @@ class Normalise(torch.autograd.Function):
         for_x = gradient - shift.view(channels) - normalised * along.view(channels)
         for_x = for_x * (weight * inverse_deviation).view(channels)
         return for_x.to(x.dtype), for_weight, for_bias, None
+
+
+def _precise(x: Tensor) -> Tensor:
+    """In float32 at least: sums over a batch would lose too much in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _dims(x: Tensor) -> list[int]:
