@@ -1,10 +1,10 @@
-"""NT-Xent, the SimCLR loss, with negatives from every process; what to watch beside
-it; and the loss of the labels.
+"""NT-Xent, the SimCLR loss, with negatives from every process; what to
+watch beside it; and the loss of the labels.
 
-Each process's anchors are its own 2N projections, and the keys are the 2WN of all W
-processes. Its loss is the mean over its own anchors; DistributedDataParallel
-averages the gradients over the processes, which makes them those of the global
-mean.
+Each process's anchors are its own 2N projections, and the keys are the 2WN
+of all W processes. Its loss is the mean over its own anchors;
+DistributedDataParallel averages the gradients over the processes, which
+makes them those of the global mean.
 """
 import math
 from typing import NamedTuple
@@ -18,9 +18,10 @@ from torch import Tensor
 class Gather(torch.autograd.Function):
     """(M, D) on each of W processes -> (W * M, D) on all, in the order of the ranks.
 
-    A process's rows are keys in every other process's loss too, so backward sums
-    the gradients of all processes before it keeps its own rows. Leaving out the sum
-    still gives the right loss, and the wrong gradient."""
+    A process's rows are keys in every other process's loss too, so backward
+    sums the gradients of all processes before it keeps its own rows.
+    Leaving out the sum still gives the right loss, and the wrong
+    gradient."""
 
     @staticmethod
     def forward(ctx, rows: Tensor) -> Tensor:
@@ -31,24 +32,24 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         gradient = gradient.contiguous()
-        dist.all_reduce(gradient)                                   # sums
+        dist.all_reduce(gradient)                   # sums
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 class AnchorsAndKeys(NamedTuple):
     """Projections of length 1, and which keys are an anchor's own: itself and its other view."""
-    anchors: Tensor                     # (2N, D) of this process
-    keys: Tensor                        # (2WN, D) of all processes
-    itself: Tensor                      # (2N,) rows of keys
-    positive: Tensor                    # (2N,) rows of keys
+    anchors: Tensor   # (2N, D) of this process
+    keys: Tensor      # (2WN, D) of all processes
+    itself: Tensor    # (2N,) rows of keys
+    positive: Tensor  # (2N,) rows of keys
 
 
 def _anchors_and_keys(z1: Tensor, z2: Tensor) -> AnchorsAndKeys:
     anchors = F.normalize(torch.cat([z1, z2]).float(), dim=1)
-    several = dist.is_initialized() and dist.get_world_size() > 1
-    keys = Gather.apply(anchors) if several else anchors
-    assert isinstance(keys, Tensor)                                 # apply's type is unknown
-    offset = dist.get_rank() * len(anchors) if several else 0       # of the own rows among all
+    distributed = dist.is_initialized() and dist.get_world_size() > 1
+    keys = Gather.apply(anchors) if distributed else anchors
+    assert isinstance(keys, Tensor)                            # apply's type is unknown
+    offset = dist.get_rank() * len(anchors) if distributed else 0  # of this process in keys
     itself = torch.arange(len(anchors), device=anchors.device) + offset
     return AnchorsAndKeys(anchors, keys, itself, itself.roll(len(z1)))
 
@@ -71,18 +72,19 @@ class ContrastiveCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pairs: AnchorsAndKeys, anchors: Tensor, keys: Tensor,
                 temperature: float) -> Tensor:
-        # Anchors and keys are in `pairs`, too, but autograd sees only tensors that are arguments.
+        # Anchors and keys are in `pairs`, too, but autograd sees only
+        # tensors that are arguments.
         loss = anchors.new_zeros(())
         for_anchors, for_keys = torch.empty_like(anchors), torch.zeros_like(keys)
         scaled = anchors / temperature
         for block in _blocks(pairs):
             positive = pairs.positive[block]
-            logits = scaled[block] @ keys.T                         # (m, K)
+            logits = scaled[block] @ keys.T                    # (m, K)
             logits.scatter_(1, pairs.itself[block, None], -torch.inf)
-            of_positive = logits.gather(1, positive[:, None])       # (m, 1)
-            largest = logits.amax(1, keepdim=True)                  # (m, 1), against overflow
-            p = logits.sub_(largest).exp_()                         # (m, K), not yet divided by ...
-            total = p.sum(1, keepdim=True)                          # (m, 1) ... this
+            of_positive = logits.gather(1, positive[:, None])  # (m, 1)
+            largest = logits.amax(1, keepdim=True)             # (m, 1), against overflow
+            p = logits.sub_(largest).exp_()                    # (m, K), not yet divided by ...
+            total = p.sum(1, keepdim=True)                     # (m, 1) ... this
             loss += (total.log() + largest - of_positive).sum()
             for_anchors[block] = p @ keys / total - keys[positive]
             for_keys.addmm_(p.T, scaled[block] / total)
@@ -99,9 +101,10 @@ class ContrastiveCrossEntropy(torch.autograd.Function):
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     """Normalised temperature-scaled cross entropy (Chen et al. 2020, equation 1).
 
-    z1, z2: (N, D) projections of the two views, of any norm, the same N on every process.
-    The mean over this process's 2N anchors: a scalar, float32, computed outside autocast.
-    An encoder that tells nothing apart scores ln(2WN - 1), see `chance_level`."""
+    z1, z2: (N, D) projections of the two views, of any norm, the same N on
+    every process. The mean over this process's 2N anchors: a scalar,
+    float32, computed outside autocast. An encoder that tells nothing apart
+    scores ln(2WN - 1), see `chance_level`."""
     with torch.autocast(z1.device.type, enabled=False):
         pairs = _anchors_and_keys(z1, z2)
         loss = ContrastiveCrossEntropy.apply(pairs, pairs.anchors, pairs.keys, temperature)
@@ -124,7 +127,7 @@ def diagnostics(z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
     where all projections are the same (both Wang and Isola 2020)."""
     with torch.autocast(z1.device.type, enabled=False):
         pairs = _anchors_and_keys(z1, z2)
-        found = []                      # for each block, whether the nearest key is the positive
+        found = []  # for each block, whether the nearest key is the positive
         for block in _blocks(pairs):
             cosine = pairs.anchors[block] @ pairs.keys.T
             cosine.scatter_(1, pairs.itself[block, None], -torch.inf)
@@ -140,11 +143,12 @@ def diagnostics(z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
 def masked_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """The loss of the labels, for N images and G questions of K answers each; scalar, float32.
 
-    logits, targets: (N, G, K). With K = 1 it is binary cross-entropy, one sigmoid a
-    label; otherwise the targets are one-hot and it is that of a softmax. weights:
-    (N, G), 0 leaves a cell out. The sum is divided by N * G and not by the weights,
-    so that the mean over processes is the loss of their common batch; scale the
-    weights to a mean of 1 over the training images."""
+    logits, targets: (N, G, K). With K = 1 it is binary cross-entropy, one
+    sigmoid a label; otherwise the targets are one-hot and it is that of a
+    softmax. weights: (N, G), 0 leaves a cell out. The sum is divided by N *
+    G and not by the weights, so that the mean over processes is the loss of
+    their common batch; scale the weights to a mean of 1 over the training
+    images."""
     logits = logits.float()
     if logits.shape[2] == 1:
         cells = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")[:, :, 0]

@@ -40,10 +40,10 @@ from run import CheckpointError, Compute, flag, load_checkpoint, save_checkpoint
 
 # What a run writes, and --overwrite deletes. The first of them is what a run goes on from.
 RESULTS = ("last.pt", "encoder.pt", "log.jsonl", "events.out.tfevents.*")
-# Peak learning rates for a batch of 256. Larger batches get proportionally more (Goyal et
-# al. 2017).
+# Peak learning rates for a batch of 256; larger batches get more in proportion (Goyal et al. 2017).
 BASE_LR = {"lars": 0.3, "adam": 5e-4, "adamw": 5e-4}
 PUBLISHED = Augmentation()
+DEFAULT_DATA = "data/nih"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -52,11 +52,11 @@ PUBLISHED = Augmentation()
 @dataclass
 class Config:
     """The defaults are the published recipe; --demo has others."""
-    data: str = flag("data/nih", "data folder, made by prepare.py", section="data and run folder")
+    data: str = flag(DEFAULT_DATA, "data folder, made by prepare.py", section="data and run folder")
     out: str = flag("runs/pretrain", "run folder", may_differ=True)
     demo: bool = flag(False, "small run on data/demo, made if missing, into runs/demo")
     overwrite: bool = flag(False, "begin anew in a run folder that holds a run", may_differ=True)
-    seed: int = flag(0, "of weights, order and views", 0, 2**63 - 1)
+    seed: int = flag(0, "random seed of weights, order and views", 0, 2**63 - 1)
 
     arch: str = flag("resnet50", "encoder", choices=ARCHITECTURES, section="network")
     init: str = flag("random", "first weights of the encoder", metavar="random|imagenet|PATH")
@@ -69,35 +69,35 @@ class Config:
                           choices=("fixed", "image"))
     clahe: bool = flag(False, "adaptive histogram equalisation of each image")
     crop_area: tuple[float, float] = flag(
-        PUBLISHED.crop_area, "share of the image in a view", metavar=("LOW", "HIGH"))
+        PUBLISHED.crop_area, "area of the crop, as a share of the image", metavar=("LOW", "HIGH"))
     flip: float = flag(PUBLISHED.flip, "probability of a mirror image", 0, 1)
-    rotation: float = flag(PUBLISHED.rotation, "degrees, to either side", 0, 360)
-    brightness: float = flag(PUBLISHED.brightness, "factor 1 ± this", 0, 0.999)
-    contrast: float = flag(PUBLISHED.contrast, "factor 1 ± this", 0, 0.999)
+    rotation: float = flag(PUBLISHED.rotation, "largest angle to either side, degrees", 0, 360)
+    brightness: float = flag(PUBLISHED.brightness, "factor drawn from 1 ± this", 0, 0.999)
+    contrast: float = flag(PUBLISHED.contrast, "factor drawn from 1 ± this", 0, 0.999)
     blur: tuple[float, float] = flag(
         PUBLISHED.blur, "sigma, pixels of the view; 0 0 for none", metavar=("LOW", "HIGH"))
 
     epochs: int = flag(100, "passes over the train split", 1, section="optimisation")
     batch_size: int = flag(512, "images over all processes", 1)
-    temperature: float = flag(0.07, "of NT-Xent", 1e-6, 1e6)
-    optimizer: str = flag("lars", "as published: lars", choices=tuple(BASE_LR))
+    temperature: float = flag(0.07, "temperature of NT-Xent", 1e-6, 1e6)
+    optimizer: str = flag("lars", "optimizer; lars as published", choices=tuple(BASE_LR))
     lr: float | None = flag(
         None, "peak learning rate for a batch of 256 (default: lars 0.3, adam and adamw 5e-4)",
         1e-12, 1e30)
-    weight_decay: float = flag(1e-6, "of weights, not of biases and batch norm", 0, 1e6)
-    warmup_epochs: float = flag(10.0, "of linear warm-up", 0, 1e6)
+    weight_decay: float = flag(1e-6, "decay of weights, not of biases and batch norm", 0, 1e6)
+    warmup_epochs: float = flag(10.0, "epochs of linear warm-up", 0, 1e6)
     max_steps: int | None = flag(
         None, "stop after this step; the schedule still spans --epochs", 1, may_differ=True)
 
-    probe_every: int = flag(5, "epochs; 0 for never", 0,
+    probe_every: int = flag(5, "epochs from one probe to the next; 0 for none", 0,
                             section="probe: k nearest neighbours on val, where there are labels")
-    probe_images: int = flag(10_000, "at most, of train and of val", 1)
+    probe_images: int = flag(10_000, "images at most, of train and of val each", 1)
 
     precision: str = flag(**run.PRECISION, section="how it computes")
     compile: bool = flag(False, "torch.compile the network", may_differ=True)
     threads: int | None = flag(**run.THREADS)
-    log_every: int = flag(10, "steps", 1, may_differ=True)
-    save_every: int = flag(250, "steps", 1, may_differ=True)
+    log_every: int = flag(10, "steps from one log line to the next", 1, may_differ=True)
+    save_every: int = flag(250, "steps from one checkpoint to the next", 1, may_differ=True)
 
     @staticmethod
     def presets(args) -> dict:
@@ -180,9 +180,13 @@ class Training:
 
     def __init__(self, config: Config, compute: Compute, images: str):
         torch.manual_seed(config.seed)
-        encoder = build_encoder(config.arch, config.init)
+        # A run that goes on needs the file or the download of its first weights no more.
+        goes_on = Path(config.out, "last.pt").exists() and not config.overwrite
+        encoder = build_encoder(config.arch, "random" if goes_on else config.init)
         net = SimCLR(encoder, config.proj_layers, config.proj_width, config.proj_dim)
-        self.config, self.images, self.step = config, images, 0
+        self.config, self.images = config, images
+        self.step = 0                   # steps that were taken
+        self.probed = -1                # the step after which the features were last probed
         self.net = compute.place(net)
 
         # Decay shrinks what multiplies features, not what shifts or scales them.
@@ -204,31 +208,31 @@ class Training:
 
     def load(self, file: Path) -> None:
         """Go on from a last.pt; CheckpointError or DataError where it belongs to another run."""
-        # Is it one of ours, and of this run? The first reason that a user can act on is
-        # told.
         state = load_checkpoint(file)
         if not {"model", "optimizer", "scaler", "step", "config", "images", "rng"} <= state.keys():
             raise CheckpointError(f"{file} is no last.pt of a pre-training run")
-        for name in ("arch", "optimizer"):
-            theirs, ours = state["config"][name], getattr(self.config, name)
-            if theirs != ours:
-                raise CheckpointError(f"{file} has --{name} {theirs}, not {ours}")
+        # A step means so many images, so that a run cannot go on with another batch size.
+        for name in ("arch", "optimizer", "batch_size"):
+            in_file, flag_value = state["config"][name], getattr(self.config, name)
+            if in_file != flag_value:
+                raise CheckpointError(f"{file} has --{name.replace('_', '-')} {in_file}, "
+                                      f"not {flag_value}")
         if state["images"] != self.images:
             raise DataError(f"{self.config.data}/manifest.csv lists other training images than "
                             f"when {file} was saved")
-        # Widths, depths and so on are compared by PyTorch itself.
+        # PyTorch itself compares the widths and the number of the layers.
         try:
             self.net.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[-1].strip()
             raise CheckpointError(f"{file} does not fit these flags: {reason}") from None
-        # The flag counts and not the checkpoint, which may come from a run with another
-        # one.
+        # load_state_dict took the weight decay from the file; a copied last.pt may have another.
         self.optimizer.param_groups[0]["weight_decay"] = self.config.weight_decay
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:             # empty where the run computed without one until now
+            self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
-        self.step = state["step"]
+        self.step, self.probed = state["step"], state.get("probed", state["step"])
 
     def save(self) -> None:
         """Write last.pt, then encoder.pt; FloatingPointError where a weight is not finite.
@@ -241,7 +245,8 @@ class Training:
         config = dataclasses.asdict(self.config) | {"mean": MEAN, "std": STD}
         save_checkpoint(Path(self.config.out) / "last.pt", {
             "model": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(), "step": self.step, "config": config,
+            "scaler": self.scaler.state_dict(), "step": self.step, "probed": self.probed,
+            "config": config,
             "images": self.images, "rng": torch.get_rng_state()})
         save_checkpoint(Path(self.config.out) / "encoder.pt", {
             "format": FORMAT, "arch": self.config.arch, "step": self.step, "config": config,
@@ -262,7 +267,8 @@ def open_run_folder(training: Training, config: Config, compute: Compute,
     out, last = Path(config.out), Path(config.out) / "last.pt"
     if compute.rank == 0:
         if last.exists() and not (out / "config.json").exists() and not config.overwrite:
-            training.load(last)         # copied here: does it fit, before the folder is claimed?
+            # It was copied from another run. Does it fit? Then the folder is locked for this one.
+            training.load(last)
         run.open_run(config, "pretrain", RESULTS, resources, starts_from="last.pt")
         if (out / "encoder.pt").exists() and not last.exists():
             raise DataError(f"{out} holds an encoder.pt and no last.pt to go on from; choose "
@@ -288,7 +294,7 @@ def read_data(config: Config, compute: Compute) -> tuple[Manifest, np.ndarray]:
         import prepare                  # stage 0 is needed for the demo alone
         prepare.main(["demo", "--out", config.data])
     compute.barrier()
-    if config.data == Config.data and not Path(config.data).exists():
+    if config.data == DEFAULT_DATA and not Path(config.data).exists():
         raise DataError(
             "data/nih does not exist: make it with `python prepare.py nih --src DIR --out "
             "data/nih`, name another folder with --data, or try `python pretrain.py --demo`, which "
@@ -372,6 +378,10 @@ class Progress:
         self.loss_sum = torch.zeros((), device=self.compute.device)
         self.step, self.clock, self.waited = step, time.perf_counter(), 0.0
 
+    def exclude(self, seconds: float) -> None:
+        """Do not count time that went into probes and checkpoints: speed is that of training."""
+        self.clock += seconds
+
     def add(self, loss: Tensor, step: int) -> None:
         """The loss of the step that led to `step`; whether it is finite is asked in `read`."""
         self.loss_sum += loss.detach()
@@ -436,79 +446,82 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     paths = "\n".join(manifest.paths[i] for i in train)
     training = Training(config, compute, hashlib.sha256(paths.encode()).hexdigest())
     open_run_folder(training, config, compute, resources)
-    net, optimizer, scaler, first = training.net, training.optimizer, training.scaler, training.step
-    encoder = Path(config.out) / "encoder.pt"
-    # Nothing left to do: see that encoder.pt is that of last.pt, and leave everything as it
-    # is.
-    if first >= schedule.end:
-        stale = not encoder.exists() or load_checkpoint(encoder).get("step") != first
+    net, optimizer, scaler = training.net, training.optimizer, training.scaler
+    start_step, encoder = training.step, Path(config.out) / "encoder.pt"
+    if start_step >= schedule.end:
+        # Nothing is left to do, but encoder.pt may be older than last.pt, or deleted.
+        stale = not encoder.exists() or load_checkpoint(encoder).get("step") != start_step
         if compute.rank == 0 and stale:
             training.save()
-        what = "is complete" if first >= schedule.total else "has reached --max-steps"
-        say(f"{config.out} {what}: step {first} of {schedule.total}, encoder in {encoder}")
+        what = "is complete" if start_step >= schedule.total else "has reached --max-steps"
+        say(f"{config.out} {what}: step {start_step} of {schedule.total}, encoder in {encoder}")
         return
 
     # Everything is known to fit: from here on the run writes.
     introduce(training, schedule, compute)
     model = compute.data_parallel(torch.compile(net) if config.compile else net)
-    curves, stop = run.Curves(config, compute, first), run.StopSignal(resources)
-    progress, chance = Progress(config, compute, first), chance_level(config.batch_size)
+    curves, stop = run.Curves(config, compute, start_step), run.StopSignal(resources)
+    progress, chance = Progress(config, compute, start_step), chance_level(config.batch_size)
     loss, auroc = math.nan, math.nan            # the latest, for the table of hyper-parameters
     batches = iter(train_loader(
-        manifest, train, config.batch_size, range(first, schedule.end), 2, augmentation,
+        manifest, train, config.batch_size, range(start_step, schedule.end), 2, augmentation,
         preprocessing, config.seed, **compute.loader_arguments()))
     model.train()
     while True:
-        step, pause = training.step, time.perf_counter()
+        step, pause_start = training.step, time.perf_counter()
 
-        # Every few epochs: do the features get better, and not only the loss?
-        if step in schedule.probes and (step > first or step == 0):
+        # Every few epochs: do the features get better, and not only the loss? When somebody wants
+        # the machine there is no time for that; the run that goes on will do it.
+        due = step in schedule.probes and training.probed < step
+        if due and not stop.received(compute):
             scores = probe(training, compute, manifest, preprocessing)
+            training.probed, auroc = step, scores["probe/auroc"]
             curves.add(step, schedule.epoch(step), scores)
-            auroc = scores["probe/auroc"]
             labels = [f"{name} {scores[f'probe/{name}']:.3f}" for name in manifest.label_names]
             labels = labels[:15] + ["..."] * (len(labels) > 15)
             say(f"{schedule.place(step)} | probe AUROC {auroc:.4f} ({', '.join(labels)})")
 
-        # Every few steps, at the end, and when somebody wants the machine: save.
-        signalled = stop.received(compute)
+        # Every few steps, after a probe, at the end, and when somebody wants the machine: save.
+        stop_signal = stop.received(compute)
         due = step % config.save_every == 0 or step in schedule.probes or step == schedule.end
-        if compute.rank == 0 and step > first and (due or signalled):
+        if compute.rank == 0 and step > start_step and (due or stop_signal):
             training.save()
-        if signalled:
+        if stop_signal:
+            state = f"saved {config.out}/last.pt" if step else "nothing to save yet"
             command = "the same command" + (" without --overwrite" if config.overwrite else "")
-            say(f"{signal.Signals(signalled).name} at step {step}: saved {config.out}/last.pt; "
-                f"{command} goes on")
-            sys.exit(128 + signalled)
+            say(f"{signal.Signals(stop_signal).name} at step {step}: {state}; {command} goes on")
+            sys.exit(128 + stop_signal)
         if step == schedule.end:
             break
-        progress.clock += time.perf_counter() - pause           # speed is that of training
+        progress.exclude(time.perf_counter() - pause_start)
 
-        # One step. The learning rate depends on the step alone ...
+        # Set the learning rate, which depends on the step alone.
         lr = run.learning_rate(step, schedule.total, schedule.warmup, training.peak_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        # ... two views of each image go through the network as one batch ...
-        asked = time.perf_counter()
+
+        # Load two views of each image, and encode them as one batch.
+        wait_start = time.perf_counter()
         view1, view2, _ = next(batches)                                     # (N, 1, S, S) each
-        progress.waited += time.perf_counter() - asked
+        progress.waited += time.perf_counter() - wait_start
         x = torch.cat([view1, view2])                                       # (2N, 1, S, S)
         with compute.autocast():
             z = model(x.contiguous(memory_format=torch.channels_last))      # (2N, proj_dim)
-        # ... and each projection has to find its partner among those of all processes.
+
+        # Compare each projection with those of all processes, and step down the gradient.
         z1, z2 = z.chunk(2)                                                 # (N, proj_dim) each
         batch_loss = nt_xent(z1, z2, config.temperature)
         scaler.scale(batch_loss).backward()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        if step == first:
+        if step == start_step:
             curves.add_image("views", view_pairs(view1, view2), step)
-        training.step = step = step + 1
+        step += 1
+        training.step = step
         progress.add(batch_loss, step)
 
-        # Every few steps: a point on the curves. Nowhere else does the host wait for the
-        # GPU.
+        # Every few steps: a point on the curves. Reading the loss waits for the GPU, so not always.
         if step % config.log_every == 0 or step == schedule.end:
             scalars = progress.read(z1, z2, step) | {"chance": chance, "lr": lr}
             curves.add(step, schedule.epoch(step), scalars)

@@ -1,9 +1,10 @@
-"""Frozen features judged by labels that training never saw: nearest neighbours, and
-logistic regression.
+"""Frozen features judged by labels that training never saw: nearest
+neighbours, and logistic regression.
 
-Pre-training asks nearest neighbours every few epochs, because they need no fitting;
-the cluster stage asks them once more, among test images; fine-tuning fits logistic
-regressions, for all labels and all strengths of regularisation at once.
+Pre-training asks nearest neighbours every few epochs, because they need no
+fitting; the cluster stage asks them once more, among test images;
+fine-tuning fits logistic regressions, for all labels and all strengths of
+regularisation at once.
 """
 import math
 from typing import NamedTuple
@@ -14,17 +15,18 @@ import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-TEMPERATURE = 0.07                      # of the neighbours' votes
-STRENGTHS = 10.0 ** np.arange(-4, 3)    # of the regularisation, see fit_logistic
+TEMPERATURE = 0.07                    # of the neighbours' votes
+STRENGTHS = 10.0 ** np.arange(-4, 3)  # of the regularisation, see fit_logistic
 
 
 # --------------------------------------------------------------------------------------------------
-# Nearest neighbours. A neighbour's vote weighs exp(cosine / 0.07) (Wu et al. 2018).
+# Nearest neighbours. A neighbour's vote weighs exp(cosine / 0.07) (Wu et
+# al. 2018).
 
 class Neighbours(NamedTuple):
     """For each of M queries its k nearest in a bank, nearest first."""
-    index: np.ndarray                   # (M, k) rows of the bank
-    weight: np.ndarray                  # (M, k) of their votes, 1 for the nearest
+    index: np.ndarray   # (M, k) rows of the bank
+    weight: np.ndarray  # (M, k) of their votes, 1 for the nearest
 
 
 def nearest(cosine: Tensor, k: int) -> Neighbours:
@@ -38,9 +40,10 @@ def knn_auroc(bank: Tensor, bank_labels: np.ndarray, queries: Tensor,
               query_labels: np.ndarray, k: int = 20) -> list[float]:
     """AUROC of each of L labels on M queries, scored by their k nearest of N in the bank.
 
-    bank (N, D), queries (M, D): features, of any norm. bank_labels (N, L), query_labels
-    (M, L): 1, 0, NaN for not mentioned, which counts as absent, and -1 for uncertain,
-    which neither votes nor is scored. NaN where the queries have one class only."""
+    bank (N, D), queries (M, D): features, of any norm. bank_labels (N, L),
+    query_labels (M, L): 1, 0, NaN for not mentioned, which counts as
+    absent, and -1 for uncertain, which neither votes nor is scored. NaN
+    where the queries have one class only."""
     neighbours = nearest(F.normalize(queries) @ F.normalize(bank).T, k)
     votes = np.nan_to_num(bank_labels)[neighbours.index]                # (M, k, L)
     weights = neighbours.weight[:, :, None] * (votes >= 0)              # (M, k, L)
@@ -64,10 +67,10 @@ def knn_class_shares(cosine: np.ndarray, truth: np.ndarray, patients: np.ndarray
     nothing would fall below chance: votes are rescaled by how frequent their class is
     with and without the patient. On average that repairs it; a class of very few
     patients still starts from an AUROC below 0.5."""
-    others = patients[:, None] != patients                              # (m, m)
+    others = patients[:, None] != patients    # (m, m)
     neighbours = nearest(torch.from_numpy(np.where(others, cosine, -np.inf)),
                          min(k, len(truth) - 1))
-    one_hot = np.eye(truth.max() + 1)[truth]                            # (m, C)
+    one_hot = np.eye(truth.max() + 1)[truth]  # (m, C)
     votes = (neighbours.weight[:, :, None] * one_hot[neighbours.index]).sum(1)
     votes *= one_hot.sum(0) / (others @ one_hot).clip(1)
     return votes / votes.sum(1, keepdims=True)
@@ -80,47 +83,49 @@ def fit_logistic(x: Tensor, targets: Tensor, weights: Tensor, strengths: Tensor,
                  tolerance: float = 1e-6, max_steps: int = 5000) -> tuple[Tensor, Tensor]:
     """Logistic regressions for G questions, each with R strengths of regularisation.
 
-    x (n, D) float64; targets (n, G, K), K = 1 for a sigmoid, one-hot for a softmax of
-    K answers; weights (n, G); strengths (R,). Each regression minimises its weighted
-    mean cross-entropy + strength / 2 * |w|^2 with a free intercept, as scikit-learn's
-    does with C = 1 / (n * strength). Returns coefficients (D, R, G, K) and intercepts
-    (R, G, K).
+    x (n, D) float64; targets (n, G, K), K = 1 for a sigmoid, one-hot for a
+    softmax of K answers; weights (n, G); strengths (R,). Each regression
+    minimises its weighted mean cross-entropy + strength / 2 * |w|^2 with a
+    free intercept, as scikit-learn's does with C = 1 / (n * strength).
+    Returns coefficients (D, R, G, K) and intercepts (R, G, K).
 
-    It stops when no step can lower a loss by more than `tolerance`; weakly regularised
-    ones on few rows may end about 1e-4 above their optimum.
+    It stops when no step can lower a loss by more than `tolerance`; weakly
+    regularised ones on few rows may end about 1e-4 above their optimum.
 
-    The method: in the rows' principal axes x'x is diagonal, and so is a bound of the
-    Hessian (Böhning 1992). The gradient divided by that bound is sure to descend;
-    Nesterov's momentum makes it fast, and a regression whose momentum points uphill
-    begins it anew (O'Donoghue and Candès 2015)."""
-    # Principal axes. With fewer rows than features those of the rows' span suffice,
-    # because the optimum lies in it.
+    The method: in the rows' principal axes x'x is diagonal, and so is a
+    bound of the Hessian (Böhning 1992). The gradient divided by that bound
+    is sure to descend; Nesterov's momentum makes it fast, and a regression
+    whose momentum points uphill begins it anew (O'Donoghue and Candès
+    2015)."""
+    # Principal axes. With fewer rows than features those of the rows' span
+    # suffice, because the optimum lies in it.
     center = x.mean(0)
     x = x - center
     few = len(x) < x.shape[1]
     squares, axes = torch.linalg.eigh(x @ x.T if few else x.T @ x)
     relevant = squares > 1e-10 * squares[-1]
     squares, axes = squares[relevant], axes[:, relevant]
-    axes = x.T @ axes / squares.sqrt() if few else axes                 # (D, d)
-    x = torch.cat([x @ axes, torch.ones_like(x[:, :1])], dim=1)         # (n, d + 1)
+    axes = x.T @ axes / squares.sqrt() if few else axes              # (D, d)
+    x = torch.cat([x @ axes, torch.ones_like(x[:, :1])], dim=1)      # (n, d + 1)
 
-    # One problem for each strength, question and answer; the last row of a solution is
-    # the intercept, which is not regularised.
-    shape = x.shape[1], len(strengths), *targets.shape[1:]              # (d + 1, R, G, K)
+    # One problem for each strength, question and answer; the last row of a
+    # solution is the intercept, which is not regularised.
+    shape = x.shape[1], len(strengths), *targets.shape[1:]           # (d + 1, R, G, K)
     sigmoid = shape[3] == 1
-    weights = (weights / weights.sum(0))[:, None, :, None]              # (n, 1, G, 1)
-    targets = targets[:, None]                                          # (n, 1, G, K)
-    penalty = strengths.view(1, -1, 1, 1).repeat(shape[0], 1, 1, 1)     # (d + 1, R, 1, 1)
+    weights = (weights / weights.sum(0))[:, None, :, None]           # (n, 1, G, 1)
+    targets = targets[:, None]                                       # (n, 1, G, K)
+    penalty = strengths.view(1, -1, 1, 1).repeat(shape[0], 1, 1, 1)  # (d + 1, R, 1, 1)
     penalty[-1] = 0
     steepest = weights.amax(0, keepdim=True) * (0.25 if sigmoid else 0.5)
     squares = torch.cat([squares, squares.new_tensor([len(x)])])
-    bound = squares.view(-1, 1, 1, 1) * steepest + penalty              # (d + 1, R, G, 1)
+    bound = squares.view(-1, 1, 1, 1) * steepest + penalty           # (d + 1, R, G, 1)
 
-    # Accelerated descent. `ahead` is where momentum carries a solution; `age` grows
-    # with the steps since that solution's momentum was last reset.
+    # Accelerated descent. `ahead` is where momentum carries a solution;
+    # `age` grows with the steps since that solution's momentum was last
+    # reset.
     solution, ahead, age = x.new_zeros(shape), x.new_zeros(shape), x.new_ones(1)
     for _ in range(max_steps):
-        logits = (x @ ahead.flatten(1)).view(len(x), *shape[1:])        # (n, R, G, K)
+        logits = (x @ ahead.flatten(1)).view(len(x), *shape[1:])  # (n, R, G, K)
         answers = logits.sigmoid() if sigmoid else logits.softmax(3)
         error = weights * (answers - targets)
         gradient = (x.T @ error.flatten(1)).view(shape) + penalty * ahead
@@ -128,7 +133,7 @@ def fit_logistic(x: Tensor, targets: Tensor, weights: Tensor, strengths: Tensor,
             break
         before, solution = solution, ahead - gradient / bound
         uphill = (gradient * (solution - before)).sum((0, 3), keepdim=True) > 0
-        age = torch.where(uphill, 1.0, age)                             # (1, R, G, 1)
+        age = torch.where(uphill, 1.0, age)  # (1, R, G, 1)
         older = (1 + (1 + 4 * age ** 2).sqrt()) / 2
         ahead = solution + (age - 1) / older * (solution - before)
         age = older

@@ -1,9 +1,9 @@
 """Batch norm over the images of all processes, so that their number changes nothing.
 
-PyTorch's nn.SyncBatchNorm exists for GPUs only, makes the host wait for the GPU three
-times a layer, and breaks the graph of torch.compile. This one exchanges its statistics
-by one collective call in each direction, never looks at a tensor's values on the host,
-and is the same on gloo and NCCL.
+PyTorch's nn.SyncBatchNorm exists for GPUs only, makes the host wait for the GPU
+three times a layer, and breaks the graph of torch.compile. This one exchanges
+its statistics by one collective call in each direction, never looks at a
+tensor's values on the host, and is the same on gloo and NCCL.
 """
 import torch
 import torch.distributed as dist
@@ -15,10 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 class Normalise(torch.autograd.Function):
     """Batch norm of a process's images by the statistics of everybody's.
 
-    x (B, C, ...), the same B on every process; weight and bias (C,). Returns the output
-    and, for the running statistics, mean (C,) and biased variance (C,) of all processes'
-    images. The equations are those of Ioffe and Szegedy (2015), section 3. Between
-    forward and backward only the input is kept, in its own precision."""
+    x (B, C, ...), the same B on every process; weight and bias (C,). Returns
+    the output and, for the running statistics, mean (C,) and biased variance
+    (C,) of all processes' images. The equations are those of Ioffe and Szegedy
+    (2015), section 3. Between forward and backward only the input is kept, in
+    its own precision."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float):
@@ -26,7 +27,8 @@ class Normalise(torch.autograd.Function):
         everybodys = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(everybodys, own)
         variances, means = torch.stack(everybodys).unbind(1)                    # (W, C) each
-        # The variance within the processes' images, plus that between the processes.
+        # The variance within the processes' images, plus that between the
+        # processes.
         mean = means.mean(0)
         variance = variances.mean(0) + (means - mean).square().mean(0)
         ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt())
@@ -38,13 +40,14 @@ class Normalise(torch.autograd.Function):
         channels = [1, -1, *[1] * (x.ndim - 2)]
         normalised = (_precise(x) - mean.view(channels)) * inverse_deviation.view(channels)
         gradient = _precise(gradient)
-        for_weight = (gradient * normalised).sum(_dims(x))                      # (C,)
-        for_bias = gradient.sum(_dims(x))                                       # (C,)
-        # An image moves mean and variance, and through them all images of all processes.
-        everybodys = torch.stack([for_weight, for_bias])                        # (2, C)
+        for_weight = (gradient * normalised).sum(_dims(x))  # (C,)
+        for_bias = gradient.sum(_dims(x))                   # (C,)
+        # An image moves mean and variance, and through them all images of all
+        # processes.
+        everybodys = torch.stack([for_weight, for_bias])    # (2, C)
         dist.all_reduce(everybodys)
         count = dist.get_world_size() * x.numel() / x.shape[1]
-        along, shift = (everybodys / count).unbind(0)                           # (C,) each
+        along, shift = (everybodys / count).unbind(0)       # (C,) each
         for_x = gradient - shift.view(channels) - normalised * along.view(channels)
         for_x = for_x * (weight * inverse_deviation).view(channels)
         return for_x.to(x.dtype), for_weight, for_bias, None
@@ -64,7 +67,8 @@ class SyncBatchNorm(_BatchNorm):
     """nn.BatchNorm1d or 2d over the images of all processes, with the same state dict."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # These may be None in a batch norm without running statistics; ours always has them.
+        # These may be None in a batch norm without running statistics; ours
+        # always has them.
         assert self.running_mean is not None and self.running_var is not None
         assert self.num_batches_tracked is not None and self.momentum is not None
         if not self.training:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import write_folder
+from conftest import SMALL, run, write_folder
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -200,6 +200,17 @@ def test_image_that_cannot_be_read_is_named(folder, damage):
     complaint = r"images/001_0.jpg \(row 5 of manifest.csv\) cannot be read"
     with pytest.raises(ImageError, match=complaint):
         list(eval_loader(manifest, np.arange(12), 4, Preprocessing(32), "cpu"))
+
+
+@pytest.mark.parametrize("content", [b"no image", b"\xff\xd8\xff\xe0\x00", None])
+def test_bad_image_in_a_large_batch_does_not_crash_the_process(tmp_path, content):
+    """In a process of its own: the decoder alone ends it by a segmentation fault, mostly."""
+    folder = write_folder(tmp_path / "folder", patients=60)
+    bad = folder / "images/007_1.jpg"
+    bad.write_bytes(content or bad.read_bytes()[:200])
+    code, output = run("pretrain.py", *SMALL, "--batch-size", "64", "--epochs", "8",
+                       "--data", folder, "--out", tmp_path / "run")
+    assert code == 1 and "images/007_1.jpg (row 24 of manifest.csv) cannot be read" in output
 
 
 @pytest.mark.gpu

@@ -19,9 +19,10 @@ from conftest import ROOT, SMALL, run, start
 from sklearn.metrics import roc_auc_score
 
 import pretrain
+import run as run_module
 from pretrain import LARS
 from probe import knn_auroc
-from run import learning_rate, load_checkpoint, save_checkpoint
+from run import Compute, learning_rate, load_checkpoint, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +161,37 @@ def test_copied_checkpoint_starts_a_run_with_other_flags(finished, data, tmp_pat
     assert "--lr (0.1 there, 0.2 here)" in message
 
 
+def test_run_goes_on_without_its_first_weights_and_in_another_precision(finished, data, tmp_path):
+    shutil.copy(finished[0] / "encoder.pt", tmp_path / "first.pt")
+    flags = [*SMALL, "--data", str(data), "--out", str(tmp_path / "run"),
+             "--init", str(tmp_path / "first.pt"), "--save-every", "1"]
+    pretrain.main([*flags, "--max-steps", "1"])
+    (tmp_path / "first.pt").unlink()
+    pretrain.main([*flags, "--max-steps", "2", "--precision", "bf16"])
+    assert sorted(scalars(tmp_path / "run", "loss")) == [1, 2]
+    state = load_checkpoint(tmp_path / "run/last.pt")
+    compute = Compute(0, 1, torch.device("cpu"), "fp16", 1)             # no CPU trains in it
+    training = pretrain.Training(run_module.parse(pretrain.Config, flags), compute, state["images"])
+    training.load(tmp_path / "run/last.pt")
+    assert training.scaler.is_enabled() and training.step == 2
+
+
+def test_stop_before_a_probe_leaves_it_to_the_run_that_goes_on(finished, data, tmp_path):
+    """A signal that comes while step 5 is taken, after which the features are probed."""
+    whole, _ = finished
+    command = ["pretrain.py", *SMALL, "--probe-every", "1", "--data", data,
+               "--out", tmp_path / "run"]
+    process = start(*command)
+    for line in process.stdout:
+        if "step 00004/15 | loss" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    assert "nothing to save" not in process.stdout.read() and process.wait(60) == 143
+    code, output = run(*command)
+    assert code == 0, output
+    assert scalars(whole, "probe/auroc") == scalars(tmp_path / "run", "probe/auroc")
+
+
 def test_encoder_is_written_again_or_guarded(data, tmp_path, capsys):
     """A kill between the two files of a checkpoint leaves the older encoder; somebody may delete
     last.pt for space."""
@@ -259,6 +291,7 @@ def test_unusable_checkpoints_are_refused_and_stay(finished, data, tmp_path, cap
             ((out / "encoder.pt").read_bytes(), [], "last.pt is no last.pt of a pre-training run"),
             (last, ["--arch", "resnet34"], "has --arch resnet18, not resnet34"),
             (last, ["--optimizer", "adam"], "has --optimizer lars, not adam"),
+            (last, ["--batch-size", 4], "has --batch-size 8, not 4"),
             (last, ["--proj-dim", 64], "does not fit these flags")]:
         copy.write_bytes(content)
         assert complaint in refused(capsys, *arguments, *flags)
