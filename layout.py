@@ -1,0 +1,177 @@
+"""What the folders above an image say of it: its split, its class, its patient.
+
+A layout is written as a path of words, one for each level of folders from --src down:
+
+    split/class         train/NORMAL/1.png
+    */*/split/class     archive/chest_xray/train/NORMAL/1.png
+    class/split         NORMAL/train/1.png
+    class/patient       NORMAL/p17/1.png
+    none                no folder says anything
+
+`*` is a level that says nothing. find_layout recognises the layout by the folders' names, and where
+they can be read in two ways it refuses to guess.
+"""
+import fnmatch
+import re
+from collections.abc import Callable
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+from manifest import DataError
+from tables import form_key
+
+SPLIT_NAMES = {             # names of folders and cells of tables -> the manifest's
+    "train": "train", "training": "train",
+    "val": "val", "valid": "val", "validate": "val", "validation": "val", "dev": "val",
+    "test": "test", "tests": "test", "testing": "test"}
+LEVELS = ("split", "class", "patient", "*")
+
+# Names of folders that hold drawings of radiographs, and names that are no class.
+DRAWINGS = {"mask", "masks", "segmentation", "segmentations", "annotation", "annotations",
+            "contour", "contours", "heatmap", "heatmaps", "overlay", "overlays"}
+NO_CLASSES = {"image", "images", "img", "imgs", "png", "jpg", "jpeg", "dicom", "data", "dataset",
+              "batch", "part", "chunk", "fold", "folder", "file", "files", "patient", "study",
+              "series", "case", "subject", "scan", "scans"}
+
+
+class Place(NamedTuple):
+    """What the folders around a file say of it."""
+    split: str | None           # "" where no level is split; None for a file beside those folders
+    class_name: str             # "" for a file that is in no class folder
+    patient: str                # "" where no level is patient
+
+
+def split_name(name: str) -> str:
+    """train, val or test, whichever a folder's or a cell's name says; "" if it says none.
+
+    Case, digits, punctuation and a word such as "set" after it do not matter."""
+    words = re.sub(r"[\W\d_]+", " ", name.casefold()).split()
+    if len(words) > 1 and words[-1] in ("set", "data", "split", "images"):
+        words.pop()
+    word = "".join(words)
+    return SPLIT_NAMES.get(word.removesuffix("set"), "")
+
+
+def parse_layout(text: str) -> list[str]:
+    """The levels of a --layout. ValueError, as argparse wants it, for what is none."""
+    levels = [] if text == "none" else text.split("/")
+    names = [level for level in levels if level != "*"]
+    if not set(levels) <= set(LEVELS) or len(set(names)) < len(names):
+        raise ValueError(text)
+    return levels
+
+
+def find_layout(images: list[str]) -> list[str]:
+    """The levels of the folders above these images. DataError where they can mean two things."""
+    parents = [PurePosixPath(image).parts[:-1] for image in images]
+    start = wrappers(parents, 0)
+    levels = ["*"] * start
+    if not any(len(folders) > start for folders in parents):
+        return levels
+
+    # train, val and test at the top, the classes below; any other folder beside them is left out.
+    if any(split_name(name) for name in names_at(parents, start)):
+        inside = [folders for folders in parents if split_name("".join(folders[start:start + 1]))]
+        wrapped = wrappers(inside, start + 1) - start - 1
+        return [*levels, "split", *["*"] * wrapped, "class"]
+
+    # train, val and test inside each class.
+    depths = {depth for folders in parents for depth, name in enumerate(folders)
+              if depth > start and split_name(name)}
+    if not depths:
+        return [*levels, "class"]
+    depth = min(depths)
+    if depths != {start + 1} or any(len(folders) != start + 2 or not split_name(folders[-1])
+                                    for folders in parents):
+        file = next(image for image, folders in zip(images, parents)
+                    if depth < len(folders) and split_name(folders[depth]))
+        raise DataError(f"the folders of {file} can be read in two ways: is "
+                        f"{PurePosixPath(file).parts[depth]} a split? Say what each level is, for "
+                        f"example --layout {'/'.join([*['*'] * depth, 'split', 'class'])}, or "
+                        "--layout none")
+    return [*levels, "class", "split"]
+
+
+def wrappers(parents: list[tuple[str, ...]], start: int) -> int:
+    """The first level from `start` on that tells images apart.
+
+    A single folder that holds all others is passed through, unless it is a split folder, or the
+    last level there is."""
+    while True:
+        names = names_at(parents, start)
+        deeper = any(len(folders) > start + 1 for folders in parents)
+        all_inside = all(len(folders) > start for folders in parents)
+        if not (len(names) == 1 and deeper and all_inside) or split_name(*names):
+            return start
+        start += 1
+
+
+def names_at(parents: list[tuple[str, ...]], level: int) -> set[str]:
+    """The names of the folders at a level."""
+    return {folders[level] for folders in parents if len(folders) > level}
+
+
+def place_of(image: str, levels: list[str]) -> Place:
+    """What the folders above an image say where the levels mean this."""
+    folders = PurePosixPath(image).parts[:-1]
+    at = dict(zip(levels, folders))
+    split = "" if "split" not in levels else split_name(at.get("split", "")) or None
+    return Place(split, at.get("class", ""), at.get("patient", ""))
+
+
+# --------------------------------------------------------------------------------------------------
+# Doubts.
+
+def outside_splits(images: list[str], levels: list[str]) -> dict[str, int]:
+    """{folder beside the split folders: how many images it holds}."""
+    counts: dict[str, int] = {}
+    level = levels.index("split") if "split" in levels else None
+    for image in images if level is not None else ():
+        folders = PurePosixPath(image).parts[:-1]
+        if len(folders) > level and not split_name(folders[level]):
+            counts[folders[level]] = counts.get(folders[level], 0) + 1
+    return counts
+
+
+def drawings(images: list[str]) -> list[str]:
+    """Those images whose name, or a folder above them, says mask, segmentation or the like."""
+    return [image for image in images
+            if any(DRAWINGS & set(re.split(r"[\W\d_]+", part.casefold()))
+                   for part in PurePosixPath(image).with_suffix("").parts)]
+
+
+def names_without_meaning(classes: list[str]) -> list[str]:
+    """Those names of class folders that name a kind of file or a portion, such as images_001."""
+    return [name for name in classes if "".join(re.findall(r"[^\W\d_]+", name.casefold()))
+            in NO_CLASSES]
+
+
+def repeated_below(images: list[str], levels: list[str]) -> tuple[str, str, str] | None:
+    """A folder's name that is found below two classes, and these two; None where there is none.
+
+    siteA/NORMAL and siteB/NORMAL: the classes may be the inner folders."""
+    if levels[-1:] != ["class"]:
+        return None
+    level, first = len(levels) - 1, {}
+    for image in images:
+        folders = PurePosixPath(image).parts[:-1]
+        if len(folders) > level + 1:
+            above, name = form_key(folders[level]), folders[level + 1]
+            if names_without_meaning([name]):
+                continue
+            known, shown = first.setdefault(form_key(name), (above, folders[level]))
+            if known != above:
+                return name, shown, folders[level]
+    return None
+
+
+def excluder(patterns: list[str]) -> Callable[[str], bool]:
+    """Whether a file is below a folder, or has a name, that one of the patterns matches.
+
+    A pattern is the name of a file or folder at any depth, or a path from --src down."""
+    def excluded(file: str) -> bool:
+        parts = PurePosixPath(file).parts
+        paths = ["/".join(parts[:end + 1]) for end in range(len(parts))]
+        return any(fnmatch.fnmatchcase(name, pattern.rstrip("/"))
+                   for pattern in patterns for name in (*parts, *paths))
+    return excluded
