@@ -8,8 +8,9 @@ A layout is written as a path of words, one for each level of folders from --src
     class/patient       NORMAL/p17/1.png
     none                no folder says anything
 
-`*` is a level that says nothing. find_layout recognises the layout by the folders' names, and where
-they can be read in two ways it refuses to guess.
+`*` is a level that says nothing. find_layout recognises the layout by the folders' names: a folder
+that holds all images says nothing, as what is the same for all of them teaches nothing. Where the
+names can be read in two ways it refuses to guess.
 """
 import fnmatch
 import re
@@ -64,16 +65,17 @@ def parse_layout(text: str) -> list[str]:
 def find_layout(images: list[str]) -> list[str]:
     """The levels of the folders above these images. DataError where they can mean two things."""
     parents = [PurePosixPath(image).parts[:-1] for image in images]
-    start = wrappers(parents, 0)
+    start = first_telling(parents, 0)
     levels = ["*"] * start
-    if not any(len(folders) > start for folders in parents):
+    if not names_at(parents, start):
         return levels
 
     # train, val and test at the top, the classes below; any other folder beside them is left out.
     if any(split_name(name) for name in names_at(parents, start)):
         inside = [folders for folders in parents if split_name("".join(folders[start:start + 1]))]
-        wrapped = wrappers(inside, start + 1) - start - 1
-        return [*levels, "split", *["*"] * wrapped, "class"]
+        below = first_telling(inside, start + 1)
+        levels += ["split", *["*"] * (below - start - 1)]
+        return [*levels, "class"] if names_at(inside, below) else levels
 
     # train, val and test inside each class.
     depths = {depth for folders in parents for depth, name in enumerate(folders)
@@ -92,18 +94,17 @@ def find_layout(images: list[str]) -> list[str]:
     return [*levels, "class", "split"]
 
 
-def wrappers(parents: list[tuple[str, ...]], start: int) -> int:
-    """The first level from `start` on that tells images apart.
+def first_telling(parents: list[tuple[str, ...]], level: int) -> int:
+    """The first level from `level` on that tells images apart, or that is a split.
 
-    A single folder that holds all others is passed through, unless it is a split folder, or the
-    last level there is."""
+    A single folder that holds all images is passed through."""
     while True:
-        names = names_at(parents, start)
-        deeper = any(len(folders) > start + 1 for folders in parents)
-        all_inside = all(len(folders) > start for folders in parents)
-        if not (len(names) == 1 and deeper and all_inside) or split_name(*names):
-            return start
-        start += 1
+        names = names_at(parents, level)
+        if len(names) != 1 or any(len(folders) <= level for folders in parents):
+            return level
+        if split_name(*names):
+            return level
+        level += 1
 
 
 def names_at(parents: list[tuple[str, ...]], level: int) -> set[str]:
@@ -125,8 +126,10 @@ def place_of(image: str, levels: list[str]) -> Place:
 def outside_splits(images: list[str], levels: list[str]) -> dict[str, int]:
     """{folder beside the split folders: how many images it holds}."""
     counts: dict[str, int] = {}
-    level = levels.index("split") if "split" in levels else None
-    for image in images if level is not None else ():
+    if "split" not in levels:
+        return counts
+    level = levels.index("split")
+    for image in images:
         folders = PurePosixPath(image).parts[:-1]
         if len(folders) > level and not split_name(folders[level]):
             counts[folders[level]] = counts.get(folders[level], 0) + 1
@@ -152,12 +155,13 @@ def repeated_below(images: list[str], levels: list[str]) -> tuple[str, str, str]
     siteA/NORMAL and siteB/NORMAL: the classes may be the inner folders."""
     if levels[-1:] != ["class"]:
         return None
-    level, first = len(levels) - 1, {}
+    level = len(levels) - 1
+    first: dict[str, tuple[str, str]] = {}          # inner name: key and name of the folder above
     for image in images:
         folders = PurePosixPath(image).parts[:-1]
         if len(folders) > level + 1:
             above, name = form_key(folders[level]), folders[level + 1]
-            if names_without_meaning([name]):
+            if names_without_meaning([name]) or drawings([name]):
                 continue
             known, shown = first.setdefault(form_key(name), (above, folders[level]))
             if known != above:

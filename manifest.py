@@ -84,6 +84,16 @@ def _report_uncaught(kind, error, traceback) -> None:
 sys.excepthook = _report_uncaught
 
 
+def restart_in_utf8() -> None:
+    """Start the script once more in Python's UTF-8 mode, where the locale asks for another one.
+
+    Names of files are bytes. By a locale of Latin-1 they would be read, and written into the data
+    folder, as other text than the manifest has. To be called before anything is done."""
+    if sys.getfilesystemencoding().lower() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def differing_flags(before: dict, now: dict) -> str:
     """`--seed (0 there, 5 here), …` for all settings that two runs do not share, or
     nothing."""

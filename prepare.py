@@ -4,7 +4,7 @@
     python prepare.py folder   --src chest_xray --out data/kermany  # class folders, optional CSV
     python prepare.py nih      --src NIH --out data/nih             # ChestX-ray14 as unpacked
     python prepare.py chexpert --src CheXpert-v1.0-small --out data/chexpert
-    python prepare.py mimic    --src MIMIC-CXR-JPG --out data/mimic # its three tables and files/
+    python prepare.py mimic    --src MIMIC-CXR-JPG --out data/mimic
     python prepare.py dicom    --src archive --out data/hospital    # de-identified on the way
     python prepare.py verify   data/nih                             # decode all of it once more
 
@@ -12,10 +12,10 @@ A source says which image becomes which row of the manifest: patient, split and 
 dicom.py, with tables.py and layout.py). From there on all sources are alike. What was understood is
 printed first: the layout, the counts of each label in each split, some rows. What cannot be meant
 is refused, unless --allow names it (doubts.py). Then a pool of processes decodes every image once
-and makes it an 8-bit gray JPEG whose shorter side is --size (radiograph.py). What cannot be decoded, or
-has no sure label, is left out and listed in rejected.csv with the reason. manifest.csv is written
-last: a folder that has one is complete. An interrupted run is continued by the same command;
---overwrite starts over, for example after the source's images have changed.
+and makes it an 8-bit gray JPEG whose shorter side is --size (radiograph.py). What cannot be
+decoded, or has no sure label, is left out and listed in rejected.csv with the reason. manifest.csv
+is written last: a folder that has one is complete. An interrupted run is continued by the same
+command; --overwrite starts over, for example after the source's images have changed.
 """
 import argparse
 import csv
@@ -35,7 +35,7 @@ from typing import Any, NamedTuple, TextIO
 
 from manifest import (                  # first: see there
     SPLITS, DataError, differing_flags, errors_in_one_sentence, lock, number_within, open_text,
-    read_manifest, read_text, whole_file, write_csv, write_text)
+    read_manifest, read_text, restart_in_utf8, whole_file, write_csv, write_text)
 
 from PIL import Image
 
@@ -235,8 +235,9 @@ def prepare(args: argparse.Namespace) -> None:
 def print_notes(source: Source) -> None:
     """Say what the source has understood, and why it leaves files out."""
     reasons = Counter(why for _, why in source.rejected).most_common(5)
-    print(*source.notes, *(f"Left out: {count:,} files: {why}." for why, count in reasons),
-          "", sep="\n")
+    left_out = [f"Left out: {count:,} file{'s' if count > 1 else ''}: {why}."
+                for why, count in reasons]
+    print(*map(printable, [*source.notes, *left_out]), "", sep="\n")
 
 
 def print_rows(source: Source, args: argparse.Namespace) -> None:
@@ -245,12 +246,18 @@ def print_rows(source: Source, args: argparse.Namespace) -> None:
     for split in SPLITS:
         for item in [item for item in source.items if item.split == split][:2]:
             # The names of a hospital's files stay in the hospital: there, the coded path is shown.
-            name = item.path if args.source == "dicom" else text_of(item.source)
+            name = item.path if args.source == "dicom" else item.source
             labels = [f"{label} {cell}" for label, cell in zip(source.label_names, item.labels)
                       if cell not in ("", "0")]
             says = ", ".join(labels) or ("no finding named" if source.label_names else "no labels")
-            print(f"{name} -> patient {item.patient}, {split}: {says}")
+            print(printable(f"{text_of(name)} -> patient {item.patient}, {split}: {says}"))
     print(flush=True)
+
+
+def printable(text: str) -> str:
+    """Text in one line: what a terminal would take for a command is escaped."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1]
+                   for character in text)
 
 
 def split_doubts(source: Source, args: argparse.Namespace) -> list[Doubt]:
@@ -539,8 +546,8 @@ def cells_help() -> str:
     meanings = {"1": "present", "0": "absent", "-1": "uncertain", "": "not mentioned"}
     lines = [f"  {meanings[value]:14s} {value or '(blank)'}, {', '.join(filter(None, words))}"
              for value, words in CELL_WORDS.items()]
-    return "\n".join(["Cells of label columns, in capital or small letters; numbers such as 1.0 are "
-                      "compared as numbers:", *lines])
+    return "\n".join(["Cells of label columns, in capital or small letters; numbers such as 1.0 "
+                      "are compared as numbers:", *lines])
 
 
 def source_flags(flag: Callable, kind: SourceKind) -> None:
@@ -613,8 +620,10 @@ def src_folder(args: argparse.Namespace) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code, where no error ends the script with a sentence."""
+    if argv is None:
+        restart_in_utf8()
     args = parse_args(argv)
-    # A locale that cannot write a label's name must not cost the run: it is escaped.
+    # A name that cannot be printed must not cost the run: it is escaped.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     if args.source == "verify":

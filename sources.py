@@ -452,9 +452,10 @@ def chexpert_items(args: argparse.Namespace, files: list[str]) -> Source:
 def mimic_items(args: argparse.Namespace, files: list[str]) -> Source:
     """MIMIC-CXR-JPG: the CheXpert labels of each study, the official splits, frontal views.
 
-    Its three tables are those of MIMIC-CXR-JPG, packed or unpacked; the images lie at any depth."""
-    split_file, label_file, view_file = (
-        one_file(args.src, f"mimic-cxr-*-{name}.csv*") for name in ("split", "chexpert", "metadata"))
+    Its three tables are those of MIMIC-CXR-JPG, packed or not; the images lie at any depth."""
+    split_file = one_file(args.src, "mimic-cxr-*-split.csv*")
+    label_file = one_file(args.src, "mimic-cxr-*-chexpert.csv*")
+    view_file = one_file(args.src, "mimic-cxr-*-metadata.csv*")
     images = unique([file for file in files if file.lower().endswith((".jpg", ".jpeg", ".png"))],
                     lambda file: without_suffix(PurePosixPath(file).name))
     rows = read_table(split_file, "dicom_id", ["subject_id", "study_id", "split"])

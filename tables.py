@@ -241,7 +241,7 @@ def understand_column(table: Table, name: str, keys: list[str], rules: LabelRule
     has_lists = any(len(parts) > 1 for parts in lists.values())
     check_number_of_classes(table, name, len(labels), len(keys), has_lists, rules)
     index = {label: i for i, label in enumerate(labels)}
-    cells = dict.fromkeys(counts, ("",) * len(labels))
+    cells: dict[str, tuple[str, ...]] = {cell: ("",) * len(labels) for cell in counts}
     for cell, parts in lists.items():
         present = {index[spelling[part]] for part in parts}
         if present:
