@@ -94,7 +94,7 @@ def similar_patients(patients: Iterable[str]) -> list[Doubt]:
 
 def patient_key(patient: str) -> str:
     """What is equal for 7, 007, 7. and 7.0, for P7, p07 and P 7."""
-    text = "".join(form_key(patient).split())
+    text = re.sub(r"(?<=[a-z]) (?=\d)", "", form_key(patient))
     text = re.sub(r"^(\d+)\.0*$", r"\1", text)
     return re.sub(r"(?<![\d.])0+(?=\d)", "", text)
 

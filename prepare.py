@@ -235,8 +235,7 @@ def prepare(args: argparse.Namespace) -> None:
 def print_notes(source: Source) -> None:
     """Say what the source has understood, and why it leaves files out."""
     reasons = Counter(why for _, why in source.rejected).most_common(5)
-    left_out = [f"Left out: {count:,} file{'s' if count > 1 else ''}: {why}."
-                for why, count in reasons]
+    left_out = [f"Left out: {count:,}, {why}." for why, count in reasons]
     print(*map(printable, [*source.notes, *left_out]), "", sep="\n")
 
 

@@ -326,8 +326,8 @@ def rows_of_files(table: Table, images: list[str], src: Path, source: Source) ->
     key_of: dict[str, str] = {}
     for key, file in file_of.items():
         if key_of.setdefault(file, key) != key:
-            rows = table.rows[key_of[file]].number, table.rows[key].number
-            raise DataError(f"{table.file}, rows {rows[0]} and {rows[1]}: both name {file}")
+            one, other = sorted((table.rows[key_of[file]].number, table.rows[key].number))
+            raise DataError(f"{table.file}, rows {one} and {other}: both name {file}")
     source.rejected += [(key, f"named in {table.file.name}, missing on disk")
                         for key in table.rows if key not in file_of]
     source.rejected += [(file, f"not in {table.file.name}")

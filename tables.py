@@ -239,7 +239,8 @@ def understand_column(table: Table, name: str, keys: list[str], rules: LabelRule
         (cell, part): counts[cell] for cell, parts in lists.items() for part in parts}))
     labels = sorted(set(spelling.values()))
     has_lists = any(len(parts) > 1 for parts in lists.values())
-    check_number_of_classes(table, name, len(labels), len(keys), has_lists, rules)
+    check_number_of_classes(table, name, len(labels), len(keys),
+                            has_lists or bool(rules.several_rows), rules)
     index = {label: i for i, label in enumerate(labels)}
     cells: dict[str, tuple[str, ...]] = {cell: ("",) * len(labels) for cell in counts}
     for cell, parts in lists.items():
