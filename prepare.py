@@ -377,11 +377,15 @@ def data_card(source: Source, args: argparse.Namespace) -> str:
     # Of paths the name is enough to know them by: the folder goes to other machines.
     command = ["python", "prepare.py", args.source, "--out", args.out.resolve().name]
     for name, value in settings_of(args).items():
-        if name == "source" or value is None or value is False or value == [] or value == "":
+        if name == "source" or value is None or value is False or value == "":
+            continue
+        if value == [] and name != "layout":
             continue
         command.append(f"--{name.replace('_', '-')}")
         if name == "layout":
-            value = "/".join(value)
+            value = "/".join(value) or "none"
+        if name == "where":
+            value = [f"{column}={','.join(values)}" for column, values in value]
         if isinstance(vars(args)[name], Path):
             value = Path(value).name
         if value is not True:
@@ -599,7 +603,7 @@ def check_flags(args: argparse.Namespace, error: Callable[[str], Any]) -> None:
     if args.source == "dicom" and args.out.resolve() in args.salt.resolve().parents:
         error("--salt must not lie inside --out, which may be handed on")
     table = {"folder": "csv", "dicom": "labels"}.get(args.source)
-    for name in ("label_columns", "class_columns", "several_rows", "rater_column"):
+    for name in ("label_columns", "class_columns", "where", "several_rows", "rater_column"):
         if table and getattr(args, name, None) and not getattr(args, table):
             error(f"--{name.replace('_', '-')} is about columns of --{table}, which is missing")
     if getattr(args, "rater_column", "") and not args.several_rows:

@@ -139,6 +139,8 @@ def folder_flags(flag: Callable) -> None:
          help="its column of patients (default: patient, if there is one)")
     flag("--split-column", default="split",
          help="its column of train, val, test (default: split, if there is one)")
+    flag("--where", nargs="+", default=[], type=parse_condition, metavar="COLUMN=VALUE,VALUE",
+         help="take only rows in which a column has one of the values, such as Projection=PA,AP")
     flag("--label-columns", nargs="+", default=[], metavar="COLUMN",
          help="its columns of values as listed below, or of class names "
               "(default: the class folders are the labels)")
@@ -156,6 +158,14 @@ def folder_flags(flag: Callable) -> None:
          help="the numbers of the patients restart in each split")
 
 
+def parse_condition(text: str) -> tuple[str, list[str]]:
+    """Column and values of a --where. ValueError, as argparse wants it, for what is none."""
+    column, _, values = text.partition("=")
+    if not column or not values:
+        raise ValueError(text)
+    return column, [value.strip() for value in values.split(",")]
+
+
 def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
     """Images in folders, a table of them, or both. Where they disagree, the table wins."""
     source, excluded = Source([]), excluder(args.exclude)
@@ -169,6 +179,7 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
     if args.csv:
         table = read_image_table(args)
         key_of = rows_of_files(table, images, args.src, source)
+        take_where(table, key_of, args.where, source)
         images = list(key_of)
         check_patients_and_splits(table, list(key_of.values()), args)
         for column, cells in ((args.patient_column, patients), (args.split_column, splits)):
@@ -268,7 +279,8 @@ def doubt_folders(source: Source, images: list[str], levels: list[str], guessed:
 def read_image_table(args: argparse.Namespace) -> Table:
     """--csv by its column of paths, with the columns that the other flags name."""
     labels = [*args.label_columns, *args.class_columns]
-    columns = [args.patient_column, args.split_column, *labels]
+    columns = [args.patient_column, args.split_column, *labels,
+               *(column for column, _ in args.where)]
     if args.rater_column:
         columns.append(args.rater_column)
     return read_table(
@@ -276,6 +288,17 @@ def read_image_table(args: argparse.Namespace) -> Table:
         optional={"patient", "split"} - set(labels), normalise=plain_path,
         several=bool(args.several_rows),
         hint="; --several-rows says how several rows of an image become one")
+
+
+def take_where(table: Table, key_of: dict[str, str], conditions: list[tuple[str, list[str]]],
+               source: Source) -> None:
+    """Reject those files, and take them out of {file: key}, whose first row fails a condition."""
+    for column, values in conditions:
+        cells = table.column(column)
+        failing = {file: cells[key] for file, key in key_of.items() if cells[key] not in values}
+        for file, cell in failing.items():
+            source.rejected.append((file, f"{column} is {cell or 'blank'} in {table.file.name}"))
+            del key_of[file]
 
 
 def plain_path(path: str) -> str:

@@ -163,7 +163,7 @@ def test_several_rows_an_image(tmp_path):
     """As VinBigData has them: three readers, each of whom may draw several boxes."""
     said = {"a": {"R1": ["Mass", "Mass"], "R2": ["Nodule"], "R3": ["Nodule", "Mass"]},
             "b": {"R1": ["No finding"], "R2": ["No finding"], "R3": ["Mass"]},
-            "c": {"R1": ["Mass"], "R2": ["Nodule"]}}
+            "c": {"R1": ["Mass"], "R2": ["Nodule"]}, "d": {"R1": ["No finding"]}}
     rows = [(image, word, reader) for image, readers in said.items()
             for reader, words in readers.items() for word in words]
     for i, image in enumerate(said):
@@ -171,7 +171,7 @@ def test_several_rows_an_image(tmp_path):
     write_csv(tmp_path / "rows.csv", [("image_id", "class_name", "rad_id"), *rows])
     flags = ["--csv", tmp_path / "rows.csv", "--path-column", "image_id",
              "--label-columns", "class_name"]
-    with pytest.raises(SystemExit, match="row 3, column image_id: a is already in row 2; --several"):
+    with pytest.raises(SystemExit, match="row 3, column image_id: a is already in row 2; --sev"):
         folder(tmp_path / "src", tmp_path / "out", *flags)
 
     def labels(out, *more):
@@ -180,9 +180,10 @@ def test_several_rows_an_image(tmp_path):
         assert manifest.label_names == ["Mass", "No finding", "Nodule"]
         return manifest.labels.astype(int).tolist()
 
-    assert labels("any", "--several-rows", "any") == [[1, 0, 1], [1, 1, 0], [1, 0, 1]]
+    assert labels("any", "--several-rows", "any") == [[1, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 0]]
     readers = ["--several-rows", "majority", "--rater-column", "rad_id"]
-    assert labels("majority", *readers) == [[1, 0, 1], [0, 1, 0], [-1, 0, -1]]
+    assert labels("majority", *readers) == [[1, 0, 1], [0, 1, 0], [-1, 0, -1],
+                                             [0, 1, 0]]
 
 
 def test_majority_of_values():
@@ -193,9 +194,30 @@ def test_majority_of_values():
 def test_rows_of_one_image_must_agree_in_the_patient(tmp_path):
     save(tmp_path / "src/a.png")
     write_csv(tmp_path / "rows.csv", [("path", "patient", "y"), ("a.png", 1, 1), ("a.png", 2, 1)])
-    with pytest.raises(SystemExit, match="row 3, column patient: '2', but '1' in row 2 of the same"):
+    with pytest.raises(SystemExit, match="row 3, column patient: '2', but '1' in row 2 of the"):
         folder(tmp_path / "src", tmp_path / "out", "--csv", tmp_path / "rows.csv",
                "--label-columns", "y", "--several-rows", "any")
+
+
+def test_rows_are_chosen_by_their_columns(tmp_path):
+    """As PadChest has them: lateral views among the others, and lists in Python's own writing."""
+    rows = [(f"{i % 3}/{i}.png", ("PA", "AP", "L", "")[i % 4], f'"[\'a\', \' b{i % 2}\']"', i // 2)
+            for i in range(12)]
+    for i, row in enumerate(rows):
+        save(tmp_path / "src" / row[0], radiograph(i))
+    lines = ["ImageID,Projection,Labels,PatientID",
+             *(",".join(map(str, (row[0].split("/")[1], *row[1:]))) for row in rows)]
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    folder(tmp_path / "src", tmp_path / "out", "--csv", tmp_path / "rows.csv", "--path-column",
+           "ImageID", "--patient-column", "PatientID", "--label-columns", "Labels",
+           "--where", "Projection=PA,AP", "--allow", "constant-label")
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.label_names == ["a", "b0", "b1"] and len(manifest.paths) == 6
+    assert rejected(tmp_path / "out")["2/2.png"] == "Projection is L in rows.csv"
+    assert "--where Projection=PA,AP" in (tmp_path / "out/DATA.md").read_text()
+    with pytest.raises(SystemExit, match="one column 'View'"):
+        folder(tmp_path / "src", tmp_path / "view", "--csv", tmp_path / "rows.csv",
+               "--path-column", "ImageID", "--where", "View=PA")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -467,7 +489,8 @@ def labels_by_image(tmp_path, paths):
     return [labels["y"] for _, labels in sorted(labels_of(read_manifest(tmp_path / "out")).items())]
 
 
-@pytest.mark.parametrize("link, target", [("alpha", "zeta"), ("zeta/current", "."), ("a/b", "../c")])
+@pytest.mark.parametrize("link, target", [
+    ("alpha", "zeta"), ("zeta/current", "."), ("a/b", "../c")])
 def test_files_below_links_have_two_names(tmp_path, link, target):
     real = "c" if target == "../c" else "zeta"
     tree(tmp_path, *(f"{real}/{i}.png" for i in range(5)))
