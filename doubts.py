@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from manifest import SPLITS, DataError
-from tables import form_key
+from tables import form_key, most_classes
 
 ALLOW = {
     "empty-split": "train, val or test is empty",
@@ -62,8 +62,8 @@ def empty_splits(splits: list[str], patients: int, fractions: dict[str, float]) 
 def constant_labels(names: list[str], rows: list[tuple[str, ...]], classes: bool) -> list[Doubt]:
     """Doubts for labels that say the same of every image, or nothing of any.
 
-    rows: the labels of each image. classes: whether the labels are classes of which an image has
-    one, so that an image without a class counts for nothing."""
+    rows: the labels of each image. classes: whether the labels are names of classes. Then an image
+    without any counts for nothing: the one class there is tells it from no other."""
     doubts = []
     for place, name in enumerate(names) if len(rows) >= FEW else ():
         values = {row[place] for row in rows}
@@ -74,6 +74,14 @@ def constant_labels(names: list[str], rows: list[tuple[str, ...]], classes: bool
             says = f"is {value} for every image" if value else "is not mentioned for any image"
             doubts.append(Doubt("constant-label", f"label {name!r} {says} and teaches nothing"))
     return doubts
+
+
+def many_classes(classes: int, images: int) -> list[Doubt]:
+    """A doubt where there are more class folders than images can teach."""
+    if classes <= most_classes(images):
+        return []
+    return [Doubt("many-classes", f"{classes:,} class folders are more than {images:,} images "
+                  "can teach: --layout says what each level of folders is")]
 
 
 def similar_labels(names: list[str]) -> list[Doubt]:

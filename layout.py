@@ -13,7 +13,9 @@ that holds all images says nothing, as what is the same for all of them teaches 
 names can be read in two ways it refuses to guess.
 """
 import fnmatch
+import os
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import NamedTuple
@@ -32,7 +34,9 @@ DRAWINGS = {"mask", "masks", "segmentation", "segmentations", "annotation", "ann
             "contour", "contours", "heatmap", "heatmaps", "overlay", "overlays"}
 NO_CLASSES = {"image", "images", "img", "imgs", "png", "jpg", "jpeg", "dicom", "data", "dataset",
               "batch", "part", "chunk", "fold", "folder", "file", "files", "patient", "study",
-              "series", "case", "subject", "scan", "scans"}
+              "series", "case", "subject", "subj", "sub", "scan", "scans", "pat"}
+PERSONS = {"p", "s", "id"}      # with a number after them
+MANY = 10                       # more folders of one name and a number are no grades of a disease
 
 
 class Place(NamedTuple):
@@ -50,16 +54,24 @@ def split_name(name: str) -> str:
     if len(words) > 1 and words[-1] in ("set", "data", "split", "images"):
         words.pop()
     word = "".join(words)
-    return SPLIT_NAMES.get(word.removesuffix("set"), "")
+    return SPLIT_NAMES.get(word.removesuffix("set").removesuffix("data"), "")
 
 
-def parse_layout(text: str) -> list[str]:
-    """The levels of a --layout. ValueError, as argparse wants it, for what is none."""
-    levels = [] if text == "none" else text.split("/")
+def layout_text(text: str) -> str:
+    """A --layout as it was given. ValueError, as argparse wants it, for what is none."""
+    levels = levels_of(text)
     names = [level for level in levels if level != "*"]
     if not set(levels) <= set(LEVELS) or len(set(names)) < len(names):
         raise ValueError(text)
-    return levels
+    return text
+
+
+layout_text.__name__ = "layout"         # argparse writes "invalid layout value" from this
+
+
+def levels_of(text: str) -> list[str]:
+    """The levels of a layout."""
+    return [] if text == "none" else text.split("/")
 
 
 def find_layout(images: list[str]) -> list[str]:
@@ -137,16 +149,29 @@ def outside_splits(images: list[str], levels: list[str]) -> dict[str, int]:
 
 
 def drawings(images: list[str]) -> list[str]:
-    """Those images whose name, or a folder above them, says mask, segmentation or the like."""
-    return [image for image in images
-            if any(DRAWINGS & set(re.split(r"[\W\d_]+", part.casefold()))
-                   for part in PurePosixPath(image).with_suffix("").parts)]
+    """Those images whose name, or a folder above them, says mask, segmentation or the like.
+
+    A folder that holds all images may have such a word among others, as with_annotations does."""
+    shared = os.path.commonprefix([PurePosixPath(image).parts[:-1] for image in images])
+
+    def is_drawing(image: str) -> bool:
+        parts = PurePosixPath(image).with_suffix("").parts[len(shared):]
+        words = {word for part in parts for word in re.split(r"[\W\d_]+", part.casefold())}
+        return bool(DRAWINGS & words or DRAWINGS & {part.casefold() for part in shared})
+
+    return [image for image in images if is_drawing(image)]
 
 
 def names_without_meaning(classes: list[str]) -> list[str]:
-    """Those names of class folders that name a kind of file or a portion, such as images_001."""
-    return [name for name in classes if "".join(re.findall(r"[^\W\d_]+", name.casefold()))
-            in NO_CLASSES]
+    """Those names of class folders that name a kind of file, a portion or a person.
+
+    images_001 does, and p017, where there are many folders of that form."""
+    letters = {name: "".join(re.findall(r"[^\W\d_]+", name.casefold())) for name in classes}
+    numbered = Counter(letters[name] for name in classes if re.search(r"\d", name))
+    return [name for name in classes
+            if letters[name] in NO_CLASSES or letters[name].startswith(("image", "img"))
+            or letters[name] in PERSONS and name.casefold() not in PERSONS
+            or numbered[letters[name]] > MANY]
 
 
 def repeated_below(images: list[str], levels: list[str]) -> tuple[str, str, str] | None:

@@ -276,8 +276,8 @@ def doubts_of(source: Source, args: argparse.Namespace) -> list[Doubt]:
     if not source.official_labels:
         doubts += similar_labels(source.label_names)
         constant = constant_labels(source.label_names, [item.labels for item in source.items],
-                                   source.class_folders)
-        if source.class_folders and constant:
+                                   source.classes)
+        if constant and args.source == "folder" and not (args.label_columns or args.class_columns):
             constant = [doubt._replace(sentence=doubt.sentence + ": --layout says what each level "
                                        "of folders is, --layout none that none is a class")
                         for doubt in constant]
@@ -373,21 +373,16 @@ def read_settings(file: Path) -> dict[str, Any]:
 
 def data_card(source: Source, args: argparse.Namespace) -> str:
     """DATA.md: the command that made the folder, and what is in it, counted."""
-    # The command. Flags without a value are left out; 0 is a value.
-    # Of paths the name is enough to know them by: the folder goes to other machines.
+    # The command. Flags without a value are left out; 0 is a value. A path is told by its last
+    # name: the folder may go to other machines.
     command = ["python", "prepare.py", args.source, "--out", args.out.resolve().name]
     for name, value in settings_of(args).items():
-        if name == "source" or value is None or value is False or value == "":
-            continue
-        if value == [] and name != "layout":
+        if name == "source" or value is None or value is False or value in ("", []):
             continue
         command.append(f"--{name.replace('_', '-')}")
-        if name == "layout":
-            value = "/".join(value) or "none"
-        if name == "where":
-            value = [f"{column}={','.join(values)}" for column, values in value]
-        if isinstance(vars(args)[name], Path):
-            value = Path(value).name
+        path = vars(args)[name]
+        if isinstance(path, Path):
+            value = path.resolve().name
         if value is not True:
             command += map(str, value if isinstance(value, list) else [value])
     return text_of("\n".join([f"# {args.out.resolve().name}", "", f"    {shlex.join(command)}", "",

@@ -16,10 +16,10 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 import phantom
-from doubts import Doubt
+from doubts import Doubt, many_classes
 from layout import (
-    Place, drawings, excluder, find_layout, names_without_meaning, outside_splits, parse_layout,
-    place_of, repeated_below, split_name)
+    Place, drawings, excluder, find_layout, layout_text, levels_of, names_without_meaning,
+    outside_splits, place_of, repeated_below, split_name)
 from manifest import DataError, number_within, read_text
 from radiograph import EXTENSIONS, ImageSettings
 from tables import (
@@ -57,7 +57,7 @@ class Source:
     notes: list[str] = field(default_factory=list)                      # sentences for DATA.md
     doubts: list[Doubt] = field(default_factory=list)                   # what may not be meant
     official_labels: bool = False       # the same for all who use this source, rare ones included
-    class_folders: bool = False         # the labels are the names of folders
+    classes: bool = False               # the labels are names of classes, by folder or by cell
     patients_known: bool = True         # False: every image counts as a patient of its own
 
 
@@ -127,7 +127,7 @@ def read_phantom(file: Path, settings: ImageSettings) -> Image.Image:
 # Folders of classes, and a table.
 
 def folder_flags(flag: Callable) -> None:
-    flag("--layout", type=parse_layout, metavar="LEVELS",
+    flag("--layout", type=layout_text, metavar="LEVELS",
          help="what the folders below --src say, level by level: split, class, patient, or * for "
               "nothing, for example */split/class; none (default: recognised by their names)")
     flag("--exclude", nargs="+", default=[], metavar="NAME",
@@ -139,7 +139,7 @@ def folder_flags(flag: Callable) -> None:
          help="its column of patients (default: patient, if there is one)")
     flag("--split-column", default="split",
          help="its column of train, val, test (default: split, if there is one)")
-    flag("--where", nargs="+", default=[], type=parse_condition, metavar="COLUMN=VALUE,VALUE",
+    flag("--where", nargs="+", default=[], type=condition, metavar="COLUMN=VALUE,VALUE",
          help="take only rows in which a column has one of the values, such as Projection=PA,AP")
     flag("--label-columns", nargs="+", default=[], metavar="COLUMN",
          help="its columns of values as listed below, or of class names "
@@ -158,12 +158,12 @@ def folder_flags(flag: Callable) -> None:
          help="the numbers of the patients restart in each split")
 
 
-def parse_condition(text: str) -> tuple[str, list[str]]:
-    """Column and values of a --where. ValueError, as argparse wants it, for what is none."""
+def condition(text: str) -> str:
+    """A --where as it was given. ValueError, as argparse wants it, for what is none."""
     column, _, values = text.partition("=")
     if not column or not values:
         raise ValueError(text)
-    return column, [value.strip() for value in values.split(",")]
+    return text
 
 
 def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
@@ -187,7 +187,7 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
             cells |= {file: column[key] for file, key in key_of.items() if column}
 
     # What the folders say, as far as the table is silent.
-    levels = find_layout(images) if args.layout is None else args.layout
+    levels = find_layout(images) if args.layout is None else levels_of(args.layout)
     if splits:
         levels = ["*" if level == "split" else level for level in levels]
     columns = [*args.label_columns, *args.class_columns]
@@ -214,6 +214,7 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
             table, columns, list(key_of.values()), rules)
         labels = {file: by_key[key] for file, key in key_of.items()}
         source.notes += notes
+        source.classes = not set(columns) & set(source.label_names)
     else:
         labels = class_folders(source, {file: place for file, place in places.items()
                                         if splits[file] is not None})
@@ -247,7 +248,8 @@ def class_folders(source: Source, places: dict[str, Place]) -> dict[str, tuple[s
     names = {file: text_of(place.class_name) for file, place in places.items()}
     counts = Counter((name, name) for name in names.values() if name)
     spelling = spellings(counts)
-    source.label_names, source.class_folders = sorted(set(spelling.values())), True
+    source.label_names, source.classes = sorted(set(spelling.values())), True
+    source.doubts += many_classes(len(source.label_names), len(places))
     if merged(spelling):
         source.notes.append(f"Class folders.{merged(spelling)}")
     return {file: one_hot(spelling.get(name, ""), source.label_names)
@@ -280,7 +282,7 @@ def read_image_table(args: argparse.Namespace) -> Table:
     """--csv by its column of paths, with the columns that the other flags name."""
     labels = [*args.label_columns, *args.class_columns]
     columns = [args.patient_column, args.split_column, *labels,
-               *(column for column, _ in args.where)]
+               *(text.partition("=")[0] for text in args.where)]
     if args.rater_column:
         columns.append(args.rater_column)
     return read_table(
@@ -290,10 +292,12 @@ def read_image_table(args: argparse.Namespace) -> Table:
         hint="; --several-rows says how several rows of an image become one")
 
 
-def take_where(table: Table, key_of: dict[str, str], conditions: list[tuple[str, list[str]]],
+def take_where(table: Table, key_of: dict[str, str], conditions: list[str],
                source: Source) -> None:
     """Reject those files, and take them out of {file: key}, whose first row fails a condition."""
-    for column, values in conditions:
+    for text in conditions:
+        column, _, values = text.partition("=")
+        values = [value.strip() for value in values.split(",")]
         cells = table.column(column)
         failing = {file: cells[key] for file, key in key_of.items() if cells[key] not in values}
         for file, cell in failing.items():
@@ -309,15 +313,19 @@ def plain_path(path: str) -> str:
 def rows_of_files(table: Table, images: list[str], src: Path, source: Source) -> dict[str, str]:
     """{file: its key in the table} of those images that the table names.
 
-    A row names a file by its path below --src, under any name that links give it. Where no row
+    A row names a file by its path below --src, under any name that links give it, and if it is
+    the only one also in other case. Where no row
     does, all rows are taken to end like their file's path, or to go on before it, and then the
     same without suffixes; that is noted. What is only in one of the two is rejected. DataError
     where two rows name one file or two files have the name of one row."""
-    file_of = {}
     by_path = unique(images, plain_path)
+    file_of = {key: by_path[key] for key in table.rows if key in by_path}
+    case = Counter(path.casefold() for path in by_path)
+    by_case = {path.casefold(): file for path, file in by_path.items()
+               if case[path.casefold()] == 1}
     for key in table.rows:
-        if key in by_path:
-            file_of[key] = by_path[key]
+        if key not in file_of and key.casefold() in by_case:
+            file_of[key] = by_case[key.casefold()]
     missing = [key for key in table.rows
                if key not in file_of and os.path.exists(src / key)]
     if missing:                                 # there, by another name
@@ -458,7 +466,7 @@ def chexpert_items(args: argparse.Namespace, files: list[str]) -> Source:
                            ["Frontal/Lateral", *CHEXPERT_OBSERVATIONS],
                            normalise=lambda path: path.partition("/")[2])
         views = table.column("Frontal/Lateral")
-        _, labels = read_labels(table, CHEXPERT_OBSERVATIONS)
+        labels = observations(table)
         for image in in_table_and_on_disk(table, images, source):
             if not args.all_views and views[image] != "Frontal":
                 laterals += 1
@@ -467,6 +475,15 @@ def chexpert_items(args: argparse.Namespace, files: list[str]) -> Source:
             source.items.append(Item(image, jpeg_path(image), patient, split, labels[image]))
     source.notes.append(f"Lateral views left out: {laterals:,} (--all-views takes them).")
     return source
+
+
+def observations(table: Table) -> dict[str, tuple[str, ...]]:
+    """The 14 observations by a table's key. DataError where a column of them holds words."""
+    names, labels = read_labels(table, CHEXPERT_OBSERVATIONS)
+    if names != CHEXPERT_OBSERVATIONS:
+        raise DataError(f"{table.file}: the observations must be 1, 0, -1 or blank, one column "
+                        "holds something else")
+    return labels
 
 
 # --------------------------------------------------------------------------------------------------
@@ -484,7 +501,7 @@ def mimic_items(args: argparse.Namespace, files: list[str]) -> Source:
     rows = read_table(split_file, "dicom_id", ["subject_id", "study_id", "split"])
     views = read_table(view_file, "dicom_id", ["ViewPosition"]).column("ViewPosition")
     table = read_table(label_file, "study_id", CHEXPERT_OBSERVATIONS)
-    _, labels = read_labels(table, CHEXPERT_OBSERVATIONS)
+    labels = observations(table)
 
     source, laterals, unlabelled = Source(CHEXPERT_OBSERVATIONS, official_labels=True), 0, 0
     for image in in_table_and_on_disk(rows, images, source):

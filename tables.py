@@ -154,8 +154,12 @@ class Column(NamedTuple):
 
 
 def read_labels(table: Table, names: list[str]) -> tuple[list[str], dict[str, tuple[str, ...]]]:
-    """Columns `names` of a table as the manifest's label names, and {key: the manifest's cells}."""
-    labels = understand(table, names, list(table.rows), LabelRules(flags=False))
+    """Columns `names` of a table as the manifest's label names, and {key: the manifest's cells}.
+
+    For columns that are to hold values: where one holds words its label names are others than
+    `names`. They are not searched for lists, so that no message repeats a person's name."""
+    rules = LabelRules(separator="none", many_classes=True, flags=False)
+    labels = understand(table, names, list(table.rows), rules)
     return labels.names, labels.cells
 
 
@@ -274,7 +278,7 @@ def refuse_what_is_no_class(values: dict[str, str | None], where: dict[str, str]
     if others:
         raise DataError(f"{where[words[0]]}: {words[0]!r} among values of 1, 0, -1 and blank, "
                         f"such as {others[0]!r}{ask}")
-    for word in words:
+    for word in words if rules.flags else ():
         if NUMBER.fullmatch(word.casefold()):
             raise DataError(f"{where[word]}: the number {word!r} is none of 1, 0, -1{ask}")
 
@@ -283,16 +287,22 @@ def check_number_of_classes(table: Table, name: str, classes: int, images: int,
                             lists: bool, rules: LabelRules) -> None:
     """DataError where a column holds more classes than its images can teach.
 
-    A class needs two images at least, and ten where there are many. A label that is one of a list
-    shares its images with others, so that those may be more."""
+    A label that is one of a list shares its images with others, so that those may be more."""
     if classes * images > MOST_CELLS:
         raise DataError(f"{table.file}, column {name}: {classes:,} classes of {images:,} images "
                         "are more than fit into memory")
-    most = max(200, images // 10) if lists else max(2, min(50, images // 2), images // 10)
-    if classes > most and images > 2 and not rules.many_classes:
+    most = max(200, images // 10) if lists else most_classes(images)
+    if classes > most and not rules.many_classes:
         ask = "; --allow many-classes takes them" if rules.flags else ""
         raise DataError(f"{table.file}, column {name}: {classes:,} classes are more than "
                         f"{images:,} images can teach{ask}")
+
+
+def most_classes(images: int) -> int:
+    """How many classes images can teach: each needs two of them, and ten where it is one of many.
+
+    Nothing is said of two classes, or of fewer than three images."""
+    return max(2, min(50, images // 2), images // 10)
 
 
 # --------------------------------------------------------------------------------------------------
