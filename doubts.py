@@ -72,6 +72,7 @@ def constant_labels(names: list[str], rows: list[tuple[str, ...]], classes: bool
         if len(values) == 1:
             value = values.pop()
             says = f"is {value} for every image" if value else "is not mentioned for any image"
+            says += " that has a class" if value and any(row[place] == "" for row in rows) else ""
             doubts.append(Doubt("constant-label", f"label {name!r} {says} and teaches nothing"))
     return doubts
 

@@ -136,7 +136,7 @@ def place_of(image: str, levels: list[str]) -> Place:
 # Doubts.
 
 def outside_splits(images: list[str], levels: list[str]) -> dict[str, int]:
-    """{folder beside the split folders: how many images it holds}."""
+    """{folder beside the split folders, as a path: how many images it holds}."""
     counts: dict[str, int] = {}
     if "split" not in levels:
         return counts
@@ -144,7 +144,8 @@ def outside_splits(images: list[str], levels: list[str]) -> dict[str, int]:
     for image in images:
         folders = PurePosixPath(image).parts[:-1]
         if len(folders) > level and not split_name(folders[level]):
-            counts[folders[level]] = counts.get(folders[level], 0) + 1
+            folder = "/".join(folders[:level + 1])
+            counts[folder] = counts.get(folder, 0) + 1
     return counts
 
 

@@ -389,6 +389,11 @@ def refuse_hidden_lists(words: list[str], where: dict[str, str]) -> None:
         for word, parts in parts_of.items():
             if any(part and (part in known or often[part] > 1) for part in parts):
                 raise ask_for_separator(word, where)
+    # Mass, Nodule, and Mass Nodule; a class of several words rarely has one for each of them.
+    for word in words:
+        parts = form_key(word).split()
+        if len(parts) > 1 and known.issuperset(parts):
+            raise ask_for_separator(word, where)
 
 
 def ask_for_separator(word: str, where: dict[str, str]) -> DataError:

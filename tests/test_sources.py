@@ -109,6 +109,7 @@ def test_columns_that_need_a_flag(tmp_path, cells, flags, expected):
     (["Mass, Nodule", "Mass", ""], "row 2, column y: 'Mass, Nodule' may be a list: --label-sep"),
     (["Mass", "Nodule + Mass", ""], r"row 3, column y: 'Nodule \+ Mass' may be a list"),
     (["Mass and Edema", "Edema and Cyst", ""], "row 2, column y: 'Mass and Edema' may be a list"),
+    (["Mass Nodule", "Mass", "nodule"], "row 2, column y: 'Mass Nodule' may be a list"),
     (["a|b", "a;b", "a"], "row 3, column y: 'a;b' may be a list"),
     (["['a', b", "['a']", "c"], "may be a list"),
     (["['a' or 'b']", "['a']", "['b']"], r"row 2, column y: the list .* cannot be taken apart"),
