@@ -31,6 +31,7 @@ class Doubt(NamedTuple):
 
 def refuse_doubts(doubts: Iterable[Doubt], allowed: list[str]) -> None:
     """DataError for the doubts whose names are not among the allowed ones."""
+    # All of them at once: a user who mends one after the other waits for each.
     open_doubts = [doubt for doubt in doubts if doubt.name not in allowed]
     if open_doubts:
         sentences = "; ".join(doubt.sentence for doubt in open_doubts)
@@ -47,9 +48,11 @@ def allow_flag(flag: Callable) -> None:
 def empty_splits(splits: list[str], patients: int, fractions: dict[str, float]) -> list[Doubt]:
     """Doubts for splits that are empty although nobody asked for that.
 
-    splits: of all images. patients: how many there are. fractions: of val and test, if they are to
-    be carved where the source does not give them; a fraction of 0 asks for an empty split."""
+    splits: of all images. patients: how many there are. fractions: of val and test, if
+    they are to be carved where the source does not give them; a fraction of 0 asks for
+    an empty split."""
     found, doubts = Counter(splits), []
+    # A fraction of 0 asks for an empty split, and says so in the command.
     for split in SPLITS if len(splits) >= FEW else ():
         if found[split] or fractions.get(split) == 0:
             continue
@@ -66,6 +69,7 @@ def constant_labels(names: list[str], rows: list[tuple[str, ...]], classes: bool
     without any counts for nothing: the one class there is tells it from no other."""
     doubts = []
     for place, name in enumerate(names) if len(rows) >= FEW else ():
+        # Of a single class only those that have it count, or it would seem to vary.
         values = {row[place] for row in rows}
         if classes and len(names) == 1:
             values.discard("")
@@ -103,6 +107,7 @@ def similar_patients(patients: Iterable[str]) -> list[Doubt]:
 
 def patient_key(patient: str) -> str:
     """What is equal for 7, 007, 7. and 7.0, for P7, p07 and P 7."""
+    # A blank between a letter and a number, ".0" as spreadsheets append it, leading zeros.
     text = re.sub(r"(?<=[a-z]) (?=\d)", "", form_key(patient))
     text = re.sub(r"^(\d+)\.0*$", r"\1", text)
     return re.sub(r"(?<![\d.])0+(?=\d)", "", text)
@@ -110,7 +115,7 @@ def patient_key(patient: str) -> str:
 
 def pairs_alike(names: Iterable[str], key: Callable[[str], str]) -> list[tuple[str, str]]:
     """(a name, a later one) for each different name whose key an earlier one has."""
-    first: dict[str, str] = {}
+    first: dict[str, str] = {}          # by the key, the first name that has it
     pairs = []
     for name in dict.fromkeys(names):
         known = first.setdefault(key(name), name)

@@ -8,9 +8,9 @@ A layout is written as a path of words, one for each level of folders from --src
     class/patient       NORMAL/p17/1.png
     none                no folder says anything
 
-`*` is a level that says nothing. find_layout recognises the layout by the folders' names: a folder
-that holds all images says nothing, as what is the same for all of them teaches nothing. Where the
-names can be read in two ways it refuses to guess.
+`*` is a level that says nothing. find_layout recognises the layout by the folders'
+names: a folder that holds all images says nothing, as what is the same for all of them
+teaches nothing. Where the names can be read in two ways it refuses to guess.
 """
 import fnmatch
 import os
@@ -50,6 +50,7 @@ def split_name(name: str) -> str:
     """train, val or test, whichever a folder's or a cell's name says; "" if it says none.
 
     Case, digits, punctuation and a word such as "set" after it do not matter."""
+    # "train_set", "Test images" and "trainset" are the same kind of name.
     words = re.sub(r"[\W\d_]+", " ", name.casefold()).split()
     if len(words) > 1 and words[-1] in ("set", "data", "split", "images"):
         words.pop()
@@ -82,14 +83,15 @@ def find_layout(images: list[str]) -> list[str]:
     if not names_at(parents, start):
         return levels
 
-    # train, val and test at the top, the classes below; any other folder beside them is left out.
+    # train, val and test at the top, the classes below; any other folder beside them is
+    # left out.
     if any(split_name(name) for name in names_at(parents, start)):
         inside = [folders for folders in parents if split_name("".join(folders[start:start + 1]))]
         below = first_telling(inside, start + 1)
         levels += ["split", *["*"] * (below - start - 1)]
         return [*levels, "class"] if names_at(inside, below) else levels
 
-    # train, val and test inside each class.
+    # train, val and test inside each class, or nowhere.
     depths = {depth for folders in parents for depth, name in enumerate(folders)
               if depth > start and split_name(name)}
     if not depths:
@@ -181,6 +183,7 @@ def repeated_below(images: list[str], levels: list[str]) -> tuple[str, str, str]
     siteA/NORMAL and siteB/NORMAL: the classes may be the inner folders."""
     if levels[-1:] != ["class"]:
         return None
+    # Folders for images and for drawings lie below each class, and are no classes.
     level = len(levels) - 1
     first: dict[str, tuple[str, str]] = {}          # inner name: key and name of the folder above
     for image in images:

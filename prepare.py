@@ -209,6 +209,8 @@ def prepare(args: argparse.Namespace) -> None:
         files = find_files(args.src) if "src" in args else []
         source = SOURCES[args.source].items(args, files)
         check_source(source, args)
+
+        # Say what was understood before any of it is refused: it shows best what went wrong.
         print_notes(source)
         assign_splits(source, args)
         print_rows(source, args)
@@ -223,7 +225,8 @@ def prepare(args: argparse.Namespace) -> None:
         # Say what is being made, make it, and only then write the manifest.
         write_text(args.out / "prepare.json", json.dumps(settings_of(args), indent=1))
         write_images(source, args)
-        refuse_doubts(split_doubts(source, args), args.allow)       # what was rejected left a gap
+        # All images of a split may have been rejected.
+        refuse_doubts(split_doubts(source, args), args.allow)
         card = data_card(source, args)
         write_text(args.out / "DATA.md", card)
         rows = [(item.path, item.patient, item.split, *item.labels) for item in source.items]
@@ -243,6 +246,7 @@ def print_rows(source: Source, args: argparse.Namespace) -> None:
     """Print the labels' counts in each split, and a few rows as they will be in the manifest."""
     print(*count_table(source), "", sep="\n")
     for split in SPLITS:
+        # The first two of each split: enough to see a label that went to the wrong image.
         for item in [item for item in source.items if item.split == split][:2]:
             # The names of a hospital's files stay in the hospital: there, the coded path is shown.
             name = item.path if args.source == "dicom" else item.source
@@ -275,6 +279,7 @@ def doubts_of(source: Source, args: argparse.Namespace) -> list[Doubt]:
     # Of the findings of an official list a few may be missing in a part of its images.
     if not source.official_labels:
         doubts += similar_labels(source.label_names)
+        # Class folders need not be classes: there another layout may be the way out.
         constant = constant_labels(source.label_names, [item.labels for item in source.items],
                                    source.classes)
         if constant and args.source == "folder" and not (args.label_columns or args.class_columns):
@@ -306,7 +311,8 @@ def check_out(args: argparse.Namespace) -> None:
     if "prepare.json" not in names:
         raise DataError(f"{args.out} is not empty and was not made by prepare.py")
     if not args.overwrite:
-        before = {name: from_out(Path(value), args.out)         # as older versions wrote it
+        # Older versions wrote absolute paths.
+        before = {name: from_out(Path(value), args.out)
                   if isinstance(value, str) and os.path.isabs(value) else value
                   for name, value in read_settings(args.out / "prepare.json").items()}
         now = json.loads(json.dumps(settings_of(args)))         # as if it had been read, too

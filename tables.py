@@ -108,7 +108,8 @@ def read_table(file: Path, key: str, columns: list[str] | None = None,
                 if len(line) != len(header):
                     raise DataError(f"{file}, row {number}: {len(line)} cells where the header "
                                     f"has {len(header)}")
-                # The same few words fill most columns: interned, each is in memory once.
+                # The same few words fill most columns: interned, each is in memory
+                # once.
                 value, *cells = [sys.intern(line[place].strip()) for place in places]
                 value = normalise(value)
                 row = Row(number, cells)
@@ -156,8 +157,9 @@ class Column(NamedTuple):
 def read_labels(table: Table, names: list[str]) -> tuple[list[str], dict[str, tuple[str, ...]]]:
     """Columns `names` of a table as the manifest's label names, and {key: the manifest's cells}.
 
-    For columns that are to hold values: where one holds words its label names are others than
-    `names`. They are not searched for lists, so that no message repeats a person's name."""
+    For columns that are to hold values: where one holds words its label names are
+    others than `names`. They are not searched for lists, so that no message repeats a
+    person's name."""
     rules = LabelRules(separator="none", many_classes=True, flags=False)
     labels = understand(table, names, list(table.rows), rules)
     return labels.names, labels.cells
@@ -210,8 +212,8 @@ def understand_column(table: Table, name: str, keys: list[str], rules: LabelRule
                       prefix: bool) -> Column:
     """One column as a label, or as one label for each of its words.
 
-    prefix: whether those begin with the column's name, as equal words of two columns must not
-    become one label."""
+    prefix: whether those begin with the column's name, as equal words of two columns
+    must not become one label."""
     # What stands in the column, how often, and where for the first time.
     place = table.columns.index(name)
     counts: Counter[str] = Counter()
@@ -256,8 +258,8 @@ def understand_column(table: Table, name: str, keys: list[str], rules: LabelRule
     if prefix or any(value_of(label) is not None or NUMBER.fullmatch(label) for label in labels):
         labels = [f"{name} {label}" for label in labels]
     kind = "lists of classes" if has_lists else "classes"
-    return Column(labels, cells, f"Column {name} holds {kind}: {len(labels):,} labels."
-                  + merged(spelling))
+    count = f"{len(labels):,} label{'s' if len(labels) > 1 else ''}"
+    return Column(labels, cells, f"Column {name} holds {kind}: {count}.{merged(spelling)}")
 
 
 def value_of(cell: str) -> str | None:
@@ -389,7 +391,8 @@ def refuse_hidden_lists(words: list[str], where: dict[str, str]) -> None:
         for word, parts in parts_of.items():
             if any(part and (part in known or often[part] > 1) for part in parts):
                 raise ask_for_separator(word, where)
-    # Mass, Nodule, and Mass Nodule; a class of several words rarely has one for each of them.
+    # Mass, Nodule, and Mass Nodule; a class of several words rarely has one for each of
+    # them.
     for word in words:
         parts = form_key(word).split()
         if len(parts) > 1 and known.issuperset(parts):
