@@ -48,9 +48,9 @@ def allow_flag(flag: Callable) -> None:
 def empty_splits(splits: list[str], patients: int, fractions: dict[str, float]) -> list[Doubt]:
     """Doubts for splits that are empty although nobody asked for that.
 
-    splits: of all images. patients: how many there are. fractions: of val and test, if
-    they are to be carved where the source does not give them; a fraction of 0 asks for
-    an empty split."""
+    splits: of all images. patients: how many there are. fractions: of val and
+    test, if they are to be carved where the source does not give them; a
+    fraction of 0 asks for an empty split."""
     found, doubts = Counter(splits), []
     # A fraction of 0 asks for an empty split, and says so in the command.
     for split in SPLITS if len(splits) >= FEW else ():
@@ -69,7 +69,8 @@ def constant_labels(names: list[str], rows: list[tuple[str, ...]], classes: bool
     without any counts for nothing: the one class there is tells it from no other."""
     doubts = []
     for place, name in enumerate(names) if len(rows) >= FEW else ():
-        # Of a single class only those that have it count, or it would seem to vary.
+        # Of a single class only those that have it count, or it would seem to
+        # vary.
         values = {row[place] for row in rows}
         if classes and len(names) == 1:
             values.discard("")
@@ -107,7 +108,8 @@ def similar_patients(patients: Iterable[str]) -> list[Doubt]:
 
 def patient_key(patient: str) -> str:
     """What is equal for 7, 007, 7. and 7.0, for P7, p07 and P 7."""
-    # A blank between a letter and a number, ".0" as spreadsheets append it, leading zeros.
+    # A blank between a letter and a number, ".0" as spreadsheets append it,
+    # leading zeros.
     text = re.sub(r"(?<=[a-z]) (?=\d)", "", form_key(patient))
     text = re.sub(r"^(\d+)\.0*$", r"\1", text)
     return re.sub(r"(?<![\d.])0+(?=\d)", "", text)

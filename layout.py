@@ -31,7 +31,7 @@ LEVELS = ("split", "class", "patient", "*")
 
 # Names of folders that hold drawings of radiographs, and names that are no class.
 DRAWINGS = {"mask", "masks", "segmentation", "segmentations", "annotation", "annotations",
-            "contour", "contours", "heatmap", "heatmaps", "overlay", "overlays"}
+            "contour", "contours", "heatmap", "heatmaps", "overlay", "overlays", "groundtruth"}
 NO_CLASSES = {"image", "images", "img", "imgs", "png", "jpg", "jpeg", "dicom", "data", "dataset",
               "batch", "part", "chunk", "fold", "folder", "file", "files", "patient", "study",
               "series", "case", "subject", "subj", "sub", "scan", "scans", "pat"}
@@ -160,7 +160,8 @@ def drawings(images: list[str]) -> list[str]:
     def is_drawing(image: str) -> bool:
         parts = PurePosixPath(image).with_suffix("").parts[len(shared):]
         words = {word for part in parts for word in re.split(r"[\W\d_]+", part.casefold())}
-        return bool(DRAWINGS & words or DRAWINGS & {part.casefold() for part in shared})
+        whole = {re.sub(r"[\W\d_]+", "", part.casefold()) for part in (*shared, *parts)}
+        return bool(DRAWINGS & (words | whole)) or any("mask" in word for word in words)
 
     return [image for image in images if is_drawing(image)]
 

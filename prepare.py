@@ -274,7 +274,8 @@ def split_doubts(source: Source, args: argparse.Namespace) -> list[Doubt]:
 def doubts_of(source: Source, args: argparse.Namespace) -> list[Doubt]:
     """Doubts that counting raises, of whatever source."""
     doubts = split_doubts(source, args)
-    if source.patients_known:
+    # A DICOM file's patient is a hash by now, which shows nothing of the identity's form.
+    if source.patients_known and args.source != "dicom":
         doubts += similar_patients(item.patient for item in source.items)
     # Of the findings of an official list a few may be missing in a part of its images.
     if not source.official_labels:

@@ -27,7 +27,8 @@ from typing import NamedTuple
 
 from manifest import DataError, open_text
 
-# What a cell says -> as the manifest has it. Numbers are not listed: see value_of.
+# What a cell says -> as the manifest has it. Numbers are not listed: see
+# value_of.
 CELL_WORDS = {
     "1": ("yes", "y", "true", "t", "positive", "pos", "present"),
     "0": ("no", "n", "false", "f", "negative", "neg", "absent"),
@@ -108,8 +109,8 @@ def read_table(file: Path, key: str, columns: list[str] | None = None,
                 if len(line) != len(header):
                     raise DataError(f"{file}, row {number}: {len(line)} cells where the header "
                                     f"has {len(header)}")
-                # The same few words fill most columns: interned, each is in memory
-                # once.
+                # The same few words fill most columns: interned, each is in
+                # memory once.
                 value, *cells = [sys.intern(line[place].strip()) for place in places]
                 value = normalise(value)
                 row = Row(number, cells)
@@ -157,9 +158,9 @@ class Column(NamedTuple):
 def read_labels(table: Table, names: list[str]) -> tuple[list[str], dict[str, tuple[str, ...]]]:
     """Columns `names` of a table as the manifest's label names, and {key: the manifest's cells}.
 
-    For columns that are to hold values: where one holds words its label names are
-    others than `names`. They are not searched for lists, so that no message repeats a
-    person's name."""
+    For columns that are to hold values: where one holds words its label names
+    are others than `names`. They are not searched for lists, so that no message
+    repeats a person's name."""
     rules = LabelRules(separator="none", many_classes=True, flags=False)
     labels = understand(table, names, list(table.rows), rules)
     return labels.names, labels.cells
@@ -212,8 +213,8 @@ def understand_column(table: Table, name: str, keys: list[str], rules: LabelRule
                       prefix: bool) -> Column:
     """One column as a label, or as one label for each of its words.
 
-    prefix: whether those begin with the column's name, as equal words of two columns
-    must not become one label."""
+    prefix: whether those begin with the column's name, as equal words of two
+    columns must not become one label."""
     # What stands in the column, how often, and where for the first time.
     place = table.columns.index(name)
     counts: Counter[str] = Counter()
@@ -391,8 +392,8 @@ def refuse_hidden_lists(words: list[str], where: dict[str, str]) -> None:
         for word, parts in parts_of.items():
             if any(part and (part in known or often[part] > 1) for part in parts):
                 raise ask_for_separator(word, where)
-    # Mass, Nodule, and Mass Nodule; a class of several words rarely has one for each of
-    # them.
+    # Mass, Nodule, and Mass Nodule; a class of several words rarely has one for
+    # each of them.
     for word in words:
         parts = form_key(word).split()
         if len(parts) > 1 and known.issuperset(parts):

@@ -279,6 +279,8 @@ def test_class_folders_that_differ_in_case(tmp_path, capsys):
      ("--exclude", "masks")),
     (["A/{i}.png", "B/{i}.png", "A/{i}_mask.png"], "such as A/0_mask.png",
      ("--exclude", "*_mask*")),
+    (["A/{i}.png", "B/{i}.png", "lungmasks/{i}.png", "ground-truth/{i}.png"],
+     "6 of the images, such as ", ("--exclude", "lungmasks", "ground-truth")),
     (["A/{i}.png", "B/{i}.png", "Lung Segmentation/{i}.png"], "such as Lung Segmentation/0.png",
      ("--exclude", "Lung*")),
     # Folders that are portions or places.
@@ -300,7 +302,8 @@ def test_layouts_that_are_doubted(tmp_path, files, message, flags):
     assert not (out / "prepare.json").exists()
     folder(src, out, *flags)
     manifest = read_manifest(out)
-    assert not any("mask" in path or "Segm" in path or "Hold" in path for path in manifest.paths)
+    left_out = ("mask", "Segm", "Hold", "truth")
+    assert not any(word in path for path in manifest.paths for word in left_out)
 
 
 def test_each_layout_can_be_said(tmp_path):
