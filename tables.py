@@ -1,19 +1,20 @@
 """Tables of labels as they are handed around: CSV files -> the cells of the manifest.
 
-A cell of a label says one of four things, whether in capital or small letters. Numbers are compared
-as numbers:
+A cell of a label says one of four things, whether in capital or small letters.
+Numbers are compared as numbers:
 
     present        1, 1.0, +1, 1e0, yes, y, true, t, positive, pos, present
     absent         0, 0.00, no, n, false, f, negative, neg, absent
     uncertain      -1, -1.0, uncertain, u, maybe, unsure, possible, equivocal, indeterminate
     not mentioned  blank, nan, none, null, n/a, na, n.a., #n/a, <na>, -, not mentioned
 
-A column of such cells is one label, by the column's name. A column of words is a column of classes:
-one label for each word. Words that differ in case, blanks, "-" and "_" only are one class, spelled
-as most cells spell it. A cell may hold a list of words, each of which is present then:
-`Mass|Nodule`, `Mass;Nodule`, `['Mass', 'Nodule']`. An empty list is not mentioned. Everything else
-is a DataError that names file, row and column: a column in which values and words are mixed,
-numbers that are no value, and cells that look like a list of another kind.
+A column of such cells is one label, by the column's name. A column of words is a
+column of classes: one label for each word. Words that differ in case, blanks, "-"
+and "_" only are one class, spelled as most cells spell it. A cell may hold a list
+of words, each of which is present then: `Mass|Nodule`, `Mass;Nodule`, `['Mass',
+'Nodule']`. An empty list is not mentioned. Everything else is a DataError that
+names file, row and column: a column in which values and words are mixed, numbers
+that are no value, and cells that look like a list of another kind.
 """
 import csv
 import re
@@ -59,9 +60,9 @@ class Row(NamedTuple):
 class Table:
     """The columns of a CSV file that were asked for, and its rows by their key."""
     file: Path
-    columns: list[str]                                          # without the key's
-    rows: dict[str, Row]                                        # by the cell of the key's column
-    further: dict[str, list[Row]] = field(default_factory=dict)     # a key's rows after its first
+    columns: list[str]              # without the key's
+    rows: dict[str, Row]            # by the cell of the key's column
+    further: dict[str, list[Row]] = field(default_factory=dict)     # after a key's first
 
     def column(self, name: str) -> dict[str, str]:
         """{key: cell} of one column, of each key's first row.
@@ -133,12 +134,12 @@ def read_table(file: Path, key: str, columns: list[str] | None = None,
 @dataclass(frozen=True)
 class LabelRules:
     """How the label columns of a table are to be understood, where its user has a say."""
-    class_columns: tuple[str, ...] = ()     # columns whose cells are names, whatever they look like
-    separator: str = ""                     # of lists; "" finds it, "none" takes each cell whole
-    several_rows: str = ""                  # any or majority: how rows of one key become one
-    rater_column: str = ""                  # rows of one key and rater are one opinion
-    many_classes: bool = False              # whether a column may hold more than images can teach
-    flags: bool = True                      # whether messages may name the flags for all this
+    class_columns: tuple[str, ...] = ()     # whose cells are names, whatever they look like
+    separator: str = ""             # of lists; "" finds it, "none" takes each cell whole
+    several_rows: str = ""          # any or majority: how rows of one key become one
+    rater_column: str = ""          # rows of one key and rater are one opinion
+    many_classes: bool = False      # may a column hold more than images can teach?
+    flags: bool = True              # may messages name the flags for all this?
 
 
 class Labels(NamedTuple):
@@ -170,7 +171,8 @@ def understand(table: Table, names: list[str], keys: list[str], rules: LabelRule
     """Columns `names` of a table as labels, of the rows of `keys`. The module says how.
 
     DataError names file, row and column of what is neither a value nor a class."""
-    columns = [understand_column(table, name, keys, rules, prefix=len(names) > 1) for name in names]
+    several = len(names) > 1
+    columns = [understand_column(table, name, keys, rules, several) for name in names]
     label_names = [label for column in columns for label in column.names]
     places = [table.columns.index(name) for name in names]
     rater = table.columns.index(rules.rater_column) if rules.rater_column else None
