@@ -9,18 +9,21 @@ column a label: 1 present, 0 absent, -1 uncertain, empty not mentioned.
 """
 import _thread
 import argparse
+import codecs
 import contextlib
 import csv
 import fcntl
 import functools
+import gzip
+import io
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import BinaryIO, TextIO, cast
 
 import numpy as np
 
@@ -93,6 +96,16 @@ def _interrupt_again(unraisable) -> None:
 sys.excepthook, sys.unraisablehook = _report_uncaught, _interrupt_again
 
 
+def restart_in_utf8() -> None:
+    """Start the script once more in Python's UTF-8 mode, where the locale asks for another one.
+
+    Names of files are bytes. By a locale of Latin-1 they would be read, and written into the data
+    folder, as other text than the manifest has. To be called before anything is done."""
+    if sys.getfilesystemencoding().lower() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def differing_flags(before: dict, now: dict) -> str:
     """`--seed (0 there, 5 here), …` for all settings that two runs do not share, or
     nothing."""
@@ -143,6 +156,50 @@ def write_text(path: str | Path, text: str) -> None:
     stay."""
     with whole_file(path) as file:
         file.write(text.encode(errors="surrogateescape"))
+
+
+def open_text(path: str | Path) -> TextIO:
+    """A text file to read, whatever the locale: UTF-8, or UTF-16 where it begins with that mark.
+
+    A byte-order mark is no part of the text, and line ends are left as they are. A name
+    that ends in .gz is decompressed. Reading raises UnicodeDecodeError for other text."""
+    opener = gzip.open if str(path).lower().endswith(".gz") else open
+    with opener(path, "rb") as file:
+        utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    encoding = "utf-16" if utf16 else "utf-8-sig"
+    return cast(TextIO, opener(path, "rt", encoding=encoding, newline=""))
+
+
+def read_text(path: str | Path) -> str:
+    """A whole text file, as open_text reads it. DataError names a file in another encoding."""
+    try:
+        with open_text(path) as file:
+            text = file.read()
+    except (UnicodeError, EOFError, gzip.BadGzipFile) as error:
+        raise DataError(f"{path} is not text in UTF-8 ({error}): save it as UTF-8") from None
+    if "\0" in text:
+        raise DataError(f"{path} is not text in UTF-8 (it holds zero bytes): save it as UTF-8")
+    return text
+
+
+def write_csv(path: str | Path, rows: Iterable[Iterable]) -> None:
+    """Replace a CSV file as a whole, in UTF-8, one row a line; csv.reader gives the rows back.
+
+    Python's own csv.writer leaves a carriage return in a name unquoted in some versions, and its
+    reader ends the row there. Bytes of file names that are not in UTF-8 are escaped: the list of
+    what was rejected must be readable as text."""
+    text = io.StringIO()
+    for row in rows:
+        text.write(",".join(csv_cell(str(cell)) for cell in row) + "\n")
+    with whole_file(path) as file:
+        file.write(text.getvalue().encode(errors="backslashreplace"))
+
+
+def csv_cell(text: str) -> str:
+    """A cell as it stands in a CSV file: quoted where its text could be taken for anything else."""
+    if any(character in text for character in ',"\r\n'):
+        return '"' + text.replace('"', '""') + '"'
+    return text
 
 
 def lock(file) -> bool:
@@ -242,11 +299,11 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 def _read_rows(file: Path) -> tuple[list[str], list[list[str]]]:
     """The header, checked, and the rows of a manifest.csv."""
-    with open(file, newline="", encoding="utf-8-sig") as f:
-        try:
-            header, *rows = csv.reader(f)
-        except (ValueError, csv.Error) as error:    # no line at all, no text, a NUL byte
-            raise DataError(f"{file} is empty or not a CSV file ({error})") from None
+    try:
+        with open_text(file) as f:
+            header, *rows = csv.reader(f, strict=True)
+    except (ValueError, csv.Error) as error:        # no line at all, no text, an open quote
+        raise DataError(f"{file} is empty or not a CSV file ({error})") from None
     for column, name in enumerate(("path", "patient", "split")):
         if header[column:column + 1] != [name]:
             raise DataError(f"{file}, row 1: column {column + 1} must be '{name}', "

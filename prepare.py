@@ -4,15 +4,18 @@
     python prepare.py folder   --src chest_xray --out data/kermany  # class folders, optional CSV
     python prepare.py nih      --src NIH --out data/nih             # ChestX-ray14 as unpacked
     python prepare.py chexpert --src CheXpert-v1.0-small --out data/chexpert
+    python prepare.py mimic    --src MIMIC-CXR-JPG --out data/mimic
     python prepare.py dicom    --src archive --out data/hospital    # de-identified on the way
     python prepare.py verify   data/nih                             # decode all of it once more
 
 A source says which image becomes which row of the manifest: patient, split and labels (sources.py,
-dicom.py). From there on all sources are alike. A pool of processes decodes every image once and
-makes it an 8-bit gray JPEG whose shorter side is --size (radiograph.py). What cannot be decoded, or
-has no sure label, is left out and listed in rejected.csv with the reason. manifest.csv is written
-last: a folder that has one is complete. An interrupted run is continued by the same command;
---overwrite starts over, for example after the source's images have changed.
+dicom.py, with tables.py and layout.py). From there on all sources are alike. What was understood is
+printed first: the layout, the counts of each label in each split, some rows. What cannot be meant
+is refused, unless --allow names it (doubts.py). Then a pool of processes decodes every image once
+and makes it an 8-bit gray JPEG whose shorter side is --size (radiograph.py). What cannot be
+decoded, or has no sure label, is left out and listed in rejected.csv with the reason. manifest.csv
+is written last: a folder that has one is complete. An interrupted run is continued by the same
+command; --overwrite starts over, for example after the source's images have changed.
 """
 import argparse
 import csv
@@ -24,25 +27,29 @@ import shlex
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from manifest import (                  # first: see there
-    SPLITS, DataError, differing_flags, errors_in_one_sentence, lock, number_within, read_manifest,
-    whole_file, write_text)
+    SPLITS, DataError, differing_flags, errors_in_one_sentence, lock, number_within, open_text,
+    read_manifest, read_text, restart_in_utf8, whole_file, write_csv, write_text)
 
 from PIL import Image
 
 from dicom import dicom_flags, dicom_items, read_dicom
+from doubts import (
+    Doubt, allow_flag, constant_labels, empty_splits, refuse_doubts, similar_labels,
+    similar_patients)
 from radiograph import (
     MIN_SIDE, ImageSettings, Reader, blank_reason, find_files, in_parallel, load_image, read_image,
     reason)
 from sources import (
     Item, Source, chexpert_flags, chexpert_items, demo_flags, demo_items, folder_flags,
-    folder_items, nih_items, read_phantom, read_table)
+    folder_items, mimic_items, nih_items, read_phantom, text_of)
+from tables import CELL_WORDS, read_table
 
 
 # --------------------------------------------------------------------------------------------------
@@ -74,6 +81,10 @@ SOURCES = {
     "chexpert": SourceKind(
         "CheXpert-v1.0 or CheXpert-v1.0-small",
         chexpert_items, read_image, "folder of train.csv, valid.csv, train/ and valid/",
+        chexpert_flags, carves_test=False),
+    "mimic": SourceKind(
+        "MIMIC-CXR-JPG",
+        mimic_items, read_image, "folder of its split, chexpert and metadata tables and of files/",
         chexpert_flags, carves_test=False),
     "dicom": SourceKind(
         "DICOM radiographs, de-identified on the way",
@@ -198,7 +209,12 @@ def prepare(args: argparse.Namespace) -> None:
         files = find_files(args.src) if "src" in args else []
         source = SOURCES[args.source].items(args, files)
         check_source(source, args)
+
+        # Say what was understood before any of it is refused: it shows best what went wrong.
+        print_notes(source)
         assign_splits(source, args)
+        print_rows(source, args)
+        refuse_doubts([*source.doubts, *doubts_of(source, args)], args.allow)
 
         # Remove what another run made, its manifest first: a folder that has one is complete.
         if args.overwrite:
@@ -209,12 +225,70 @@ def prepare(args: argparse.Namespace) -> None:
         # Say what is being made, make it, and only then write the manifest.
         write_text(args.out / "prepare.json", json.dumps(settings_of(args), indent=1))
         write_images(source, args)
+        # All images of a split may have been rejected.
+        refuse_doubts(split_doubts(source, args), args.allow)
         card = data_card(source, args)
         write_text(args.out / "DATA.md", card)
         rows = [(item.path, item.patient, item.split, *item.labels) for item in source.items]
         write_csv(args.out / "manifest.csv",
                   [("path", "patient", "split", *source.label_names), *rows])
     print(card)
+
+
+def print_notes(source: Source) -> None:
+    """Say what the source has understood, and why it leaves files out."""
+    reasons = Counter(why for _, why in source.rejected).most_common(5)
+    left_out = [f"Left out: {count:,}, {why}." for why, count in reasons]
+    print(*map(printable, [*source.notes, *left_out]), "", sep="\n")
+
+
+def print_rows(source: Source, args: argparse.Namespace) -> None:
+    """Print the labels' counts in each split, and a few rows as they will be in the manifest."""
+    print(*count_table(source), "", sep="\n")
+    for split in SPLITS:
+        # The first two of each split: enough to see a label that went to the wrong image.
+        for item in [item for item in source.items if item.split == split][:2]:
+            # The names of a hospital's files stay in the hospital: there, the coded path is shown.
+            name = item.path if args.source == "dicom" else item.source
+            labels = [f"{label} {cell}" for label, cell in zip(source.label_names, item.labels)
+                      if cell not in ("", "0")]
+            says = ", ".join(labels) or ("no finding named" if source.label_names else "no labels")
+            print(printable(f"{text_of(name)} -> patient {item.patient}, {split}: {says}"))
+    print(flush=True)
+
+
+def printable(text: str) -> str:
+    """Text in one line: what a terminal would take for a command is escaped."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1]
+                   for character in text)
+
+
+def split_doubts(source: Source, args: argparse.Namespace) -> list[Doubt]:
+    """Doubts for splits without images that nobody asked for."""
+    fractions = {split: getattr(args, f"{split}_fraction") for split in ("val", "test")
+                 if f"{split}_fraction" in args}
+    return empty_splits([item.split for item in source.items],
+                        len({item.patient for item in source.items}), fractions)
+
+
+def doubts_of(source: Source, args: argparse.Namespace) -> list[Doubt]:
+    """Doubts that counting raises, of whatever source."""
+    doubts = split_doubts(source, args)
+    # A DICOM file's patient is a hash by now, which shows nothing of the identity's form.
+    if source.patients_known and args.source != "dicom":
+        doubts += similar_patients(item.patient for item in source.items)
+    # Of the findings of an official list a few may be missing in a part of its images.
+    if not source.official_labels:
+        doubts += similar_labels(source.label_names)
+        # Class folders need not be classes: there another layout may be the way out.
+        constant = constant_labels(source.label_names, [item.labels for item in source.items],
+                                   source.classes)
+        if constant and args.source == "folder" and not (args.label_columns or args.class_columns):
+            constant = [doubt._replace(sentence=doubt.sentence + ": --layout says what each level "
+                                       "of folders is, --layout none that none is a class")
+                        for doubt in constant]
+        doubts += constant
+    return doubts
 
 
 def check_out(args: argparse.Namespace) -> None:
@@ -238,7 +312,10 @@ def check_out(args: argparse.Namespace) -> None:
     if "prepare.json" not in names:
         raise DataError(f"{args.out} is not empty and was not made by prepare.py")
     if not args.overwrite:
-        before = read_settings(args.out / "prepare.json")
+        # Older versions wrote absolute paths.
+        before = {name: from_out(Path(value), args.out)
+                  if isinstance(value, str) and os.path.isabs(value) else value
+                  for name, value in read_settings(args.out / "prepare.json").items()}
         now = json.loads(json.dumps(settings_of(args)))         # as if it had been read, too
         differing = differing_flags(before, now)
         if differing:
@@ -284,51 +361,51 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     left_out = {"out", "workers", "overwrite"}      # the same images, whatever these are
     if args.source == "dicom":
         left_out |= {"src", "labels", "salt"}
-    return {name: str(value.absolute()) if isinstance(value, Path) else value
+    return {name: from_out(value, args.out) if isinstance(value, Path) else value
             for name, value in vars(args).items() if name not in left_out}
+
+
+def from_out(path: Path, out: Path) -> str:
+    """The way from --out to a path, which is the same on every machine that both are moved to."""
+    return text_of(os.path.relpath(path.resolve(), out.resolve()))
 
 
 def read_settings(file: Path) -> dict[str, Any]:
     """What settings_of gave the run that wrote a prepare.json."""
     try:
-        return dict(json.loads(file.read_text()))
-    except (ValueError, TypeError):
+        return dict(json.loads(read_text(file)))
+    except (ValueError, TypeError, DataError):
         raise DataError(f"{file} is damaged, and says no more how its folder was made") from None
-
-
-def write_csv(file: Path, rows: Iterable) -> None:
-    """Replace a CSV file as a whole.
-
-    Bytes of file names that are not in UTF-8 are escaped: the list of what was rejected must be
-    readable as text."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    with whole_file(file) as f:
-        f.write(text.getvalue().encode(errors="backslashreplace"))
 
 
 def data_card(source: Source, args: argparse.Namespace) -> str:
     """DATA.md: the command that made the folder, and what is in it, counted."""
-    # The command. Flags without a value are left out; 0 is a value.
-    command = ["python", "prepare.py", args.source, "--out", str(args.out)]
+    # The command. Flags without a value are left out; 0 is a value. A path is told by its last
+    # name: the folder may go to other machines.
+    command = ["python", "prepare.py", args.source, "--out", args.out.resolve().name]
     for name, value in settings_of(args).items():
-        if name == "source" or value is None or value is False or value == []:
+        if name == "source" or value is None or value is False or value in ("", []):
             continue
         command.append(f"--{name.replace('_', '-')}")
+        path = vars(args)[name]
+        if isinstance(path, Path):
+            value = path.resolve().name
         if value is not True:
             command += map(str, value if isinstance(value, list) else [value])
+    return text_of("\n".join([f"# {args.out.resolve().name}", "", f"    {shlex.join(command)}", "",
+                              *count_table(source), "", *source.notes, ""]))
 
-    # The table: a column for each split, a row for images, for patients and for each label.
+
+def count_table(source: Source) -> list[str]:
+    """The lines of a table in Markdown: images, patients and each label, counted in each split."""
     splits = [[item for item in source.items if item.split == split] for split in SPLITS]
     rows = [("images", [f"{len(items):,}" for items in splits]),
             ("patients", [f"{len({item.patient for item in items}):,}" for items in splits])]
     for place, name in enumerate(source.label_names):
         counts = [Counter(item.labels[place] for item in items) for items in splits]
         rows.append((name, [label_cell(count) for count in counts]))
-    table = ["| | train | val | test |", "|---|---:|---:|---:|",
-             *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows)]
-    return "\n".join([f"# {args.out.name}", "", f"    {shlex.join(command)}", "",
-                      *table, "", *source.notes, ""])
+    return ["| | train | val | test |", "|---|---:|---:|---:|",
+            *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows)]
 
 
 def label_cell(counts: Counter) -> str:
@@ -417,8 +494,8 @@ def drop(folder: Path, paths: set[str]) -> None:
     """Rewrite the manifest without these images; the old one stays as manifest.1.csv, .2, …"""
     file = folder / "manifest.csv"
     with lock_folder(folder):
-        with open(file, newline="") as f:
-            header, *rows = csv.reader(f)
+        with open_text(file) as f:
+            header, *rows = (row for row in csv.reader(f) if row)       # without blank lines
         remaining = [row for row in rows if row[0] not in paths]
 
         # The first free number: no manifest that was put away is ever overwritten.
@@ -428,7 +505,7 @@ def drop(folder: Path, paths: set[str]) -> None:
         old = folder / f"manifest.{number}.csv"
         shutil.copy2(file, old)
         write_csv(file, [header, *remaining])
-        with open(folder / "DATA.md", "a") as card:
+        with open(folder / "DATA.md", "a", encoding="utf-8") as card:
             card.write(f"\nverify --drop left {len(remaining):,} images of {len(rows):,}; "
                        f"before: {old.name}.\n")
 
@@ -443,7 +520,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
     for name, kind in SOURCES.items():
         command = commands.add_parser(
-            name, help=kind.help, description=kind.help, allow_abbrev=False)
+            name, help=kind.help, description=kind.help, allow_abbrev=False,
+            epilog=cells_help() if name in ("folder", "dicom") else None,
+            formatter_class=HelpWithTable)
         source_flags(command.add_argument, kind)
         if kind.flags:
             kind.flags(command.add_argument)
@@ -458,6 +537,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.source != "verify":
         check_flags(args, commands.choices[args.source].error)
     return args
+
+
+class HelpWithTable(argparse.HelpFormatter):
+    """Help whose last paragraph, a table, keeps its lines."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+
+def cells_help() -> str:
+    """What the cells of label columns mean, as text."""
+    meanings = {"1": "present", "0": "absent", "-1": "uncertain", "": "not mentioned"}
+    lines = [f"  {meanings[value]:14s} {value or '(blank)'}, {', '.join(filter(None, words))}"
+             for value, words in CELL_WORDS.items()]
+    return "\n".join(["Cells of label columns, in capital or small letters; numbers such as 1.0 "
+                      "are compared as numbers:", *lines])
 
 
 def source_flags(flag: Callable, kind: SourceKind) -> None:
@@ -480,6 +575,7 @@ def source_flags(flag: Callable, kind: SourceKind) -> None:
              help="of the patients, if no test is given (default: %(default)s)")
     flag("--seed", type=number_within(int, 0, 2**63 - 1), default=0,
          help="of the splits, and of the demo's people (default: %(default)s)")
+    allow_flag(flag)
     workers_flag(flag)
     flag("--overwrite", action="store_true",
          help="replace what prepare.py wrote into --out before")
@@ -509,8 +605,11 @@ def check_flags(args: argparse.Namespace, error: Callable[[str], Any]) -> None:
     if args.source == "dicom" and args.out.resolve() in args.salt.resolve().parents:
         error("--salt must not lie inside --out, which may be handed on")
     table = {"folder": "csv", "dicom": "labels"}.get(args.source)
-    if table and args.label_columns and not getattr(args, table):
-        error(f"--label-columns are columns of --{table}, which is missing")
+    for name in ("label_columns", "class_columns", "where", "several_rows", "rater_column"):
+        if table and getattr(args, name, None) and not getattr(args, table):
+            error(f"--{name.replace('_', '-')} is about columns of --{table}, which is missing")
+    if getattr(args, "rater_column", "") and not args.several_rows:
+        error("--rater-column is for --several-rows, which is missing")
 
 
 def image_settings(args: argparse.Namespace) -> ImageSettings:
@@ -526,7 +625,12 @@ def src_folder(args: argparse.Namespace) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code, where no error ends the script with a sentence."""
+    if argv is None:
+        restart_in_utf8()
     args = parse_args(argv)
+    # A name that cannot be printed must not cost the run: it is escaped.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     if args.source == "verify":
         with errors_in_one_sentence("prepare.py", args.folder):
             return verify(args)

@@ -1,24 +1,30 @@
 """Sources: which image becomes which row of the manifest.
 
-A source is a function `…_items(args, files)`: the files below --src in, a Source out, which holds
-patient, split and labels of each image. Beside it stands `…_flags(flag)` where it has flags of its
-own. From there on all sources are alike (prepare.py). DICOM is a source, too, in dicom.py.
+A source is a function `…_items(args, files)`: the files below --src in, a
+Source out, which holds patient, split and labels of each image. Beside it
+stands `…_flags(flag)` where it has flags of its own. From there on all sources
+are alike (prepare.py). DICOM is a source, too, in dicom.py. What the cells of a
+table say is written in tables.py, what folders say in layout.py.
 """
 import argparse
-import csv
 import os
-import sys
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 from PIL import Image
 
 import phantom
-from manifest import LABEL_VALUES, DataError, number_within
+from doubts import Doubt, many_classes
+from layout import (
+    Place, drawings, excluder, find_layout, layout_text, levels_of, names_without_meaning,
+    outside_splits, place_of, repeated_below, split_name)
+from manifest import DataError, number_within, read_text
 from radiograph import EXTENSIONS, ImageSettings
+from tables import (
+    LabelRules, Table, merged, read_labels, read_table, spellings, understand, value_of)
 
 NIH_FINDINGS = [
     "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
@@ -28,12 +34,6 @@ CHEXPERT_OBSERVATIONS = [
     "No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion",
     "Edema", "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion",
     "Pleural Other", "Fracture", "Support Devices"]
-SPLIT_NAMES = {             # names of folders and cells of tables, in any case -> the manifest's
-    "train": "train", "training": "train",
-    "val": "val", "valid": "val", "validation": "val",
-    "test": "test"}
-# The cells of a column of labels as CSV files have them -> as the manifest has them.
-CELLS = {cell: cell.removesuffix(".0") for cell in LABEL_VALUES}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -56,101 +56,14 @@ class Source:
     items: list[Item] = field(default_factory=list)
     rejected: list[tuple[str, str]] = field(default_factory=list)       # file, reason
     notes: list[str] = field(default_factory=list)                      # sentences for DATA.md
+    doubts: list[Doubt] = field(default_factory=list)                   # what may not be meant
+    official_labels: bool = False       # the same for all who use this source, rare ones included
+    classes: bool = False               # the labels are names of classes, by folder or by cell
+    patients_known: bool = True         # False: every image counts as a patient of its own
 
 
 # --------------------------------------------------------------------------------------------------
-# Tables.
-
-class Row(NamedTuple):
-    """A line of a CSV file; the header is row 1."""
-    number: int
-    cells: list[str]                # one for each of Table.columns
-
-
-class Table(NamedTuple):
-    """The columns of a CSV file that were asked for, and its rows by their key."""
-    file: Path
-    columns: list[str]              # without the key's
-    rows: dict[str, Row]            # by the cell of the key's column
-
-    def column(self, name: str) -> dict[str, str]:
-        """{key: cell} of one column; nothing where it was optional and is not there."""
-        if name not in self.columns:
-            return {}
-        place = self.columns.index(name)
-        return {key: row.cells[place] for key, row in self.rows.items()}
-
-
-def read_table(file: Path, key: str, columns: list[str] | None = None,
-               optional: Collection[str] = (),
-               normalise: Callable[[str], str] = str) -> Table:
-    """A CSV file by its column `key`, whose cells pass through `normalise` and come once each.
-
-    columns: those to read; None for all but `key`. One that is `optional` may be missing.
-    A byte-order mark, CRLF and blanks around a cell do not matter. DataError names the file, the
-    row and the column where a column is missing, a row is short, or a key comes twice."""
-    rows = {}
-    try:
-        with open(file, newline="", encoding="utf-8-sig") as f:
-            lines = csv.reader(f)
-
-            # The header: where is each of the columns?
-            header = [name.strip() for name in next(lines, [])]
-            columns = [name for name in header if name != key] if columns is None else columns
-            for name in (key, *columns):
-                if header.count(name) != 1 and (name in header or name not in optional):
-                    raise DataError(f"{file} must have one column {name!r}, "
-                                    f"its header is {','.join(header)!r}")
-            columns = [name for name in columns if name in header]      # without optional ones
-            places = [header.index(name) for name in (key, *columns)]
-
-            # The rows, by their keys.
-            for number, line in enumerate(lines, 2):
-                if not line:                                            # a blank line
-                    continue
-                if len(line) != len(header):
-                    raise DataError(f"{file}, row {number}: {len(line)} cells where the header "
-                                    f"has {len(header)}")
-                # The same few words fill most columns: interned, each is in memory once.
-                value, *cells = [sys.intern(line[place].strip()) for place in places]
-                value = normalise(value)
-                if value in rows:
-                    raise DataError(f"{file}, row {number}, column {key}: {value} is already in "
-                                    f"row {rows[value].number}")
-                rows[value] = Row(number, cells)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{file} is not a CSV file in UTF-8 ({error})") from None
-    return Table(file, columns, rows)
-
-
-def read_labels(table: Table, names: list[str]) -> tuple[list[str], dict[str, tuple[str, ...]]]:
-    """Columns `names` of a table as the manifest's label names, and {key: the manifest's cells}.
-
-    A column of 1, 0, -1 and blanks is a label. A column of words, for example of diseases, becomes
-    one label for each word, and a blank in it leaves them all open. A column that mixes both has a
-    typing error in it: DataError names the row."""
-    label_names: list[str] = []
-    labels: dict[str, tuple[str, ...]] = dict.fromkeys(table.rows, ())
-    for name in names:
-        # Every cell is a value of a label, or every cell that is not blank is a word.
-        column = table.column(name)
-        words = sorted(set(column.values()) - CELLS.keys())
-        if words and not {"", *words} >= set(column.values()):
-            key, word = next((key, cell) for key, cell in column.items() if cell in words)
-            raise DataError(f"{table.file}, row {table.rows[key].number}, column {name}: {word!r} "
-                            "among values of 1, 0, -1 and blank")
-
-        # Equal words of two columns must not become one label: then the column's name goes first.
-        if not words:
-            label_names.append(name)
-        elif len(names) == 1:
-            label_names += words
-        else:
-            label_names += [f"{name} {word}" for word in words]
-        for key, cell in column.items():
-            labels[key] += one_hot(cell, words) if words else (CELLS[cell],)
-    return label_names, labels
-
+# What sources have in common.
 
 def one_hot(word: str, words: list[str]) -> tuple[str, ...]:
     """Present for the word, absent for all others; all open where there is no word."""
@@ -173,10 +86,14 @@ def in_table_and_on_disk(table: Table, files: dict[str, str], source: Source) ->
 
 
 def jpeg_path(file: str) -> str:
-    """Where a source's file goes in the data folder.
+    """Where a source's file goes in the data folder."""
+    return "images/" + text_of(str(PurePosixPath(file).with_suffix(".jpg")))
 
-    A name that is not in UTF-8 gets replacement characters, as the manifest is in UTF-8."""
-    return "images/" + os.fsencode(PurePosixPath(file).with_suffix(".jpg")).decode(errors="replace")
+
+def text_of(name: str) -> str:
+    """A name as text. What is not in UTF-8 in it becomes replacement
+    characters, as the manifest is in UTF-8."""
+    return os.fsencode(name).decode(errors="replace")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -189,7 +106,7 @@ def demo_flags(flag: Callable) -> None:
 
 def demo_items(args: argparse.Namespace, files: list[str]) -> Source:
     """Phantoms: --patients people, --images-per-patient radiographs of each, and the truth."""
-    source = Source([*phantom.FINDINGS, "No Finding"])
+    source = Source([*phantom.FINDINGS, "No Finding"], official_labels=True)
     for patient in range(args.patients):
         for image in range(args.images_per_patient):
             findings = phantom.findings(args.seed, patient, image)
@@ -211,47 +128,100 @@ def read_phantom(file: Path, settings: ImageSettings) -> Image.Image:
 # Folders of classes, and a table.
 
 def folder_flags(flag: Callable) -> None:
-    flag("--csv", type=Path, help="table of the images to take")
+    flag("--layout", type=layout_text, metavar="LEVELS",
+         help="what the folders below --src say, level by level: split, class, patient, or * for "
+              "nothing, for example */split/class; none (default: recognised by their names)")
+    flag("--exclude", nargs="+", default=[], metavar="NAME",
+         help="files and folders to pass over, by name or by path below --src; * is a wildcard")
+    flag("--csv", type=Path, help="table of the images to take; may be a .gz")
     flag("--path-column", default="path",
-         help="its column of paths below --src (default: path)")
+         help="its column of paths below --src, or of file names (default: path)")
     flag("--patient-column", default="patient",
          help="its column of patients (default: patient, if there is one)")
     flag("--split-column", default="split",
          help="its column of train, val, test (default: split, if there is one)")
+    flag("--where", nargs="+", default=[], type=condition, metavar="COLUMN=VALUE,VALUE",
+         help="take only rows in which a column has one of the values, such as Projection=PA,AP")
     flag("--label-columns", nargs="+", default=[], metavar="COLUMN",
-         help="its columns of 1, 0, -1 and blank, or of class names "
+         help="its columns of values as listed below, or of class names "
               "(default: the class folders are the labels)")
+    flag("--class-columns", nargs="+", default=[], metavar="COLUMN",
+         help="its columns of class names, whatever these look like: 0, 1, 2; yes, no, other")
+    flag("--label-separator", default="", metavar="TEXT",
+         help="what separates the findings in one cell; none: a cell is one finding "
+              "(default: | or ;, or a list in brackets)")
+    flag("--several-rows", choices=("any", "majority"), default="",
+         help="an image may have several rows: a finding counts if any row names it, or if more "
+              "than half do (default: an error)")
+    flag("--rater-column", default="",
+         help="its column that says whose a row is, for --several-rows (default: every row counts)")
     flag("--patients-per-split", action="store_true",
          help="the numbers of the patients restart in each split")
 
 
+def condition(text: str) -> str:
+    """A --where as it was given. ValueError, as argparse wants it, for what is none."""
+    column, _, values = text.partition("=")
+    if not column or not values:
+        raise ValueError(text)
+    return text
+
+
 def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
-    """[train|val|test/]class/….png. Where --csv and the folders disagree, --csv wins."""
-    # What the folders say.
-    images = [file for file in files if file.lower().endswith(EXTENSIONS)]
-    places = dict(zip(images, places_of(images), strict=True))
-    splits = {file: place.split for file, place in places.items()}
-    patients = {}
-    source = Source(sorted({place.class_name for place in places.values()} - {""}))
-    labels = {file: one_hot(place.class_name, source.label_names)
-              for file, place in places.items()}
+    """Images in folders, a table of them, or both. Where they disagree, the table wins."""
+    source, excluded = Source([]), excluder(args.exclude)
+    images = [file for file in files
+              if file.lower().endswith(EXTENSIONS) and not excluded(file)]
+    others = Counter("excluded" if excluded(file) else PurePosixPath(file).suffix
+                     or "without suffix" for file in set(files) - set(images))
 
-    # What the table says.
+    # What the table says: of which images, of which patients, in which splits.
+    patients, splits, table, key_of = {}, {}, None, {}
     if args.csv:
-        table = read_table(
-            args.csv, args.path_column,
-            [args.patient_column, args.split_column, *args.label_columns],
-            optional={"patient", "split"} - set(args.label_columns),
-            normalise=lambda path: os.path.normpath(path.replace("\\", "/")))
-        images = list(in_table_and_on_disk(table, {file: file for file in images}, source))
-        check_patients_and_splits(table, images, args.patient_column, args.split_column)
-        patients = table.column(args.patient_column)
-        splits |= {file: SPLIT_NAMES.get(split.lower(), "")
-                   for file, split in table.column(args.split_column).items()}
-        if args.label_columns:
-            source.label_names, labels = read_labels(table, args.label_columns)
+        table = read_image_table(args)
+        key_of = rows_of_files(table, images, args.src, source)
+        take_where(table, key_of, args.where, source)
+        images = list(key_of)
+        check_patients_and_splits(table, list(key_of.values()), args)
+        for column, cells in ((args.patient_column, patients), (args.split_column, splits)):
+            column = table.column(column)
+            cells |= {file: column[key] for file, key in key_of.items() if column}
 
-    # One item an image. Where x.png lies beside x.jpg both keep their suffix, as x.png.jpg.
+    # What the folders say, as far as the table is silent.
+    levels = find_layout(images) if args.layout is None else levels_of(args.layout)
+    if splits:
+        levels = ["*" if level == "split" else level for level in levels]
+    columns = [*args.label_columns, *args.class_columns]
+    if columns:
+        levels = ["*" if level == "class" else level for level in levels]
+    places = {file: place_of(file, levels) for file in images}
+    splits = ({file: split_name(cell) for file, cell in splits.items()}
+              or {file: place.split for file, place in places.items()})
+    patients = patients or {file: place.patient for file, place in places.items() if place.patient}
+    source.notes.append(f"Layout of the folders: {'/'.join(levels) or 'none'}"
+                        f"{' (recognised)' if args.layout is None else ''}.")
+    doubt_folders(source, [file for file in images if splits[file] is not None], levels,
+                  guessed=args.layout is None)
+    for folder, count in outside_splits(images, levels).items():
+        source.doubts.append(Doubt("other-folders", f"{count:,} images in {text_of(folder)} lie "
+                                   "beside the split folders and would be left out: rename it, or "
+                                   f"--exclude {text_of(folder)}"))
+
+    # The labels.
+    if table and columns:
+        rules = LabelRules(tuple(args.class_columns), args.label_separator, args.several_rows,
+                           args.rater_column, "many-classes" in args.allow)
+        source.label_names, by_key, notes = understand(
+            table, columns, list(key_of.values()), rules)
+        labels = {file: by_key[key] for file, key in key_of.items()}
+        source.notes += notes
+        source.classes = not set(columns) & set(source.label_names)
+    else:
+        labels = class_folders(source, {file: place for file, place in places.items()
+                                        if splits[file] is not None})
+
+    # One item an image. Where x.png lies beside x.jpg both keep their suffix,
+    # as x.png.jpg.
     sharing = Counter(map(jpeg_path, images))
     for file in images:
         split = splits[file]
@@ -262,47 +232,191 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
         patient = patients.get(file, path)
         if args.patients_per_split and split:
             patient = f"{split}-{patient}"
-        source.items.append(Item(file, path, patient, split, labels[file]))
+        source.items.append(Item(file, path, text_of(patient), split, labels[file]))
 
     # What the user has to know.
+    source.patients_known = bool(patients)
     if not patients:
         source.notes.append("No patient is known: every image counts as a patient of its own.")
-    others = Counter(PurePosixPath(file).suffix or "without suffix"
-                     for file in files if file not in places)
-    counts = ", ".join(f"{count:,} {suffix}" for suffix, count in others.items())
-    source.notes.append(f"Files passed over: {counts or 'none'}.")
+    counts = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(others.items()))
+    source.notes.append(f"Files passed over: {text_of(counts) or 'none'}.")
     return source
 
 
-class Place(NamedTuple):
-    """What the folders around a file say of it."""
-    split: str | None           # "" where there are no split folders; None for a file beside them
-    class_name: str             # "" for a file that is in no class folder
+def class_folders(source: Source, places: dict[str, Place]) -> dict[str, tuple[str, ...]]:
+    """The labels of each file by the class folder it lies in; their names go to the source.
+
+    Folders that differ in form only, as train/NORMAL and test/Normal do, are one class."""
+    names = {file: text_of(place.class_name) for file, place in places.items()}
+    counts = Counter((name, name) for name in names.values() if name)
+    spelling = spellings(counts)
+    source.label_names, source.classes = sorted(set(spelling.values())), True
+    source.doubts += many_classes(len(source.label_names), len(places))
+    if merged(spelling):
+        source.notes.append(f"Class folders.{merged(spelling)}")
+    return {file: one_hot(spelling.get(name, ""), source.label_names)
+            for file, name in names.items()}
 
 
-def places_of(images: list[str]) -> Iterator[Place]:
-    """The Place of each image. One folder train, val or test at the top makes all split folders."""
-    parents = [PurePosixPath(file).parts[:-1] for file in images]
-    with_splits = any(folders and folders[0].lower() in SPLIT_NAMES for folders in parents)
-    for folders in parents:
-        split = ""
-        if with_splits:
-            split = SPLIT_NAMES.get(folders[0].lower()) if folders else None
-            folders = folders[1:]
-        yield Place(split, folders[0] if folders else "")
+def doubt_folders(source: Source, images: list[str], levels: list[str], guessed: bool) -> None:
+    """Add the doubts that names of folders raise to the source."""
+    # A mask would teach the network outlines, and its label would be right all
+    # the same.
+    masks = drawings(images)
+    if masks:
+        source.doubts.append(Doubt(
+            "masks", f"{len(masks):,} of the images, such as {text_of(masks[0])}, seem to be masks "
+            "or other drawings: --exclude, followed by the name of their folder or by '*_mask*', "
+            "leaves them out"))
+    # A user who says what the levels are has looked at them.
+    if not guessed or "class" not in levels:
+        return
+    ask = "--layout says what each level of folders is, --layout none that none is a class"
+    odd = names_without_meaning(sorted({place_of(file, levels).class_name for file in images}))
+    twice = repeated_below(images, levels)
+    if odd:
+        source.doubts.append(Doubt(
+            "odd-classes", f"the folder {text_of(odd[0])} does not look like a class: {ask}"))
+    elif twice:
+        name, one, other = map(text_of, twice)
+        source.doubts.append(Doubt("odd-classes", f"{name} lies both below {one} and below "
+                                   f"{other}, and either may be the class: {ask}"))
 
 
-def check_patients_and_splits(table: Table, images: list[str], patient_column: str,
-                              split_column: str) -> None:
-    """DataError for the first of the images whose patient is blank or whose split is unknown."""
-    patients, splits = table.column(patient_column), table.column(split_column)
-    for file in images:
-        where = f"{table.file}, row {table.rows[file].number}"
-        if patients.get(file) == "":
-            raise DataError(f"{where}, column {patient_column}: empty")
-        split = splits.get(file)
-        if split and split.lower() not in SPLIT_NAMES:
-            raise DataError(f"{where}, column {split_column}: {split!r} is no split")
+def read_image_table(args: argparse.Namespace) -> Table:
+    """--csv by its column of paths, with the columns that the other flags name."""
+    labels = [*args.label_columns, *args.class_columns]
+    columns = [args.patient_column, args.split_column, *labels,
+               *(text.partition("=")[0] for text in args.where)]
+    if args.rater_column:
+        columns.append(args.rater_column)
+    return read_table(
+        args.csv, args.path_column, list(dict.fromkeys(columns)),
+        optional={"patient", "split"} - set(labels), normalise=plain_path,
+        several=bool(args.several_rows),
+        hint="; --several-rows says how several rows of an image become one")
+
+
+def take_where(table: Table, key_of: dict[str, str], conditions: list[str],
+               source: Source) -> None:
+    """Reject those files, and take them out of {file: key}, whose first row fails a condition."""
+    for text in conditions:         # COLUMN=VALUE,VALUE
+        column, _, values = text.partition("=")
+        values = [value.strip() for value in values.split(",")]
+        cells = table.column(column)
+        failing = {file: cells[key] for file, key in key_of.items() if cells[key] not in values}
+        for file, cell in failing.items():
+            source.rejected.append((file, f"{column} is {cell or 'blank'} in {table.file.name}"))
+            del key_of[file]
+
+
+def plain_path(path: str) -> str:
+    """A path as it is compared: with slashes, without ./, accented letters as one character."""
+    return unicodedata.normalize("NFC", os.path.normpath(path.replace("\\", "/")))
+
+
+def rows_of_files(table: Table, images: list[str], src: Path, source: Source) -> dict[str, str]:
+    """{file: its key in the table} of those images that the table names.
+
+    A row names a file by its path below --src, under any name that links give
+    it, and if it is the only one also in other case. Where no row does, all
+    rows are taken to end like their file's path, or to go on before it, and
+    then the same without suffixes; that is noted. What is only in one of the
+    two is rejected. DataError where two rows name one file or two files have
+    the name of one row."""
+    # By the path, or by what differs from it in case only, where that is one
+    # file.
+    by_path = unique(images, plain_path)
+    file_of = {key: by_path[key] for key in table.rows if key in by_path}
+    case = Counter(path.casefold() for path in by_path)
+    by_case = {path.casefold(): file for path, file in by_path.items()
+               if case[path.casefold()] == 1}
+    for key in table.rows:
+        if key not in file_of and key.casefold() in by_case:
+            file_of[key] = by_case[key.casefold()]
+    # By another name of the same file: below a link, find_files has only one of
+    # the two.
+    missing = [key for key in table.rows
+               if key not in file_of and os.path.exists(src / key)]
+    if missing:
+        real = {os.path.realpath(src / image): image for image in images}
+        for key in missing:
+            if os.path.realpath(src / key) in real:
+                file_of[key] = real[os.path.realpath(src / key)]
+
+    # By the name alone, if no row was found at all. A path beside it must not
+    # contradict.
+    for way, plain in (("name", str), ("name without suffix", without_suffix)):
+        if file_of:
+            break
+        names: dict[str, list[str]] = {}
+        for image in images:
+            path = plain(plain_path(image)).casefold()
+            names.setdefault(PurePosixPath(path).name, []).append(image)
+        for key in table.rows:
+            path = plain(key).casefold()
+            found = [image for image in names.get(PurePosixPath(path).name, ())
+                     if ends_alike(path, plain(plain_path(image)).casefold())]
+            if len(found) > 1:
+                raise DataError(f"{table.file}, row {table.rows[key].number}: {key} may be "
+                                f"{found[0]} or {found[1]}")
+            if found:
+                file_of[key] = found[0]
+        if file_of:
+            source.notes.append(f"The rows of {table.file.name} name files by their {way}.")
+
+    # No file twice, and none in silence.
+    key_of: dict[str, str] = {}
+    for key, file in file_of.items():
+        if key_of.setdefault(file, key) != key:
+            one, other = sorted((table.rows[key_of[file]].number, table.rows[key].number))
+            raise DataError(f"{table.file}, rows {one} and {other}: both name {file}")
+    source.rejected += [(key, f"named in {table.file.name}, missing on disk")
+                        for key in table.rows if key not in file_of]
+    source.rejected += [(file, f"not in {table.file.name}")
+                        for file in images if file not in key_of]
+    return key_of
+
+
+def unique(images: list[str], plain: Callable[[str], str]) -> dict[str, str]:
+    """{plain(image): image}. DataError where two images become one."""
+    found: dict[str, str] = {}
+    for image in images:
+        if found.setdefault(plain(image), image) != image:
+            raise DataError(f"{image!r} and {found[plain(image)]!r} have the same name, written in "
+                            "two ways: rename one of them")
+    return found
+
+
+def without_suffix(path: str) -> str:
+    """A path without the suffix of an image file. Other dots belong to the name."""
+    stem, suffix = os.path.splitext(path)
+    return stem if suffix.lower() in (*EXTENSIONS, ".dcm", ".dicom") else path
+
+
+def ends_alike(one: str, other: str) -> bool:
+    """Whether one of two paths ends with the whole other one."""
+    return f"/{one}".endswith(f"/{other}") or f"/{other}".endswith(f"/{one}")
+
+
+def check_patients_and_splits(table: Table, keys: list[str], args: argparse.Namespace) -> None:
+    """DataError for the first row of `keys` whose patient is missing or whose split is unknown.
+
+    The rows of one image must agree in both."""
+    for name in (args.patient_column, args.split_column):
+        if name not in table.columns:
+            continue
+        place = table.columns.index(name)
+        for key in keys:
+            for row in table.all_rows(key):
+                cell, where = row.cells[place], f"{table.file}, row {row.number}, column {name}"
+                if name == args.patient_column and value_of(cell) == "":
+                    raise DataError(f"{where}: " + (f"{cell!r} is no patient" if cell else "empty"))
+                if name == args.split_column and not split_name(cell) and value_of(cell) != "":
+                    raise DataError(f"{where}: {cell!r} is no split")
+                if cell != table.rows[key].cells[place]:
+                    raise DataError(f"{where}: {cell!r}, but {table.rows[key].cells[place]!r} in "
+                                    f"row {table.rows[key].number} of the same image")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -315,13 +429,14 @@ def nih_items(args: argparse.Namespace, files: list[str]) -> Source:
         raise DataError(f"{args.src} must hold one Data_Entry_2017*.csv, it holds {len(tables)}")
 
     # Official lists of the images to train on and to test on.
-    train = set((args.src / "train_val_list.txt").read_text().split())
-    test = set((args.src / "test_list.txt").read_text().split())
+    train = set(read_text(args.src / "train_val_list.txt").split())
+    test = set(read_text(args.src / "test_list.txt").split())
     if train & test:
         raise DataError(f"{min(train & test)} is in both train_val_list.txt and test_list.txt "
                         f"of {args.src}")
 
-    # The table and the lists go by an image's name, whichever folder it was unpacked into.
+    # The table and the lists go by an image's name, whichever folder it was
+    # unpacked into.
     images = {}
     for file in files:
         name = PurePosixPath(file).name
@@ -329,7 +444,7 @@ def nih_items(args: argparse.Namespace, files: list[str]) -> Source:
             raise DataError(f"{file} and {images[name]} of {args.src} have the same name")
 
     table = read_table(tables[0], "Image Index", ["Finding Labels", "Patient ID"])
-    source = Source(NIH_FINDINGS)
+    source = Source(NIH_FINDINGS, official_labels=True)
     for image in in_table_and_on_disk(table, images, source):
         number, (findings, patient) = table.rows[image]
         present = set(findings.split("|"))
@@ -355,16 +470,17 @@ def chexpert_flags(flag: Callable) -> None:
 
 def chexpert_items(args: argparse.Namespace, files: list[str]) -> Source:
     """CheXpert-v1.0 or -small: train.csv, and valid.csv as the test split; -1 stays -1."""
-    source, laterals = Source(CHEXPERT_OBSERVATIONS), 0
+    source, laterals = Source(CHEXPERT_OBSERVATIONS, official_labels=True), 0
     for part, split in (("train", "train"), ("valid", "test")):
         images = {file: file for file in files
                   if file.startswith(f"{part}/") and file.lower().endswith(EXTENSIONS)}
-        # CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg: the first part is --src.
+        # CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg: the
+        # first part is --src.
         table = read_table(args.src / f"{part}.csv", "Path",
                            ["Frontal/Lateral", *CHEXPERT_OBSERVATIONS],
                            normalise=lambda path: path.partition("/")[2])
         views = table.column("Frontal/Lateral")
-        _, labels = read_labels(table, CHEXPERT_OBSERVATIONS)
+        labels = observations(table)
         for image in in_table_and_on_disk(table, images, source):
             if not args.all_views and views[image] != "Frontal":
                 laterals += 1
@@ -373,3 +489,55 @@ def chexpert_items(args: argparse.Namespace, files: list[str]) -> Source:
             source.items.append(Item(image, jpeg_path(image), patient, split, labels[image]))
     source.notes.append(f"Lateral views left out: {laterals:,} (--all-views takes them).")
     return source
+
+
+def observations(table: Table) -> dict[str, tuple[str, ...]]:
+    """The 14 observations by a table's key. DataError where a column of them holds words."""
+    names, labels = read_labels(table, CHEXPERT_OBSERVATIONS)
+    if names != CHEXPERT_OBSERVATIONS:
+        raise DataError(f"{table.file}: the observations must be 1, 0, -1 or blank, one column "
+                        "holds something else")
+    return labels
+
+
+# --------------------------------------------------------------------------------------------------
+# MIMIC-CXR-JPG.
+
+def mimic_items(args: argparse.Namespace, files: list[str]) -> Source:
+    """MIMIC-CXR-JPG: the CheXpert labels of each study, the official splits, frontal views.
+
+    Its three tables are those of MIMIC-CXR-JPG, packed or not; the images lie at any depth."""
+    split_file = one_file(args.src, "mimic-cxr-*-split.csv*")
+    label_file = one_file(args.src, "mimic-cxr-*-chexpert.csv*")
+    view_file = one_file(args.src, "mimic-cxr-*-metadata.csv*")
+    images = unique([file for file in files if file.lower().endswith((".jpg", ".jpeg", ".png"))],
+                    lambda file: without_suffix(PurePosixPath(file).name))
+    rows = read_table(split_file, "dicom_id", ["subject_id", "study_id", "split"])
+    views = read_table(view_file, "dicom_id", ["ViewPosition"]).column("ViewPosition")
+    table = read_table(label_file, "study_id", CHEXPERT_OBSERVATIONS)
+    labels = observations(table)
+
+    source, laterals, unlabelled = Source(CHEXPERT_OBSERVATIONS, official_labels=True), 0, 0
+    for image in in_table_and_on_disk(rows, images, source):
+        number, (patient, study, split) = rows.rows[image]
+        if not split_name(split):
+            raise DataError(f"{split_file}, row {number}, column split: {split!r} is no split")
+        if not args.all_views and views.get(image) not in ("PA", "AP"):
+            laterals += 1
+            continue
+        unlabelled += study not in labels
+        source.items.append(Item(
+            images[image], jpeg_path(images[image]), patient, split_name(split),
+            labels.get(study, ("",) * len(CHEXPERT_OBSERVATIONS))))
+    source.notes.append(f"Lateral and unknown views left out: {laterals:,} (--all-views takes "
+                        f"them). Images whose study is not in {label_file.name}: {unlabelled:,}; "
+                        "nothing is mentioned for them.")
+    return source
+
+
+def one_file(folder: Path, pattern: str) -> Path:
+    """The one file of a folder that a pattern matches. DataError where there is none, or more."""
+    found = sorted(folder.glob(pattern))
+    if len(found) != 1:
+        raise DataError(f"{folder} must hold one {pattern}, it holds {len(found)}")
+    return found[0]

@@ -139,7 +139,7 @@ def test_dicom_that_is_not_taken(tmp_path):
     odd = (src / "odd.dcm").read_bytes()
     (src / "odd.dcm").write_bytes(odd.replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.9\0"))
     (src / "empty.dcm").touch()
-    dicom(tmp_path)
+    dicom(tmp_path, "--val-fraction", 0, "--test-fraction", 0)      # all of one patient
     assert len(read_manifest(tmp_path / "out").paths) == 1
     with open(tmp_path / "out.rejected.csv", newline="") as file:
         reasons = dict(list(csv.reader(file))[1:])

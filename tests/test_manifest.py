@@ -11,7 +11,7 @@ from conftest import ROOT
 
 from manifest import (
     DataError, ImageError, differing_flags, errors_in_one_sentence, lock, read_manifest,
-    whole_file, write_text)
+    whole_file, write_csv, write_text)
 
 
 def edit(folder, row, column, value):
@@ -65,6 +65,29 @@ def test_missing_folder_and_missing_split(tmp_path, folder):
         edit(folder, row, 2, "train")
     with pytest.raises(DataError, match="manifest.csv has no image in the val split"):
         read_manifest(folder).images("val")
+
+
+@pytest.mark.parametrize("name", ["a\rb", "a\r\nb", "a\nb", 'a"b', '"a"', "a,b", " a ", "\ufeff",
+                                  "胸", "a\x85b", "'a'"])
+def test_what_is_written_is_read_back(tmp_path, name):
+    (tmp_path / f"{name}.jpg").touch()
+    write_csv(tmp_path / "manifest.csv", [("path", "patient", "split", name),
+                                          (f"{name}.jpg", name, "train", 1)])
+    manifest = read_manifest(tmp_path)
+    assert (manifest.paths, manifest.patients.tolist()) == ([f"{name}.jpg"], [name])
+    assert manifest.label_names == [name] and manifest.labels.tolist() == [[1]]
+
+
+@pytest.mark.parametrize("encoding, message", [
+    ("utf-16", None), ("utf-8-sig", None), ("latin-1", "is empty or not a CSV file")])
+def test_manifest_in_other_encodings(tmp_path, encoding, message):
+    (tmp_path / "Ä.jpg").touch()
+    (tmp_path / "manifest.csv").write_bytes("path,patient,split\nÄ.jpg,Ö,test\n".encode(encoding))
+    if message:
+        with pytest.raises(DataError, match=message):
+            read_manifest(tmp_path)
+    else:
+        assert read_manifest(tmp_path).patients.tolist() == ["Ö"]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def test_split_folders_under_other_names(tmp_path):
     for name in ("Training", "valid", "test", "extra"):
         save(tmp_path / "src" / name / "A/x.png", radiograph(len(name)))
     save(tmp_path / "src/loose.png")
-    folder(tmp_path / "src", tmp_path / "out")
+    folder(tmp_path / "src", tmp_path / "out", "--allow", "other-folders")
     manifest = read_manifest(tmp_path / "out")
     assert dict(zip(manifest.paths, manifest.splits.tolist(), strict=True)) == {
         "images/Training/A/x.jpg": "train", "images/valid/A/x.jpg": "val",
@@ -524,7 +524,7 @@ def test_verify(tmp_path, capsys):
 def test_verify_looks_at_the_manifest_too(tmp_path):
     save(tmp_path / "src/A/a.png")
     save(tmp_path / "src/A/b.png", radiograph(1))
-    folder(tmp_path / "src", tmp_path / "out")
+    folder(tmp_path / "src", tmp_path / "out", "--layout", "class")
     file = tmp_path / "out/manifest.csv"
     file.write_text(file.read_text().replace(",1\n", ",7\n"))
     with pytest.raises(SystemExit, match="column A: '7' is none of 1, 0, -1 or empty"):

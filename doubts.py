@@ -1,0 +1,126 @@
+"""What cannot be meant: counts and names that are almost always a mistake in the source.
+
+Each Doubt has a name, and `--allow NAME` is how a user says that it is meant. Nothing is doubted
+where a source has fewer than three images: no counting says anything there.
+"""
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from manifest import SPLITS, DataError
+from tables import form_key, most_classes
+
+ALLOW = {
+    "empty-split": "train, val or test is empty",
+    "constant-label": "a label is the same for every image",
+    "similar-labels": "labels differ in case or blanks only",
+    "many-classes": "a column holds more classes than its images can teach",
+    "similar-patients": "patients differ in case, blanks or leading zeros only",
+    "masks": "images lie in folders of masks or segmentations",
+    "other-folders": "images lie beside the split folders, and are left out",
+    "odd-classes": "class folders are named images, part1 and the like, or lie one in another"}
+FEW = 3                         # images; fewer are not doubted
+
+
+class Doubt(NamedTuple):
+    """Something in a source that its user has to say is meant."""
+    name: str                   # one of ALLOW
+    sentence: str
+
+
+def refuse_doubts(doubts: Iterable[Doubt], allowed: list[str]) -> None:
+    """DataError for the doubts whose names are not among the allowed ones."""
+    # All of them at once: a user who mends one after the other waits for each.
+    open_doubts = [doubt for doubt in doubts if doubt.name not in allowed]
+    if open_doubts:
+        sentences = "; ".join(doubt.sentence for doubt in open_doubts)
+        names = " ".join(dict.fromkeys(doubt.name for doubt in open_doubts))
+        raise DataError(f"{sentences} (if that is meant: --allow {names})")
+
+
+def allow_flag(flag: Callable) -> None:
+    flag("--allow", nargs="+", action="extend", choices=ALLOW, default=[], metavar="DOUBT",
+         help="what is meant although it looks like a mistake: "
+              + "; ".join(f"{name} ({meaning})" for name, meaning in ALLOW.items()))
+
+
+def empty_splits(splits: list[str], patients: int, fractions: dict[str, float]) -> list[Doubt]:
+    """Doubts for splits that are empty although nobody asked for that.
+
+    splits: of all images. patients: how many there are. fractions: of val and
+    test, if they are to be carved where the source does not give them; a
+    fraction of 0 asks for an empty split."""
+    found, doubts = Counter(splits), []
+    # A fraction of 0 asks for an empty split, and says so in the command.
+    for split in SPLITS if len(splits) >= FEW else ():
+        if found[split] or fractions.get(split) == 0:
+            continue
+        ask = f"; --{split}-fraction 0 asks for that" if split in fractions else ""
+        doubts.append(Doubt("empty-split", f"the {split} split is empty: {len(splits):,} images of "
+                            f"{patients:,} patient{'s' if patients > 1 else ''}{ask}"))
+    return doubts
+
+
+def constant_labels(names: list[str], rows: list[tuple[str, ...]], classes: bool) -> list[Doubt]:
+    """Doubts for labels that say the same of every image, or nothing of any.
+
+    rows: the labels of each image. classes: whether the labels are names of classes. Then an image
+    without any counts for nothing: the one class there is tells it from no other."""
+    doubts = []
+    for place, name in enumerate(names) if len(rows) >= FEW else ():
+        # Of a single class only those that have it count, or it would seem to
+        # vary.
+        values = {row[place] for row in rows}
+        if classes and len(names) == 1:
+            values.discard("")
+        if len(values) == 1:
+            value = values.pop()
+            says = f"is {value} for every image" if value else "is not mentioned for any image"
+            says += " that has a class" if value and any(row[place] == "" for row in rows) else ""
+            doubts.append(Doubt("constant-label", f"label {name!r} {says} and teaches nothing"))
+    return doubts
+
+
+def many_classes(classes: int, images: int) -> list[Doubt]:
+    """A doubt where there are more class folders than images can teach."""
+    if classes <= most_classes(images):
+        return []
+    return [Doubt("many-classes", f"{classes:,} class folders are more than {images:,} images "
+                  "can teach: --layout says what each level of folders is")]
+
+
+def similar_labels(names: list[str]) -> list[Doubt]:
+    """Doubts for labels that differ in case, blanks, "-" and "_" only."""
+    return [Doubt("similar-labels", f"labels {one!r} and {other!r} differ in form only")
+            for one, other in pairs_alike(names, form_key)]
+
+
+def similar_patients(patients: Iterable[str]) -> list[Doubt]:
+    """Doubts for patients that differ in form only, and might come into different splits."""
+    alike = pairs_alike(patients, patient_key)
+    more = f", and {len(alike) - 1:,} more pairs" if len(alike) > 1 else ""
+    return [Doubt("similar-patients",
+                  f"patients {one!r} and {other!r} differ in form only{more}: write each patient "
+                  "in one way")
+            for one, other in alike[:1]]
+
+
+def patient_key(patient: str) -> str:
+    """What is equal for 7, 007, 7. and 7.0, for P7, p07 and P 7."""
+    # A blank between a letter and a number, ".0" as spreadsheets append it,
+    # leading zeros.
+    text = re.sub(r"(?<=[a-z]) (?=\d)", "", form_key(patient))
+    text = re.sub(r"^(\d+)\.0*$", r"\1", text)
+    return re.sub(r"(?<![\d.])0+(?=\d)", "", text)
+
+
+def pairs_alike(names: Iterable[str], key: Callable[[str], str]) -> list[tuple[str, str]]:
+    """(a name, a later one) for each different name whose key an earlier one has."""
+    first: dict[str, str] = {}          # by the key, the first name that has it
+    pairs = []
+    for name in dict.fromkeys(names):
+        known = first.setdefault(key(name), name)
+        if known != name:
+            pairs.append((known, name))
+    return pairs

@@ -1,0 +1,211 @@
+"""What the folders above an image say of it: its split, its class, its patient.
+
+A layout is written as a path of words, one for each level of folders from --src down:
+
+    split/class         train/NORMAL/1.png
+    */*/split/class     archive/chest_xray/train/NORMAL/1.png
+    class/split         NORMAL/train/1.png
+    class/patient       NORMAL/p17/1.png
+    none                no folder says anything
+
+`*` is a level that says nothing. find_layout recognises the layout by the folders'
+names: a folder that holds all images says nothing, as what is the same for all of them
+teaches nothing. Where the names can be read in two ways it refuses to guess.
+"""
+import fnmatch
+import os
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+from manifest import DataError
+from tables import form_key
+
+SPLIT_NAMES = {             # names of folders and cells of tables -> the manifest's
+    "train": "train", "training": "train",
+    "val": "val", "valid": "val", "validate": "val", "validation": "val", "dev": "val",
+    "test": "test", "tests": "test", "testing": "test"}
+LEVELS = ("split", "class", "patient", "*")
+
+# Names of folders that hold drawings of radiographs, and names that are no class.
+DRAWINGS = {"mask", "masks", "segmentation", "segmentations", "annotation", "annotations",
+            "contour", "contours", "heatmap", "heatmaps", "overlay", "overlays", "groundtruth"}
+NO_CLASSES = {"image", "images", "img", "imgs", "png", "jpg", "jpeg", "dicom", "data", "dataset",
+              "batch", "part", "chunk", "fold", "folder", "file", "files", "patient", "study",
+              "series", "case", "subject", "subj", "sub", "scan", "scans", "pat"}
+PERSONS = {"p", "s", "id"}      # with a number after them
+MANY = 10                       # more folders of one name and a number are no grades of a disease
+
+
+class Place(NamedTuple):
+    """What the folders around a file say of it."""
+    split: str | None           # "" where no level is split; None for a file beside those folders
+    class_name: str             # "" for a file that is in no class folder
+    patient: str                # "" where no level is patient
+
+
+def split_name(name: str) -> str:
+    """train, val or test, whichever a folder's or a cell's name says; "" if it says none.
+
+    Case, digits, punctuation and a word such as "set" after it do not matter."""
+    # "train_set", "Test images" and "trainset" are the same kind of name.
+    words = re.sub(r"[\W\d_]+", " ", name.casefold()).split()
+    if len(words) > 1 and words[-1] in ("set", "data", "split", "images"):
+        words.pop()
+    word = "".join(words)
+    return SPLIT_NAMES.get(word.removesuffix("set").removesuffix("data"), "")
+
+
+def layout_text(text: str) -> str:
+    """A --layout as it was given. ValueError, as argparse wants it, for what is none."""
+    levels = levels_of(text)
+    names = [level for level in levels if level != "*"]
+    if not set(levels) <= set(LEVELS) or len(set(names)) < len(names):
+        raise ValueError(text)
+    return text
+
+
+layout_text.__name__ = "layout"         # argparse writes "invalid layout value" from this
+
+
+def levels_of(text: str) -> list[str]:
+    """The levels of a layout."""
+    return [] if text == "none" else text.split("/")
+
+
+def find_layout(images: list[str]) -> list[str]:
+    """The levels of the folders above these images. DataError where they can mean two things."""
+    parents = [PurePosixPath(image).parts[:-1] for image in images]
+    start = first_telling(parents, 0)
+    levels = ["*"] * start
+    if not names_at(parents, start):
+        return levels
+
+    # train, val and test at the top, the classes below; any other folder beside them is
+    # left out.
+    if any(split_name(name) for name in names_at(parents, start)):
+        inside = [folders for folders in parents if split_name("".join(folders[start:start + 1]))]
+        below = first_telling(inside, start + 1)
+        levels += ["split", *["*"] * (below - start - 1)]
+        return [*levels, "class"] if names_at(inside, below) else levels
+
+    # train, val and test inside each class, or nowhere.
+    depths = {depth for folders in parents for depth, name in enumerate(folders)
+              if depth > start and split_name(name)}
+    if not depths:
+        return [*levels, "class"]
+    depth = min(depths)
+    if depths != {start + 1} or any(len(folders) != start + 2 or not split_name(folders[-1])
+                                    for folders in parents):
+        file = next(image for image, folders in zip(images, parents)
+                    if depth < len(folders) and split_name(folders[depth]))
+        raise DataError(f"the folders of {file} can be read in two ways: is "
+                        f"{PurePosixPath(file).parts[depth]} a split? Say what each level is, for "
+                        f"example --layout {'/'.join([*['*'] * depth, 'split', 'class'])}, or "
+                        "--layout none")
+    return [*levels, "class", "split"]
+
+
+def first_telling(parents: list[tuple[str, ...]], level: int) -> int:
+    """The first level from `level` on that tells images apart, or that is a split.
+
+    A single folder that holds all images is passed through."""
+    while True:
+        names = names_at(parents, level)
+        if len(names) != 1 or any(len(folders) <= level for folders in parents):
+            return level
+        if split_name(*names):
+            return level
+        level += 1
+
+
+def names_at(parents: list[tuple[str, ...]], level: int) -> set[str]:
+    """The names of the folders at a level."""
+    return {folders[level] for folders in parents if len(folders) > level}
+
+
+def place_of(image: str, levels: list[str]) -> Place:
+    """What the folders above an image say where the levels mean this."""
+    folders = PurePosixPath(image).parts[:-1]
+    at = dict(zip(levels, folders))
+    split = "" if "split" not in levels else split_name(at.get("split", "")) or None
+    return Place(split, at.get("class", ""), at.get("patient", ""))
+
+
+# --------------------------------------------------------------------------------------------------
+# Doubts.
+
+def outside_splits(images: list[str], levels: list[str]) -> dict[str, int]:
+    """{folder beside the split folders, as a path: how many images it holds}."""
+    counts: dict[str, int] = {}
+    if "split" not in levels:
+        return counts
+    level = levels.index("split")
+    for image in images:
+        folders = PurePosixPath(image).parts[:-1]
+        if len(folders) > level and not split_name(folders[level]):
+            folder = "/".join(folders[:level + 1])
+            counts[folder] = counts.get(folder, 0) + 1
+    return counts
+
+
+def drawings(images: list[str]) -> list[str]:
+    """Those images whose name, or a folder above them, says mask, segmentation or the like.
+
+    A folder that holds all images may have such a word among others, as with_annotations does."""
+    shared = os.path.commonprefix([PurePosixPath(image).parts[:-1] for image in images])
+
+    def is_drawing(image: str) -> bool:
+        parts = PurePosixPath(image).with_suffix("").parts[len(shared):]
+        words = {word for part in parts for word in re.split(r"[\W\d_]+", part.casefold())}
+        whole = {re.sub(r"[\W\d_]+", "", part.casefold()) for part in (*shared, *parts)}
+        return bool(DRAWINGS & (words | whole)) or any("mask" in word for word in words)
+
+    return [image for image in images if is_drawing(image)]
+
+
+def names_without_meaning(classes: list[str]) -> list[str]:
+    """Those names of class folders that name a kind of file, a portion or a person.
+
+    images_001 does, and p017, where there are many folders of that form."""
+    letters = {name: "".join(re.findall(r"[^\W\d_]+", name.casefold())) for name in classes}
+    numbered = Counter(letters[name] for name in classes if re.search(r"\d", name))
+    return [name for name in classes
+            if letters[name] in NO_CLASSES or letters[name].startswith(("image", "img"))
+            or letters[name] in PERSONS and name.casefold() not in PERSONS
+            or numbered[letters[name]] > MANY]
+
+
+def repeated_below(images: list[str], levels: list[str]) -> tuple[str, str, str] | None:
+    """A folder's name that is found below two classes, and these two; None where there is none.
+
+    siteA/NORMAL and siteB/NORMAL: the classes may be the inner folders."""
+    if levels[-1:] != ["class"]:
+        return None
+    # Folders for images and for drawings lie below each class, and are no classes.
+    level = len(levels) - 1
+    first: dict[str, tuple[str, str]] = {}          # inner name: key and name of the folder above
+    for image in images:
+        folders = PurePosixPath(image).parts[:-1]
+        if len(folders) > level + 1:
+            above, name = form_key(folders[level]), folders[level + 1]
+            if names_without_meaning([name]) or drawings([name]):
+                continue
+            known, shown = first.setdefault(form_key(name), (above, folders[level]))
+            if known != above:
+                return name, shown, folders[level]
+    return None
+
+
+def excluder(patterns: list[str]) -> Callable[[str], bool]:
+    """Whether a file is below a folder, or has a name, that one of the patterns matches.
+
+    A pattern is the name of a file or folder at any depth, or a path from --src down."""
+    def excluded(file: str) -> bool:
+        parts = PurePosixPath(file).parts
+        paths = ["/".join(parts[:end + 1]) for end in range(len(parts))]
+        return any(fnmatch.fnmatchcase(name, pattern.rstrip("/"))
+                   for pattern in patterns for name in (*parts, *paths))
+    return excluded

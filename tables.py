@@ -1,0 +1,408 @@
+"""Tables of labels as they are handed around: CSV files -> the cells of the manifest.
+
+A cell of a label says one of four things, whether in capital or small letters.
+Numbers are compared as numbers:
+
+    present        1, 1.0, +1, 1e0, yes, y, true, t, positive, pos, present
+    absent         0, 0.00, no, n, false, f, negative, neg, absent
+    uncertain      -1, -1.0, uncertain, u, maybe, unsure, possible, equivocal, indeterminate
+    not mentioned  blank, nan, none, null, n/a, na, n.a., #n/a, <na>, -, not mentioned
+
+A column of such cells is one label, by the column's name. A column of words is a
+column of classes: one label for each word. Words that differ in case, blanks, "-"
+and "_" only are one class, spelled as most cells spell it. A cell may hold a list
+of words, each of which is present then: `Mass|Nodule`, `Mass;Nodule`, `['Mass',
+'Nodule']`. An empty list is not mentioned. Everything else is a DataError that
+names file, row and column: a column in which values and words are mixed, numbers
+that are no value, and cells that look like a list of another kind.
+"""
+import csv
+import re
+import sys
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from manifest import DataError, open_text
+
+# What a cell says -> as the manifest has it. Numbers are not listed: see
+# value_of.
+CELL_WORDS = {
+    "1": ("yes", "y", "true", "t", "positive", "pos", "present"),
+    "0": ("no", "n", "false", "f", "negative", "neg", "absent"),
+    "-1": ("uncertain", "u", "maybe", "unsure", "possible", "equivocal", "indeterminate"),
+    "": ("", "nan", "none", "null", "n/a", "na", "n.a.", "#n/a", "<na>", "-", "not mentioned")}
+VALUES = {word: value for value, words in CELL_WORDS.items() for word in words}
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII)
+
+# Lists: what separates their words, and what may stand around them.
+SEPARATORS = "|;"
+SUSPECTS = ("/", "+", "&", " and ", "\n", "\t")         # separators that words may hold, too
+BRACKETS = {"[": "]", "(": ")", "{": "}"}
+QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
+
+MOST_CELLS = 100_000_000        # images times labels: what a machine can hold
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading.
+
+class Row(NamedTuple):
+    """A line of a CSV file; the header is row 1."""
+    number: int
+    cells: list[str]                # one for each of Table.columns
+
+
+@dataclass(frozen=True)
+class Table:
+    """The columns of a CSV file that were asked for, and its rows by their key."""
+    file: Path
+    columns: list[str]              # without the key's
+    rows: dict[str, Row]            # by the cell of the key's column
+    further: dict[str, list[Row]] = field(default_factory=dict)     # after a key's first
+
+    def column(self, name: str) -> dict[str, str]:
+        """{key: cell} of one column, of each key's first row.
+
+        Nothing where the column was optional and is not there."""
+        if name not in self.columns:
+            return {}
+        place = self.columns.index(name)
+        return {key: row.cells[place] for key, row in self.rows.items()}
+
+    def all_rows(self, key: str) -> list[Row]:
+        """All rows of a key, in their order."""
+        return [self.rows[key], *self.further.get(key, ())]
+
+
+def read_table(file: Path, key: str, columns: list[str] | None = None,
+               optional: Collection[str] = (), normalise: Callable[[str], str] = str,
+               several: bool = False, hint: str = "") -> Table:
+    """A CSV file, which may be compressed by gzip, by its column `key`.
+
+    columns: those to read; None for all but `key`. One that is `optional` may be missing.
+    normalise: what a key passes through. A key comes once, or with `several` as often as it likes;
+    `hint` is added to the message where it may not.
+    A byte-order mark, CRLF and blanks around a cell do not matter. DataError names the file, the
+    row and the column where a column is missing, a row is short, or a key comes twice."""
+    rows, further = {}, {}
+    try:
+        with open_text(file) as f:
+            lines = csv.reader(f, strict=True)      # a quote that is never closed is an error
+
+            # The header: where is each of the columns?
+            header = [name.strip() for name in next(lines, [])]
+            columns = [name for name in header if name != key] if columns is None else columns
+            for name in (key, *columns):
+                if header.count(name) != 1 and (name in header or name not in optional):
+                    raise DataError(f"{file} must have one column {name!r}, "
+                                    f"its header is {','.join(header)!r}")
+            columns = [name for name in columns if name in header]      # without optional ones
+            places = [header.index(name) for name in (key, *columns)]
+
+            # The rows, by their keys.
+            for number, line in enumerate(lines, 2):
+                if not line:                                            # a blank line
+                    continue
+                if len(line) != len(header):
+                    raise DataError(f"{file}, row {number}: {len(line)} cells where the header "
+                                    f"has {len(header)}")
+                # The same few words fill most columns: interned, each is in
+                # memory once.
+                value, *cells = [sys.intern(line[place].strip()) for place in places]
+                value = normalise(value)
+                row = Row(number, cells)
+                if rows.setdefault(value, row) is row:
+                    continue
+                if not several:
+                    raise DataError(f"{file}, row {number}, column {key}: {value} is already in "
+                                    f"row {rows[value].number}{hint}")
+                further.setdefault(value, []).append(row)
+    except (UnicodeError, EOFError, OSError, csv.Error) as error:
+        if isinstance(error, OSError) and error.filename:               # it is not there
+            raise
+        raise DataError(f"{file} is not a CSV file in UTF-8 ({error})") from None
+    return Table(file, columns, rows, further)
+
+
+# --------------------------------------------------------------------------------------------------
+# Labels.
+
+@dataclass(frozen=True)
+class LabelRules:
+    """How the label columns of a table are to be understood, where its user has a say."""
+    class_columns: tuple[str, ...] = ()     # whose cells are names, whatever they look like
+    separator: str = ""             # of lists; "" finds it, "none" takes each cell whole
+    several_rows: str = ""          # any or majority: how rows of one key become one
+    rater_column: str = ""          # rows of one key and rater are one opinion
+    many_classes: bool = False      # may a column hold more than images can teach?
+    flags: bool = True              # may messages name the flags for all this?
+
+
+class Labels(NamedTuple):
+    """What the label columns of a table say."""
+    names: list[str]                            # L label names of the manifest
+    cells: dict[str, tuple[str, ...]]           # L cells of the manifest by the key
+    notes: list[str]                            # sentences for the user
+
+
+class Column(NamedTuple):
+    """One column, understood."""
+    names: list[str]                            # of its labels
+    cells: dict[str, tuple[str, ...]]           # what each cell says of them
+    note: str                                   # what its user should know
+
+
+def read_labels(table: Table, names: list[str]) -> tuple[list[str], dict[str, tuple[str, ...]]]:
+    """Columns `names` of a table as the manifest's label names, and {key: the manifest's cells}.
+
+    For columns that are to hold values: where one holds words its label names
+    are others than `names`. They are not searched for lists, so that no message
+    repeats a person's name."""
+    rules = LabelRules(separator="none", many_classes=True, flags=False)
+    labels = understand(table, names, list(table.rows), rules)
+    return labels.names, labels.cells
+
+
+def understand(table: Table, names: list[str], keys: list[str], rules: LabelRules) -> Labels:
+    """Columns `names` of a table as labels, of the rows of `keys`. The module says how.
+
+    DataError names file, row and column of what is neither a value nor a class."""
+    several = len(names) > 1
+    columns = [understand_column(table, name, keys, rules, several) for name in names]
+    label_names = [label for column in columns for label in column.names]
+    places = [table.columns.index(name) for name in names]
+    rater = table.columns.index(rules.rater_column) if rules.rater_column else None
+
+    cells: dict[str, tuple[str, ...]] = {}
+    for key in keys:
+        opinions: dict[str | int, tuple[str, ...]] = {}         # by the rater, or by the row
+        for row in table.all_rows(key):
+            said = columns[0].cells[row.cells[places[0]]] if columns else ()
+            for place, column in zip(places[1:], columns[1:]):
+                said += column.cells[row.cells[place]]
+            who = row.number if rater is None else row.cells[rater]
+            opinions[who] = any_of([opinions[who], said]) if who in opinions else said
+        together = any_of if rules.several_rows == "any" else majority_of
+        cells[key] = together(list(opinions.values()))
+    return Labels(label_names, cells, [column.note for column in columns if column.note])
+
+
+def any_of(opinions: list[tuple[str, ...]]) -> tuple[str, ...]:
+    """Present where any opinion says so, else uncertain, else absent, else not mentioned."""
+    if len(opinions) == 1:
+        return opinions[0]
+    return tuple(next((value for value in ("1", "-1", "0") if value in votes), "")
+                 for votes in zip(*opinions))
+
+
+def majority_of(opinions: list[tuple[str, ...]]) -> tuple[str, ...]:
+    """What more than half of the opinions say that say anything; uncertain where none does."""
+    if len(opinions) == 1:
+        return opinions[0]
+    cells = []
+    for votes in zip(*opinions):
+        counts = Counter(vote for vote in votes if vote)
+        value, count = counts.most_common(1)[0] if counts else ("", 0)
+        cells.append(value if 2 * count > counts.total() or not counts else "-1")
+    return tuple(cells)
+
+
+def understand_column(table: Table, name: str, keys: list[str], rules: LabelRules,
+                      prefix: bool) -> Column:
+    """One column as a label, or as one label for each of its words.
+
+    prefix: whether those begin with the column's name, as equal words of two
+    columns must not become one label."""
+    # What stands in the column, how often, and where for the first time.
+    place = table.columns.index(name)
+    counts: Counter[str] = Counter()
+    first: dict[str, int] = {}
+    for key in keys:
+        for row in table.all_rows(key):
+            counts[row.cells[place]] += 1
+            first.setdefault(row.cells[place], row.number)
+    values = {cell: value_of(cell) for cell in counts}
+
+    # A column of values, of words, or of both, which is an error.
+    words = [cell for cell, value in values.items() if value is None]
+    classes = name in rules.class_columns
+    if classes:
+        words = [cell for cell, value in values.items() if value != ""]
+    if not words:
+        return Column([name], {cell: (value or "",) for cell, value in values.items()}, "")
+    where = {cell: f"{table.file}, row {row}, column {name}" for cell, row in first.items()}
+    if not classes:
+        refuse_what_is_no_class(values, where, words, rules)
+    lists = read_lists(words, where, rules)
+    if not classes:
+        for cell, parts in lists.items():
+            if len(parts) > 1 and all(NUMBER.fullmatch(part.casefold()) for part in parts):
+                raise DataError(f"{where[cell]}: {cell!r} is a list of numbers, not of findings")
+
+    # Words that differ in form only are one class.
+    spelling = spellings(Counter({
+        (cell, part): counts[cell] for cell, parts in lists.items() for part in parts}))
+    labels = sorted(set(spelling.values()))
+    has_lists = any(len(parts) > 1 for parts in lists.values())
+    check_number_of_classes(table, name, len(labels), len(keys),
+                            has_lists or bool(rules.several_rows), rules)
+    index = {label: i for i, label in enumerate(labels)}
+    cells: dict[str, tuple[str, ...]] = {cell: ("",) * len(labels) for cell in counts}
+    for cell, parts in lists.items():
+        present = {index[spelling[part]] for part in parts}
+        if present:
+            cells[cell] = tuple("1" if i in present else "0" for i in range(len(labels)))
+
+    # A number alone is no name of a label.
+    if prefix or any(value_of(label) is not None or NUMBER.fullmatch(label) for label in labels):
+        labels = [f"{name} {label}" for label in labels]
+    kind = "lists of classes" if has_lists else "classes"
+    count = f"{len(labels):,} label{'s' if len(labels) > 1 else ''}"
+    return Column(labels, cells, f"Column {name} holds {kind}: {count}.{merged(spelling)}")
+
+
+def value_of(cell: str) -> str | None:
+    """1, 0, -1 or empty, as the manifest has it; None where a cell is no value of a label."""
+    text = " ".join(cell.casefold().replace("\u2212", "-").split())
+    if NUMBER.fullmatch(text):
+        return {1.0: "1", 0.0: "0", -1.0: "-1"}.get(float(text))
+    return VALUES.get(text)
+
+
+def refuse_what_is_no_class(values: dict[str, str | None], where: dict[str, str],
+                            words: list[str], rules: LabelRules) -> None:
+    """DataError for a word among values, or for a number that is no value.
+
+    values: what each cell says, None for one of the words. where: file, row and column of each."""
+    ask = "; --class-columns takes every cell for the name of a class" if rules.flags else ""
+    others = [cell for cell, value in values.items() if value]
+    if others:
+        raise DataError(f"{where[words[0]]}: {words[0]!r} among values of 1, 0, -1 and blank, "
+                        f"such as {others[0]!r}{ask}")
+    for word in words if rules.flags else ():
+        if NUMBER.fullmatch(word.casefold()):
+            raise DataError(f"{where[word]}: the number {word!r} is none of 1, 0, -1{ask}")
+
+
+def check_number_of_classes(table: Table, name: str, classes: int, images: int,
+                            lists: bool, rules: LabelRules) -> None:
+    """DataError where a column holds more classes than its images can teach.
+
+    A label that is one of a list shares its images with others, so that those may be more."""
+    if classes * images > MOST_CELLS:
+        raise DataError(f"{table.file}, column {name}: {classes:,} classes of {images:,} images "
+                        "are more than fit into memory")
+    most = max(200, images // 10) if lists else most_classes(images)
+    if classes > most and not rules.many_classes:
+        ask = "; --allow many-classes takes them" if rules.flags else ""
+        raise DataError(f"{table.file}, column {name}: {classes:,} classes are more than "
+                        f"{images:,} images can teach{ask}")
+
+
+def most_classes(images: int) -> int:
+    """How many classes images can teach: each needs two of them, and ten where it is one of many.
+
+    Nothing is said of two classes, or of fewer than three images."""
+    return max(2, min(50, images // 2), images // 10)
+
+
+# --------------------------------------------------------------------------------------------------
+# Words.
+
+def form_key(text: str) -> str:
+    """What is equal for two names that differ in case, blanks, "-" and "_" only."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(re.sub(r"[\s_-]+", " ", text).split())
+
+
+def spellings(counts: Counter) -> dict[str, str]:
+    """{word: the commonest spelling of it}, of {(anything, word): how often}."""
+    often: Counter[str] = Counter()
+    for (_, word), count in counts.items():
+        often[word] += count
+    best: dict[str, str] = {}
+    for word in sorted(often, key=lambda word: (-often[word], word)):
+        best.setdefault(form_key(word), word)
+    return {word: best[form_key(word)] for word in often}
+
+
+def merged(spelling: dict[str, str]) -> str:
+    """A sentence on the words that were taken for another one, or nothing."""
+    pairs = [f"{word!r} as {label!r}" for word, label in sorted(spelling.items()) if word != label]
+    more = f", and {len(pairs) - 5:,} more" if len(pairs) > 5 else ""
+    return f" Taken for one: {', '.join(pairs[:5])}{more}." if pairs else ""
+
+
+def read_lists(words: list[str], where: dict[str, str],
+               rules: LabelRules) -> dict[str, list[str]]:
+    """{cell: the words it holds}, of cells that are words or lists of words.
+
+    DataError where it cannot be told how the lists are to be taken apart."""
+    separator = rules.separator
+    if separator == "none":
+        return {word: [word] for word in words}
+
+    # Lists in brackets, as Python, NumPy and JSON write them.
+    bracketed = [word for word in words if BRACKETS.get(word[0]) == word[-1]]
+    if bracketed and len(bracketed) == len(words):
+        return {word: mentioned(bracketed_list(word, where[word], separator)) for word in words}
+
+    # Which separator?
+    found = [mark for mark in SEPARATORS if any(mark in word for word in words)]
+    if not separator and len(found) > 1:
+        raise ask_for_separator(next(word for word in words if found[1] in word), where)
+    separator = separator or "".join(found)
+    if not separator:
+        refuse_hidden_lists(words, where)
+        return {word: [word] for word in words}
+    return {word: mentioned(word.split(separator)) for word in words}
+
+
+def mentioned(parts: Iterable[str]) -> list[str]:
+    """The words of a list, without the quotes and blanks around them and without empty ones."""
+    words = [part.strip().strip("'\"").strip() for part in parts]
+    return [" ".join(word.split()) for word in words if value_of(word) != ""]
+
+
+def bracketed_list(cell: str, where: str, separator: str) -> list[str]:
+    """The words of `['a', 'b']`, `["a" "b"]` or `[a, b]`."""
+    inner = cell[1:-1]
+    if separator:
+        return inner.split(separator)
+    if "'" not in inner and '"' not in inner:
+        return re.split(r"[,;|]", inner)
+    # What is left between the quoted words can only be commas and blanks.
+    if re.sub(r"[\s,;|]", "", QUOTED.sub("", inner)):
+        raise DataError(f"{where}: the list {cell!r} cannot be taken apart")
+    return [one or other for one, other in QUOTED.findall(inner)]
+
+
+def refuse_hidden_lists(words: list[str], where: dict[str, str]) -> None:
+    """DataError for words that look like lists by a separator that is not taken unasked."""
+    for word in words:
+        if "," in word or word[0] in BRACKETS and BRACKETS[word[0]] == word[-1]:
+            raise ask_for_separator(word, where)
+    known = {form_key(word) for word in words}
+    for mark in SUSPECTS:
+        parts_of = {word: [form_key(part) for part in word.split(mark)]
+                    for word in words if mark in word}
+        often = Counter(part for parts in parts_of.values() for part in set(parts))
+        for word, parts in parts_of.items():
+            if any(part and (part in known or often[part] > 1) for part in parts):
+                raise ask_for_separator(word, where)
+    # Mass, Nodule, and Mass Nodule; a class of several words rarely has one for
+    # each of them.
+    for word in words:
+        parts = form_key(word).split()
+        if len(parts) > 1 and known.issuperset(parts):
+            raise ask_for_separator(word, where)
+
+
+def ask_for_separator(word: str, where: dict[str, str]) -> DataError:
+    """The error for a word that may be a list."""
+    return DataError(f"{where[word]}: {word!r} may be a list: --label-separator says what "
+                     "separates its words, and --label-separator none takes it whole")
