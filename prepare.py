@@ -38,8 +38,8 @@ from PIL import Image
 
 from dicom import dicom_flags, dicom_items, read_dicom
 from radiograph import (
-    MIN_SIDE, ImageSettings, Reader, blank_reason, find_files, in_parallel, load_image, read_image,
-    reason)
+    MIN_SIDE, Found, ImageSettings, Reader, blank_reason, find_files, in_parallel, load_image,
+    read_image, reason)
 from sources import (
     Item, Source, chexpert_flags, chexpert_items, demo_flags, demo_items, folder_flags,
     folder_items, nih_items, read_phantom, read_table)
@@ -123,6 +123,10 @@ def assign_splits(source: Source, args: argparse.Namespace) -> None:
 # --------------------------------------------------------------------------------------------------
 # Images: read, finished and written by a pool of processes.
 
+# Bytes of a file's name: file systems take 255, of which `.tmp` is needed while it is written.
+LONGEST_NAME = 251
+
+
 @dataclass(frozen=True)
 class Conversion:
     """From where to where, and how, the images of a run are converted."""
@@ -135,19 +139,30 @@ class Conversion:
 def convert(item: Item, conversion: Conversion) -> str:
     """Read one item and write its JPEG; "" or the reason why there is none.
 
-    OSError where --out cannot be written: that ends the run."""
+    What its reader had to decide becomes the JPEG's comment: there a run that is continued finds
+    it. OSError where --out cannot be written: that ends the run."""
+    target = conversion.out / item.path
+    if len(os.fsencode(target.name)) > LONGEST_NAME:
+        return f"its name would be longer than {LONGEST_NAME} bytes"
     try:
-        image = load_image(conversion.src / item.source, conversion.read, conversion.settings)
+        image, notes = load_image(
+            conversion.src / item.source, conversion.read, conversion.settings)
     except DataError as error:
         return str(error)
     image.info.clear()              # or Pillow copies the source's comment and resolution
     jpeg = io.BytesIO()             # whole in memory before the first byte is written to disk
-    image.save(jpeg, "JPEG", quality=conversion.settings.quality)
-    target = conversion.out / item.path
+    comment = {"comment": "\n".join(notes)} if notes else {}
+    image.save(jpeg, "JPEG", quality=conversion.settings.quality, **comment)
     target.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(target, sync=False) as file:
         file.write(jpeg.getvalue())
     return ""
+
+
+def notes_of(file: Path) -> list[str]:
+    """What was decided about an image that convert wrote."""
+    with Image.open(file) as image:
+        return image.info.get("comment", b"").decode().splitlines()
 
 
 def write_images(source: Source, args: argparse.Namespace) -> None:
@@ -168,6 +183,14 @@ def write_images(source: Source, args: argparse.Namespace) -> None:
     failed = {item.source: why for item, why in zip(todo, reasons, strict=True) if why}
     source.items = [item for item in source.items if item.source not in failed]
     source.rejected = sorted([*source.rejected, *failed.items()])
+
+    # What had to be decided about images, and how often: `window not used: 12, it would …`.
+    if args.source == "dicom":
+        notes = in_parallel(notes_of, [args.out / item.path for item in source.items],
+                            args.workers, "notes")
+        for note, count in sorted(Counter(sum(notes, [])).items()):
+            what, _, why = note.partition(": ")
+            source.notes.append(f"{what[:1].upper()}{what[1:]}: {count:,}, {why}.")
 
     # The names of a hospital's files are for the hospital only: there the list lies beside the
     # data folder, which may be handed on.
@@ -195,8 +218,9 @@ def prepare(args: argparse.Namespace) -> None:
     Whatever is wrong with the source is found before anything is written."""
     check_out(args)
     with lock_folder(args.out):
-        files = find_files(args.src) if "src" in args else []
-        source = SOURCES[args.source].items(args, files)
+        found = find_files(args.src) if "src" in args else Found([], [])
+        source = SOURCES[args.source].items(args, found.files)
+        source.rejected += [(path, "a named pipe, a socket or a device") for path in found.special]
         check_source(source, args)
         assign_splits(source, args)
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 import phantom
 from manifest import LABEL_VALUES, DataError, number_within
-from radiograph import EXTENSIONS, ImageSettings
+from radiograph import EXTENSIONS, ImageSettings, Reading
 
 NIH_FINDINGS = [
     "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
@@ -201,10 +201,10 @@ def demo_items(args: argparse.Namespace, files: list[str]) -> Source:
     return source
 
 
-def read_phantom(file: Path, settings: ImageSettings) -> Image.Image:
+def read_phantom(file: Path, settings: ImageSettings) -> Reading:
     """The phantom that seed/patient/image names. There is no such file: it is computed."""
     seed, patient, image = map(int, file.parts)
-    return Image.fromarray(phantom.phantom(seed, patient, image, settings.size))
+    return Reading(Image.fromarray(phantom.phantom(seed, patient, image, settings.size)))
 
 
 # --------------------------------------------------------------------------------------------------
