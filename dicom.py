@@ -25,6 +25,9 @@ from radiograph import ImageSettings, Reading, eight_bits, in_parallel, reason
 from sources import Item, Source, read_labels, read_table
 
 
+SUFFIXES = (".dcm", ".dicom", ".dic", ".ima")       # of DICOM files, if they have one
+
+
 class Identity(NamedTuple):
     """The elements that say who, which examination and which image, by their DICOM keywords."""
     PatientID: str
@@ -84,6 +87,26 @@ def read_identity(file: Path, modalities: Sequence[str], max_megapixels: float,
         return "not a DICOM file"
     except Exception as error:          # a damaged header may make pydicom raise anything
         return reason(error)
+
+
+def is_dicom(file: Path) -> bool:
+    """Whether a file is to be read as DICOM, by its suffix or its first bytes. It is not opened
+    where it is no regular file."""
+    if file.suffix.lower() in SUFFIXES:
+        return True
+    if not file.is_file():
+        return False
+    with open(file, "rb") as stream:
+        return stream.read(132)[128:] == b"DICM"
+
+
+def read_radiograph(file: Path, settings: ImageSettings, modalities: Sequence[str]) -> Reading:
+    """read_dicom, after the same checks as for a data folder; who it is of does not matter."""
+    try:
+        check_header(open_dicom(file, pixels=False), modalities, settings.max_megapixels)
+    except InvalidDicomError as error:
+        raise DataError("not a DICOM file") from error
+    return read_dicom(file, settings)
 
 
 def check_header(header, modalities: Sequence[str], max_megapixels: float) -> None:
@@ -422,9 +445,6 @@ def dicom_items(args: argparse.Namespace, files: list[str]) -> Source:
     if args.patient_from != "header":
         source.notes.append(patient_note(patients_of, args.patient_from))
     return source
-
-
-SUFFIXES = (".dcm", ".dicom", ".dic", ".ima")       # of DICOM files, if they have one
 
 
 def without_suffix(file: str) -> str:

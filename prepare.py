@@ -162,7 +162,18 @@ def convert(item: Item, conversion: Conversion) -> str:
 def notes_of(file: Path) -> list[str]:
     """What was decided about an image that convert wrote."""
     with Image.open(file) as image:
-        return image.info.get("comment", b"").decode().splitlines()
+        return image.info.get("comment", b"").decode(errors="replace").splitlines()
+
+
+def count_notes(files: list[Path], workers: int) -> list[str]:
+    """Sentences on what was decided about images that convert wrote, and how often:
+    `Window not used: 12, it would have made most of the image white.`"""
+    notes = in_parallel(notes_of, files, workers, "notes")
+    sentences = []
+    for note, count in sorted(Counter(note for of_one in notes for note in of_one).items()):
+        what, _, why = note.partition(": ")
+        sentences.append(f"{what[:1].upper()}{what[1:]}: {count:,}, {why}.")
+    return sentences
 
 
 def write_images(source: Source, args: argparse.Namespace) -> None:
@@ -184,13 +195,9 @@ def write_images(source: Source, args: argparse.Namespace) -> None:
     source.items = [item for item in source.items if item.source not in failed]
     source.rejected = sorted([*source.rejected, *failed.items()])
 
-    # What had to be decided about images, and how often: `window not used: 12, it would …`.
+    # What had to be decided about images of which a header says how they are to be seen.
     if args.source == "dicom":
-        notes = in_parallel(notes_of, [args.out / item.path for item in source.items],
-                            args.workers, "notes")
-        for note, count in sorted(Counter(sum(notes, [])).items()):
-            what, _, why = note.partition(": ")
-            source.notes.append(f"{what[:1].upper()}{what[1:]}: {count:,}, {why}.")
+        source.notes += count_notes([args.out / item.path for item in source.items], args.workers)
 
     # The names of a hospital's files are for the hospital only: there the list lies beside the
     # data folder, which may be handed on.

@@ -31,6 +31,8 @@ from manifest import DataError
 FORMATS = ("PNG", "JPEG", "JPEG2000", "TIFF", "BMP", "PPM", "WEBP")
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".jp2", ".tif", ".tiff", ".bmp", ".pgm", ".ppm", ".webp")
 
+TIFF_TAGS = {"BitsPerSample": 258, "PhotometricInterpretation": 262, "SampleFormat": 339}
+
 MIN_SIDE = 32           # pixels; anything smaller is an icon
 MIN_RANGE = 16          # gray levels; an image with fewer is blank, or 12-bit data taken for 16
 
@@ -112,6 +114,7 @@ def read_image(file: Path, settings: ImageSettings) -> Reading:
         if frames > 1 and image.format != "MPO":    # an MPO is a photo with its preview
             raise DataError(f"{frames} frames")
         white_is_zero = image.format == "TIFF" and is_white_zero(image)
+        is_unsigned = image.format == "TIFF" and tiff_values(image, "SampleFormat") in ((), (1,))
 
         # A JPEG is decoded as luma only, and at 1/2, 1/4 or 1/8 where that is still twice the
         # size wanted. Other formats ignore this.
@@ -120,7 +123,10 @@ def read_image(file: Path, settings: ImageSettings) -> Reading:
 
         # I;16, I;16B, I and F: Pillow's own conversion to L would clip at 255.
         if image.mode.startswith(("I", "F")):
-            levels = np.asarray(image, np.float32)                      # (H, W)
+            pixels = np.asarray(image)                                  # (H, W)
+            if image.mode == "I" and is_unsigned:
+                pixels = pixels.view(np.uint32)     # of 32 bits, which Pillow takes for signed
+            levels = pixels.astype(np.float32)
             if not np.isfinite(levels).all():
                 raise DataError("some of its gray levels are infinite or no number")
             # Pillow inverts such an image of 8 bits, and no other.
@@ -135,13 +141,19 @@ def read_image(file: Path, settings: ImageSettings) -> Reading:
 
 def is_white_zero(image) -> bool:
     """Whether the gray levels of a TIFF run from white to black; DataError where it is unknown."""
-    PHOTOMETRIC, BITS, SAMPLE_FORMAT, SIGNED = 262, 258, 339, 2
-    tags = image.tag_v2
-    if PHOTOMETRIC not in tags:
+    photometric = tiff_values(image, "PhotometricInterpretation")
+    if not photometric:
         raise DataError("PhotometricInterpretation is missing: white may be 0 or the highest level")
-    if SIGNED in tags.get(SAMPLE_FORMAT, ()) and 8 in tags.get(BITS, ()):
-        raise DataError("signed gray levels of 8 bits")     # Pillow would take -1 for 255
-    return tags[PHOTOMETRIC] == 0
+    # Pillow would take -1 for 255.
+    if 2 in tiff_values(image, "SampleFormat") and 8 in tiff_values(image, "BitsPerSample"):
+        raise DataError("signed gray levels of 8 bits")
+    return photometric == (0,)
+
+
+def tiff_values(image, name: str) -> tuple:
+    """The values of a TIFF's tag; () where it is missing."""
+    value = image.tag_v2.get(TIFF_TAGS[name], ())
+    return value if isinstance(value, tuple) else (value,)
 
 
 def what_it_is(file: Path) -> str:
