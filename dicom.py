@@ -17,6 +17,7 @@ import numpy as np
 import pydicom
 from PIL import Image
 from pydicom.errors import InvalidDicomError
+from pydicom.pixels import pixel_array
 from pydicom.pixels.processing import apply_modality_lut, apply_voi, apply_windowing
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
@@ -199,7 +200,7 @@ def read_dicom(file: Path, settings: ImageSettings) -> Reading:
     if "PixelData" not in dataset and "FloatPixelData" not in dataset:
         raise DataError("there is no pixel data in it")
     notes: list[str] = []
-    stored = dataset.pixel_array                                        # (H, W)
+    stored = pixel_array(dataset, correct_unused_bits=False)            # (H, W)
     raw = without_overlay(stored, dataset, notes)                       # (H, W)
     padding = padding_of(stored, raw, dataset)                          # (H, W) bool
     if padding.all():
@@ -234,7 +235,7 @@ def without_overlay(stored: np.ndarray, dataset, notes: list[str]) -> np.ndarray
     if high == bits - 1:
         if np.array_equal(own, stored):
             return stored
-        if roughness(own) >= roughness(stored):
+        if roughness(own) > roughness(stored):
             notes.append("BitsStored not believed: the image needs more bits")
             return stored
     notes.append("bits outside BitsStored removed: they hold no gray levels")

@@ -106,7 +106,7 @@ def find_inputs(data: Path) -> Inputs:
     found = find_files(data)
     paths = [path for path in found.files if is_input(data / path)]
     if not paths:
-        raise DataError(f"{data} has no manifest.csv and no image ({{', '.join(EXTENSIONS)}) and no "
+        raise DataError(f"{data} has no manifest.csv and no image ({', '.join(EXTENSIONS)}) or "
                         "DICOM file")
     passed_over = sorted({*found.files, *found.special} - {*paths})
     return Inputs(data, paths, passed_over, listed=False)
@@ -142,24 +142,30 @@ def jpeg_name(path: str) -> str:
 
 
 def is_made_already(file: Path, settings: ImageSettings, listed: bool) -> bool:
-    """Whether an image is a JPEG of a data folder, or just as prepare.py would write it.
+    """Whether an image is one of a data folder (`listed`), or just as prepare.py would write it:
+    written again it would differ in the last bit.
 
-    Written again it would differ in the last bit. It is decoded, so that the loader meets no
-    broken one: then the decoder's exception is raised."""
-    if not file.is_file() or is_dicom(file):
+    It is decoded, so that the loader meets no broken one. DataError, or whatever a decoder raises,
+    where that is impossible."""
+    if not listed and (file.suffix.lower() not in (".jpg", ".jpeg") or not file.is_file()):
         return False
     try:
         image = Image.open(file, formats=FORMATS)
     except Image.UnidentifiedImageError:
         return False                    # convert will say what it is
     with image:
-        if image.format != "JPEG":
-            return False
-        made = (image.mode == "L" and MIN_SIDE <= min(image.size) <= settings.size
-                and not image.getexif() and quantization(image) == tables_of(settings.quality))
-        if listed or made:
-            image.load()
-        return listed or made
+        if not listed:
+            as_written = (
+                image.format == "JPEG" and image.mode == "L" and not image.getexif()
+                and MIN_SIDE <= min(image.size) <= settings.size
+                and quantization(image) == tables_of(settings.quality))
+            if not as_written:
+                return False
+        if image.mode.startswith(("I", "F")):
+            raise DataError("more than 8 bits a pixel, in a data folder: `prepare.py folder` "
+                            "brings such images to 8")
+        image.load()
+        return True
 
 
 def quantization(image: Any) -> dict[int, list[int]]:

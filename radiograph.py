@@ -133,7 +133,7 @@ def read_image(file: Path, settings: ImageSettings) -> Reading:
             return Reading(Image.fromarray(levels.max() - levels if white_is_zero else levels))
         if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or (
                 image.mode == "P" and "transparency" in image.info):
-            if image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+            if np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
                 raise DataError("transparent in part: what is to be seen there is unknown")
         # 1, P, RGB, RGBA, LA and CMYK become luma.
         return Reading(image if image.mode == "L" else image.convert("L"))
