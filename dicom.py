@@ -17,8 +17,8 @@ import numpy as np
 import pydicom
 from PIL import Image
 from pydicom.errors import InvalidDicomError
-from pydicom.pixels import pixel_array
 from pydicom.pixels.processing import apply_modality_lut, apply_voi, apply_windowing
+from pydicom.pixels.utils import pixel_array
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from manifest import DataError
@@ -60,6 +60,7 @@ def open_dicom(file: Path, pixels: bool = True) -> pydicom.FileDataset:
             is_image = False
         if not is_image:
             raise
+    # How the pixels are stored was lost with those bytes, but the elements are stored alike.
     if "TransferSyntaxUID" not in dataset.file_meta:
         implicit, little = dataset.original_encoding
         dataset.file_meta.TransferSyntaxUID = (
@@ -200,17 +201,22 @@ def read_dicom(file: Path, settings: ImageSettings) -> Reading:
     if "PixelData" not in dataset and "FloatPixelData" not in dataset:
         raise DataError("there is no pixel data in it")
     notes: list[str] = []
+
+    # The pixels of the radiograph, without what else may lie in them.
     stored = pixel_array(dataset, correct_unused_bits=False)            # (H, W)
     raw = without_overlay(stored, dataset, notes)                       # (H, W)
     padding = padding_of(stored, raw, dataset)                          # (H, W) bool
     if padding.all():
         raise DataError("all of it is padding")
+
+    # Which end is white. A file that says two things is believed where all programs look.
     inverse = dataset.PhotometricInterpretation == "MONOCHROME1"
     if dataset.get("PresentationLUTShape") == ("IDENTITY" if inverse else "INVERSE"):
         notes.append("PresentationLUTShape not used: it contradicts PhotometricInterpretation")
     levels = rescaled(raw, dataset, notes)                              # (H, W) float32
     plain = as_seen(levels, inverse, padding)                           # (H, W) float32
 
+    # A table or a window, whichever can be used first; else radiograph.finish picks percentiles.
     for name, apply in (("VOI LUT", apply_table), ("window", apply_window)):
         try:
             windowed = apply(levels, dataset)
@@ -232,6 +238,7 @@ def without_overlay(stored: np.ndarray, dataset, notes: list[str]) -> np.ndarray
     # Up to the highest bit of the type, and down again: a signed number keeps its sign.
     total = 8 * stored.itemsize
     own = np.left_shift(stored, total - 1 - high) >> (total - bits)
+    # The bits are in their usual place: is there anything above them, and is it of the image?
     if high == bits - 1:
         if np.array_equal(own, stored):
             return stored
@@ -250,6 +257,7 @@ def roughness(levels: np.ndarray) -> float:
 
 def padding_of(stored: np.ndarray, raw: np.ndarray, dataset) -> np.ndarray:
     """Which pixels (H, W) are padding around the radiograph, by the header."""
+    # One value, or all from one to another, whichever of them is written first.
     first = number(dataset, "PixelPaddingValue")
     if first is None:
         return np.zeros(raw.shape, bool)
@@ -315,6 +323,7 @@ def apply_window(levels: np.ndarray, dataset) -> np.ndarray | None:
     keywords = ("WindowCenter", "WindowWidth")
     if not any(is_filled(dataset, keyword) for keyword in keywords):
         return None
+    # A centre without a width may belong to a width that was lost: better no window at all.
     center, width = (number(dataset, keyword) for keyword in keywords)
     if center is None or width is None:
         raise DataError("its centre or width is missing or no number")
@@ -340,6 +349,7 @@ def check_saturation(image: np.ndarray, plain: np.ndarray, padding: np.ndarray) 
     """DataError where a window leaves most of an image (H, W) uint8 white or black.
 
     plain: (H, W), its levels without the window."""
+    # A collimated border is black and burnt-out skin white under any window.
     inner = ~padding & (plain > plain.min()) & (plain < plain.max())
     if not inner.any():
         return

@@ -125,6 +125,8 @@ def assign_splits(source: Source, args: argparse.Namespace) -> None:
 
 # Bytes of a file's name: file systems take 255, of which `.tmp` is needed while it is written.
 LONGEST_NAME = 251
+# Begins a line of a JPEG's comment that says what was decided about the image.
+NOTE = "prepare.py: "
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def convert(item: Item, conversion: Conversion) -> str:
         return str(error)
     image.info.clear()              # or Pillow copies the source's comment and resolution
     jpeg = io.BytesIO()             # whole in memory before the first byte is written to disk
-    comment = {"comment": "\n".join(notes)} if notes else {}
+    comment = {"comment": "".join(f"{NOTE}{note}\n" for note in notes)} if notes else {}
     image.save(jpeg, "JPEG", quality=conversion.settings.quality, **comment)
     target.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(target, sync=False) as file:
@@ -162,7 +164,8 @@ def convert(item: Item, conversion: Conversion) -> str:
 def notes_of(file: Path) -> list[str]:
     """What was decided about an image that convert wrote."""
     with Image.open(file) as image:
-        return image.info.get("comment", b"").decode(errors="replace").splitlines()
+        lines = image.info.get("comment", b"").decode(errors="replace").splitlines()
+    return [line.removeprefix(NOTE) for line in lines if line.startswith(NOTE)]
 
 
 def count_notes(files: list[Path], workers: int) -> list[str]:
