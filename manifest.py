@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import csv
 import fcntl
+import functools
 import os
 import signal
 import sys
@@ -179,6 +180,18 @@ class Manifest:
         if not len(index):
             raise DataError(f"{self.folder / 'manifest.csv'} has no image in the {split} split")
         return index
+
+    def encoded_paths(self, images: np.ndarray) -> list[np.ndarray]:
+        """The full paths of some images as the bytes that the file system knows, uint8."""
+        text, start = self._encoded
+        return [text[i:j] for i, j in zip(start[images].tolist(), start[images + 1].tolist())]
+
+    @functools.cached_property
+    def _encoded(self) -> tuple[np.ndarray, np.ndarray]:
+        """All paths in one array, and where each of them starts in it, (N + 1,)."""
+        paths = [os.fsencode(f"{self.folder}/{path}") for path in self.paths]
+        start = np.concatenate([[0], np.cumsum([len(path) for path in paths])])
+        return np.frombuffer(b"".join(paths), np.uint8), start
 
 
 def read_manifest(folder: str | Path) -> Manifest:

@@ -10,6 +10,8 @@ from which the same command goes on after any interruption as though there had b
 and log.jsonl, config.json and TensorBoard's event files. A last.pt that is copied into a
 new run folder starts the run there, with other flags if you like.
 """
+# pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportArgumentType=false
+# The type stubs of PyTorch do not know its operations on lists of tensors, torch._foreach_*.
 import contextlib
 import dataclasses
 import hashlib
@@ -137,27 +139,37 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One step of all parameters, by operations on lists of tensors: on a GPU that is a
+        dozen launches instead of six for each parameter."""
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                gradient = p.grad
-                # Weights: decay, and a step in proportion to the weight's own norm.
-                if p.ndim > 1:
-                    gradient = gradient.add(p, alpha=group["weight_decay"])
-                    weight_norm, gradient_norm = p.norm(), gradient.norm()
-                    # A weight or gradient of zero has no such proportion: its step stays as
-                    # it is.
-                    scale = torch.where(
-                        (weight_norm > 0) & (gradient_norm > 0),
-                        group["trust"] * weight_norm / gradient_norm, 1.0)
-                    gradient = gradient * scale
-                # All parameters: momentum.
+            trained = [p for p in group["params"] if p.grad is not None]
+            for p in trained:
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum_buffer"]
-                momentum.mul_(group["momentum"]).add_(gradient)
-                p.add_(momentum, alpha=-group["lr"])
+            weights = [p for p in trained if p.ndim > 1]
+            biases = [p for p in trained if p.ndim <= 1]
+            if weights:
+                self._update(weights, self._adapted(weights, group), group)
+            if biases:
+                self._update(biases, [p.grad for p in biases], group)
+
+    def _adapted(self, weights: list[Tensor], group: dict) -> list[Tensor]:
+        """Gradients with weight decay, each scaled to the norm of its weight."""
+        gradients = torch._foreach_add(
+            [p.grad for p in weights], weights, alpha=group["weight_decay"])
+        weight_norms = torch.stack(torch._foreach_norm(weights))
+        gradient_norms = torch.stack(torch._foreach_norm(gradients))
+        # A weight or gradient of zero has no proportion: its gradient stays as it is.
+        scales = torch.where((weight_norms > 0) & (gradient_norms > 0),
+                             group["trust"] * weight_norms / gradient_norms, 1.0)
+        torch._foreach_mul_(gradients, list(scales.unbind()))
+        return gradients
+
+    def _update(self, parameters: list[Tensor], gradients: list, group: dict) -> None:
+        momenta = [self.state[p]["momentum_buffer"] for p in parameters]
+        torch._foreach_mul_(momenta, group["momentum"])
+        torch._foreach_add_(momenta, gradients)
+        torch._foreach_add_(parameters, momenta, alpha=-group["lr"])
 
 
 class Training:
@@ -327,9 +339,6 @@ def probe(training: Training, compute: Compute, manifest: Manifest,
     Each label of val is predicted by the nearest neighbours in train, see `knn_auroc`;
     first comes the mean over the labels, as `probe/auroc`."""
     config, encoder = training.config, training.net.encoder
-    # On a CPU each process has statistics of its own; the features must come from one
-    # network.
-    compute.share_buffers(training.net)
     features, labels = [], []
     for split in ("train", "val"):
         # The same random images every time, so that two points of the curve can be
@@ -403,8 +412,6 @@ def introduce(training: Training, schedule: Schedule, compute: Compute) -> None:
         f"({config.batch_size // compute.world_size} a process)")
     say(f"{config.optimizer}, learning rate {training.peak_lr:.3g} = {config.lr:g} x "
         f"{config.batch_size} / 256")
-    if compute.world_size > 1 and not compute.cuda:
-        say("batch norm sees each process's images alone: there is no SyncBatchNorm on a CPU")
     if not schedule.probes:
         say("no probe of the features: it needs --probe-every, labels and a val split")
     if training.step:

@@ -8,6 +8,7 @@ have to repeat from another script stands here.
 import argparse
 import contextlib
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -31,6 +32,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
+
+from syncbn import SyncBatchNorm
 
 
 class CheckpointError(DataError):
@@ -139,6 +142,12 @@ def _default_text(default: Any) -> str:
 # --------------------------------------------------------------------------------------------------
 # Processes, device, precision.
 
+# Batch norm's statistics are the same on all processes, so that nobody has to send them. The
+# argument that says so has got another name in newer versions of PyTorch.
+BUFFERS = inspect.signature(DistributedDataParallel).parameters.keys() & {"forward_sync_buffers"}
+KEEP_BUFFERS: dict[str, Any] = dict.fromkeys(BUFFERS or {"broadcast_buffers"}, False)
+
+
 @dataclasses.dataclass(frozen=True)
 class Compute:
     """Where this process computes, and its place among the processes that torchrun
@@ -199,33 +208,18 @@ class Compute:
         return -smallest_negated == largest
 
     def place(self, net: nn.Module) -> Any:
-        """A network on this process's device, with batch norm over all processes on
-        GPUs.
-
-        PyTorch has no SyncBatchNorm for a CPU; there each process normalises its own
-        images."""
+        """A network on this process's device, with batch norm over the images of all processes."""
+        if self.world_size > 1:
+            SyncBatchNorm.replace_in(net)
         net = net.to(device=self.device)
-        net = net.to(memory_format=torch.channels_last)     # pyright: ignore[reportCallIssue]
-        if self.world_size > 1 and self.cuda:
-            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-        return net
+        return net.to(memory_format=torch.channels_last)    # pyright: ignore[reportCallIssue]
 
     def data_parallel(self, net: Any) -> Any:
-        """The network for the training step: backward() averages gradients over all
-        processes."""
+        """The network for the training step: backward() averages gradients over all processes."""
         if self.world_size == 1:
             return net
-        return DistributedDataParallel(
-            net, device_ids=[self.device.index] if self.cuda else None,
-            gradient_as_bucket_view=True,
-            broadcast_buffers=not self.cuda)                # SyncBatchNorm's are equal already
-
-    def share_buffers(self, net: nn.Module) -> None:
-        """Give all processes the first one's batch norm statistics. On a CPU they
-        differ."""
-        if self.world_size > 1:
-            for buffer in net.buffers():
-                dist.broadcast(buffer, 0)
+        return DistributedDataParallel(net, device_ids=[self.device.index] if self.cuda else None,
+                                       gradient_as_bucket_view=True, **KEEP_BUFFERS)
 
 
 def start(config: RunConfig, timeout: timedelta) -> Compute:

@@ -10,7 +10,8 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from dali_pipeline import (
-    Augmentation, Preprocessing, batch_at, eval_loader, train_loader, view_parameters)
+    VIEW, Augmentation, Preprocessing, _uniform_numbers, batch_at, eval_loader, train_loader,
+    view_parameters)
 from manifest import ImageError, read_manifest
 from model import MEAN, STD
 
@@ -30,6 +31,25 @@ def test_every_epoch_shows_every_image_once(n, batch_size):
     assert index[:n].tolist() != index[n:2 * n].tolist() or n < 8                   # another order
     another_seed = np.concatenate([batch_at(s, batch_size, images, 1)[1] for s in range(3 * n)])
     assert index.tolist() != another_seed.tolist()
+
+
+def test_random_numbers_are_numpys_philox():
+    """One object of NumPy's for each image and view, with the largest seed and indices, too."""
+    epochs, images = np.array([0, 1, 99, 2**40]), np.array([0, 7, 10**6, 2**62])
+    for seed, view in ((0, 0), (5, 1), (2**63 - 1, 3)):
+        for column, epoch, image in zip(_uniform_numbers(seed, epochs, images, view).T,
+                                        epochs.tolist(), images.tolist()):
+            philox = np.random.Philox(key=[seed, VIEW], counter=[0, view, image, epoch])
+            assert column.tolist() == np.random.Generator(philox).random(9).tolist()
+
+
+def test_a_part_of_a_batch_is_that_part():
+    images = np.arange(10) * 3
+    for step in range(8):                           # some of them across two epochs, or three
+        epochs, index = batch_at(step, 12, images, 0)
+        for part in (slice(0, 4), slice(4, 12), slice(11, 12)):
+            own_epochs, own = batch_at(step, 12, images, 0, part)
+            assert (own_epochs == epochs[part]).all() and (own == index[part]).all()
 
 
 def test_views_depend_on_seed_epoch_image_and_view_alone():

@@ -10,14 +10,15 @@ from conftest import ROOT, SMALL, run, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
-@pytest.fixture(scope="module")
-def steps(data, tmp_path_factory):
-    """{W: {key: per step, W processes' values}} for one, two and four processes at the same global
-    batch."""
-    recorded = {}
+@pytest.fixture(scope="module", params=["frozen", "live"])
+def steps(request, data, tmp_path_factory):
+    """{W: {key: per step, W processes' values}} for one, two and four processes at the same
+    global batch, with batch norm frozen and live."""
+    recorded = {"batch norm": request.param}
     for world_size in (1, 2, 4):
         out = tmp_path_factory.mktemp(f"w{world_size}")
-        code, output = run(ROOT / "tests/ddp_steps.py", data, out, processes=world_size)
+        code, output = run(ROOT / "tests/ddp_steps.py", data, out, request.param,
+                           processes=world_size)
         assert code == 0, output
         ranks = [torch.load(out / f"{rank}.pt") for rank in range(world_size)]
         recorded[world_size] = {key: [[rank[step][key] for rank in ranks] for step in range(6)]
@@ -37,6 +38,9 @@ def test_processes_see_the_same_and_learn_the_same(steps, world_size):
         reference = one["gradient"][step][0]
         for gradient in many["gradient"][step]:
             assert (gradient - reference).norm() < 1e-4 * reference.norm()
+        for statistics in many["statistics"][step]:
+            assert torch.equal(statistics, many["statistics"][step][0])         # nobody's differ
+            assert (statistics - one["statistics"][step][0]).abs().max() < 1e-5
 
 
 def test_eight_processes_write_one_run(data, tmp_path):

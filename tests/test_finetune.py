@@ -39,7 +39,8 @@ def one_thread():
 
 @pytest.fixture(scope="module", autouse=True)
 def control_c():
-    """A shell starts what runs in the background with SIGINT ignored, and processes inherit that."""
+    """A shell starts what runs in the background with SIGINT ignored, and processes inherit
+    that."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from loss import chance_level, diagnostics, nt_xent
+from loss import _anchors_and_keys, _blocks, chance_level, diagnostics, nt_xent
 
 
 def definition(z1, z2, temperature):
@@ -30,6 +30,24 @@ def test_loss_and_gradient_are_those_of_the_definition(n, temperature):
     loss.backward()
     assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
     assert (z32.grad - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9
+
+
+def test_many_pairs_are_the_same_in_blocks():
+    """So many that the similarities do not fit into one block; written out in float64."""
+    torch.manual_seed(0)
+    z = torch.randn(2, 700, 16, dtype=torch.float64, requires_grad=True)
+    anchors = torch.nn.functional.normalize(z.flatten(0, 1), dim=1)
+    logits = (anchors @ anchors.T / 0.07).fill_diagonal_(-torch.inf)
+    reference = torch.nn.functional.cross_entropy(logits, torch.arange(1400).roll(700))
+    gradient, = torch.autograd.grad(reference, z)
+    z32 = z.detach().float().requires_grad_()
+    assert len(_blocks(_anchors_and_keys(*z32))) > 1
+    loss = nt_xent(*z32, 0.07)
+    (3 * loss).backward()
+    assert loss.item() == pytest.approx(reference.item(), rel=1e-6)
+    assert (z32.grad - 3 * gradient).norm() < 1e-5 * gradient.norm()
+    nearest = logits.argmax(1) == torch.arange(1400).roll(700)
+    assert diagnostics(*z32)["top1"].item() == pytest.approx(nearest.float().mean().item())
 
 
 def test_collapsed_projections_score_the_chance_level():
