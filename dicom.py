@@ -19,7 +19,7 @@ from PIL import Image
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels.processing import apply_modality_lut, apply_voi, apply_windowing
 from pydicom.pixels.utils import pixel_array
-from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from manifest import DataError
 from radiograph import ImageSettings, Reading, eight_bits, in_parallel, reason
@@ -98,8 +98,11 @@ def is_dicom(file: Path) -> bool:
         return True
     if not file.is_file():
         return False
-    with open(file, "rb") as stream:
-        return stream.read(132)[128:] == b"DICM"
+    try:
+        with open(file, "rb") as stream:
+            return stream.read(132)[128:] == b"DICM"
+    except OSError:                     # whoever needs the file will report that
+        return False
 
 
 def read_radiograph(file: Path, settings: ImageSettings, modalities: Sequence[str]) -> Reading:
@@ -132,7 +135,8 @@ def check_header(header, modalities: Sequence[str], max_megapixels: float) -> No
         raise DataError(f"in colour ({header.PhotometricInterpretation})")
     if header.BitsAllocated == 1:
         raise DataError("1 bit a pixel: a mask and no radiograph")
-    if header.get("PresentationIntentType") == "FOR PROCESSING":
+    kind = UID(str(header.get("SOPClassUID") or "")).name
+    if header.get("PresentationIntentType") == "FOR PROCESSING" or kind.endswith("For Processing"):
         raise DataError("FOR PROCESSING: raw data of the detector, in which bone may be black")
     if header.Rows * header.Columns > max_megapixels * 1e6:
         raise DataError(f"{header.Columns} x {header.Rows} pixels are more than --max-megapixels")
@@ -349,7 +353,7 @@ def check_saturation(image: np.ndarray, plain: np.ndarray, padding: np.ndarray) 
     """DataError where a window leaves most of an image (H, W) uint8 white or black.
 
     plain: (H, W), its levels without the window."""
-    # A collimated border is black and burnt-out skin white under any window.
+    # The darkest and the brightest pixels would be black and white under any window.
     inner = ~padding & (plain > plain.min()) & (plain < plain.max())
     if not inner.any():
         return

@@ -204,7 +204,8 @@ def images_folder(out: Path, resources: contextlib.ExitStack) -> Path:
 
 def suffix_counts(paths: list[str]) -> str:
     """`3 files (2 .txt, 1 without a suffix)`."""
-    counts = Counter(Path(path).suffix.lower() or "without a suffix" for path in paths)
+    suffixes = [Path(path).suffix.lower() or "without a suffix" for path in paths]
+    counts = Counter(suffix.encode("ascii", "backslashreplace").decode() for suffix in suffixes)
     return f"{len(paths):,} files ({', '.join(f'{n:,} {name}' for name, n in counts.items())})"
 
 
@@ -270,6 +271,7 @@ def explain(net: Classifier, state: dict[str, Any], paths: list[str], probabilit
         stem, probability = Path(paths[i]).stem, probabilities[i, label]
         name = f"{stem}_{state['labels'][label]}_{probability:.2f}"
         name = re.sub(r"[^\w.-]+", "-", name)
+        name = name.encode()[-200:].decode(errors="ignore")     # file systems take 255 bytes
         with whole_file(folder / f"{i:06d}_{name}.png", sync=False) as file:
             picture.save(file, "PNG")
 

@@ -272,6 +272,8 @@ def test_dicom_that_is_not_taken(tmp_path):
     write_dicom(src / "colour.dcm", RAMP, PhotometricInterpretation="RGB")
     write_dicom(src / "huge.dcm", RAMP, Rows=60000, Columns=60000)
     write_dicom(src / "raw.dcm", RAMP, PresentationIntentType="FOR PROCESSING")
+    write_dicom(src / "raw2.dcm", RAMP,
+                SOPClassUID=pydicom.uid.DigitalXRayImageStorageForProcessing)
     write_dicom(src / "gray.dcm", RAMP, PhotometricInterpretation="")
     write_dicom(src / "signed.dcm", RAMP, PixelRepresentation=None)
     write_dicom(src / "padding.dcm", np.full((64, 64), 9), PixelPaddingValue=9)
@@ -295,7 +297,8 @@ def test_dicom_that_is_not_taken(tmp_path):
     assert len(read_manifest(tmp_path / "out").paths) == 1
     with open(tmp_path / "out.rejected.csv", newline="") as file:
         reasons = dict(list(csv.reader(file))[1:])
-    words = {"raw.dcm": "FOR PROCESSING", "gray.dcm": "PhotometricInterpretation is missing",
+    words = {"raw.dcm": "FOR PROCESSING", "raw2.dcm": "FOR PROCESSING",
+             "gray.dcm": "PhotometricInterpretation is missing",
              "signed.dcm": "PixelRepresentation is missing", "padding.dcm": "all of it is padding",
              "header.dcm": "there is no pixel data in it",
              "ct.dcm": "modality CT, not CR or DX", "film.dcm": "3 frames",

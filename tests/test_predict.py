@@ -119,13 +119,15 @@ def test_one_bad_image_costs_one_row(classifier, prepared, tmp_path, capsys):
     (src / "notes.txt").write_text("no image")
     (src / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
     os.mkfifo(src / "pipe.png")
-    sentence = refused(classifier, src, "--threads", 1, "--out", tmp_path / "out")
-    assert "3 of 16 images cannot be read" in sentence and "all in rejected.csv" in sentence
+    shutil.copy(prepared / "src/a/002.png", src / ("0" * 251 + ".png"))
+    sentence = refused(classifier, src, "--threads", 1, "--out", tmp_path / "out",
+                       "--explain", 1)
+    assert "3 of 17 images cannot be read" in sentence and "all in rejected.csv" in sentence
     printed = capsys.readouterr().out
     assert "passed over, as no images: 3 files (1 without a suffix, 1 .txt, 1 .png)" in printed
     assert "Window not used: 1, it would have made most of the image white." in printed
     rows = by_name(tmp_path / "out/predictions.csv")
-    assert len(rows) == 13 and {"good", "no_suffix", "float", "000"} <= rows.keys()
+    assert len(rows) == 14 and {"good", "no_suffix", "float", "000"} <= rows.keys()
     assert rows["good"] == rows["no_suffix"]
     with open(tmp_path / "out/rejected.csv", newline="") as file:
         reasons = dict(list(csv.reader(file))[1:])
