@@ -108,7 +108,7 @@ def read_image(file: Path, settings: ImageSettings) -> Reading:
     try:
         image = Image.open(file, formats=FORMATS)
     except Image.UnidentifiedImageError as error:
-        raise DataError(what_it_is(file)) from error
+        raise DataError(f"cannot identify the image: {what_it_is(file)}") from error
     with image:
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":    # an MPO is a photo with its preview

@@ -181,7 +181,7 @@ def test_wrong_input_is_refused_in_a_sentence(classifier, encoder, labelled, tmp
     assert "no image of" in refused(classifier, deep)
     assert "scan.png: blank: gray levels 3000 to 3000 only" in refused(classifier, deep)
     (deep / "scan.png").write_bytes(b"no image")
-    assert "scan.png: unknown, none of PNG" in refused(classifier, deep)
+    assert "scan.png: cannot identify the image: unknown, none of PNG" in refused(classifier, deep)
     assert "must not lie inside" in refused(classifier, deep, "--out", deep / "out")
     assert not (classifier.parent / "predictions/deep/predictions.csv").exists()
 
