@@ -5,21 +5,28 @@ that touches an identity stands in this file.
 """
 import argparse
 import hmac
+import math
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 import pydicom
 from PIL import Image
 from pydicom.errors import InvalidDicomError
-from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
+from pydicom.pixels.processing import apply_modality_lut, apply_voi, apply_windowing
+from pydicom.pixels.utils import pixel_array
+from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from manifest import DataError
-from radiograph import ImageSettings, eight_bits, in_parallel, reason
+from radiograph import ImageSettings, Reading, eight_bits, in_parallel, reason
 from sources import Item, Source, read_labels, read_table
+
+
+SUFFIXES = (".dcm", ".dicom", ".dic", ".ima")       # of DICOM files, if they have one
 
 
 class Identity(NamedTuple):
@@ -32,17 +39,51 @@ class Identity(NamedTuple):
 # --------------------------------------------------------------------------------------------------
 # Headers.
 
-def read_identity(file: Path, modalities: Sequence[str], max_megapixels: float) -> Identity | str:
+# What pixels cannot be read without. Some of it has likely values, but a guess that is wrong would
+# make a negative or noise of the radiograph, and nobody would notice.
+NEEDED = ("Rows", "Columns", "BitsAllocated", "BitsStored", "PixelRepresentation",
+          "PhotometricInterpretation")
+
+
+def open_dicom(file: Path, pixels: bool = True) -> pydicom.FileDataset:
+    """A DICOM file, with its pixel data or without; InvalidDicomError where it is none.
+
+    A file whose first 132 bytes (a blank and the word DICM) were lost is read nevertheless, if it
+    holds an image."""
+    try:
+        return pydicom.dcmread(file, stop_before_pixels=not pixels)
+    except InvalidDicomError:
+        try:
+            dataset = pydicom.dcmread(file, stop_before_pixels=not pixels, force=True)
+            is_image = "Rows" in dataset and "BitsAllocated" in dataset
+        except Exception:               # it was no DICOM file, and may have looked like anything
+            is_image = False
+        if not is_image:
+            raise
+    # How the pixels are stored was lost with those bytes, but the elements are stored alike.
+    if "TransferSyntaxUID" not in dataset.file_meta:
+        implicit, little = dataset.original_encoding
+        dataset.file_meta.TransferSyntaxUID = (
+            ImplicitVRLittleEndian if implicit
+            else ExplicitVRLittleEndian if little else ExplicitVRBigEndian)
+    return dataset
+
+
+def read_identity(file: Path, modalities: Sequence[str], max_megapixels: float,
+                  patient_from: str = "header") -> Identity | str:
     """The Identity of a radiograph, or the reason why the file is not taken.
 
     The pixels are not read. A reason is returned and not raised, because a folder of DICOM files
-    holds much that is no radiograph."""
+    holds much that is no radiograph. Elements may be empty unless they are what tells the patient
+    (`patient_from` is header)."""
     try:
-        header = pydicom.dcmread(file, stop_before_pixels=True)
+        header = open_dicom(file, pixels=False)
         check_header(header, modalities, max_megapixels)
         identity = Identity(*(str(header.get(name) or "").strip() for name in Identity._fields))
-        if not identity.SOPInstanceUID or not (identity.PatientID or identity.StudyInstanceUID):
-            raise DataError("SOPInstanceUID is missing, or both PatientID and StudyInstanceUID are")
+        named = identity.SOPInstanceUID and (identity.PatientID or identity.StudyInstanceUID)
+        if patient_from == "header" and not named:
+            raise DataError("SOPInstanceUID is missing, or both PatientID and StudyInstanceUID are "
+                            "(--patient-from folder or file takes such files)")
         return identity
     except InvalidDicomError:
         return "not a DICOM file"
@@ -50,16 +91,53 @@ def read_identity(file: Path, modalities: Sequence[str], max_megapixels: float) 
         return reason(error)
 
 
+def is_dicom(file: Path) -> bool:
+    """Whether a file is to be read as DICOM, by its suffix or its first bytes. It is not opened
+    where it is no regular file."""
+    if file.suffix.lower() in SUFFIXES:
+        return True
+    if not file.is_file():
+        return False
+    try:
+        with open(file, "rb") as stream:
+            return stream.read(132)[128:] == b"DICM"
+    except OSError:                     # whoever needs the file will report that
+        return False
+
+
+def read_radiograph(file: Path, settings: ImageSettings, modalities: Sequence[str]) -> Reading:
+    """read_dicom, after the same checks as for a data folder; who it is of does not matter."""
+    try:
+        check_header(open_dicom(file, pixels=False), modalities, settings.max_megapixels)
+    except InvalidDicomError as error:
+        raise DataError("not a DICOM file") from error
+    return read_dicom(file, settings)
+
+
 def check_header(header, modalities: Sequence[str], max_megapixels: float) -> None:
-    """DataError for whatever is not one gray radiograph of moderate size without writing in it."""
+    """DataError for whatever is not one gray radiograph of moderate size, meant to be seen, and
+    without writing in it.
+
+    modalities: those to take; `none`, in any case, stands for a file that has no Modality."""
     if "Rows" not in header:
         raise DataError(f"not an image ({header.file_meta.MediaStorageSOPClassUID.name})")
-    if header.get("Modality") not in modalities:
-        raise DataError(f"modality {header.get('Modality')}, not {' or '.join(modalities)}")
+    modality = str(header.get("Modality") or "").strip()
+    if (modality.lower() or "none") not in [name.lower() or "none" for name in modalities]:
+        if not modality:
+            raise DataError("Modality is missing (--modality none takes such files)")
+        raise DataError(f"modality {modality}, not {' or '.join(modalities)}")
+    for keyword in NEEDED:
+        if header.get(keyword) in (None, ""):
+            raise DataError(f"{keyword} is missing")
     if int(header.get("NumberOfFrames") or 1) > 1:
         raise DataError(f"{header.NumberOfFrames} frames")
     if header.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2"):
         raise DataError(f"in colour ({header.PhotometricInterpretation})")
+    if header.BitsAllocated == 1:
+        raise DataError("1 bit a pixel: a mask and no radiograph")
+    kind = UID(str(header.get("SOPClassUID") or "")).name
+    if header.get("PresentationIntentType") == "FOR PROCESSING" or kind.endswith("For Processing"):
+        raise DataError("FOR PROCESSING: raw data of the detector, in which bone may be black")
     if header.Rows * header.Columns > max_megapixels * 1e6:
         raise DataError(f"{header.Columns} x {header.Rows} pixels are more than --max-megapixels")
     if header.get("BurnedInAnnotation") == "YES":
@@ -67,36 +145,225 @@ def check_header(header, modalities: Sequence[str], max_megapixels: float) -> No
 
 
 # --------------------------------------------------------------------------------------------------
-# Pixels.
+# Numbers of a header.
 
-def read_dicom(file: Path, settings: ImageSettings) -> Image.Image:
+def number(dataset, keyword: str) -> float | None:
+    """The first number of an element; None where it is missing, empty, or holds no finite number.
+
+    A decimal comma is read as a point, as a machine with another locale wrote it."""
+    try:
+        value = dataset.get(keyword)
+    except Exception:                   # pydicom could not convert the text
+        value = dataset.get_item(keyword).value
+    if isinstance(value, bytes):
+        value = value.decode("latin-1").split("\\")
+    elif value is None or isinstance(value, str | int | float):
+        value = [value]
+    try:
+        first = float(str(list(value)[0]).strip(" \0").replace(",", "."))
+    except (ValueError, IndexError, TypeError):
+        return None
+    return first if math.isfinite(first) else None
+
+
+def is_filled(dataset, keyword: str) -> bool:
+    """Whether an element is there and not empty, readable or not."""
+    element = dataset.get_item(keyword)
+    return element is not None and element.value not in (None, b"", "")
+
+
+# --------------------------------------------------------------------------------------------------
+# Pixels. What had to be decided about an image is appended to `notes`.
+
+# A window is not used where it would make more of the image white, black, or either, than this.
+# Pixels that are the image's darkest or brightest anyhow, and padding, do not count.
+MOST_WHITE, MOST_BLACK, MOST_EITHER = 0.4, 0.6, 0.8
+
+
+def read_dicom(file: Path, settings: ImageSettings) -> Reading:
     """A DICOM radiograph as it is meant to be seen, bone white.
 
-    Mode L where the file brings its window, else F. `settings` decides nothing here; it is there
-    because all readers are called alike."""
-    dataset = pydicom.dcmread(file)
-    raw = dataset.pixel_array                                           # (H, W) as stored
-    levels = apply_modality_lut(raw, dataset).astype(np.float32)        # (H, W)
+    Mode L where the file brings a window that can be used, else F. `settings` decides nothing
+    here; it is there because all readers are called alike. The rules, each with its note:
 
-    # The window, as a table or as centre and width. Twice around pydicom 3.0: a negative slope,
-    # by now applied, would turn the image into its negative once more; and the index into a
-    # table of 8-bit values would wrap at 256.
-    tables = dataset.get("VOILUTSequence") or []
-    window = dataset.get("WindowCenter"), dataset.get("WindowWidth")
-    windowed = bool(tables) or None not in window
-    if windowed:
-        dataset.RescaleSlope = 1
-        for table in tables:
-            table.LUTDescriptor = [*table.LUTDescriptor[:2], 16]
-        levels = apply_voi_lut(levels, dataset)
+    - Bits above BitsStored are an overlay and removed where the image is smoother without them.
+      Where it is smoother with them BitsStored is wrong, and they are part of the image.
+    - An empty RescaleSlope is 1 and an empty RescaleIntercept 0. One that is no number, or a slope
+      of 0, means that the pixels stay as they are stored.
+    - The first VOI LUT is applied; where there is none or it cannot be applied, the first window.
+      A window needs a centre and a width of at least 1, or above 0 if its function is not LINEAR;
+      an empty function is LINEAR.
+    - A VOI LUT or window is not used where it would make most of the image white or black
+      (MOST_WHITE and so on): it was made for other data.
+    - MONOCHROME1 is stored bone black and is inverted. PresentationLUTShape does not count.
+    - Pixels of PixelPaddingValue, or between it and PixelPaddingRangeLimit, become as black as the
+      darkest other pixel.
 
-    if dataset.PhotometricInterpretation == "MONOCHROME1":              # stored bone black
-        levels = levels.max() - levels
-    # The padding around the radiograph becomes as black as its darkest pixel.
-    if "PixelPaddingValue" in dataset:
-        padding = raw == dataset.PixelPaddingValue
-        levels[padding] = levels[~padding].min()
-    return eight_bits(levels, (0, 100)) if windowed else Image.fromarray(levels)
+    DataError where all is padding, or the Modality LUT cannot be applied. Other exceptions where
+    the pixel data are damaged."""
+    dataset = open_dicom(file)
+    if "PixelData" not in dataset and "FloatPixelData" not in dataset:
+        raise DataError("there is no pixel data in it")
+    notes: list[str] = []
+
+    # The pixels of the radiograph, without what else may lie in them.
+    stored = pixel_array(dataset, correct_unused_bits=False)            # (H, W)
+    raw = without_overlay(stored, dataset, notes)                       # (H, W)
+    padding = padding_of(stored, raw, dataset)                          # (H, W) bool
+    if padding.all():
+        raise DataError("all of it is padding")
+
+    # Which end is white. A file that says two things is believed where all programs look.
+    inverse = dataset.PhotometricInterpretation == "MONOCHROME1"
+    if dataset.get("PresentationLUTShape") == ("IDENTITY" if inverse else "INVERSE"):
+        notes.append("PresentationLUTShape not used: it contradicts PhotometricInterpretation")
+    levels = rescaled(raw, dataset, notes)                              # (H, W) float32
+    plain = as_seen(levels, inverse, padding)                           # (H, W) float32
+
+    # A table or a window, whichever can be used first; else radiograph.finish picks percentiles.
+    for name, apply in (("VOI LUT", apply_table), ("window", apply_window)):
+        try:
+            windowed = apply(levels, dataset)
+            if windowed is None:
+                continue
+            image = eight_bits(as_seen(windowed, inverse, padding), (0, 100))
+            check_saturation(np.asarray(image), plain, padding)
+            return Reading(image, tuple(notes))
+        except DataError as error:
+            notes.append(f"{name} not used: {error}")
+    return Reading(Image.fromarray(plain), tuple(notes))
+
+
+def without_overlay(stored: np.ndarray, dataset, notes: list[str]) -> np.ndarray:
+    """The stored pixels (H, W) without what lies in bits that are not theirs."""
+    bits, high = int(dataset.BitsStored), int(dataset.get("HighBit") or dataset.BitsStored - 1)
+    if stored.dtype.kind not in "iu" or not 0 < bits <= high + 1 <= 8 * stored.itemsize:
+        return stored
+    # Up to the highest bit of the type, and down again: a signed number keeps its sign.
+    total = 8 * stored.itemsize
+    own = np.left_shift(stored, total - 1 - high) >> (total - bits)
+    # The bits are in their usual place: is there anything above them, and is it of the image?
+    if high == bits - 1:
+        if np.array_equal(own, stored):
+            return stored
+        if roughness(own) > roughness(stored):
+            notes.append("BitsStored not believed: the image needs more bits")
+            return stored
+    notes.append("bits outside BitsStored removed: they hold no gray levels")
+    return own
+
+
+def roughness(levels: np.ndarray) -> float:
+    """The mean difference of neighbouring pixels, in a row and in a column."""
+    levels = levels.astype(np.float32)
+    return float(np.abs(np.diff(levels)).mean() + np.abs(np.diff(levels, axis=0)).mean())
+
+
+def padding_of(stored: np.ndarray, raw: np.ndarray, dataset) -> np.ndarray:
+    """Which pixels (H, W) are padding around the radiograph, by the header."""
+    # One value, or all from one to another, whichever of them is written first.
+    first = number(dataset, "PixelPaddingValue")
+    if first is None:
+        return np.zeros(raw.shape, bool)
+    last = number(dataset, "PixelPaddingRangeLimit")
+    low, high = sorted([first, first if last is None else last])
+    # A negative value may be written as a positive one of 16 bits, and the other way round.
+    bits = int(dataset.BitsAllocated)
+    ends = np.array([low, high])
+    if dataset.PixelRepresentation == 1:
+        ends = np.where(ends >= 2 ** (bits - 1), ends - 2**bits, ends)
+    else:
+        ends = np.where(ends < 0, ends + 2**bits, ends)
+    # A value that BitsStored bits cannot hold is one of the pixels as they are stored.
+    pixels = raw if abs(ends).max() < 2 ** int(dataset.BitsStored) else stored
+    return (pixels >= ends.min()) & (pixels <= ends.max())
+
+
+def rescaled(raw: np.ndarray, dataset, notes: list[str]) -> np.ndarray:
+    """Stored pixels (H, W) by the Modality LUT or RescaleSlope and RescaleIntercept, float32."""
+    if dataset.get("ModalityLUTSequence"):
+        try:
+            return apply_modality_lut(raw, dataset).astype(np.float32)
+        except Exception as error:      # a damaged table may make pydicom raise anything
+            raise DataError("the Modality LUT cannot be applied") from error
+    keywords = ("RescaleSlope", "RescaleIntercept")
+    if not any(is_filled(dataset, keyword) for keyword in keywords):
+        return raw.astype(np.float32)
+    slope, intercept = (number(dataset, keyword) if is_filled(dataset, keyword) else default
+                        for keyword, default in zip(keywords, (1.0, 0.0)))
+    if not slope or intercept is None:
+        notes.append("rescale not used: slope or intercept is no number, or the slope 0")
+        return raw.astype(np.float32)
+    return (raw.astype(np.float64) * slope + intercept).astype(np.float32)
+
+
+def as_seen(levels: np.ndarray, inverse: bool, padding: np.ndarray) -> np.ndarray:
+    """Gray levels (H, W), bone white, the padding as black as the darkest other pixel."""
+    levels = levels.max() - levels if inverse else levels.copy()
+    levels[padding] = levels[~padding].min()
+    return levels
+
+
+def apply_table(levels: np.ndarray, dataset) -> np.ndarray | None:
+    """Levels (H, W) by the first VOI LUT, or None where there is none.
+
+    DataError where it cannot be applied. Twice around pydicom 3.0: the index into a table of 8-bit
+    values would wrap at 256, and a level beyond the table's end at 65536."""
+    if not dataset.get("VOILUTSequence"):
+        return None
+    try:
+        table = dataset.VOILUTSequence[0]
+        entries, first, _ = table.LUTDescriptor
+        table.LUTDescriptor = [entries, first, 16]
+        return apply_voi(levels.clip(max=first + (entries or 2**16) - 1), dataset)
+    except Exception as error:          # a damaged table may make pydicom raise anything
+        raise DataError("it cannot be applied") from error
+
+
+def apply_window(levels: np.ndarray, dataset) -> np.ndarray | None:
+    """Levels (H, W) by the first window, float64, or None where there is none.
+
+    DataError where it cannot be applied."""
+    keywords = ("WindowCenter", "WindowWidth")
+    if not any(is_filled(dataset, keyword) for keyword in keywords):
+        return None
+    # A centre without a width may belong to a width that was lost: better no window at all.
+    center, width = (number(dataset, keyword) for keyword in keywords)
+    if center is None or width is None:
+        raise DataError("its centre or width is missing or no number")
+    function = str(dataset.get("VOILUTFunction") or "LINEAR").strip().upper()
+    if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
+        raise DataError("its VOI LUT Function is unknown")
+    if width < 1 if function == "LINEAR" else width <= 0:
+        raise DataError("its width is too small")
+
+    # What pydicom's function asks for, and no more: a negative slope, by now applied, would turn
+    # the image into its negative once more.
+    window = pydicom.Dataset()
+    window.WindowCenter, window.WindowWidth, window.VOILUTFunction = center, width, function
+    window.PhotometricInterpretation = dataset.PhotometricInterpretation
+    window.PixelRepresentation, window.BitsStored = dataset.PixelRepresentation, dataset.BitsStored
+    if dataset.get("ModalityLUTSequence"):
+        window.ModalityLUTSequence = dataset.ModalityLUTSequence
+    window.RescaleSlope, window.RescaleIntercept = 1, number(dataset, "RescaleIntercept") or 0
+    return apply_windowing(levels, window)
+
+
+def check_saturation(image: np.ndarray, plain: np.ndarray, padding: np.ndarray) -> None:
+    """DataError where a window leaves most of an image (H, W) uint8 white or black.
+
+    plain: (H, W), its levels without the window."""
+    # The darkest and the brightest pixels would be black and white under any window.
+    inner = ~padding & (plain > plain.min()) & (plain < plain.max())
+    if not inner.any():
+        return
+    white, black = (image[inner] == 255).mean(), (image[inner] == 0).mean()
+    if white > MOST_WHITE:
+        raise DataError("it would have made most of the image white")
+    if black > MOST_BLACK:
+        raise DataError("it would have made most of the image black")
+    if white + black > MOST_EITHER:
+        raise DataError("it would have made most of the image white or black")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -124,12 +391,17 @@ def coder(salt: Path) -> Callable[[str], str]:
 # The source.
 
 def dicom_flags(flag: Callable) -> None:
-    flag("--modality", nargs="+", default=["CR", "DX"], help="modalities to take (default: CR DX)")
+    flag("--modality", nargs="+", default=["CR", "DX"],
+         help="modalities to take; none: files without one (default: CR DX)")
+    flag("--patient-from", choices=("header", "folder", "file"), default="header",
+         help="one patient for each PatientID (or else StudyInstanceUID), folder, or file "
+              "(default: header)")
     flag("--salt", type=Path,
          help="file of the secret for hashing identities, made if missing (default: OUT.salt)")
     flag("--labels", type=Path, help="CSV of labels")
-    flag("--key", choices=Identity._fields, default="PatientID",
-         help="its column that says whose (default: PatientID)")
+    flag("--key", choices=(*Identity._fields, "file"), default="PatientID",
+         help="whose they are, by a header element or the file's name (default: PatientID)")
+    flag("--key-column", metavar="COLUMN", help="its column of that (default: named as --key)")
     flag("--label-columns", nargs="+", default=[], metavar="COLUMN",
          help="its labels (default: all other columns)")
 
@@ -143,7 +415,8 @@ def dicom_items(args: argparse.Namespace, files: list[str]) -> Source:
     # The labels, by PatientID or another of the keys.
     label_keys, labels = set(), {}
     if args.labels:
-        table = read_table(args.labels, args.key, args.label_columns or None)
+        table = read_table(args.labels, args.key_column or args.key, args.label_columns or None,
+                           normalise=without_suffix if args.key == "file" else str)
         label_keys = set(table.rows)
         source.label_names, labels = read_labels(table, table.columns)
         if source.label_names != table.columns:         # a column of words might be one of names
@@ -152,9 +425,10 @@ def dicom_items(args: argparse.Namespace, files: list[str]) -> Source:
 
     # The headers. A file that is not taken has a reason in place of an identity.
     identities = in_parallel(
-        partial(read_identity, modalities=args.modality, max_megapixels=args.max_megapixels),
+        partial(read_identity, modalities=args.modality, max_megapixels=args.max_megapixels,
+                patient_from=args.patient_from),
         [args.src / file for file in files], args.workers, "headers")
-    images, keys = set(), set()
+    images, keys, patients_of = set(), Counter(), {}    # patients_of: those of each PatientID
     for file, identity in zip(files, identities, strict=True):
         if isinstance(identity, str):
             source.rejected.append((file, identity))
@@ -162,18 +436,54 @@ def dicom_items(args: argparse.Namespace, files: list[str]) -> Source:
         if identity.SOPInstanceUID in images:
             source.rejected.append((file, "SOPInstanceUID of an earlier file"))
             continue
-        images.add(identity.SOPInstanceUID)
-        key = getattr(identity, args.key)
-        keys.add(key)
-        # A study is of one person. Where the PatientID was blanked that is all there is to go by.
-        patient = code(identity.PatientID or identity.StudyInstanceUID)
+        image = identity.SOPInstanceUID or f"file {file}"
+        images.add(image)
+        key = without_suffix(file) if args.key == "file" else getattr(identity, args.key)
+        keys[key] += 1
+        patient = code(patient_text(identity, file, args.patient_from))
+        patients_of.setdefault(identity.PatientID, set()).add(patient)
         source.items.append(Item(
-            file, f"images/{patient}/{code(identity.SOPInstanceUID)}.jpg", patient, split="",
+            file, f"images/{patient}/{code(image)}.jpg", patient, split="",
             labels=labels.get(key, ("",) * len(source.label_names))))
 
     # Labels of images that are not there. If that is all of them, the key is the wrong one.
-    if label_keys and not keys & label_keys:
+    if label_keys and not keys.keys() & label_keys:
         raise DataError(f"{args.labels}: no {args.key} in it is that of a DICOM file in {args.src}")
     source.rejected += [(key, f"{args.key} in {args.labels.name}, in no DICOM file")
-                        for key in label_keys - keys]
+                        for key in label_keys - keys.keys()]
+    # IM0001.dcm in every folder: the row of a table would be given to all of them.
+    if args.key == "file":
+        for key in sorted(label_keys):
+            if keys[key] > 1:
+                raise DataError(f"{args.labels}: {keys[key]:,} files in {args.src} are called "
+                                f"{key}: --key file needs names that differ")
+    if args.patient_from != "header":
+        source.notes.append(patient_note(patients_of, args.patient_from))
     return source
+
+
+def without_suffix(file: str) -> str:
+    """The name of a file without folders and suffix. `1.2.840.5` is a name without a suffix."""
+    name = PurePosixPath(file).name
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in SUFFIXES else name
+
+
+def patient_text(identity: Identity, file: str, patient_from: str) -> str:
+    """What tells one patient from another, to be hashed. `file` is relative to --src."""
+    if patient_from == "folder":
+        return f"folder {PurePosixPath(file).parent}"
+    if patient_from == "file":
+        return f"file {file}"
+    # A study is of one person. Where the PatientID was blanked that is all there is to go by.
+    return identity.PatientID or identity.StudyInstanceUID
+
+
+def patient_note(patients_of: dict[str, set[str]], patient_from: str) -> str:
+    """What --patient-from did, for DATA.md. patients_of: {PatientID: patients it became}."""
+    parted = sum(len(patients) > 1 for name, patients in patients_of.items() if name)
+    note = f"A patient is a {patient_from} (--patient-from {patient_from})"
+    if parted:
+        note += (f". PatientIDs of headers that are several patients now: {parted:,}. If they name "
+                 "real persons, one and the same may be in two splits")
+    return note + "."

@@ -44,8 +44,8 @@ from doubts import (
     Doubt, allow_flag, constant_labels, empty_splits, refuse_doubts, similar_labels,
     similar_patients)
 from radiograph import (
-    MIN_SIDE, ImageSettings, Reader, blank_reason, find_files, in_parallel, load_image, read_image,
-    reason)
+    MIN_SIDE, Found, ImageSettings, Reader, blank_reason, find_files, in_parallel, load_image,
+    read_image, reason)
 from sources import (
     Item, Source, chexpert_flags, chexpert_items, demo_flags, demo_items, folder_flags,
     folder_items, mimic_items, nih_items, read_phantom, text_of)
@@ -134,6 +134,12 @@ def assign_splits(source: Source, args: argparse.Namespace) -> None:
 # --------------------------------------------------------------------------------------------------
 # Images: read, finished and written by a pool of processes.
 
+# Bytes of a file's name: file systems take 255, of which `.tmp` is needed while it is written.
+LONGEST_NAME = 251
+# Begins a line of a JPEG's comment that says what was decided about the image.
+NOTE = "prepare.py: "
+
+
 @dataclass(frozen=True)
 class Conversion:
     """From where to where, and how, the images of a run are converted."""
@@ -146,19 +152,42 @@ class Conversion:
 def convert(item: Item, conversion: Conversion) -> str:
     """Read one item and write its JPEG; "" or the reason why there is none.
 
-    OSError where --out cannot be written: that ends the run."""
+    What its reader had to decide becomes the JPEG's comment: there a run that is continued finds
+    it. OSError where --out cannot be written: that ends the run."""
+    target = conversion.out / item.path
+    if len(os.fsencode(target.name)) > LONGEST_NAME:
+        return f"its name would be longer than {LONGEST_NAME} bytes"
     try:
-        image = load_image(conversion.src / item.source, conversion.read, conversion.settings)
+        image, notes = load_image(
+            conversion.src / item.source, conversion.read, conversion.settings)
     except DataError as error:
         return str(error)
     image.info.clear()              # or Pillow copies the source's comment and resolution
     jpeg = io.BytesIO()             # whole in memory before the first byte is written to disk
-    image.save(jpeg, "JPEG", quality=conversion.settings.quality)
-    target = conversion.out / item.path
+    comment = {"comment": "".join(f"{NOTE}{note}\n" for note in notes)} if notes else {}
+    image.save(jpeg, "JPEG", quality=conversion.settings.quality, **comment)
     target.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(target, sync=False) as file:
         file.write(jpeg.getvalue())
     return ""
+
+
+def notes_of(file: Path) -> list[str]:
+    """What was decided about an image that convert wrote."""
+    with Image.open(file) as image:
+        lines = image.info.get("comment", b"").decode(errors="replace").splitlines()
+    return [line.removeprefix(NOTE) for line in lines if line.startswith(NOTE)]
+
+
+def count_notes(files: list[Path], workers: int) -> list[str]:
+    """Sentences on what was decided about images that convert wrote, and how often:
+    `Window not used: 12, it would have made most of the image white.`"""
+    notes = in_parallel(notes_of, files, workers, "notes")
+    sentences = []
+    for note, count in sorted(Counter(note for of_one in notes for note in of_one).items()):
+        what, _, why = note.partition(": ")
+        sentences.append(f"{what[:1].upper()}{what[1:]}: {count:,}, {why}.")
+    return sentences
 
 
 def write_images(source: Source, args: argparse.Namespace) -> None:
@@ -179,6 +208,10 @@ def write_images(source: Source, args: argparse.Namespace) -> None:
     failed = {item.source: why for item, why in zip(todo, reasons, strict=True) if why}
     source.items = [item for item in source.items if item.source not in failed]
     source.rejected = sorted([*source.rejected, *failed.items()])
+
+    # What had to be decided about images of which a header says how they are to be seen.
+    if args.source == "dicom":
+        source.notes += count_notes([args.out / item.path for item in source.items], args.workers)
 
     # The names of a hospital's files are for the hospital only: there the list lies beside the
     # data folder, which may be handed on.
@@ -206,8 +239,9 @@ def prepare(args: argparse.Namespace) -> None:
     Whatever is wrong with the source is found before anything is written."""
     check_out(args)
     with lock_folder(args.out):
-        files = find_files(args.src) if "src" in args else []
-        source = SOURCES[args.source].items(args, files)
+        found = find_files(args.src) if "src" in args else Found([], [])
+        source = SOURCES[args.source].items(args, found.files)
+        source.rejected += [(path, "a named pipe, a socket or a device") for path in found.special]
         check_source(source, args)
 
         # Say what was understood before any of it is refused: it shows best what went wrong.

@@ -1,9 +1,10 @@
 """From files to 8-bit gray images: finding files, reading one, and a pool of processes for many.
 
-    files = find_files(folder)
-    image = load_image(folder / files[0], read_image, ImageSettings(size=256))
+    found = find_files(folder)
+    reading = load_image(folder / found.files[0], read_image, ImageSettings(size=256))
 
-load_image gives an image, or a DataError whose one sentence says why there is none. read_image
+load_image gives an image, and notes on what had to be decided about it, or a DataError whose one
+sentence says why there is none. read_image
 reads the common image formats; dicom.read_dicom, for DICOM files, is called in the same way.
 Whatever the format, an image ends as Pillow's mode L, (H, W) of 0 to 255, whose shorter side is
 `size` pixels at most. A smaller image keeps its size: enlarging adds bytes and no information.
@@ -18,6 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -28,6 +30,8 @@ from manifest import DataError
 # The formats that Pillow may try to open, and the suffixes by which their files are found.
 FORMATS = ("PNG", "JPEG", "JPEG2000", "TIFF", "BMP", "PPM", "WEBP")
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".jp2", ".tif", ".tiff", ".bmp", ".pgm", ".ppm", ".webp")
+
+TIFF_TAGS = {"BitsPerSample": 258, "PhotometricInterpretation": 262, "SampleFormat": 339}
 
 MIN_SIDE = 32           # pixels; anything smaller is an icon
 MIN_RANGE = 16          # gray levels; an image with fewer is blank, or 12-bit data taken for 16
@@ -45,39 +49,72 @@ class ImageSettings:
     max_megapixels: float = 100                     # larger images are not decoded
 
 
-Reader = Callable[[Path, ImageSettings], Image.Image]
+class Reading(NamedTuple):
+    """An image that was read, and what had to be decided about it.
+
+    A note is `what was done: why`, in the same words for all images, so that it can be counted."""
+    image: Image.Image
+    notes: tuple[str, ...] = ()
+
+
+Reader = Callable[[Path, ImageSettings], Reading]
 
 
 # --------------------------------------------------------------------------------------------------
 # Files.
 
-def find_files(folder: Path) -> list[str]:
-    """All files below a folder as sorted relative paths.
+class Found(NamedTuple):
+    """The files below a folder as sorted relative paths."""
+    files: list[str]
+    special: list[str]              # named pipes, sockets and devices, which are never opened
 
-    Hidden files and folders (.DS_Store, ._x.png) and __MACOSX do not count. Links are followed.
-    OSError where a folder cannot be read."""
-    def fail(error):
-        raise error                 # os.walk would silently pass over a folder that it cannot read
 
-    files, seen = [], set()
-    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+def find_files(folder: Path) -> Found:
+    """All files below a folder.
+
+    Hidden files and folders (.DS_Store, ._x.png) and __MACOSX do not count. Links are followed; a
+    link to nowhere counts as a file, so that it is missed. OSError where a folder cannot be
+    read."""
+    files, special, seen = [], [], set()
+    folders = [""]                  # those still to be read, relative to `folder`
+    while folders:
+        parent = folders.pop()
         # A link back to a folder above would give the same files other names.
-        if os.path.realpath(parent) in seen:
-            folders.clear()
+        real = os.path.realpath(os.path.join(folder, parent))
+        if real in seen:
             continue
-        seen.add(os.path.realpath(parent))
-        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
-        files += [os.path.relpath(os.path.join(parent, name), folder)
-                  for name in names if not name.startswith(".")]
-    return sorted(files)
+        seen.add(real)
+        with os.scandir(os.path.join(folder, parent)) as entries:
+            below = sorted(entries, key=lambda entry: entry.name, reverse=True)
+        for entry in below:
+            path = os.path.join(parent, entry.name)
+            if entry.is_dir():
+                if not entry.name.startswith((".", "__MACOSX")):
+                    folders.append(path)
+            elif not entry.name.startswith("."):
+                regular = entry.is_file() or not os.path.exists(entry.path)
+                (files if regular else special).append(path)
+    return Found(sorted(files), sorted(special))
 
 
-def read_image(file: Path, settings: ImageSettings) -> Image.Image:
-    """An image file of any common format: mode L, or F where it has more than 8 bits."""
-    with Image.open(file, formats=FORMATS) as image:
+def read_image(file: Path, settings: ImageSettings) -> Reading:
+    """An image file of any common format: mode L, or F where it has more than 8 bits.
+
+    Alpha is dropped where all of it is opaque. A TIFF whose white is 0 is inverted. DataError where
+    the image is of another format, has several frames, is transparent in part, or does not say
+    which end of its gray levels is white."""
+    if not file.is_file() and file.exists():
+        raise DataError("no file, but a named pipe, a socket, a device or a folder")
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except Image.UnidentifiedImageError as error:
+        raise DataError(f"cannot identify the image: {what_it_is(file)}") from error
+    with image:
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":    # an MPO is a photo with its preview
             raise DataError(f"{frames} frames")
+        white_is_zero = image.format == "TIFF" and is_white_zero(image)
+        is_unsigned = image.format == "TIFF" and tiff_values(image, "SampleFormat") in ((), (1,))
 
         # A JPEG is decoded as luma only, and at 1/2, 1/4 or 1/8 where that is still twice the
         # size wanted. Other formats ignore this.
@@ -86,9 +123,53 @@ def read_image(file: Path, settings: ImageSettings) -> Image.Image:
 
         # I;16, I;16B, I and F: Pillow's own conversion to L would clip at 255.
         if image.mode.startswith(("I", "F")):
-            return Image.fromarray(np.asarray(image, np.float32))
-        # 1, P, RGB, RGBA, LA and CMYK become luma; alpha is dropped.
-        return image if image.mode == "L" else image.convert("L")
+            pixels = np.asarray(image)                                  # (H, W)
+            if image.mode == "I" and is_unsigned:
+                pixels = pixels.view(np.uint32)     # of 32 bits, which Pillow takes for signed
+            levels = pixels.astype(np.float32)
+            if not np.isfinite(levels).all():
+                raise DataError("some of its gray levels are infinite or no number")
+            # Pillow inverts such an image of 8 bits, and no other.
+            return Reading(Image.fromarray(levels.max() - levels if white_is_zero else levels))
+        if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or (
+                image.mode == "P" and "transparency" in image.info):
+            if np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+                raise DataError("transparent in part: what is to be seen there is unknown")
+        # 1, P, RGB, RGBA, LA and CMYK become luma.
+        return Reading(image if image.mode == "L" else image.convert("L"))
+
+
+def is_white_zero(image) -> bool:
+    """Whether the gray levels of a TIFF run from white to black; DataError where it is unknown."""
+    photometric = tiff_values(image, "PhotometricInterpretation")
+    if not photometric:
+        raise DataError("PhotometricInterpretation is missing: white may be 0 or the highest level")
+    # Pillow would take -1 for 255.
+    if 2 in tiff_values(image, "SampleFormat") and 8 in tiff_values(image, "BitsPerSample"):
+        raise DataError("signed gray levels of 8 bits")
+    return photometric == (0,)
+
+
+def tiff_values(image, name: str) -> tuple:
+    """The values of a TIFF's tag; () where it is missing."""
+    value = image.tag_v2.get(TIFF_TAGS[name], ())
+    return value if isinstance(value, tuple) else (value,)
+
+
+def what_it_is(file: Path) -> str:
+    """Why Pillow does not know a file that has the suffix of an image, by its first bytes."""
+    with open(file, "rb") as stream:
+        head = stream.read(132)
+    if not head:
+        return "an empty file"
+    known = {b"GIF8": "a GIF", b"%PDF": "a PDF", b"<": "a page of HTML or XML",
+             b"PK\3\4": "a zip file", b"\x1f\x8b": "a gzip file"}
+    name = next((name for start, name in known.items() if head.startswith(start)), "")
+    if head[128:] == b"DICM":
+        name = "a DICOM file (prepare.py dicom reads them)"
+    if not name and head.startswith((b"II", b"MM", b"\x89PNG", b"\xff\xd8")):
+        return "damaged, or of a kind of TIFF, PNG or JPEG that cannot be read"
+    return f"{name or 'unknown'}, none of {', '.join(FORMATS)}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -134,8 +215,8 @@ def blank_reason(image: Image.Image) -> str:
 # --------------------------------------------------------------------------------------------------
 # One image, whatever it is.
 
-def load_image(file: Path, read: Reader, settings: ImageSettings) -> Image.Image:
-    """Read a file by `read` and finish it. DataError says why a file cannot be used.
+def load_image(file: Path, read: Reader, settings: ImageSettings) -> Reading:
+    """Read a file by `read` and finish its image. DataError says why a file cannot be used.
 
     A decoder may raise anything on a broken file, and must not stop a run over 100,000 others."""
     try:
@@ -145,7 +226,8 @@ def load_image(file: Path, read: Reader, settings: ImageSettings) -> Image.Image
             # before it decodes, and the warning is made an exception.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             Image.MAX_IMAGE_PIXELS = int(settings.max_megapixels * 1e6)
-            return finish(read(file, settings), settings)
+            reading = read(file, settings)
+            return reading._replace(image=finish(reading.image, settings))
     except Exception as error:
         raise DataError(reason(error)) from error
 

@@ -22,7 +22,7 @@ from layout import (
     Place, drawings, excluder, find_layout, layout_text, levels_of, names_without_meaning,
     outside_splits, place_of, repeated_below, split_name)
 from manifest import DataError, number_within, read_text
-from radiograph import EXTENSIONS, ImageSettings
+from radiograph import EXTENSIONS, ImageSettings, Reading
 from tables import (
     LabelRules, Table, merged, read_labels, read_table, spellings, understand, value_of)
 
@@ -118,10 +118,10 @@ def demo_items(args: argparse.Namespace, files: list[str]) -> Source:
     return source
 
 
-def read_phantom(file: Path, settings: ImageSettings) -> Image.Image:
+def read_phantom(file: Path, settings: ImageSettings) -> Reading:
     """The phantom that seed/patient/image names. There is no such file: it is computed."""
     seed, patient, image = map(int, file.parts)
-    return Image.fromarray(phantom.phantom(seed, patient, image, settings.size))
+    return Reading(Image.fromarray(phantom.phantom(seed, patient, image, settings.size)))
 
 
 # --------------------------------------------------------------------------------------------------

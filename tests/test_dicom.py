@@ -59,11 +59,11 @@ def voi_table(entries, bits):
     ({}, RAMP, RAMP / 4095),                                    # by percentiles
     ({}, RAMP / 8, RAMP / 4095),                                # to the full range, too
     ({"photometric": "MONOCHROME1"}, RAMP, 1 - RAMP / 4095),
-    ({"WindowCenter": 1024, "WindowWidth": 1024}, RAMP, ((RAMP - 512) / 1024).clip(0, 1)),
-    ({"WindowCenter": [1024, 99], "WindowWidth": [1024, 9]}, RAMP,
-     ((RAMP - 512) / 1024).clip(0, 1)),
-    ({"WindowCenter": 1024, "WindowWidth": 1024, "photometric": "MONOCHROME1"}, RAMP,
-     1 - ((RAMP - 512) / 1024).clip(0, 1)),
+    ({"WindowCenter": 1024, "WindowWidth": 1024}, RAMP / 2, ((RAMP / 2 - 512) / 1024).clip(0, 1)),
+    ({"WindowCenter": [1024, 99], "WindowWidth": [1024, 9]}, RAMP / 2,
+     ((RAMP / 2 - 512) / 1024).clip(0, 1)),
+    ({"WindowCenter": 1024, "WindowWidth": 1024, "photometric": "MONOCHROME1"}, RAMP / 2,
+     1 - ((RAMP / 2 - 512) / 1024).clip(0, 1)),
     ({"RescaleSlope": 2, "RescaleIntercept": -1000, "WindowCenter": 3000, "WindowWidth": 2000},
      RAMP,
      ((2 * RAMP - 1000 - 2000) / 2000).clip(0, 1)),
@@ -72,7 +72,7 @@ def voi_table(entries, bits):
     ({"WindowCenter": 2048, "WindowWidth": 800, "VOILUTFunction": "SIGMOID"}, RAMP,
      1 / (1 + np.exp(-4 * (RAMP - 2048) / 800))),
     (voi_table([i // 16 for i in range(4096)], 8), RAMP, RAMP / 4095),
-    (voi_table([min(i, 1000) for i in range(4096)], 12), RAMP, (RAMP / 1000).clip(0, 1)),
+    (voi_table([min(i, 1000) for i in range(4096)], 12), RAMP / 3, (RAMP / 3000).clip(0, 1)),
     ({"PixelPaddingValue": 4095, "WindowCenter": 1024, "WindowWidth": 2048},
      np.where(RAMP < 400, 4095, RAMP / 2), np.where(RAMP < 400, 0.0977, RAMP / 4095)),
 ])
@@ -84,6 +84,151 @@ def test_dicom_gray_levels(tmp_path, elements, pixels, expected):
     assert levels.shape == (64, 64) and levels.min() < 0.02 and levels.max() > 0.98
     expected = (expected - expected.min()) / np.ptp(expected)
     assert np.abs(levels - expected).mean() < 0.01 and np.abs(levels - expected).max() < 0.08
+
+
+# --------------------------------------------------------------------------------------------------
+# Headers that say what is not so. Each row: elements, pixels as they are stored, the picture that
+# is meant, and what the card says of it.
+
+SCAN = np.asarray(Image.fromarray(np.random.default_rng(5).random((8, 8)).astype(np.float32))
+                  .resize((64, 64)), float)                     # soft shapes, 200 to 3200
+SCAN = (200 + 3000 * (SCAN - SCAN.min()) / np.ptp(SCAN)).round()
+WHITE = "it would have made most of the image white"
+EDGE = np.arange(64) < 20                                       # columns of padding
+
+
+def replaced(old, new):
+    """Elements that pydicom would not write: the text is replaced in the file."""
+    return {"replaced": (old, new)}
+
+
+@pytest.mark.parametrize("elements, pixels, expected, note", [
+    # Windows of other data: of a CT, too narrow, far above, below, and a table that ends early.
+    ({"WindowCenter": 40, "WindowWidth": 400}, SCAN, SCAN, "Window not used: 1, " + WHITE),
+    ({"WindowCenter": 500, "WindowWidth": 900}, SCAN, SCAN, "Window not used: 1, " + WHITE),
+    ({"WindowCenter": 40, "WindowWidth": 400, "RescaleSlope": -1, "RescaleIntercept": 4095},
+     4095 - SCAN, SCAN, "Window not used: 1, " + WHITE),
+    ({"WindowCenter": 3000, "WindowWidth": 300, "photometric": "MONOCHROME1"}, SCAN, -SCAN,
+     "Window not used: 1, " + WHITE),
+    ({"WindowCenter": 40000, "WindowWidth": 2000}, SCAN, SCAN, "Window not used: 1, blank"),
+    ({"WindowCenter": 3100, "WindowWidth": 500}, SCAN, SCAN,
+     "Window not used: 1, it would have made most of the image black"),
+    (voi_table([min(i, 500) for i in range(4096)], 12), SCAN, SCAN,
+     "VOI LUT not used: 1, " + WHITE),
+    # Windows and tables that cannot be applied.
+    ({"WindowCenter": 0, "WindowWidth": 0}, SCAN, SCAN, "Window not used: 1, its width is too"),
+    ({"WindowCenter": 0.5, "WindowWidth": 0.9, "RescaleSlope": 0.00025, "RescaleIntercept": 0},
+     SCAN, SCAN, "Window not used: 1, its width is too small"),
+    ({"WindowCenter": 1600, "WindowWidth": -3000}, SCAN, SCAN, "Window not used: 1, its width is"),
+    ({"WindowCenter": 1600, "WindowWidth": None}, SCAN, SCAN,
+     "Window not used: 1, its centre or width is missing or no number"),
+    ({"WindowCenter": 1600, "WindowWidth": "3000.5"} | replaced("3000.5", "wide  "), SCAN, SCAN,
+     "Window not used: 1, its centre or width is missing or no number"),
+    ({"WindowCenter": 1600, "WindowWidth": 3000, "VOILUTFunction": "MAGIC"}, SCAN, SCAN,
+     "Window not used: 1, its VOI LUT Function is unknown"),
+    (voi_table([], 12) | {"WindowCenter": 1700, "WindowWidth": 3200}, SCAN, SCAN,
+     "VOI LUT not used: 1, it cannot be applied"),
+    (voi_table(range(4096), 40), SCAN, SCAN, ""),               # only how deep it is, is wrong
+    # Written by a machine with decimal commas, or left empty.
+    ({"WindowCenter": "1700.5", "WindowWidth": "3200.5"} | replaced("00.5", "00,5"), SCAN, SCAN,
+     ""),
+    ({"RescaleSlope": "-1.50", "RescaleIntercept": "0.5"} | replaced("1.50", "1,50"),
+     4095 - SCAN, SCAN, ""),
+    ({"WindowCenter": 1700, "WindowWidth": 3200, "VOILUTFunction": ""}, SCAN, SCAN, ""),
+    ({"WindowCenter": None, "WindowWidth": None}, SCAN, SCAN, ""),
+    ({"RescaleSlope": None, "RescaleIntercept": None}, SCAN, SCAN, ""),
+    ({"RescaleSlope": -1, "RescaleIntercept": None}, 4095 - SCAN, SCAN, ""),
+    ({"RescaleSlope": 0, "RescaleIntercept": 7}, SCAN, SCAN, "Rescale not used: 1, slope or"),
+    # What lies above BitsStored: an overlay, many, or the image itself.
+    ({}, np.where(np.arange(64) % 9 == 0, SCAN + 4096, SCAN), SCAN, "Bits outside BitsStored rem"),
+    ({"photometric": "MONOCHROME1"}, SCAN + 4096 * (np.arange(4096).reshape(64, 64) % 5), -SCAN,
+     "Bits outside BitsStored removed: 1"),
+    ({"PixelRepresentation": 1}, (SCAN - 1700) % 4096, SCAN, "Bits outside BitsStored removed: 1"),
+    ({"PixelRepresentation": 1}, (SCAN - 1700) % 65536, SCAN, ""),
+    ({"HighBit": 15}, SCAN * 16 + 3, SCAN, "Bits outside BitsStored removed: 1"),
+    ({"BitsStored": 10, "HighBit": 9}, SCAN, SCAN, "BitsStored not believed: 1"),
+    # Padding: a range, its ends exchanged, and one whose value is written with another sign.
+    ({"PixelPaddingValue": 3900, "PixelPaddingRangeLimit": 4095},
+     np.where(EDGE, 3900 + 9 * np.arange(64), SCAN), np.where(EDGE, 200, SCAN), ""),
+    ({"PixelPaddingValue": 4095, "PixelPaddingRangeLimit": 3900},
+     np.where(EDGE, 3900 + 9 * np.arange(64), SCAN), np.where(EDGE, 200, SCAN), ""),
+    ({"PixelPaddingValue": 65535, "stored": 12}, np.where(EDGE, 65535, SCAN),
+     np.where(EDGE, 200, SCAN), "Bits outside"),
+    ({"PixelRepresentation": 1, "stored": 16, "PixelPaddingValue": -2000},
+     np.where(EDGE, 65536 - 2000, SCAN), np.where(EDGE, 200, SCAN), ""),
+    ({"PresentationLUTShape": "INVERSE"}, SCAN, SCAN, "PresentationLUTShape not used: 1"),
+])
+def test_dicom_headers_that_are_wrong(tmp_path, elements, pixels, expected, note):
+    """The picture is the one that is meant, right way up and over the full range."""
+    elements = dict(elements)
+    old, new = elements.pop("replaced", ("", ""))
+    file = tmp_path / "src/x.dcm"
+    write_dicom(file, pixels, **elements)
+    file.write_bytes(file.read_bytes().replace(old.encode(), new.encode()))
+    dicom(tmp_path)
+    with Image.open(next((tmp_path / "out/images").rglob("*.jpg"))) as image:
+        levels = np.asarray(image, float)
+    assert np.corrcoef(levels.ravel(), expected.ravel())[0, 1] > 0.99
+    assert levels.min() < 5 and levels.max() > 250
+    assert (levels > 250).mean() < 0.05 and (levels < 5).mean() < 0.05 + EDGE.mean()
+    card = (tmp_path / "out/DATA.md").read_text()
+    assert note in card
+    words = ("not used", "not believed", "removed")
+    assert note or not any(word in card for word in words)
+
+
+def test_notes_are_counted_over_all_images_also_of_a_run_that_goes_on(tmp_path):
+    for i in range(6):
+        window = {"WindowCenter": 40, "WindowWidth": 400} if i < 4 else {}
+        write_dicom(tmp_path / f"src/{i}.dcm", SCAN + i, SOPInstanceUID=f"1.2.{i}", **window)
+    dicom(tmp_path)
+    card = (tmp_path / "out/DATA.md").read_text()
+    assert f"Window not used: 4, {WHITE}." in card
+    for name in ("manifest.csv", "DATA.md"):
+        (tmp_path / "out" / name).unlink()
+    next((tmp_path / "out/images").rglob("*.jpg")).unlink()
+    dicom(tmp_path)
+    assert (tmp_path / "out/DATA.md").read_text() == card
+
+
+def test_dicom_without_identity(tmp_path, capsys):
+    """As the files of VinBigData are: without Modality, PatientID and UID, told by their names."""
+    for i in range(6):
+        file = tmp_path / f"src/{'ab'[i % 2]}/4b56bc6d{i}.1.dicom"
+        dataset = write_dicom(file, RAMP + i)
+        for name in ("Modality", "PatientID", "StudyInstanceUID", "SOPInstanceUID", "SOPClassUID"):
+            delattr(dataset, name)
+        dataset.save_as(file, enforce_file_format=False)
+    with pytest.raises(SystemExit, match="6 files: Modality is missing .--modality none takes"):
+        dicom(tmp_path)
+    with pytest.raises(SystemExit, match="6 files: .* .--patient-from folder or file takes"):
+        dicom(tmp_path, "--modality", "none")
+
+    table = tmp_path / "train.csv"
+    write_csv(table, [("image_id", "Nodule"), ("4b56bc6d0.1", 1), ("4b56bc6d3.1.dicom", 0)])
+    labels = ("--labels", table, "--key", "file", "--key-column", "image_id")
+    dicom(tmp_path, "--modality", "none", "--patient-from", "file", *labels)
+    manifest = read_manifest(tmp_path / "out")
+    assert len(set(manifest.patients.tolist())) == 6
+    assert sorted(manifest.labels[:, 0].tolist(), key=str) == [0, 1, *[pytest.approx(
+        np.nan, nan_ok=True)] * 4]
+    everything = b"".join(str(file.relative_to(tmp_path)).encode() + file.read_bytes()
+                          for file in sorted((tmp_path / "out").rglob("*")) if file.is_file())
+    assert b"4b56bc6d" not in everything
+    assert "A patient is a file (--patient-from file)." in (tmp_path / "out/DATA.md").read_text()
+    dicom(tmp_path, "--modality", "none", "--patient-from", "folder", out="folders")
+    manifest = read_manifest(tmp_path / "folders")
+    assert Counter(Counter(manifest.patients.tolist()).values()) == {3: 2}
+
+    # One PatientID in several folders is said; one name in two folders cannot be a key.
+    for name in "ab":
+        write_dicom(tmp_path / f"named/{name}/1.dcm", RAMP, SOPInstanceUID=f"1.2.{ord(name)}")
+    flags = ("dicom", "--src", tmp_path / "named", "--patient-from", "folder", "--workers", 1)
+    run(*flags, "--out", tmp_path / "named_out")
+    assert "several patients now: 1." in (tmp_path / "named_out/DATA.md").read_text()
+    write_csv(table, [("file", "Nodule"), ("1", 1)])
+    with pytest.raises(SystemExit, match="2 files in .* are called 1: --key file needs names"):
+        run(*flags, "--out", tmp_path / "twice", "--labels", table, "--key", "file")
 
 
 def test_dicom_holds_no_identity(tmp_path, capsys):
@@ -126,6 +271,15 @@ def test_dicom_that_is_not_taken(tmp_path):
     write_dicom(src / "film.dcm", RAMP, NumberOfFrames=3)
     write_dicom(src / "colour.dcm", RAMP, PhotometricInterpretation="RGB")
     write_dicom(src / "huge.dcm", RAMP, Rows=60000, Columns=60000)
+    write_dicom(src / "raw.dcm", RAMP, PresentationIntentType="FOR PROCESSING")
+    write_dicom(src / "raw2.dcm", RAMP,
+                SOPClassUID=pydicom.uid.DigitalXRayImageStorageForProcessing)
+    write_dicom(src / "gray.dcm", RAMP, PhotometricInterpretation="")
+    write_dicom(src / "signed.dcm", RAMP, PixelRepresentation=None)
+    write_dicom(src / "padding.dcm", np.full((64, 64), 9), PixelPaddingValue=9)
+    dataset = write_dicom(src / "header.dcm", RAMP)
+    del dataset.PixelData
+    dataset.save_as(src / "header.dcm", enforce_file_format=True)
     write_dicom(src / "named.dcm", RAMP, BurnedInAnnotation="YES")
     write_dicom(src / "flat.dcm", np.full((64, 64), 7))
     write_dicom(src / "nobody.dcm", RAMP, patient="", StudyInstanceUID="")
@@ -143,7 +297,11 @@ def test_dicom_that_is_not_taken(tmp_path):
     assert len(read_manifest(tmp_path / "out").paths) == 1
     with open(tmp_path / "out.rejected.csv", newline="") as file:
         reasons = dict(list(csv.reader(file))[1:])
-    words = {"ct.dcm": "modality CT, not CR or DX", "film.dcm": "3 frames",
+    words = {"raw.dcm": "FOR PROCESSING", "raw2.dcm": "FOR PROCESSING",
+             "gray.dcm": "PhotometricInterpretation is missing",
+             "signed.dcm": "PixelRepresentation is missing", "padding.dcm": "all of it is padding",
+             "header.dcm": "there is no pixel data in it",
+             "ct.dcm": "modality CT, not CR or DX", "film.dcm": "3 frames",
              "colour.dcm": "in colour (RGB)", "huge.dcm": "60000 x 60000",
              "named.dcm": "BurnedInAnnotation", "flat.dcm": "blank",
              "nobody.dcm": "SOPInstanceUID is missing, or both PatientID and StudyInstanceUID are",

@@ -1,6 +1,9 @@
 """Prediction as a user meets it: a classifier.pt and a folder in, a table and overlays out."""
+import csv
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +13,11 @@ from PIL import Image
 
 import finetune
 import predict
+import prepare
 from manifest import read_manifest
 from model import Classifier, build_encoder
 from run import load_checkpoint
+from test_dicom import RAMP, write_dicom
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +61,90 @@ def test_predictions_are_those_of_fine_tuning(classifier, labelled, tmp_path):
     main(classifier, labelled, "--threads", 1, "--explain", 1)
     assert len(list((out / "explained").iterdir())) == 1
 
-    # The same images without a manifest.
-    main(classifier, labelled / "images", "--threads", 1, "--out", tmp_path / "images")
-    np.testing.assert_array_equal(predicted, table(tmp_path / "images/predictions.csv"))
     assert not list(tmp_path.rglob("*.tmp")) and not list(out.rglob("*.tmp"))
+
+
+@pytest.fixture(scope="module")
+def prepared(labelled, tmp_path_factory):
+    """A data folder that prepare.py made of 20 PNG images of 16 bits."""
+    out = tmp_path_factory.mktemp("prepared")
+    for i in range(20):
+        levels = np.asarray(Image.open(labelled / f"images/{i:03d}.png"), np.uint16) * 17 + 300
+        levels = levels.repeat(7, 0).repeat(6, 1)                               # (336, 288)
+        (out / f"src/{'ab'[i % 2]}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(levels).save(out / f"src/{'ab'[i % 2]}/{i:03d}.png")
+    prepare.main(["folder", "--src", str(out / "src"), "--out", str(out / "data"),
+                  "--workers", "1"])
+    return out
+
+
+def by_name(file):
+    """{name of the image, without folders and suffix: its row} of a predictions.csv."""
+    with open(file, newline="") as f:
+        return {Path(row["path"]).stem: [row["Mass"], row["Effusion"]] for row in csv.DictReader(f)}
+
+
+def test_the_same_images_by_three_ways(classifier, prepared, tmp_path):
+    """As prepare.py made them, the same without a manifest, and from what it made them of."""
+    for name, folder in (("data", prepared / "data"), ("images", prepared / "data/images"),
+                         ("raw", prepared / "src")):
+        main(classifier, folder, "--threads", 1, "--out", tmp_path / name)
+    data, images, raw = (by_name(tmp_path / name / "predictions.csv")
+                         for name in ("data", "images", "raw"))
+    assert len(data) == 20 and data == images == raw
+    assert {path.name for path in (tmp_path / "raw").iterdir()} == {
+        "config.json", "predictions.csv", "rejected.csv"}
+    assert (tmp_path / "raw/rejected.csv").read_text() == "file,reason\n"
+
+    # One file, and its row is the one that it has among others.
+    main(classifier, prepared / "src/a/004.png", "--threads", 1)
+    file = classifier.parent / "predictions/004.png/predictions.csv"
+    row, expected = by_name(file)["004"], raw["004"]
+    np.testing.assert_allclose(np.array(row, float), np.array(expected, float), atol=1e-5)
+
+
+def test_one_bad_image_costs_one_row(classifier, prepared, tmp_path, capsys):
+    """DICOM files too; links are followed, and what is no image is passed over and counted."""
+    src = tmp_path / "src"
+    write_dicom(src / "good.dcm", RAMP, WindowCenter=40, WindowWidth=400)
+    write_dicom(src / "no_suffix", RAMP)
+    write_dicom(src / "ct.dcm", RAMP, Modality="CT")
+    shutil.copytree(prepared / "src/a", tmp_path / "elsewhere")
+    (src / "linked").symlink_to(tmp_path / "elsewhere")
+    image = Image.open(prepared / "src/a/000.png")
+    Image.fromarray(np.asarray(image).astype(np.float32)).save(src / "float.tif")
+    image.convert("L").save(src / "wrong.png", "GIF")
+    (src / "short.png").write_bytes((prepared / "src/a/000.png").read_bytes()[:3000])
+    (src / "._a.png").write_bytes(b"AppleDouble")
+    (src / "notes.txt").write_text("no image")
+    (src / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
+    os.mkfifo(src / "pipe.png")
+    shutil.copy(prepared / "src/a/002.png", src / ("0" * 251 + ".png"))
+    sentence = refused(classifier, src, "--threads", 1, "--out", tmp_path / "out",
+                       "--explain", 1)
+    assert "3 of 17 images cannot be read" in sentence and "all in rejected.csv" in sentence
+    printed = capsys.readouterr().out
+    assert "passed over, as no images: 3 files (1 without a suffix, 1 .txt, 1 .png)" in printed
+    assert "Window not used: 1, it would have made most of the image white." in printed
+    rows = by_name(tmp_path / "out/predictions.csv")
+    assert len(rows) == 14 and {"good", "no_suffix", "float", "000"} <= rows.keys()
+    assert rows["good"] == rows["no_suffix"]
+    with open(tmp_path / "out/rejected.csv", newline="") as file:
+        reasons = dict(list(csv.reader(file))[1:])
+    words = {"ct.dcm": "modality CT, not CR or DX", "wrong.png": "a GIF, none of PNG",
+             "short.png": "truncated"}
+    assert reasons.keys() == words.keys()
+    assert all(word in reasons[name] for name, word in words.items()), reasons
+
+    # One that is broken in a data folder, too.
+    data = tmp_path / "data"
+    shutil.copytree(prepared / "data", data)
+    broken = data / read_manifest(data).paths[3]
+    broken.write_bytes(broken.read_bytes()[:500])
+    sentence = refused(classifier, data, "--threads", 1, "--out", tmp_path / "broken")
+    assert "1 of 20 images cannot be read and have no row" in sentence and broken.name in sentence
+    rows = by_name(tmp_path / "broken/predictions.csv")
+    assert len(rows) == 19 and broken.stem not in rows
 
 
 def test_each_folder_has_predictions_of_its_own(classifier, labelled, tmp_path):
@@ -91,11 +176,13 @@ def test_wrong_input_is_refused_in_a_sentence(classifier, encoder, labelled, tmp
     deep = tmp_path / "deep"
     deep.mkdir()
     assert "no manifest.csv and no image" in refused(classifier, deep)
-    Image.fromarray(np.full((40, 40), 3000, np.uint16)).save(deep / "scan.png")
-    assert "scan.png has 16 bits a pixel" in refused(classifier, deep)
     assert not (classifier.parent / "predictions/deep").exists()
+    Image.fromarray(np.full((40, 40), 3000, np.uint16)).save(deep / "scan.png")
+    assert "no image of" in refused(classifier, deep)
+    assert "scan.png: blank: gray levels 3000 to 3000 only" in refused(classifier, deep)
     (deep / "scan.png").write_bytes(b"no image")
-    assert "scan.png cannot be read: cannot identify" in refused(classifier, deep)
+    assert "scan.png: cannot identify the image: unknown, none of PNG" in refused(classifier, deep)
+    assert "must not lie inside" in refused(classifier, deep, "--out", deep / "out")
     assert not (classifier.parent / "predictions/deep/predictions.csv").exists()
 
 

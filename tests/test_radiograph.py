@@ -1,0 +1,169 @@
+"""Files to gray images: which files are found, and whether each is read the right way up."""
+import os
+import socket
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import prepare
+from manifest import DataError, read_manifest
+from radiograph import ImageSettings, find_files, load_image, read_image
+
+RAMP = np.linspace(0, 1, 64 * 48).reshape(64, 48)       # dark above, bright below
+
+
+def load(file):
+    """(H, W), 0 to 1, of a file as it would be stored."""
+    return np.asarray(load_image(file, read_image, ImageSettings()).image, float) / 255
+
+
+def refusal(file):
+    with pytest.raises(DataError) as error:
+        load(file)
+    return str(error.value)
+
+
+# --------------------------------------------------------------------------------------------------
+# Gray levels.
+
+def write_tiff(file, pixels, photometric, sample_format):
+    """A TIFF without compression, in the byte order of `pixels` (H, W). photometric: 0 where white
+    is 0, 1 where black is, None for a file that does not say. sample_format: 1 unsigned, 2 signed,
+    3 floating point."""
+    order, data = ">" if pixels.dtype.byteorder == ">" else "<", pixels.tobytes()
+    height, width = pixels.shape
+    tags = [(256, 4, width), (257, 4, height), (258, 3, 8 * pixels.itemsize), (259, 3, 1),
+            (262, 3, photometric), (273, 4, 8), (277, 3, 1), (278, 4, height),
+            (279, 4, len(data)), (339, 3, sample_format)]
+    tags = [tag for tag in tags if tag[2] is not None]
+    entries = b"".join(
+        struct.pack(f"{order}HHI", tag, kind, 1)
+        + (struct.pack(f"{order}I", value) if kind == 4 else struct.pack(f"{order}HH", value, 0))
+        for tag, kind, value in tags)
+    file.write_bytes((b"II*\0" if order == "<" else b"MM\0*")
+                     + struct.pack(f"{order}I", 8 + len(data)) + data
+                     + struct.pack(f"{order}H", len(tags)) + entries + bytes(4))
+
+
+@pytest.mark.parametrize("photometric, kind, sample_format, low, high", [
+    (0, "u1", 1, 0, 255), (1, "u1", 1, 0, 255),
+    (0, "<u2", 1, 0, 65535), (1, "<u2", 1, 100, 4000), (1, ">u2", 1, 0, 65535),
+    (1, "<i2", 2, -2000, 3000), (1, ">i2", 2, -32768, 32767),
+    (1, "<u4", 1, 0, 4e9), (1, "<i4", 2, -2e9, 2e9), (1, ">i4", 2, -7000, 2000),
+    (0, "<f4", 3, 0, 1), (1, "<f4", 3, -1024, 3071), (0, ">f4", 3, 0, 1e6), (1, ">f4", 3, 0, 1),
+])
+def test_tiff_is_read_the_right_way_up(tmp_path, photometric, kind, sample_format, low, high):
+    pixels = RAMP if photometric else 1 - RAMP
+    write_tiff(tmp_path / "x.tif", (low + (high - low) * pixels).astype(kind), photometric,
+               sample_format)
+    assert np.abs(load(tmp_path / "x.tif") - RAMP).max() < 0.01
+
+
+@pytest.mark.parametrize("photometric, kind, sample_format, words", [
+    (None, "u1", 1, "PhotometricInterpretation is missing"),
+    (None, "<u2", 1, "PhotometricInterpretation is missing"),
+    (None, "<f4", 3, "PhotometricInterpretation is missing"),
+    (1, "i1", 2, "signed gray levels of 8 bits"),
+    (1, "<f8", 3, "of a kind of TIFF, PNG or JPEG that cannot be read"),
+    (0, "<i2", 2, "of a kind of TIFF, PNG or JPEG that cannot be read"),
+])
+def test_tiff_that_is_not_read(tmp_path, photometric, kind, sample_format, words):
+    write_tiff(tmp_path / "x.tif", (100 * RAMP).astype(kind), photometric, sample_format)
+    assert words in refusal(tmp_path / "x.tif")
+
+
+GRAY = Image.fromarray((255 * RAMP).astype(np.uint8))
+DEEP = Image.fromarray((4095 * RAMP).astype(np.uint16))
+
+
+@pytest.mark.parametrize("image, name, options", [
+    (DEEP, "deep.png", {}), (DEEP, "deep.tif", {"compression": "tiff_lzw"}),
+    (DEEP, "deep.jp2", {}), (DEEP, "deep.pgm", {}),
+    (GRAY.convert("P"), "palette.png", {}), (GRAY.convert("P"), "palette.tif", {}),
+    (GRAY.convert("RGBA"), "opaque.png", {}), (GRAY.convert("LA"), "opaque_gray.png", {}),
+    (GRAY, "black_is_key.png", {"transparency": 0}),
+    (GRAY.convert("CMYK"), "print.tif", {}), (GRAY.convert("CMYK"), "print.jpg", {}),
+    (GRAY.convert("YCbCr"), "ycc.tif", {}), (GRAY.rotate(180), "turned.png", {"exif": 3}),
+])
+def test_every_kind_of_pixel_is_read(tmp_path, image, name, options):
+    if "exif" in options:
+        exif = Image.Exif()
+        exif[274] = options["exif"]
+        options = {"exif": exif}
+    image.save(tmp_path / name, **options)
+    assert np.abs(load(tmp_path / name) - RAMP).max() < 0.015
+
+
+def with_alpha(image, alpha):
+    image = image.copy()
+    image.putalpha(Image.fromarray(alpha))
+    return image
+
+
+@pytest.mark.parametrize("image, name, options, words", [
+    (with_alpha(GRAY.convert("RGB"), np.uint8(RAMP * 255)), "x.png", {}, "transparent in part"),
+    (with_alpha(Image.new("L", GRAY.size), np.uint8(RAMP * 255)), "x.png", {}, "transparent in"),
+    (GRAY.convert("P"), "x.png", {"transparency": 0}, "transparent in part"),
+    (GRAY, "x.tif", {"save_all": True, "append_images": [GRAY]}, "2 frames"),
+    (Image.fromarray(np.where(RAMP > 0.5, np.nan, RAMP).astype(np.float32)), "x.tif", {},
+     "some of its gray levels are infinite or no number"),
+    (Image.fromarray(np.where(RAMP > 0.9, np.inf, RAMP).astype(np.float32)), "x.tif", {},
+     "some of its gray levels are infinite or no number"),
+    (GRAY, "x.png", {"format": "GIF"}, "a GIF, none of PNG, JPEG"),
+    (GRAY.convert("RGB"), "x.jpg", {"format": "PDF"}, "a PDF, none of PNG, JPEG"),
+])
+def test_what_cannot_be_meant_is_refused(tmp_path, image, name, options, words):
+    image.save(tmp_path / name, **options)
+    assert words in refusal(tmp_path / name)
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"", "an empty file"), (b"<!DOCTYPE html>", "a page of HTML"), (b"abc", "unknown, none of"),
+    (bytes(128) + b"DICM", "a DICOM file"), (b"\x89PNG\r\n\x1a\n", "damaged, or of a kind"),
+])
+def test_files_that_are_no_images_are_called_what_they_are(tmp_path, content, words):
+    (tmp_path / "x.png").write_bytes(content)
+    assert words in refusal(tmp_path / "x.png")
+
+
+# --------------------------------------------------------------------------------------------------
+# Files.
+
+def test_special_files_are_found_and_never_opened(tmp_path):
+    GRAY.save(tmp_path / "a.png")
+    (tmp_path / "below").mkdir()
+    GRAY.save(tmp_path / "below/b.png")
+    (tmp_path / "._a.png").write_bytes(b"AppleDouble")
+    (tmp_path / ".hidden").mkdir()
+    GRAY.save(tmp_path / ".hidden/c.png")
+    (tmp_path / "below/again").symlink_to(tmp_path)             # a circle
+    (tmp_path / "nowhere.png").symlink_to(tmp_path / "gone")
+    os.mkfifo(tmp_path / "below/pipe.png")
+    (tmp_path / "null.png").symlink_to("/dev/null")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "socket.png"))
+    assert find_files(tmp_path) == (
+        ["a.png", "below/b.png", "nowhere.png"], ["below/pipe.png", "null.png", "socket.png"])
+    for name in ("below/pipe.png", "null.png", "socket.png", "below"):
+        assert "no file, but a named pipe" in refusal(tmp_path / name)
+
+
+def test_special_files_and_long_names_are_listed_as_rejected(tmp_path):
+    src, out = tmp_path / "src", tmp_path / "out"
+    (src / "a").mkdir(parents=True)
+    (src / ("f" * 255)).mkdir()
+    for i in range(12):
+        Image.fromarray(np.roll(np.asarray(GRAY), 5 * i, 0)).save(src / f"a/{i}.png")
+    GRAY.save(src / "a" / ("x" * 251 + ".png"))
+    GRAY.save(src / "a" / ("y" * 247 + ".png"))
+    GRAY.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(src / ("f" * 255) / "0.png")
+    os.mkfifo(src / "a/pipe.png")
+    prepare.main(["folder", "--src", str(src), "--out", str(out), "--workers", "1"])
+    rejected = (out / "rejected.csv").read_text()
+    assert "a/pipe.png,\"a named pipe, a socket or a device\"" in rejected
+    assert f"a/{'x' * 251}.png,its name would be longer than 251 bytes" in rejected
+    paths = read_manifest(out).paths
+    assert len(paths) == 14 and f"images/a/{'y' * 247}.jpg" in paths
+    assert f"images/{'f' * 255}/0.jpg" in paths
