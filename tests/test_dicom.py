@@ -181,13 +181,13 @@ def test_notes_are_counted_over_all_images_also_of_a_run_that_goes_on(tmp_path):
     for i in range(6):
         window = {"WindowCenter": 40, "WindowWidth": 400} if i < 4 else {}
         write_dicom(tmp_path / f"src/{i}.dcm", SCAN + i, SOPInstanceUID=f"1.2.{i}", **window)
-    dicom(tmp_path)
+    dicom(tmp_path, "--allow", "empty-split")           # all of one patient
     card = (tmp_path / "out/DATA.md").read_text()
     assert f"Window not used: 4, {WHITE}." in card
     for name in ("manifest.csv", "DATA.md"):
         (tmp_path / "out" / name).unlink()
     next((tmp_path / "out/images").rglob("*.jpg")).unlink()
-    dicom(tmp_path)
+    dicom(tmp_path, "--allow", "empty-split")           # all of one patient
     assert (tmp_path / "out/DATA.md").read_text() == card
 
 
@@ -216,7 +216,8 @@ def test_dicom_without_identity(tmp_path, capsys):
                           for file in sorted((tmp_path / "out").rglob("*")) if file.is_file())
     assert b"4b56bc6d" not in everything
     assert "A patient is a file (--patient-from file)." in (tmp_path / "out/DATA.md").read_text()
-    dicom(tmp_path, "--modality", "none", "--patient-from", "folder", out="folders")
+    dicom(tmp_path, "--modality", "none", "--patient-from", "folder", "--allow", "empty-split",
+          out="folders")
     manifest = read_manifest(tmp_path / "folders")
     assert Counter(Counter(manifest.patients.tolist()).values()) == {3: 2}
 
