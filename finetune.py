@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
+from torchvision.models import ResNet
 
 import run
 from dali_pipeline import Augmentation, Preprocessing, eval_loader, train_loader
@@ -68,6 +69,7 @@ RESULTS = ("predictions.pt", "last.pt", "classifier.pt", "log.jsonl", "results.*
 
 @dataclass
 class Config:
+    """Which combinations are compared, on which labels, and how each is trained."""
     init: tuple[str, ...] = flag(
         (), f"(default {' or '.join(ENCODERS)})", metavar="random|imagenet|PATH", may_differ=True,
         section="what is compared: every combination")
@@ -124,11 +126,18 @@ class Combination(NamedTuple):
     init: str                           # an Init's key
     seed: int
 
+    @property
+    def starts_from_probe(self) -> bool:
+        """Whether training starts from the linear probe: a random head could distort what was
+        pre-trained in its first steps (Kumar et al. 2022)."""
+        return self.mode == "full" and self.init != "random"
+
 
 class Init(NamedTuple):
     """An initialisation of the encoder."""
     source: str                         # random, imagenet or the path of a checkpoint
-    # A path and a digest of the content, because a file can be overwritten; or random, imagenet.
+    # In predictions.pt: the source and, of a file, a digest of its content, because a path can be
+    # overwritten.
     key: str
     name: str                           # in tables
     settings: dict[str, Any]            # INHERITED, as far as the checkpoint names them
@@ -148,7 +157,7 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Study:
-    """What all combinations have in common."""
+    """What all combinations of a run have in common."""
     config: Config
     compute: Compute
     manifest: Manifest
@@ -159,18 +168,30 @@ class Study:
     policy: str                         # how labels were read, in a sentence
     splits: dict[str, np.ndarray]       # the images of each split that have labels
     draws: dict[tuple[float, int], Draw]        # of the train split, by fraction and seed
-    done: dict[Any, dict[str, Any]] = field(default_factory=dict)     # as in predictions.pt
+    # What predictions.pt holds, by Combination. It grows as the combinations are finished.
+    predictions: dict[Any, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def out(self) -> Path:
         return Path(self.config.out)
 
     @property
+    def last(self) -> Path:
+        return self.out / "last.pt"
+
+    @property
+    def last_key(self) -> tuple | None:
+        """The combination that last.pt is amid; None where there is none, or half of a file."""
+        with contextlib.suppress(CheckpointError):
+            return load_checkpoint(self.last).get("key")
+        return None
+
+    @property
     def preprocessing(self) -> Preprocessing:
         return Preprocessing(self.settings["image_size"], self.settings["normalize"],
                              self.settings["clahe"])
 
-    def encoder(self, init: Init) -> Any:
+    def encoder(self, init: Init) -> ResNet:
         return build_encoder(self.settings["arch"], init.source)
 
     def name(self, c: Combination) -> str:
@@ -199,8 +220,8 @@ def digest(file: str | Path) -> str:
 
 
 def read_inits(config: Config) -> list[Init]:
-    """The initialisations of --init. DataError where there is none, CheckpointError where a file
-    cannot be read."""
+    """The initialisations of --init. DataError where there is none, CheckpointError where a
+    file cannot be read."""
     sources = config.init or [path for path in ENCODERS if os.path.exists(path)][:1]
     if not sources:
         raise DataError(f"{ENCODERS[0]} does not exist: pre-train first (`python pretrain.py "
@@ -225,24 +246,24 @@ def read_inits(config: Config) -> list[Init]:
 def inherit(config: Config, inits: list[Init], say: Callable) -> dict[str, Any]:
     """Data, architecture and preprocessing: as the flags say, else as the first checkpoint does.
 
-    They are the same for all initialisations, so that these can be compared. CheckpointError
-    where an encoder does not fit."""
+    They are the same for all initialisations, so that these can be compared.
+    CheckpointError where an encoder does not fit."""
     flags = {name: getattr(config, name) for name in INHERITED
              if getattr(config, name) is not None}
     files = [init for init in inits if init.is_file]
-    inherited = files[0].settings if files else {}
-    setting = INHERITED | inherited | flags
+    first = files[0].settings if files else {}
+    setting = INHERITED | first | flags
     if files:
         say(f"inherited from {files[0].source}:", ", ".join(
-            f"{name} {value}" for name, value in inherited.items() if name not in flags))
+            f"{name} {value}" for name, value in first.items() if name not in flags))
     for init in files:
-        others = [f"{name} {value}" for name, value in init.settings.items()
-                  if value != setting[name] and name != "data"]
-        if others:
-            say(f"{init.source} was trained with {', '.join(others)}, which is not what it is "
-                "given here")
+        differences = [f"{name} {value}" for name, value in init.settings.items()
+                       if value != setting[name] and name != "data"]
+        if differences:
+            say(f"{init.source} was trained with {', '.join(differences)}, which is not what it "
+                "is given here")
     for init in inits:
-        build_encoder(setting["arch"], init.source)     # refused before anything is written
+        build_encoder(setting["arch"], init.source)     # what does not fit is refused now
     return setting
 
 
@@ -253,11 +274,11 @@ def labelled_images(manifest: Manifest) -> dict[str, np.ndarray]:
     table = manifest.folder / "manifest.csv"
     if not manifest.label_names:
         raise DataError(f"{table} has no label column: there is nothing to fine-tune on")
-    has_labels = ~np.isnan(manifest.labels).all(1)                              # (N,)
+    label_count = (~np.isnan(manifest.labels)).sum(1)                           # (N,)
     splits = {}
     for split in SPLITS:
         images = manifest.images(split)
-        splits[split] = images[has_labels[images]]
+        splits[split] = images[label_count[images] > 0]
     for split, images in splits.items():
         if not len(images):
             raise DataError(f"{table}: no image of the {split} split has a label")
@@ -273,17 +294,18 @@ def task_of(label_names: list[str], manifest: Manifest, train: np.ndarray,
 
 def teachable_labels(manifest: Manifest, train: np.ndarray, config: Config,
                      say: Callable) -> list[str]:
-    """Those of --labels, or of all, that have a positive and a negative in train."""
-    table, requested = manifest.folder / "manifest.csv", list(config.labels)
-    requested = requested or manifest.label_names
-    if unknown := set(requested) - set(manifest.label_names):
+    """Those of --labels, or of all, that have a positive and a negative in train; DataError
+    where there is none."""
+    table = manifest.folder / "manifest.csv"
+    candidates = list(config.labels) or manifest.label_names
+    if unknown := set(candidates) - set(manifest.label_names):
         raise DataError(f"--labels {unknown.pop()}: {table} has {', '.join(manifest.label_names)}")
-    columns = task_of(requested, manifest, train, config).training_labels[train].T  # (L, n)
-    names = [name for name, column in zip(requested, columns) if {0, 1} <= set(column.tolist())]
+    columns = task_of(candidates, manifest, train, config).training_labels[train].T  # (L, n)
+    names = [name for name, column in zip(candidates, columns) if {0, 1} <= set(column.tolist())]
     if not names:
         raise DataError(f"{table}: no label has a positive and a negative in train, with "
                         f"--uncertain {config.uncertain} and --blank {config.blank}")
-    if left_out := [name for name in requested if name not in names]:
+    if left_out := [name for name in candidates if name not in names]:
         say("left out, without both a positive and a negative in train:", ", ".join(left_out))
     return names
 
@@ -301,20 +323,11 @@ def check_truth(task: Task, label_names: list[str], manifest: Manifest,
                 "what is chosen there")
 
 
-def draw_sentence(seed: int, sample: Draw) -> str:
-    """Who was drawn, for the report."""
-    sentence = f"draw {seed}: {len(sample.rows)} images"
-    if sample.extra_patients:
-        sentence += (f", {sample.extra_patients} patients beyond the fraction for labels that "
-                     "lacked a class")
-    return sentence
-
-
 def finish(study: Study, c: Combination, outcome: Outcome) -> None:
     """Keep a combination's predictions and, if it is the best on val up to now, its classifier."""
     task, sample = study.task, study.sample(c)
     score = study.val_score(outcome.val)
-    if score > max((entry["val_score"] for entry in study.done.values()), default=-math.inf):
+    if score > max((entry["val_score"] for entry in study.predictions.values()), default=-math.inf):
         val_truth = study.truth("val")
         save_checkpoint(study.out / "classifier.pt", {
             "format": FORMAT, "arch": study.settings["arch"], "labels": study.label_names,
@@ -323,18 +336,18 @@ def finish(study: Study, c: Combination, outcome: Outcome) -> None:
             "config": study.settings | {
                 "init": study.inits[c.init].source, "what": study.name(c)},
             "thresholds": [youden(p, y) for p, y in zip(outcome.val.T, val_truth.T)],
-            # Images whose labels the encoder has learned from.
+            # How many images' labels the encoder has learned from, for cluster_eval.py.
             "n_train": 0 if c.mode == "linear" else len(sample)})
 
     labels = task.training_labels[sample]                                       # (m, L)
-    study.done[tuple(c)] = outcome.details | {
+    study.predictions[tuple(c)] = outcome.details | {
         "val": torch.from_numpy(outcome.val), "test": torch.from_numpy(outcome.test),
         "val_score": score, "n_train": (~np.isnan(labels)).sum(0).tolist(),
         "positives": (labels == 1).sum(0).tolist()}
-    save_checkpoint(study.out / "predictions.pt", study.done)
-    chosen = ", ".join(f"{name} {value:g}" for name, value in outcome.details.items()
+    save_checkpoint(study.out / "predictions.pt", study.predictions)
+    choice = ", ".join(f"{name} {value:g}" for name, value in outcome.details.items()
                        if name in ("strength", "epoch"))
-    study.compute.say(f"{study.name(c)}: {study.measure} on val {score:.4f} ({chosen})")
+    study.compute.say(f"{study.name(c)}: {study.measure} on val {score:.4f} ({choice})")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -349,7 +362,7 @@ class LinearProbe:
         torch.manual_seed(0)            # the same untrained encoder for every seed of the draw
         self.encoder = compute.place(study.encoder(init))
 
-        # Features of each split on its own, because cluster_eval.py looks for those of test.
+        # Features of each split in a file of its own, as cluster_eval.py looks for them.
         folder = study.out.parent / "features"
         images = np.concatenate(list(study.splits.values()))
         compute.say(f"{init.name}: features of {len(images)} images, kept in {folder}")
@@ -395,24 +408,21 @@ class LinearProbe:
             for images in (study.splits["val"], study.splits["test"]))
         _, best = max((study.val_score(p), r) for r, p in enumerate(val))
 
-        # The regression saw standardised features, the classifier's head gets them as they are.
+        # The regression saw standardised features; the classifier's head gets them as they are.
         net = Classifier(self.encoder, task.outputs)
-        scaled = weight[:, best].T / self.deviation                             # (G * K, D)
-        shifted = bias[best] - scaled @ self.mean.double()                      # (G * K,)
-        net.head.load_state_dict({"weight": scaled.float(), "bias": shifted.float()})
+        head_weight = weight[:, best].T / self.deviation                        # (G * K, D)
+        head_bias = bias[best] - head_weight @ self.mean.double()               # (G * K,)
+        net.head.load_state_dict({"weight": head_weight.float(), "bias": head_bias.float()})
         return Outcome(net, val[best], test[best], {"strength": float(STRENGTHS[best])})
 
 
 def fit_probes(study: Study, missing: list[Combination]) -> dict[Combination, dict[str, Tensor]]:
-    """Finish the linear combinations; return the heads that full ones start from.
-
-    A random head could distort a pre-trained encoder in its first steps (Kumar et al. 2022).
-    An encoder that was not pre-trained has nothing to lose, and starts from a random one."""
+    """Finish the linear combinations; return the heads that full ones start from."""
     heads = {}
-    begun = FineTuning.key_in(study.out / "last.pt")        # and needs its first head no more
+    last_key = study.last_key           # what goes on from last.pt has its head from there
     for init in study.inits.values():
         combinations = [c for c in missing if c.init == init.key and (
-            c.mode == "linear" or (starts_from_probe(c) and c != begun))]
+            c.mode == "linear" or (c.starts_from_probe and c != last_key))]
         if not combinations:
             continue
         linear_probe = LinearProbe(study, init)
@@ -427,10 +437,6 @@ def fit_probes(study: Study, missing: list[Combination]) -> dict[Combination, di
 
 # --------------------------------------------------------------------------------------------------
 # Full: all processes train encoder and head.
-
-def starts_from_probe(c: Combination) -> bool:
-    return c.init != "random"
-
 
 def freeze_batch_norm(net: nn.Module) -> None:
     """Use the statistics that are there and leave them as they are, until net.train()."""
@@ -470,23 +476,16 @@ class FineTuning:
         self.best: dict[str, Any] = {"val_score": -math.inf}
         self.peaks: list[Tensor] = []
 
-    @staticmethod
-    def key_in(file: Path) -> tuple | None:
-        """Which combination a last.pt belongs to; None where there is none, or half of one."""
-        with contextlib.suppress(CheckpointError):
-            return load_checkpoint(file).get("key")
-        return None
-
-    def load(self, file: Path) -> None:
-        """Go on from a last.pt of this combination."""
-        state = load_checkpoint(file)
+    def load(self) -> None:
+        """Go on from last.pt, which must be this combination's."""
+        state = load_checkpoint(self.study.last)
         self.net.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.history, self.best, self.peaks = state["history"], state["best"], state["peaks"]
 
-    def save(self, file: Path) -> None:
-        save_checkpoint(file, {
+    def save(self) -> None:
+        save_checkpoint(self.study.last, {
             "key": tuple(self.combination), "model": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
             "history": self.history, "best": self.best, "peaks": self.peaks})
@@ -522,7 +521,7 @@ class EpochLog:
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, epoch)
             study = self.training.study
-            histories = [entry.get("history", []) for entry in study.done.values()]
+            histories = [entry.get("history", []) for entry in study.predictions.values()]
             lines = [line for history in [*histories, self.training.history] for line in history]
             write_text(study.out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
@@ -534,18 +533,17 @@ class EpochLog:
 def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> Outcome:
     """Train encoder and head on one draw; the epoch that is best on val counts.
 
-    head: what the linear layer starts from, see `fit_probes`; None where it starts at random,
-    where last.pt goes on, and on all processes but the first. Raises FloatingPointError where
-    the loss diverges."""
+    head: weights that the linear layer starts from, on the first process; None for random
+    ones. Raises FloatingPointError where the loss diverges."""
     config, compute, task, say = study.config, study.compute, study.task, study.compute.say
-    sample, name, last = study.sample(c), study.name(c), study.out / "last.pt"
+    sample, name = study.sample(c), study.name(c)
 
     # Network and optimizer, new or as the last whole epoch left them.
     training = FineTuning(study, c)
     net, optimizer, scaler = training.net, training.optimizer, training.scaler
-    if FineTuning.key_in(last) == c:
-        training.load(last)
-        say(f"going on from {last}, epoch {len(training.history)} of {name}")
+    if study.last_key == c:
+        training.load()
+        say(f"going on from {study.last}, epoch {len(training.history)} of {name}")
     elif head is not None:
         net.head.load_state_dict(head)
     first = len(training.history)
@@ -566,7 +564,7 @@ def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> O
     log = EpochLog(training)
 
     # The linear probe is epoch 0, and the best one until training is better.
-    if starts_from_probe(c) and not first:
+    if c.starts_from_probe and not first:
         score = training.compare(0, probabilities(study, net, "val"))
         say(f"{name} epoch 000/{config.epochs} | the linear probe | val {study.measure} "
             f"{score:.4f}")
@@ -598,9 +596,9 @@ def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> O
         # After an epoch: the mean loss, for which the host waits nowhere else, and the same
         # batch norm statistics everywhere. Otherwise each process would predict with its own.
         compute.share_buffers(net)
-        loss = compute.reduce(loss_sum).item() / epoch_steps / compute.world_size
+        mean_loss = compute.reduce(loss_sum).item() / epoch_steps / compute.world_size
         speed = epoch_steps * config.batch_size / (time.perf_counter() - clock)
-        if not math.isfinite(loss):
+        if not math.isfinite(mean_loss):
             raise FloatingPointError(f"the loss is not finite in epoch {epoch} of {name}: lower "
                                      "--lr-encoder or --lr-head")
 
@@ -610,14 +608,14 @@ def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> O
             training.peaks.append(torch.from_numpy(probabilities(study, net, "test")).float())
 
         # Keep all that the next epoch needs, so that a kill costs one epoch at most.
-        scalars = {"loss": loss, "lr_encoder": optimizer.param_groups[0]["lr"],
+        scalars = {"loss": mean_loss, "lr_encoder": optimizer.param_groups[0]["lr"],
                    "lr_head": optimizer.param_groups[1]["lr"], "val_score": score}
         training.history.append({"combination": name, "epoch": epoch} | scalars)
+        log.add(epoch, scalars)         # first, as nobody would repeat the line of the last epoch
         if compute.rank == 0:
-            training.save(last)
-        log.add(epoch, scalars)
-        say(f"{name} epoch {epoch:03d}/{config.epochs} | loss {loss:.4f} | val {study.measure} "
-            f"{score:.4f} | {speed:.0f} img/s")
+            training.save()
+        say(f"{name} epoch {epoch:03d}/{config.epochs} | loss {mean_loss:.4f} | val "
+            f"{study.measure} {score:.4f} | {speed:.0f} img/s")
 
     # The best epoch's network meets the test images.
     log.close()
@@ -637,10 +635,10 @@ def read_study(config: Config, compute: Compute) -> Study:
     anything is written."""
     say = compute.say
     inits = read_inits(config)
-    inherited = inherit(config, inits, say)
+    setting = inherit(config, inits, say)
 
     # The labels that train can teach. Fewer labels may be exclusive where all of them were not.
-    manifest = read_manifest(inherited["data"])
+    manifest = read_manifest(setting["data"])
     splits = labelled_images(manifest)
     train = splits["train"]
     names = teachable_labels(manifest, train, config, say)
@@ -658,9 +656,34 @@ def read_study(config: Config, compute: Compute) -> Study:
     if config.batch_size % compute.world_size:
         raise DataError(f"--batch-size {config.batch_size} is global and must divide by the "
                         f"{compute.world_size} processes")
-    more = inherited | {"manifest_digest": digest(manifest.folder / "manifest.csv")}
-    return Study(config, compute, manifest, run.fixed_flags(config) | more,
-                 {init.key: init for init in inits}, names, task, policy, splits, draws)
+    settings = run.fixed_flags(config) | setting | {
+        "manifest_digest": digest(manifest.folder / "manifest.csv")}
+    return Study(config, compute, manifest, settings, {init.key: init for init in inits}, names,
+                 task, policy, splits, draws)
+
+
+def draw_sentence(seed: int, sample: Draw) -> str:
+    """Who was drawn, for the report."""
+    sentence = f"draw {seed}: {len(sample.rows)} images"
+    if sample.extra_patients:
+        sentence += (f", {sample.extra_patients} patients beyond the fraction for labels that "
+                     "lacked a class")
+    return sentence
+
+
+def write_report(study: Study, combinations: list[Combination]) -> None:
+    """The table of what pre-training bought, in which the predictions meet the test labels."""
+    config, out = study.config, study.out
+    draws = {fraction: [draw_sentence(seed, study.draws[fraction, seed]) for seed in config.seeds]
+             for fraction in config.fraction}
+    about = {"data": study.settings["data"], "kind": study.task.kind, "labels": study.policy,
+             "draws": draws}
+    predictions = {(c.mode, c.fraction, study.inits[c.init].name, c.seed): study.predictions[c]
+                   for c in combinations}
+    report(out, about, predictions, study.label_names, study.truth("val"), study.truth("test"),
+           study.manifest.patients[study.splits["test"]])
+    study.compute.say(f"done: {out / 'results.md'}, {out / 'results.json'}, "
+                      f"{out / 'classifier.pt'}")
 
 
 def finetune(config: Config, compute: Compute, resources: contextlib.ExitStack) -> None:
@@ -668,19 +691,19 @@ def finetune(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     study = read_study(config, compute)
 
     # The run folder, and what it holds already.
-    finished = study.out / "predictions.pt"
+    file = study.out / "predictions.pt"
     if compute.rank == 0:
         run.open_run(config, "finetune", RESULTS, resources, **study.settings)
-        if not finished.exists():
-            save_checkpoint(finished, {})
+        if not file.exists():
+            save_checkpoint(file, {})
     compute.barrier()
-    study.done.update(load_checkpoint(finished))
+    study.predictions.update(load_checkpoint(file))
 
     # Every combination that is missing: first the linear ones, which one process fits, and the
     # heads that full ones start from; then the full ones, by all processes.
     combinations = [Combination(*c) for c in itertools.product(
         config.mode, config.fraction, study.inits, config.seeds)]
-    missing = [c for c in combinations if c not in study.done]
+    missing = [c for c in combinations if c not in study.predictions]
     heads = fit_probes(study, missing) if compute.rank == 0 else {}
     for c in missing:
         if c.mode == "full":
@@ -688,24 +711,10 @@ def finetune(config: Config, compute: Compute, resources: contextlib.ExitStack) 
             if compute.rank == 0:
                 finish(study, c, outcome)
 
-    # The report, in which the predictions meet the test labels.
+    # All is trained and chosen, so that the test labels may come in.
     if compute.rank == 0:
-        (study.out / "last.pt").unlink(missing_ok=True)
+        study.last.unlink(missing_ok=True)
         write_report(study, combinations)
-
-
-def write_report(study: Study, combinations: list[Combination]) -> None:
-    config, out = study.config, study.out
-    draws = {fraction: [draw_sentence(seed, study.draws[fraction, seed]) for seed in config.seeds]
-             for fraction in config.fraction}
-    about = {"data": study.settings["data"], "kind": study.task.kind, "labels": study.policy,
-             "draws": draws}
-    predictions = {(c.mode, c.fraction, study.inits[c.init].name, c.seed): study.done[c]
-                   for c in combinations}
-    report(out, about, predictions, study.label_names, study.truth("val"), study.truth("test"),
-           study.manifest.patients[study.splits["test"]])
-    study.compute.say(f"done: {out / 'results.md'}, {out / 'results.json'}, "
-                      f"{out / 'classifier.pt'}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -22,8 +22,8 @@ class Task:
     """What is asked of N images, and what their L labels are scored by.
 
     binary: a sigmoid for each label, so that G = L and K = 1.
-    three-way: absent, present and uncertain are three classes of each label (Irvin et al. 2019),
-    so that G = L and K = 3.
+    three-way: absent, present and uncertain are three classes of each label (Irvin et
+    al. 2019), so that G = L and K = 3.
     exclusive: one softmax over all labels, so that G = 1 and K = L."""
     kind: str                           # binary, three-way or exclusive
     targets: np.ndarray                 # (N, G, K) float32, one-hot where K > 1
@@ -48,10 +48,10 @@ class Task:
 def make_task(labels: np.ndarray, train: np.ndarray, uncertain: str, blank: str) -> Task:
     """The task that labels (N, L) of 1, 0, -1 and NaN ask.
 
-    train: rows of the train split. Where each of them has exactly one 1 and otherwise 0, the
-    labels are exclusive.
-    uncertain: what -1 is in training: `ones`, `zeros`, `ignore`, or `multiclass`, a class of its
-    own. It is never scored.
+    train: rows of the train split. Where each of them has exactly one 1 and otherwise
+    0, the labels are exclusive.
+    uncertain: what -1 is in training: `ones`, `zeros`, `ignore`, or `multiclass`, a
+    class of its own. It is never scored.
     blank: what NaN is: `zeros` or `ignore`."""
     if blank == "zeros":
         labels = np.where(np.isnan(labels), 0, labels)
@@ -65,7 +65,7 @@ def make_task(labels: np.ndarray, train: np.ndarray, uncertain: str, blank: str)
 
     if uncertain == "multiclass":
         one_hot = np.stack([labels == value for value in (0, 1, -1)], axis=2)   # (N, L, 3)
-        return Task("three-way", one_hot.astype(np.float32), one_hot.any(2), truth)
+        return Task("three-way", one_hot.astype(np.float32), ~np.isnan(labels), truth)
 
     value = np.float32({"ones": 1, "zeros": 0, "ignore": np.nan}[uncertain])
     labels = np.where(labels == -1, value, labels)
@@ -77,16 +77,16 @@ def policy_sentence(kind: str, uncertain: str, blank: str, balance: bool) -> str
     sentence = {
         "exclusive": "exclusive labels, softmax, AUROC one against the rest",
         "binary": f"independent labels; in training -1 counts as {uncertain}, blank as {blank}",
-        "three-way": "independent labels, uncertain a class of its own; "
-                     f"blank counts as {blank}"}[kind]
+        "three-way": f"independent labels, uncertain a class of its own; blank counts as {blank}",
+    }[kind]
     return sentence + ("; classes balanced" if balance else "")
 
 
 def cell_weights(targets: np.ndarray, mask: np.ndarray, balance: bool) -> np.ndarray:
     """Weights (n, G) of the loss, 0 where there is nothing to learn from, 1 on average.
 
-    targets (n, G, K), mask (n, G): rows of a Task. balance: the answers of a question get the
-    same sum of weights, however rare some of them are."""
+    targets (n, G, K), mask (n, G): rows of a Task. balance: the answers of a question
+    get the same sum of weights, however rare some of them are."""
     answers = targets.argmax(2) if targets.shape[2] > 1 else targets[:, :, 0]   # (n, G)
     weights = np.zeros(mask.shape)
     for question, rows in enumerate(mask.T):
@@ -121,10 +121,11 @@ class Draw(NamedTuple):
 def draw(patients: np.ndarray, labels: np.ndarray, fraction: float, seed: int) -> Draw:
     """Draw a fraction of the patients, with all of their images.
 
-    patients (n,), labels (n, L) of 1, 0 and NaN. The seed puts the patients in an order, and a
-    fraction is the front of it, so that the smaller fraction lies in the larger one. A label
-    without a positive (or a negative) there gets the first patient in that order who has one,
-    which keeps the nesting. DataError where the fraction comes to no patient."""
+    patients (n,), labels (n, L) of 1, 0 and NaN. The seed puts the patients in an
+    order, and a fraction is the front of it, so that the smaller fraction lies in the
+    larger one. A label without a positive (or a negative) there gets the first patient
+    in that order who has one, which keeps the nesting. DataError where the fraction
+    comes to no patient."""
     names, patient = np.unique(patients, return_inverse=True)
     place = np.random.default_rng(seed).permutation(len(names))[patient]        # (n,) in the order
     count = math.floor(fraction * len(names) + 0.5)

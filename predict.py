@@ -3,13 +3,14 @@
     python predict.py runs/finetune/classifier.pt data/new
     python predict.py runs/finetune/classifier.pt data/new --explain 8      and eight overlays
 
-DIR is a data folder made by prepare.py, or any folder with JPEG and PNG images in it. Images
-are prepared as the classifier's training images were, by what the classifier says of them.
+DIR is a data folder made by prepare.py, or any folder with JPEG and PNG images in it.
+Images are prepared as the classifier's training images were, by what the classifier
+says of them.
 
-The output folder (--out) gets predictions.csv, a row for each image and a column for each
-label; and explained/, Grad-CAM overlays of the first images, each for the label that lies most
-above its threshold. Every DIR has an output folder of its own beside the classifier, so that
-the predictions of one do not replace those of another.
+The output folder (--out) gets predictions.csv, a row for each image and a column for
+each label; and explained/, Grad-CAM overlays of the first images, each for the label
+that lies most above its threshold. Every DIR has an output folder of its own beside the
+classifier, so that the predictions of one do not replace those of another.
 """
 import contextlib
 import csv
@@ -39,12 +40,13 @@ RESULTS = ("predictions.csv", "explained/*.png")
 
 @dataclass
 class Config:
+    """Which classifier looks at what, and where its answers go."""
     classifier: str = positional("made by finetune.py", "CLASSIFIER.pt")
     data: str = positional("a data folder, or any folder of images", "DIR")
     explain: int = flag(0, "overlay the first N images with their Grad-CAM", 0, metavar="N",
                         may_differ=True)
-    out: str = flag("", "output folder (default: predictions/ and the name of DIR, "
-                           "beside the classifier)", may_differ=True)
+    out: str = flag("", "output folder (default: predictions/ and the name of DIR, beside the "
+                    "classifier)", may_differ=True)
     overwrite: bool = flag(False, "replace the predictions of another classifier or folder",
                            may_differ=True)
 
@@ -92,11 +94,11 @@ def predictions_table(paths: list[str], labels: list[str], probabilities: np.nda
 # Explanation of a prediction.
 
 def grad_cam(net: Classifier, x: Tensor, outputs: Tensor) -> Tensor:
-    """Where in the images x (B, 1, S, S) the outputs (B,) of a network come from (Selvaraju et
-    al. 2017).
+    """Where in the images x (B, 1, S, S) the outputs (B,) of a network come from
+    (Selvaraju et al. 2017).
 
-    Returns (B, S, S), 0 to 1. The map is made of cells of 32 x 32 pixels, so that it is coarse
-    below 224 pixels, and it is 0 where no cell speaks for the output."""
+    Returns (B, S, S), 0 to 1. The map is made of cells of 32 x 32 pixels, so that it is
+    coarse below 224 pixels, and it is 0 where no cell speaks for the output."""
     maps = []                           # the last feature maps, of which the map is a mean
     hook = net.encoder.layer4.register_forward_hook(
         lambda module, inputs, output: maps.append(output))
@@ -134,8 +136,8 @@ def explain(net: Classifier, state: dict[str, Any], manifest: Manifest, probabil
         label = int((probabilities[i] - state["thresholds"]).argmax())
         output = torch.tensor([label * width + present], device=x.device)
         picture = overlay(x[0], grad_cam(net, x, output)[0])
-        name = f"{Path(manifest.paths[i]).stem}_{state['labels'][label]}_" \
-               f"{probabilities[i, label]:.2f}"
+        stem, probability = Path(manifest.paths[i]).stem, probabilities[i, label]
+        name = f"{stem}_{state['labels'][label]}_{probability:.2f}"
         name = re.sub(r"[^\w.-]+", "-", name)
         with whole_file(folder / f"{i:06d}_{name}.png", sync=False) as file:
             picture.save(file, "PNG")
@@ -157,7 +159,7 @@ def predict(config: Config, compute: Compute, resources: contextlib.ExitStack) -
     manifest = list_images(Path(config.data))
     images, labels = np.arange(len(manifest.paths)), state["labels"]
 
-    # The output folder remembers whose predictions it holds.
+    # The output folder remembers whose predictions it holds, and refuses those of others.
     out = Path(config.out)
     run.open_run(config, "predict", RESULTS, resources,
                  classifier=str(Path(config.classifier).resolve()),

@@ -16,7 +16,7 @@ import signal
 import sys
 import typing
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -365,8 +365,9 @@ def fixed_flags(config: RunConfig) -> dict[str, Any]:
 
 def _difference(before: dict, now: dict) -> str:
     """How two runs differ, or nothing: `with other flags: --epochs (2 there, 5 here)`."""
-    same = {"manifest_digest": now.get("manifest_digest")}
-    if flags := differing_flags(before | same, now | same):
+    # A digest would say nothing to a user, so that it is not compared as a flag.
+    digest = {"manifest_digest": now.get("manifest_digest")}
+    if flags := differing_flags(before | digest, now | digest):
         return f"with other flags: {flags}"
     if before.get("manifest_digest") != now.get("manifest_digest"):
         return f"on {now['data']}/manifest.csv as it was before it was changed"
@@ -440,11 +441,25 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
     """Write `state` so that `path` is a whole checkpoint at every moment, the old or
     the new."""
     try:
-        with whole_file(path) as file:
+        with _interrupt_later(), whole_file(path) as file:
             torch.save(state, file)
     except RuntimeError as error:
         # PyTorch's writer reports a full disk as a RuntimeError that hides the OSError.
         raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+
+@contextlib.contextmanager
+def _interrupt_later() -> Iterator[None]:
+    """Ctrl-C waits until the block has ended. PyTorch's writer would turn it into a
+    RuntimeError, or abort the process."""
+    signals = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: signals.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if signals:
+        signal.raise_signal(signal.SIGINT)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

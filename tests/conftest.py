@@ -81,3 +81,42 @@ def run(*command, processes=None):
     process = start(*command, processes=processes)
     output, _ = process.communicate(timeout=400)
     return process.returncode, output
+
+
+# --------------------------------------------------------------------------------------------------
+# What fine-tuning and prediction are tested on.
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory):
+    """A data folder with something to learn: 60 patients, 2 images each. A bright disc is a
+    Mass, a dark left half an Effusion. Five more patients of the train split have nothing in any
+    label column."""
+    folder, rng = tmp_path_factory.mktemp("labelled"), np.random.default_rng(0)
+    (folder / "images").mkdir()
+    with open(folder / "manifest.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["path", "patient", "split", "Mass", "Effusion"])
+        for i in range(130):
+            patient = i // 2
+            mass, effusion = patient % 3 == 0, i % 4 == 1
+            image = smooth_image(rng, 48, 48) // 2 + 40
+            image[10:22, 26:38] += np.uint8(70 * mass)
+            image[:, :20] -= np.uint8(38 * effusion)
+            Image.fromarray(image).save(folder / f"images/{i:03d}.png")
+            split = "val" if 36 <= patient < 48 else "test" if 48 <= patient < 60 else "train"
+            labels = [int(mass), int(effusion)] if patient < 60 else ["", ""]
+            table.writerow([f"images/{i:03d}.png", f"p{patient}", split, *labels])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoder(labelled, tmp_path_factory):
+    """An encoder.pt as pretrain.py leaves it, after no training."""
+    from model import FORMAT, build_encoder
+    from run import save_checkpoint
+    torch.manual_seed(5)
+    path = tmp_path_factory.mktemp("encoder") / "encoder.pt"
+    save_checkpoint(path, {
+        "format": FORMAT, "arch": "resnet18", "encoder": build_encoder("resnet18").state_dict(),
+        "config": {"data": str(labelled), "image_size": 32, "normalize": "image", "clahe": True}})
+    return path

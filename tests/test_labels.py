@@ -1,0 +1,89 @@
+"""What labels mean by each policy, who is drawn, and what each label weighs."""
+import numpy as np
+import pytest
+import torch
+
+from labels import cell_weights, draw, make_task, policy_sentence, to_probabilities
+from loss import masked_cross_entropy
+from manifest import DataError
+
+
+def test_what_labels_mean():
+    labels, nan = np.array([[1, -1], [0, np.nan], [np.nan, 0]], np.float32), np.nan
+    for uncertain, value, seen in (("ones", 1, True), ("zeros", 0, True), ("ignore", 0, False)):
+        task = make_task(labels, np.arange(3), uncertain, "zeros")
+        assert task.kind == "binary"
+        assert task.targets[:, :, 0].tolist() == [[1, value], [0, 0], [0, 0]]
+        assert task.mask.tolist() == [[True, seen], [True, True], [True, True]]
+        truth = np.array([[1, nan], [0, 0], [0, 0]], np.float32)        # -1 is never scored
+        np.testing.assert_equal(task.truth, truth)
+        learned = [[1, value if seen else nan], [0, 0], [0, 0]]
+        np.testing.assert_equal(task.training_labels, learned)
+    task = make_task(labels, np.arange(3), "ignore", "ignore")
+    assert task.mask.tolist() == [[1, 0], [1, 0], [0, 1]]
+
+    task = make_task(labels, np.arange(3), "multiclass", "ignore")
+    assert task.kind == "three-way" and task.mask.tolist() == [[1, 1], [1, 0], [0, 1]]
+    assert task.targets[0].tolist() == [[0, 1, 0], [0, 0, 1]]
+    assert task.targets[2].tolist() == [[0, 0, 0], [1, 0, 0]] and task.outputs == 6
+
+    classes = np.array([[1, 0], [0, 1], [1, 1]], np.float32)
+    task = make_task(classes, np.arange(2), "ignore", "zeros")          # what train says counts
+    assert task.kind == "exclusive" and task.targets.shape == (3, 1, 2)
+    assert task.mask.tolist() == [[True], [True], [False]] and task.outputs == 2
+    np.testing.assert_equal(task.training_labels, [[1, 0], [0, 1], [nan, nan]])
+    assert make_task(classes, np.arange(3), "ignore", "zeros").kind == "binary"
+
+
+def test_logits_to_probabilities():
+    logits = torch.tensor([[1.0, 2.0, 9.0, 0.0, 0.0, -5.0]])
+    assert to_probabilities(logits, "three-way")[0] == pytest.approx([1 / (1 + np.exp(-1)), 0.5])
+    assert to_probabilities(logits, "exclusive").sum() == pytest.approx(1)
+    assert to_probabilities(logits, "binary")[0, 3] == 0.5
+
+
+def test_policy_is_told():
+    assert policy_sentence("binary", "ones", "ignore", True) == (
+        "independent labels; in training -1 counts as ones, blank as ignore; classes balanced")
+    assert "blank counts as zeros" in policy_sentence("three-way", "multiclass", "zeros", False)
+    assert "balanced" not in policy_sentence("exclusive", "ignore", "zeros", False)
+
+
+def test_masked_loss_and_balance():
+    z, y = torch.tensor([[0.3, -1.2], [2.0, 0.4]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    w = torch.tensor([[1.0, 2.0], [0.0, 1.0]])
+    p = z.sigmoid()
+    direct = sum(w[i, j] * -(y[i, j] * p[i, j].log() + (1 - y[i, j]) * (1 - p[i, j]).log())
+                 for i in range(2) for j in range(2)) / 4
+    found = masked_cross_entropy(z[..., None], y[..., None], w)
+    assert found.item() == pytest.approx(direct.item(), rel=1e-6)
+
+    targets = np.array([1, 0, 0, 0, 1.0])[:, None, None]
+    mask = np.array([1, 1, 1, 1, 0], bool)[:, None]
+    weights = cell_weights(targets, mask, True)[:, 0]
+    assert weights[4] == 0 and weights[0] == pytest.approx(weights[1:4].sum())
+    assert weights.mean() == pytest.approx(1)
+    classes = np.eye(3)[[0, 0, 0, 1, 2, 2]][:, None]
+    weights = cell_weights(classes, np.ones((6, 1), bool), True)
+    assert (classes * weights[:, None]).sum(0) == pytest.approx(2)
+
+
+def test_draws_are_nested_whole_patients_of_train():
+    rng = np.random.default_rng(1)
+    patients = np.array([f"p{i}" for i in rng.integers(0, 200, 700)])
+    truth = (rng.random((700, 4)) < [0.3, 0.1, 0.01, 0.004]).astype(float)
+    for seed in range(5):
+        inside = set()
+        for fraction in (0.01, 0.02, 0.1, 0.5, 1.0):
+            rows, extra = draw(patients, truth, fraction, seed)
+            assert inside <= set(rows)
+            # Whole patients, as many as the fraction says, and every label with both classes.
+            assert set(np.flatnonzero(np.isin(patients, patients[rows]))) == set(rows)
+            assert len(set(patients[rows])) == int(fraction * len(set(patients)) + 0.5) + extra
+            assert (truth[rows].sum(0) >= 1).all() and (truth[rows].sum(0) < len(rows)).all()
+            inside = set(rows)
+        assert len(rows) == 700 and not extra
+    again = [set(draw(patients, truth, 0.1, seed).rows) for seed in (3, 3, 4)]
+    assert again[0] == again[1] != again[2]
+    with pytest.raises(DataError, match="--fraction 0.001 of .* is none"):
+        draw(patients, truth, 0.001, 0)
