@@ -30,13 +30,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import run                              # first: from here on Ctrl-C is one sentence
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.models import ResNet
 
-import run
 from dali_pipeline import Augmentation, Preprocessing, eval_loader, train_loader
 from labels import (
     Draw, Task, cell_weights, draw, make_task, policy_sentence, to_probabilities)
@@ -202,7 +202,7 @@ class Study:
         return self.splits["train"][self.draws[c.fraction, c.seed].rows]
 
     def truth(self, split: str) -> np.ndarray:
-        return self.task.truth[self.splits[split]]                              # (n, L)
+        return self.task.truth[self.splits[split]]                          # (n, L)
 
     def val_score(self, probabilities: np.ndarray) -> float:
         """What everything is chosen by, for probabilities (n_val, L)."""
@@ -274,7 +274,7 @@ def labelled_images(manifest: Manifest) -> dict[str, np.ndarray]:
     table = manifest.folder / "manifest.csv"
     if not manifest.label_names:
         raise DataError(f"{table} has no label column: there is nothing to fine-tune on")
-    label_count = (~np.isnan(manifest.labels)).sum(1)                           # (N,)
+    label_count = (~np.isnan(manifest.labels)).sum(1)                       # (N,)
     splits = {}
     for split in SPLITS:
         images = manifest.images(split)
@@ -339,7 +339,7 @@ def finish(study: Study, c: Combination, outcome: Outcome) -> None:
             # How many images' labels the encoder has learned from, for cluster_eval.py.
             "n_train": 0 if c.mode == "linear" else len(sample)})
 
-    labels = task.training_labels[sample]                                       # (m, L)
+    labels = task.training_labels[sample]                                   # (m, L)
     study.predictions[tuple(c)] = outcome.details | {
         "val": torch.from_numpy(outcome.val), "test": torch.from_numpy(outcome.test),
         "val_score": score, "n_train": (~np.isnan(labels)).sum(0).tolist(),
@@ -369,7 +369,7 @@ class LinearProbe:
         loaders = [eval_loader(study.manifest, split, study.config.batch_size,
                                study.preprocessing, **compute.loader_arguments())
                    for split in study.splits.values()]
-        features = torch.cat([                                                  # (n, D)
+        features = torch.cat([                                              # (n, D)
             cached_features(self.encoder, num_features(self.encoder), loader, folder,
                             compute.dtype) for loader in loaders])
         if not features.isfinite().all():
@@ -378,9 +378,9 @@ class LinearProbe:
 
         # Standardise by the whole train split: in a small draw many features are constant.
         deviation, self.mean = torch.std_mean(features[:len(study.splits["train"])], 0)
-        self.deviation = deviation.clamp(min=1e-6)                              # (D,)
+        self.deviation = deviation.clamp(min=1e-6)                          # (D,)
         self.x = features.new_zeros(len(study.manifest.paths), len(self.mean))
-        self.x[images] = (features - self.mean) / self.deviation                # (N, D)
+        self.x[images] = (features - self.mean) / self.deviation            # (N, D)
 
     def fit(self, c: Combination) -> Outcome:
         """The regression on one draw, of the strength of regularisation that val chooses."""
@@ -399,21 +399,26 @@ class LinearProbe:
             torch.as_tensor(array, dtype=torch.float64, device=study.compute.device)
             for array in (self.x[sample], task.targets[sample], weights, STRENGTHS))
         weight, bias = fit_logistic(x, targets, weights, strengths)
-        weight, bias = weight.flatten(-2).cpu(), bias.flatten(-2).cpu()         # (D, R, G * K)
+        weight = weight.flatten(-2).cpu()                                   # (D, R, G * K)
+        bias = bias.flatten(-2).cpu()                                       # (R, G * K)
 
         # The strength that is best on val; of equally good ones the strongest.
-        val, test = (
-            [to_probabilities(self.x[images].double() @ weight[:, r] + bias[r], task.kind)
-             for r in range(len(STRENGTHS))]                                    # R of (n, L)
-            for images in (study.splits["val"], study.splits["test"]))
+        val = self._predict("val", weight, bias)
         _, best = max((study.val_score(p), r) for r, p in enumerate(val))
+        test = self._predict("test", weight, bias)
 
         # The regression saw standardised features; the classifier's head gets them as they are.
         net = Classifier(self.encoder, task.outputs)
-        head_weight = weight[:, best].T / self.deviation                        # (G * K, D)
-        head_bias = bias[best] - head_weight @ self.mean.double()               # (G * K,)
+        head_weight = weight[:, best].T / self.deviation                    # (G * K, D)
+        head_bias = bias[best] - head_weight @ self.mean.double()           # (G * K,)
         net.head.load_state_dict({"weight": head_weight.float(), "bias": head_bias.float()})
         return Outcome(net, val[best], test[best], {"strength": float(STRENGTHS[best])})
+
+    def _predict(self, split: str, weight: Tensor, bias: Tensor) -> list[np.ndarray]:
+        """Probabilities (n, L) of a split's images for each of R strengths."""
+        x = self.x[self.study.splits[split]].double()                       # (n, D)
+        return [to_probabilities(x @ weight[:, r] + bias[r], self.study.task.kind)
+                for r in range(len(STRENGTHS))]
 
 
 def fit_probes(study: Study, missing: list[Combination]) -> dict[Combination, dict[str, Tensor]]:
@@ -550,8 +555,8 @@ def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> O
     model = compute.data_parallel(net)          # gives the first process's weights to the others
 
     # What the sample teaches, and how much each of its labels weighs: 0 for all other images.
-    targets = torch.from_numpy(task.targets)                                    # (N, G, K)
-    weights = torch.zeros(task.mask.shape)                                      # (N, G)
+    targets = torch.from_numpy(task.targets)                                # (N, G, K)
+    weights = torch.zeros(task.mask.shape)                                  # (N, G)
     weights[sample] = torch.from_numpy(cell_weights(
         task.targets[sample], task.mask[sample], config.balance)).float()
 
@@ -580,12 +585,12 @@ def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> O
             for group in optimizer.param_groups:
                 group["lr"] = run.learning_rate(step, steps, steps // 10, group["peak"])
             # ... the network sees one view of each image of the batch ...
-            x, index = next(batches)                                            # (B, 1, S, S)
+            x, index = next(batches)                                        # (B, 1, S, S)
             with compute.autocast():
                 logits = model(x.contiguous(memory_format=torch.channels_last))
             # ... and its answers are compared with the labels, as far as there are any.
             loss = masked_cross_entropy(
-                logits.view(-1, *task.targets.shape[1:]),                       # (B, G, K)
+                logits.view(-1, *task.targets.shape[1:]),                   # (B, G, K)
                 targets[index].to(compute.device), weights[index].to(compute.device))
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -623,7 +628,7 @@ def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> O
     net.load_state_dict(best["model"])
     details = {"epoch": best["epoch"], "history": training.history}
     if training.peaks:
-        details["peaks"] = torch.stack(training.peaks)                          # (epochs, n, L)
+        details["peaks"] = torch.stack(training.peaks)                      # (epochs, n, L)
     return Outcome(net, best["val"].numpy(), probabilities(study, net, "test"), details)
 
 
@@ -650,7 +655,7 @@ def read_study(config: Config, compute: Compute) -> Study:
         f"{len(names)} labels ({', '.join(names)}): {policy}; -1 is never scored")
 
     # The patients that each combination learns from.
-    labels = task.training_labels[train]                                        # (n, L)
+    labels = task.training_labels[train]                                    # (n, L)
     draws = {(fraction, seed): draw(manifest.patients[train], labels, fraction, seed)
              for fraction, seed in itertools.product(config.fraction, config.seeds)}
     if config.batch_size % compute.world_size:

@@ -1,7 +1,7 @@
 """What is asked of each image: labels read by a policy, a draw of the patients, weights.
 
-Pure functions of arrays. A task has G questions of K answers each for N images, and L
-probabilities, one a label, are read from the G * K logits of a network.
+Pure functions of arrays. A task asks G questions of K answers each about N images; L
+probabilities, one for each label, are read from a network's G * K logits.
 """
 import math
 from dataclasses import dataclass
@@ -27,12 +27,12 @@ class Task:
     exclusive: one softmax over all labels, so that G = 1 and K = L."""
     kind: str                           # binary, three-way or exclusive
     targets: np.ndarray                 # (N, G, K) float32, one-hot where K > 1
-    mask: np.ndarray                    # (N, G) bool: whether there is something to learn from
-    truth: np.ndarray                   # (N, L) float32: 1, 0, or NaN, which is not scored
+    mask: np.ndarray                    # (N, G) bool: is there something to learn from?
+    truth: np.ndarray                   # (N, L) float32: 1, 0, or NaN: not scored
 
     @property
     def training_labels(self) -> np.ndarray:
-        """Each label as training sees it, (N, L): 1, 0, or NaN where it learns nothing."""
+        """Each label as training sees it, (N, L): 1, 0, or NaN for nothing."""
         if self.kind == "exclusive":
             presence = self.targets[:, 0]
         else:
@@ -56,29 +56,36 @@ def make_task(labels: np.ndarray, train: np.ndarray, uncertain: str, blank: str)
     if blank == "zeros":
         labels = np.where(np.isnan(labels), 0, labels)
     labels = labels.astype(np.float32)
-    truth = np.where(labels == -1, np.nan, labels)                              # (N, L)
+    truth = np.where(labels == -1, np.nan, labels)                          # (N, L)
 
-    one_class_each = (truth[train].sum(1) == 1).all()       # a sum with a NaN in it is not 1
+    # A sum with a NaN in it is not 1.
+    one_class_each = (truth[train].sum(1) == 1).all()
     if labels.shape[1] > 1 and one_class_each:
-        one_class = (truth == 1).sum(1, keepdims=True) == 1                     # (N, 1)
-        return Task("exclusive", np.nan_to_num(truth)[:, None], one_class, truth)
+        one_class = (truth == 1).sum(1, keepdims=True) == 1                 # (N, 1)
+        targets = np.nan_to_num(truth)[:, None]                             # (N, 1, L)
+        return Task("exclusive", targets, one_class, truth)
 
     if uncertain == "multiclass":
-        one_hot = np.stack([labels == value for value in (0, 1, -1)], axis=2)   # (N, L, 3)
-        return Task("three-way", one_hot.astype(np.float32), ~np.isnan(labels), truth)
+        classes = np.array([0, 1, -1])
+        one_hot = (labels[:, :, None] == classes).astype(np.float32)        # (N, L, 3)
+        return Task("three-way", one_hot, ~np.isnan(labels), truth)
 
     value = np.float32({"ones": 1, "zeros": 0, "ignore": np.nan}[uncertain])
     labels = np.where(labels == -1, value, labels)
-    return Task("binary", np.nan_to_num(labels)[:, :, None], ~np.isnan(labels), truth)
+    targets = np.nan_to_num(labels)[:, :, None]                             # (N, L, 1)
+    return Task("binary", targets, ~np.isnan(labels), truth)
 
 
 def policy_sentence(kind: str, uncertain: str, blank: str, balance: bool) -> str:
     """How labels were read, for the log and the report."""
-    sentence = {
-        "exclusive": "exclusive labels, softmax, AUROC one against the rest",
-        "binary": f"independent labels; in training -1 counts as {uncertain}, blank as {blank}",
-        "three-way": f"independent labels, uncertain a class of its own; blank counts as {blank}",
-    }[kind]
+    if kind == "exclusive":
+        sentence = "exclusive labels, softmax, AUROC one against the rest"
+    elif kind == "three-way":
+        sentence = ("independent labels, uncertain a class of its own; "
+                    f"blank counts as {blank}")
+    else:
+        sentence = (f"independent labels; in training -1 counts as {uncertain}, "
+                    f"blank as {blank}")
     return sentence + ("; classes balanced" if balance else "")
 
 
@@ -87,11 +94,12 @@ def cell_weights(targets: np.ndarray, mask: np.ndarray, balance: bool) -> np.nda
 
     targets (n, G, K), mask (n, G): rows of a Task. balance: the answers of a question
     get the same sum of weights, however rare some of them are."""
-    answers = targets.argmax(2) if targets.shape[2] > 1 else targets[:, :, 0]   # (n, G)
-    weights = np.zeros(mask.shape)
-    for question, rows in enumerate(mask.T):
-        weights[rows, question] = compute_sample_weight(
-            "balanced" if balance else None, answers[rows, question])
+    one_hot = targets.shape[2] > 1
+    answers = targets.argmax(2) if one_hot else targets[:, :, 0]            # (n, G)
+    class_weight = "balanced" if balance else None
+    weights = np.zeros(mask.shape)                                          # (n, G)
+    for g, rows in enumerate(mask.T):
+        weights[rows, g] = compute_sample_weight(class_weight, answers[rows, g])
     return weights / weights.mean()
 
 
@@ -103,7 +111,7 @@ def to_probabilities(logits: Tensor, kind: str) -> np.ndarray:
     if kind == "exclusive":
         return logits.softmax(1).numpy()
     if kind == "three-way":
-        absent, present, _ = logits.view(len(logits), -1, 3).unbind(2)          # (n, L) each
+        absent, present, _ = logits.view(len(logits), -1, 3).unbind(2)      # (n, L) each
         logits = present - absent
     return logits.sigmoid().numpy()
 
@@ -123,11 +131,11 @@ def draw(patients: np.ndarray, labels: np.ndarray, fraction: float, seed: int) -
 
     patients (n,), labels (n, L) of 1, 0 and NaN. The seed puts the patients in an
     order, and a fraction is the front of it, so that the smaller fraction lies in the
-    larger one. A label without a positive (or a negative) there gets the first patient
-    in that order who has one, which keeps the nesting. DataError where the fraction
-    comes to no patient."""
+    larger one. A label without a positive (or a negative) there gets the first
+    patient in that order who has one, which keeps the nesting. DataError where the
+    fraction comes to no patient."""
     names, patient = np.unique(patients, return_inverse=True)
-    place = np.random.default_rng(seed).permutation(len(names))[patient]        # (n,) in the order
+    place = np.random.default_rng(seed).permutation(len(names))[patient]    # (n,) in the order
     count = math.floor(fraction * len(names) + 0.5)
     if not count:
         raise DataError(f"--fraction {fraction:g} of {len(names)} labelled training patients is "

@@ -9,8 +9,8 @@ says of them.
 
 The output folder (--out) gets predictions.csv, a row for each image and a column for
 each label; and explained/, Grad-CAM overlays of the first images, each for the label
-that lies most above its threshold. Every DIR has an output folder of its own beside the
-classifier, so that the predictions of one do not replace those of another.
+that lies most above its threshold. Every DIR has an output folder of its own beside
+the classifier, so that the predictions of one do not replace those of another.
 """
 import contextlib
 import csv
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import run                              # first: from here on Ctrl-C is one sentence
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,6 @@ from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor
 
-import run
 from dali_pipeline import Loader, Preprocessing, eval_loader
 from labels import to_probabilities
 from manifest import DataError, Manifest, read_manifest, whole_file, write_text
@@ -61,7 +61,7 @@ class Config:
 
 
 def list_images(folder: Path) -> Manifest:
-    """The images of a data folder, or all that lie in any other folder; DataError where none."""
+    """The images of a data folder, or all that lie in another folder; DataError if none."""
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder")
     if (folder / "manifest.csv").exists():
@@ -97,26 +97,26 @@ def grad_cam(net: Classifier, x: Tensor, outputs: Tensor) -> Tensor:
     """Where in the images x (B, 1, S, S) the outputs (B,) of a network come from
     (Selvaraju et al. 2017).
 
-    Returns (B, S, S), 0 to 1. The map is made of cells of 32 x 32 pixels, so that it is
-    coarse below 224 pixels, and it is 0 where no cell speaks for the output."""
+    Returns (B, S, S), 0 to 1. The map is made of cells of 32 x 32 pixels, so that it
+    is coarse below 224 pixels, and it is 0 where no cell speaks for the output."""
     maps = []                           # the last feature maps, of which the map is a mean
     hook = net.encoder.layer4.register_forward_hook(
         lambda module, inputs, output: maps.append(output))
-    logits = net(x)                                                             # (B, G * K)
+    logits = net(x)                                                         # (B, G * K)
     hook.remove()
-    features = maps[0]                                                          # (B, C, h, w)
+    features = maps[0]                                                      # (B, C, h, w)
     gradient, = torch.autograd.grad(logits.gather(1, outputs[:, None]).sum(), features)
-    weights = gradient.mean((2, 3), keepdim=True)                               # (B, C, 1, 1)
-    cam = F.relu((weights * features).sum(1, keepdim=True))                     # (B, 1, h, w)
-    cam = F.interpolate(cam, x.shape[2:], mode="bilinear")[:, 0]                # (B, S, S)
+    weights = gradient.mean((2, 3), keepdim=True)                           # (B, C, 1, 1)
+    cam = F.relu((weights * features).sum(1, keepdim=True))                 # (B, 1, h, w)
+    cam = F.interpolate(cam, x.shape[2:], mode="bilinear")[:, 0]            # (B, S, S)
     return (cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-12)).detach()
 
 
 def overlay(x: Tensor, heat: Tensor) -> Image.Image:
     """A network's input x (1, S, S) in gray, and over it heat (S, S), 0 to 1, in colour."""
-    gray = (x[0] * STD + MEAN).clamp(0, 1).cpu().numpy()[..., None]             # (S, S, 1)
-    opacity = 0.5 * heat.cpu().numpy()[..., None]                               # (S, S, 1)
-    colour = colormaps["jet"](heat.cpu().numpy())[..., :3]                      # (S, S, 3)
+    gray = (x[0] * STD + MEAN).clamp(0, 1).cpu().numpy()[..., None]         # (S, S, 1)
+    opacity = 0.5 * heat.cpu().numpy()[..., None]                           # (S, S, 1)
+    colour = colormaps["jet"](heat.cpu().numpy())[..., :3]                  # (S, S, 3)
     pixels = gray * (1 - opacity) + colour * opacity
     return Image.fromarray((255 * pixels).astype(np.uint8))
 
@@ -132,7 +132,7 @@ def explain(net: Classifier, state: dict[str, Any], manifest: Manifest, probabil
     # Of a three-way label's outputs absent, present and uncertain, the second one is explained.
     width, present = (3, 1) if state["kind"] == "three-way" else (1, 0)
     for x, index in loader:
-        i, x = int(index), x.float()                                            # (1, 1, S, S)
+        i, x = int(index), x.float()                                        # (1, 1, S, S)
         label = int((probabilities[i] - state["thresholds"]).argmax())
         output = torch.tensor([label * width + present], device=x.device)
         picture = overlay(x[0], grad_cam(net, x, output)[0])
@@ -147,7 +147,7 @@ def explain(net: Classifier, state: dict[str, Any], manifest: Manifest, probabil
 # The script.
 
 def predict(config: Config, compute: Compute, resources: contextlib.ExitStack) -> None:
-    """Probabilities of every image of a folder; one process does it, whatever torchrun starts."""
+    """Probabilities of every image of a folder. One process does it."""
     if compute.rank > 0:
         return
     compute = compute.without_others()
@@ -169,7 +169,7 @@ def predict(config: Config, compute: Compute, resources: contextlib.ExitStack) -
     loader = eval_loader(manifest, images, config.batch_size, preprocessing,
                          **compute.loader_arguments())
     logits = extract_features(net, net.head.out_features, loader, compute.dtype)
-    probabilities = to_probabilities(logits, state["kind"])                     # (N, L)
+    probabilities = to_probabilities(logits, state["kind"])                 # (N, L)
     write_text(out / "predictions.csv", predictions_table(manifest.paths, labels, probabilities))
     compute.say(f"{out / 'predictions.csv'}: {len(images)} images, {', '.join(labels)}")
 

@@ -56,7 +56,7 @@ def test_masked_loss_and_balance():
     direct = sum(w[i, j] * -(y[i, j] * p[i, j].log() + (1 - y[i, j]) * (1 - p[i, j]).log())
                  for i in range(2) for j in range(2)) / 4
     found = masked_cross_entropy(z[..., None], y[..., None], w)
-    assert found.item() == pytest.approx(direct.item(), rel=1e-6)
+    assert found.item() == pytest.approx(float(direct), rel=1e-6)
 
     targets = np.array([1, 0, 0, 0, 1.0])[:, None, None]
     mask = np.array([1, 1, 1, 1, 0], bool)[:, None]
