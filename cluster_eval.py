@@ -17,10 +17,8 @@ import contextlib
 import dataclasses
 import functools
 import math
-import os
 import shutil
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -43,7 +41,7 @@ from torchvision.utils import make_grid
 from dali_pipeline import Preprocessing, eval_loader
 from manifest import (
     SPLITS, DataError, Manifest, read_manifest, whole_file, write_text)
-from model import MEAN, STD, build_encoder, cached_features, num_features
+from model import MEAN, STD, build_encoder, cached_features, num_features, settings_of
 from probe import knn_class_shares
 from run import Compute, flag, load_checkpoint
 from scores import legend_below, write_json
@@ -153,21 +151,21 @@ def inherit(checkpoints: dict[str, dict[str, Any]]) -> tuple[list[Row], str]:
     names = [field.name for field in dataclasses.fields(Preprocessing)]
     rows = []
     for init, state in checkpoints.items():
-        settings = state.get("config", first["config"])
-        arch = (state if "arch" in state else first).get("arch", "resnet50")
+        settings = settings_of(state if "config" in state else first)
+        arch = settings_of(state if "arch" in state else first).get("arch", "resnet50")
         preprocessing = {name: settings[name] for name in names if name in settings}
         if init == "pixels":
             arch, preprocessing["image_size"] = "PCA", PIXELS
         rows.append(Row(init, arch, preprocessing, labels_required(init, state)))
-    return rows, first["config"].get("data", "data/nih")
+    return rows, settings_of(first).get("data", "data/nih")
 
 
 def labels_required(init: str, state: dict[str, Any]) -> int | str:
     """How many labelled images a row's training used, from its name and its checkpoint."""
-    start = init if init in NO_CHECKPOINT else state.get("config", {}).get("init")
+    start = init if init in NO_CHECKPOINT else str(state.get("config", {}).get("init"))
     if "classifier" not in state:
         return NO_CHECKPOINT.get(start, "unknown")
-    if "n_train" not in state:
+    if not isinstance(state.get("n_train"), int):
         return "unknown"
     # A classifier, fine-tuned from ImageNet's labels or from an encoder that needed none.
     earlier = NO_CHECKPOINT["imagenet"] if start == "imagenet" else 0
@@ -675,27 +673,22 @@ def table(rows: dict[str, dict[str, Any]], selection: Selection) -> str:
 # --------------------------------------------------------------------------------------------------
 # The stage.
 
-def written(file: str | Path) -> str:
-    """A path and when its file was last written, so that a change under the same name shows."""
-    time = datetime.fromtimestamp(os.stat(file).st_mtime, UTC)
-    return f"{file}, written {time:%Y-%m-%d %H:%M:%S.%f} UTC"
-
-
-def open_run_folder(config: Config, inits: list[str], selection: Selection,
+def open_run_folder(config: Config, inits: list[str], data: str, selection: Selection,
                     resources: contextlib.ExitStack) -> str | None:
     """Make the run folder this run's own, and empty; or the table, where the run is complete.
 
-    --init and --data are compared by the files that they stand for and by when those were
-    written: tomorrow the same path may hold another training."""
+    --init and --data are compared by what is in the files that they stand for: tomorrow the
+    same path may hold another training."""
     out = Path(config.out)
     results_json, results_md = out / "results.json", out / "results.md"
     run.open_run(
         config, "cluster_eval", (results_json.name, results_md.name), resources,
-        init=[init if init in NO_CHECKPOINT else written(init) for init in inits],
-        data=written(selection.manifest.folder / "manifest.csv"))
+        contents={"init": [run.content_of_file(init) for init in inits],
+                  "data": run.content_of_data(selection.manifest)},
+        init=inits, data=data)
     exported = not config.export or Path(config.export).exists()
     if results_json.exists() and results_md.exists() and exported:
-        return results_md.read_text(errors="surrogateescape")
+        return results_md.read_text("utf-8", errors="surrogateescape")
     # Parts of a run that was interrupted or given up.
     results_json.unlink(missing_ok=True)
     results_md.unlink(missing_ok=True)
@@ -715,7 +708,7 @@ def cluster_eval(config: Config, compute: Compute, resources: contextlib.ExitSta
     rows, trained_on = inherit(checkpoints)
     for row in rows:
         if row.init != "pixels":
-            build_encoder(row.arch, row.init)
+            build_encoder(row.arch, row.init, print)
     data = config.data or trained_on
     selection = select(config, data)
     print(f"{selection.description}\nk = {selection.k}, {selection.algorithm} (up to "
@@ -723,7 +716,7 @@ def cluster_eval(config: Config, compute: Compute, resources: contextlib.ExitSta
 
     # Where the results go, unless they are there already.
     out = Path(config.out)
-    text = open_run_folder(config, list(checkpoints), selection, resources)
+    text = open_run_folder(config, list(checkpoints), data, selection, resources)
     if text is not None:
         print(f"{out} is complete; --overwrite does it again\n\n{text}")
         return

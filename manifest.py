@@ -92,7 +92,7 @@ def print_any_name() -> None:
     """Let no name end a run because the terminal's encoding lacks a character of it: what cannot
     be printed appears as \\u80ba. To be called first in a script's main()."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):        # and not what a test or a notebook put there
+        if isinstance(stream, io.TextIOWrapper):        # and not what a notebook put there
             stream.reconfigure(errors="backslashreplace")
 
 

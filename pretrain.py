@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import hashlib
 import math
+import operator
 import signal
 import sys
 import time
@@ -76,7 +77,7 @@ class Config:
         PUBLISHED.blur, "sigma, pixels of the view; 0 0 for none", metavar=("LOW", "HIGH"))
 
     epochs: int = flag(100, "passes over the train split", 1, section="optimisation")
-    batch_size: int = flag(512, "images over all processes", 1)
+    batch_size: int = flag(512, "images over all processes", 2)
     temperature: float = flag(0.07, "of NT-Xent", 1e-6, 1e6)
     optimizer: str = flag("lars", "as published: lars", choices=tuple(BASE_LR))
     lr: float | None = flag(
@@ -168,7 +169,7 @@ class Training:
 
     def __init__(self, config: Config, compute: Compute, images: str):
         torch.manual_seed(config.seed)
-        encoder = build_encoder(config.arch, config.init)
+        encoder = build_encoder(config.arch, config.init, compute.say)
         net = SimCLR(encoder, config.proj_layers, config.proj_width, config.proj_dim)
         self.config, self.images, self.step = config, images, 0
         self.net = compute.place(net)
@@ -198,7 +199,7 @@ class Training:
         if not {"model", "optimizer", "scaler", "step", "config", "images", "rng"} <= state.keys():
             raise CheckpointError(f"{file} is no last.pt of a pre-training run")
         for name in ("arch", "optimizer"):
-            theirs, ours = state["config"][name], getattr(self.config, name)
+            theirs, ours = state["config"].get(name), getattr(self.config, name)
             if theirs != ours:
                 raise CheckpointError(f"{file} has --{name} {theirs}, not {ours}")
         if state["images"] != self.images:
@@ -208,15 +209,15 @@ class Training:
         try:
             self.net.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[-1].strip()
+            self.scaler.load_state_dict(state["scaler"])
+            torch.set_rng_state(state["rng"])
+            self.step = operator.index(state["step"])
+        except run.MALFORMED as error:
+            reason = (str(error) or repr(error)).splitlines()[-1].strip()
             raise CheckpointError(f"{file} does not fit these flags: {reason}") from None
         # The flag counts and not the checkpoint, which may come from a run with another
         # one.
         self.optimizer.param_groups[0]["weight_decay"] = self.config.weight_decay
-        self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"])
-        self.step = state["step"]
 
     def save(self) -> None:
         """Write last.pt, then encoder.pt; FloatingPointError where a weight is not finite.
@@ -244,14 +245,17 @@ def diverged(what: str, config: Config) -> FloatingPointError:
                               "a lower --lr may help")
 
 
-def open_run_folder(training: Training, config: Config, compute: Compute,
+def open_run_folder(training: Training, content: run.Content, config: Config, compute: Compute,
                     resources: contextlib.ExitStack) -> None:
-    """Lock the run folder for this run and bring `training` to where its last.pt left off."""
+    """Lock the run folder for this run and bring `training` to where its last.pt left off.
+
+    content: of the train split, by which a data folder is the same wherever it lies."""
     out, last = Path(config.out), Path(config.out) / "last.pt"
     if compute.rank == 0:
         if last.exists() and not (out / "config.json").exists() and not config.overwrite:
             training.load(last)         # copied here: does it fit, before the folder is claimed?
-        run.open_run(config, "pretrain", RESULTS, resources, starts_from="last.pt")
+        contents = {"data": content, "init": run.content_of_file(config.init)}
+        run.open_run(config, "pretrain", RESULTS, resources, "last.pt", contents)
         if (out / "encoder.pt").exists() and not last.exists():
             raise DataError(f"{out} holds an encoder.pt and no last.pt to go on from; choose "
                             "another --out, or give it up with --overwrite")
@@ -289,6 +293,10 @@ def read_data(config: Config, compute: Compute) -> tuple[Manifest, np.ndarray]:
     if config.batch_size % compute.world_size:
         raise DataError(f"--batch-size {config.batch_size} is global and must divide by the "
                         f"{compute.world_size} processes")
+    if config.batch_size == compute.world_size and not compute.cuda:
+        raise DataError(f"--batch-size {config.batch_size} is 1 image for each of the "
+                        f"{compute.world_size} processes, and batch norm, which on a CPU sees "
+                        "those of its own process alone, needs 2 at least")
     return manifest, train
 
 
@@ -428,7 +436,8 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     # Network, optimizer and step, as the last.pt of the run folder left them.
     paths = "\n".join(manifest.paths[i] for i in train)
     training = Training(config, compute, hashlib.sha256(paths.encode()).hexdigest())
-    open_run_folder(training, config, compute, resources)
+    content = run.content_of_data(manifest, train)
+    open_run_folder(training, content, config, compute, resources)
     net, optimizer, scaler, first = training.net, training.optimizer, training.scaler, training.step
     encoder = Path(config.out) / "encoder.pt"
     # Nothing left to do: see that encoder.pt is that of last.pt, and leave everything as it
