@@ -400,8 +400,8 @@ def open_run(config: RunConfig, stage: str, results: tuple[str, ...],
     flags are compared by it, so that files may be moved or named by another path.
     more: compared as flags are."""
     out = Path(config.out)
-    contents = {file.name for file in out.iterdir()} if out.is_dir() else set()
-    if contents - {starts_from} and "config.json" not in contents:
+    names = {file.name for file in out.iterdir()} if out.is_dir() else set()
+    if names - {starts_from} and "config.json" not in names:
         raise CheckpointError(f"{out} is not empty and holds no run; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     file = resources.enter_context(open(out / "config.json", "a+", encoding="utf-8"))
