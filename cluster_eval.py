@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, TypedDict
 import run                              # first: from here on Ctrl-C is one sentence
 import numpy as np
 import torch
-from matplotlib import color_sequences
+from matplotlib import color_sequences, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.optimize import linear_sum_assignment
@@ -44,7 +44,7 @@ from manifest import (
 from model import MEAN, STD, build_encoder, cached_features, num_features, settings_of
 from probe import knn_class_shares
 from run import Compute, flag, load_checkpoint
-from scores import legend_below, write_json
+from scores import FigureText, figure_text, legend_below, write_json
 
 # The table's columns and the keys of results.json.
 SCORES = ("accuracy", "balanced_accuracy", "NMI", "ARI", "purity", "silhouette",
@@ -585,13 +585,14 @@ def thumbnails(manifest: Manifest, images: np.ndarray, size: int) -> Tensor:
 
 
 def figures(title: str, tag: str, features: np.ndarray, best: Any, selection: Selection,
-            writer: SummaryWriter) -> None:
+            text: FigureText, writer: SummaryWriter) -> None:
     """One row in four panels, as a PNG and in TensorBoard, and its features in the projector.
 
-    tag: the name of the file; features (n, D); best: the row's k-means."""
+    tag: the name of the file; features (n, D); best: the row's k-means; text: of the classes."""
     truth, images = selection.truth, selection.index
     numbering = number_clusters(best.labels_, selection.k, truth, len(selection.names))
-    legend = cluster_legend(selection.names, numbering.table.shape[1])
+    names = [text.written[name] for name in selection.names]
+    legend = cluster_legend(names, numbering.table.shape[1])
     figure = Figure(figsize=(14, 13), dpi=90, layout="constrained")
     figure.suptitle(title)
     by_class, by_cluster, contingency, sheet = figure.subplots(2, 2).flat
@@ -627,12 +628,13 @@ def figures(title: str, tag: str, features: np.ndarray, best: Any, selection: Se
         metadata_header=["cluster", "class", "patient", "path"])
 
 
-def sweep_figure(curves: dict[str, dict[str, list]], classes: int) -> Figure:
-    """Silhouette and inertia against k, a line for each row."""
+def sweep_figure(curves: dict[str, dict[str, list]], classes: int,
+                 written: dict[str, str]) -> Figure:
+    """Silhouette and inertia against k, a line for each row; written: the rows' names."""
     figure = Figure(figsize=(11, 5), dpi=110, layout="constrained")
     for axes, score in zip(figure.subplots(1, 2), ("silhouette", "inertia")):
         for init, curve in curves.items():
-            axes.plot(curve["k"], curve[score], "o-", label=init)
+            axes.plot(curve["k"], curve[score], "o-", label=written[init])
         axes.set(xlabel=f"k, clusters (there are {classes} classes)", title=score)
         if score == "inertia":
             axes.set_yscale("log")              # the rows' inertias differ by far
@@ -722,6 +724,8 @@ def cluster_eval(config: Config, compute: Compute, resources: contextlib.ExitSta
         return
     writer = SummaryWriter(str(out / "cluster_figures"))
     resources.callback(writer.close)
+    for_figures = figure_text(**{"class": selection.names, "row": [row.init for row in rows]})
+    resources.enter_context(rc_context(for_figures.style))
 
     # Row by row: features ...
     results, curves = {}, {}
@@ -747,15 +751,16 @@ def cluster_eval(config: Config, compute: Compute, resources: contextlib.ExitSta
 
         # ... and figures. Two rows may end in the same name, so that a number comes first.
         tag = f"{number}_{row.init.replace('/', '_')}"
-        figures(row.init, tag, features, evaluation.best, selection, writer)
+        figures(for_figures.written[row.init], tag, features, evaluation.best, selection,
+                for_figures, writer)
 
     # All rows together. results.json comes last: where it is, everything is.
     if curves:
-        figure = sweep_figure(curves, len(selection.names))
+        figure = sweep_figure(curves, len(selection.names), for_figures.written)
         figure.savefig(f"{writer.log_dir}/sweep.png")
         writer.add_figure("sweep", figure)
     results["*majority class*"] = majority_row(selection.truth)
-    text = table(results, selection)
+    text = table(results, selection) + for_figures.legend
     writer.add_text("results", text)
     writer.flush()
     write_text(out / "results.md", text)

@@ -418,10 +418,11 @@ def open_run(config: RunConfig, stage: str, results: tuple[str, ...],
         for pattern in results:
             for old in out.glob(pattern):
                 old.unlink()
-    elif before and difference and (out / results[0]).exists():
+    goes_on = bool(before) and (out / results[0]).exists()
+    if goes_on and difference:
         raise CheckpointError(f"{out} holds a run {difference}; choose another --out, or give up "
                               "that run with --overwrite")
-    if before != now:
+    if before != now and not goes_on:
         # The file is rewritten in place because its lock would not follow a new one.
         # Nothing is lost if that is cut short: the next run with the same flags writes
         # it again.
