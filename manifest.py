@@ -247,7 +247,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     file = Path(folder) / "manifest.csv"
     if not file.is_file():
         raise DataError(f"{folder} is not a data folder: {file} is missing "
-                        "(python prepare.py --help makes one)")
+                        "(python prepare.py --help makes one; --data names another)")
     header, rows = _read_rows(file)
     label_names = header[3:]
 

@@ -77,7 +77,7 @@ class Config:
         PUBLISHED.blur, "sigma, pixels of the view; 0 0 for none", metavar=("LOW", "HIGH"))
 
     epochs: int = flag(100, "passes over the train split", 1, section="optimisation")
-    batch_size: int = flag(512, "images over all processes", 2)
+    batch_size: int = flag(512, "images over all processes", 1)
     temperature: float = flag(0.07, "of NT-Xent", 1e-6, 1e6)
     optimizer: str = flag("lars", "as published: lars", choices=tuple(BASE_LR))
     lr: float | None = flag(
@@ -113,6 +113,9 @@ class Config:
         low, high = self.crop_area
         if not 0 < low <= high <= 1:
             raise ValueError(f"--crop-area {low} {high} must rise, within 0 to 1")
+        if self.batch_size < 2:
+            raise ValueError("--batch-size 1 leaves nothing to learn: the loss tells an image's "
+                             "two views from those of other images, and would be 0")
         low, high = self.blur
         if not (0 == low == high or 0 < low <= high):
             raise ValueError(f"--blur {low} {high} must rise and be positive, or be 0 0")
