@@ -82,8 +82,7 @@ def _blamed(error: OSError, out: str | Path) -> str | Path:
     frame = error.__traceback__
     while frame:
         if frame.tb_frame.f_globals.get("__name__") == "multiprocessing.synchronize":
-            return ("/dev/shm, where Python's multiprocessing keeps its locks, and which this "
-                    "system must let it write to")
+            return "/dev/shm, where Python's multiprocessing must be able to write its locks"
         frame = frame.tb_next
     return out
 

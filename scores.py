@@ -446,7 +446,7 @@ def block_text(block: Block, draws: list[str], task: Task) -> str:
 
 class FigureText(NamedTuple):
     """Names as figures can write them."""
-    style: dict[str, Any]               # for rc_context: fonts that have all their characters
+    style: dict[Any, Any]               # for rc_context: fonts that have all their characters
     written: dict[str, str]             # what stands in figures for each name
     legend: str                         # the names behind numbers, for results.md, or nothing
 
