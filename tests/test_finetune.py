@@ -37,6 +37,15 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def control_c():
+    """A shell starts what runs in the background with SIGINT ignored, and processes inherit
+    that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def main(*arguments):
     """finetune.py in this process, which saves the start of another."""
     finetune.main([*map(str, arguments)])
