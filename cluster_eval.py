@@ -40,7 +40,7 @@ from torchvision.utils import make_grid
 
 from dali_pipeline import Preprocessing, eval_loader
 from manifest import (
-    SPLITS, DataError, Manifest, read_manifest, whole_file, write_text)
+    SPLITS, DataError, Manifest, read_manifest, valid_unicode, whole_file, write_text)
 from model import MEAN, STD, build_encoder, cached_features, num_features, settings_of
 from probe import knn_class_shares
 from run import Compute, flag, load_checkpoint
@@ -750,7 +750,7 @@ def cluster_eval(config: Config, compute: Compute, resources: contextlib.ExitSta
             curves[row.init] = sweep(features, selection)
 
         # ... and figures. Two rows may end in the same name, so that a number comes first.
-        tag = f"{number}_{row.init.replace('/', '_')}"
+        tag = valid_unicode(f"{number}_{row.init.replace('/', '_')}")
         figures(for_figures.written[row.init], tag, features, evaluation.best, selection,
                 for_figures, writer)
 
@@ -761,7 +761,7 @@ def cluster_eval(config: Config, compute: Compute, resources: contextlib.ExitSta
         writer.add_figure("sweep", figure)
     results["*majority class*"] = majority_row(selection.truth)
     text = table(results, selection) + for_figures.legend
-    writer.add_text("results", text)
+    writer.add_text("results", valid_unicode(text))
     writer.flush()
     write_text(out / "results.md", text)
     settings = dataclasses.asdict(config) | {

@@ -67,8 +67,8 @@ def errors_in_one_sentence(script: str, out: str | Path, speaks: bool = True) ->
         reason = f"{error.strerror or error}: {error.filename or _blamed(error, out)}"
         sys.exit(f"{script}: {reason}" if speaks else 1)
     except UnicodeEncodeError as error:     # a file's name that this locale cannot spell
-        sys.exit(f"{script}: {error.object!a} has characters that the locale's encoding, "
-                 f"{error.encoding}, lacks: try again after `export PYTHONUTF8=1`")
+        sys.exit(f"{script}: {error.object!a} cannot be spelled in {error.encoding}: rename it, or "
+                 "try again after `export PYTHONUTF8=1`")
     except KeyboardInterrupt:
         if speaks:
             print(f"{script}: interrupted; the same command goes on from what is in {out}",
@@ -169,6 +169,11 @@ def write_text(path: str | Path, text: str) -> None:
     stay."""
     with whole_file(path) as file:
         file.write(text.encode(errors="surrogateescape"))
+
+
+def valid_unicode(text: str) -> str:
+    """Text for those who take no bytes of file names that are not UTF-8: they are escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def lock(file) -> bool:

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 from manifest import (                  # first: see there
     DataError, Manifest, differing_flags, errors_in_one_sentence, lock, number_within,
-    print_any_name, whole_file, write_text)
+    print_any_name, valid_unicode, whole_file, write_text)
 
 import numpy as np
 import torch
@@ -400,6 +400,10 @@ def open_run(config: RunConfig, stage: str, results: tuple[str, ...],
     flags are compared by it, so that files may be moved or named by another path.
     more: compared as flags are."""
     out = Path(config.out)
+    if valid_unicode(config.out) != config.out:
+        raise CheckpointError(f"--out {out} is not in UTF-8, and TensorBoard cannot write there: "
+                              "choose another --out, or `export PYTHONUTF8=1` if it is only the "
+                              "locale")
     names = {file.name for file in out.iterdir()} if out.is_dir() else set()
     if names - {starts_from} and "config.json" not in names:
         raise CheckpointError(f"{out} is not empty and holds no run; choose another --out")
@@ -505,7 +509,8 @@ class Curves:
         self.writer = SummaryWriter(config.out, purge_step=step + 1 if step else None)
         if not step:
             settings = dataclasses.asdict(config).items()
-            self.writer.add_text("config", "\n".join(f"    {k} = {v}" for k, v in settings))
+            text = "\n".join(f"    {k} = {v}" for k, v in settings)
+            self.writer.add_text("config", valid_unicode(text))
 
     def add(self, step: int, epoch: float, scalars: dict[str, float]) -> None:
         """One line of log.jsonl and one point on each curve. JSON has no NaN: it
@@ -528,7 +533,7 @@ class Curves:
         """End with the flags and the results in TensorBoard's table of
         hyper-parameters."""
         if self.writer:
-            flags = {name: value if isinstance(value, int | float | bool) else str(value)
+            flags = {name: value if isinstance(value, int | float) else valid_unicode(str(value))
                      for name, value in dataclasses.asdict(config).items()}
             for summary in hparams(flags, results):
                 self.writer._get_file_writer().add_summary(summary)

@@ -29,7 +29,7 @@ from sklearn.metrics import (
     PrecisionRecallDisplay, RocCurveDisplay, average_precision_score, roc_curve)
 from torch.utils.tensorboard import SummaryWriter
 
-from manifest import write_text
+from manifest import valid_unicode, write_text
 
 REPLICATES = 1000                       # of the bootstrap
 
@@ -458,8 +458,8 @@ def figure_text(**names: list[str]) -> FigureText:
     system has the characters, it writes them; a name for which none has them would be a row of
     empty boxes, and becomes a number."""
     families, drawable = list(rcParams["font.family"]), set()
-    characters = {c for name in itertools.chain(*names.values()) for c in name if c.isprintable()}
-    missing = characters - {" "}
+    characters = {c for name in itertools.chain(*names.values()) for c in name}
+    missing = {c for c in characters if not c.isspace()}
     for family in (None, *_other_fonts(missing)):
         if not missing:
             break
@@ -640,12 +640,12 @@ def report(out: Path, about: dict, runs: dict[tuple, dict], names: list[str],
     written = for_figures.written
     labels = [written[name] for name in names]
     with SummaryWriter(str(out / "tensorboard/table")) as writer, rc_context(for_figures.style):
-        writer.add_text("results", text)
+        writer.add_text("results", valid_unicode(text))
         for name, figure in (("efficiency", efficiency_figure(blocks, written)),
                              ("calibration", calibration_figure(blocks, truth, written))):
             figure.savefig(out / f"{name}.png", dpi=150)
             writer.add_figure(name, figure)
         for block in blocks:
             for row in block.rows:
-                tag = f"curves/{block.mode} {block.fraction:g}/{row.init}"
+                tag = f"curves/{block.mode} {block.fraction:g}/{valid_unicode(row.init)}"
                 writer.add_figure(tag, curves_figure(row.runs[0].probabilities, truth, labels))

@@ -188,6 +188,27 @@ def test_a_terminal_that_lacks_a_character_ends_no_run(tmp_path, environment):
         assert code == 0 and ("is complete" in output) == complete, output
 
 
+def test_folders_whose_names_are_no_utf8(labelled, tmp_path):
+    """As an older system wrote them: read by each stage, to its end. Only run folders are refused,
+    before any work, because TensorBoard cannot write there."""
+    home = os.fsencode(tmp_path) + b"/R\xf6ntgen"
+    shutil.copytree(os.fsencode(labelled), home + b"/data")
+    home = os.fsdecode(home)
+    encoder, runs = f"{home}/encoder.pt", tmp_path / "runs"
+    code, output = shell({}, "pretrain.py", *STEPS, "--data", labelled, "--out", f"{home}/runs")
+    assert code == 1 and r"R\udcf6ntgen/runs is not in UTF-8" in output, output
+    for script, *arguments in [
+            ("pretrain.py", *STEPS, "--data", f"{home}/data", "--out", runs / "p"),
+            ("finetune.py", "--init", "random", encoder, "--mode", "linear", "--threads", 1,
+             "--out", runs / "f"),
+            ("cluster_eval.py", "--init", "pixels", encoder, "--seeds", 1, "--bootstrap", 5,
+             "--classes", "dominant", "--out", runs / "c")]:
+        code, output = shell({}, script, *arguments)
+        assert code == 0 and "done:" in output and r"R\udcf6ntgen" in output, output
+        if script == "pretrain.py":
+            shutil.copy(runs / "p/encoder.pt", encoder)
+
+
 def test_a_data_folder_of_other_names_is_read_in_any_locale(tmp_path):
     folder = small_folder(tmp_path / "data")
     (folder / "images").rename(folder / "Röntgen")
@@ -226,12 +247,12 @@ def test_names_are_written_in_a_font_that_has_them_or_numbered(tmp_path, monkeyp
     monkeypatch.setattr(font_manager.fontManager, "ttflist", fonts)     # and the old ones after
     make_font(tmp_path / "font.ttf", "Triangles", "\U000f0000\U000f0001")
     font_manager.fontManager.addfont(tmp_path / "font.ttf")
-    names = ["\U000f0000\U000f0001", "\U000f0002", "Пневмония", "_odd $5 and $6", "a\u200db"]
+    names = ["\U000f0000\U000f0001", "\U000f0002", "Пневмония", "_odd $5 and $6", "a\x07b"]
     text = scores.figure_text(label=names, row=["\U000f0002/encoder.pt"])
     assert "Triangles" in text.style["font.family"]
     assert [text.written[name] for name in names] == [
         "\U000f0000\U000f0001", "label 2", "Пневмония", r" _odd \$5 and \$6", "label 5"]
-    assert text.legend == ("\nIn the figures label 2 is \U000f0002, label 5 is a\u200db, row 1 is "
+    assert text.legend == ("\nIn the figures label 2 is \U000f0002, label 5 is a\x07b, row 1 is "
                            "\U000f0002/encoder.pt.\n")
     assert not scores.figure_text(label=["Effusion", "Köhler–Größe"]).legend
 
@@ -446,16 +467,16 @@ def test_hostile_checkpoints_are_one_sentence(resnet, labelled, tmp_path, capsys
             ({1: torch.zeros(2), (2, 3): {"a": 4}}, "holds no ResNet"),
             ({}, "holds no ResNet"), (endless, "holds no ResNet"),
             ({"a": rgb, "b": rgb}, "holds several networks, under a., b."),
-            (rgb | {"arch": ["resnet18"], "config": {"image_size": "big", "data": 3, 5: 6}}, "")]:
+            (rgb | {"conv1.weight": torch.zeros(2), "arch": ["resnet18"],
+                    "config": {"image_size": "big", "data": 3, 5: 6}}, "does not fit a")]:
         torch.save(state, tmp_path / "w.pt")
         for main in (pretrain.main, finetune.main, cluster_eval.main):
-            arguments = ["--init", tmp_path / "w.pt", "--data", labelled, "--arch", "resnet18",
-                         "--out", tmp_path / "run"]
-            if main is cluster_eval.main:
-                arguments[4:6] = []
-                words = words or "does not fit a resnet50"
-            if words:
-                assert words in refused(capsys, main, *arguments)
+            arguments = ["--init", tmp_path / "w.pt", "--data", labelled, "--out", tmp_path / "run"]
+            if main is not cluster_eval.main:
+                arguments += ["--arch", "resnet18"]
+            if main is pretrain.main:
+                arguments = [*SMALL, *arguments]
+            assert words in refused(capsys, main, *arguments)
 
 
 class Code:
