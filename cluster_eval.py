@@ -17,17 +17,15 @@ import contextlib
 import dataclasses
 import functools
 import math
-import os
 import shutil
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
 import run                              # first: from here on Ctrl-C is one sentence
 import numpy as np
 import torch
-from matplotlib import color_sequences
+from matplotlib import color_sequences, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.optimize import linear_sum_assignment
@@ -42,11 +40,11 @@ from torchvision.utils import make_grid
 
 from dali_pipeline import Preprocessing, eval_loader
 from manifest import (
-    SPLITS, DataError, Manifest, read_manifest, whole_file, write_text)
-from model import MEAN, STD, build_encoder, cached_features, num_features
+    SPLITS, DataError, Manifest, read_manifest, valid_unicode, whole_file, write_text)
+from model import MEAN, STD, build_encoder, cached_features, num_features, settings_of
 from probe import knn_class_shares
 from run import Compute, flag, load_checkpoint
-from scores import legend_below, write_json
+from scores import FigureText, figure_text, legend_below, write_json
 
 # The table's columns and the keys of results.json.
 SCORES = ("accuracy", "balanced_accuracy", "NMI", "ARI", "purity", "silhouette",
@@ -153,21 +151,21 @@ def inherit(checkpoints: dict[str, dict[str, Any]]) -> tuple[list[Row], str]:
     names = [field.name for field in dataclasses.fields(Preprocessing)]
     rows = []
     for init, state in checkpoints.items():
-        settings = state.get("config", first["config"])
-        arch = (state if "arch" in state else first).get("arch", "resnet50")
+        settings = settings_of(state if "config" in state else first)
+        arch = settings_of(state if "arch" in state else first).get("arch", "resnet50")
         preprocessing = {name: settings[name] for name in names if name in settings}
         if init == "pixels":
             arch, preprocessing["image_size"] = "PCA", PIXELS
         rows.append(Row(init, arch, preprocessing, labels_required(init, state)))
-    return rows, first["config"].get("data", "data/nih")
+    return rows, settings_of(first).get("data", "data/nih")
 
 
 def labels_required(init: str, state: dict[str, Any]) -> int | str:
     """How many labelled images a row's training used, from its name and its checkpoint."""
-    start = init if init in NO_CHECKPOINT else state.get("config", {}).get("init")
+    start = init if init in NO_CHECKPOINT else str(state.get("config", {}).get("init"))
     if "classifier" not in state:
         return NO_CHECKPOINT.get(start, "unknown")
-    if "n_train" not in state:
+    if not isinstance(state.get("n_train"), int):
         return "unknown"
     # A classifier, fine-tuned from ImageNet's labels or from an encoder that needed none.
     earlier = NO_CHECKPOINT["imagenet"] if start == "imagenet" else 0
@@ -587,13 +585,14 @@ def thumbnails(manifest: Manifest, images: np.ndarray, size: int) -> Tensor:
 
 
 def figures(title: str, tag: str, features: np.ndarray, best: Any, selection: Selection,
-            writer: SummaryWriter) -> None:
+            text: FigureText, writer: SummaryWriter) -> None:
     """One row in four panels, as a PNG and in TensorBoard, and its features in the projector.
 
-    tag: the name of the file; features (n, D); best: the row's k-means."""
+    tag: the name of the file; features (n, D); best: the row's k-means; text: of the classes."""
     truth, images = selection.truth, selection.index
     numbering = number_clusters(best.labels_, selection.k, truth, len(selection.names))
-    legend = cluster_legend(selection.names, numbering.table.shape[1])
+    names = [text.written[name] for name in selection.names]
+    legend = cluster_legend(names, numbering.table.shape[1])
     figure = Figure(figsize=(14, 13), dpi=90, layout="constrained")
     figure.suptitle(title)
     by_class, by_cluster, contingency, sheet = figure.subplots(2, 2).flat
@@ -629,12 +628,13 @@ def figures(title: str, tag: str, features: np.ndarray, best: Any, selection: Se
         metadata_header=["cluster", "class", "patient", "path"])
 
 
-def sweep_figure(curves: dict[str, dict[str, list]], classes: int) -> Figure:
-    """Silhouette and inertia against k, a line for each row."""
+def sweep_figure(curves: dict[str, dict[str, list]], classes: int,
+                 written: dict[str, str]) -> Figure:
+    """Silhouette and inertia against k, a line for each row; written: the rows' names."""
     figure = Figure(figsize=(11, 5), dpi=110, layout="constrained")
     for axes, score in zip(figure.subplots(1, 2), ("silhouette", "inertia")):
         for init, curve in curves.items():
-            axes.plot(curve["k"], curve[score], "o-", label=init)
+            axes.plot(curve["k"], curve[score], "o-", label=written[init])
         axes.set(xlabel=f"k, clusters (there are {classes} classes)", title=score)
         if score == "inertia":
             axes.set_yscale("log")              # the rows' inertias differ by far
@@ -675,27 +675,22 @@ def table(rows: dict[str, dict[str, Any]], selection: Selection) -> str:
 # --------------------------------------------------------------------------------------------------
 # The stage.
 
-def written(file: str | Path) -> str:
-    """A path and when its file was last written, so that a change under the same name shows."""
-    time = datetime.fromtimestamp(os.stat(file).st_mtime, UTC)
-    return f"{file}, written {time:%Y-%m-%d %H:%M:%S.%f} UTC"
-
-
-def open_run_folder(config: Config, inits: list[str], selection: Selection,
+def open_run_folder(config: Config, inits: list[str], data: str, selection: Selection,
                     resources: contextlib.ExitStack) -> str | None:
     """Make the run folder this run's own, and empty; or the table, where the run is complete.
 
-    --init and --data are compared by the files that they stand for and by when those were
-    written: tomorrow the same path may hold another training."""
+    --init and --data are compared by what is in the files that they stand for: tomorrow the
+    same path may hold another training."""
     out = Path(config.out)
     results_json, results_md = out / "results.json", out / "results.md"
     run.open_run(
         config, "cluster_eval", (results_json.name, results_md.name), resources,
-        init=[init if init in NO_CHECKPOINT else written(init) for init in inits],
-        data=written(selection.manifest.folder / "manifest.csv"))
+        contents={"init": [run.content_of_file(init) for init in inits],
+                  "data": run.content_of_data(selection.manifest)},
+        init=inits, data=data)
     exported = not config.export or Path(config.export).exists()
     if results_json.exists() and results_md.exists() and exported:
-        return results_md.read_text(errors="surrogateescape")
+        return results_md.read_text("utf-8", errors="surrogateescape")
     # Parts of a run that was interrupted or given up.
     results_json.unlink(missing_ok=True)
     results_md.unlink(missing_ok=True)
@@ -715,7 +710,7 @@ def cluster_eval(config: Config, compute: Compute, resources: contextlib.ExitSta
     rows, trained_on = inherit(checkpoints)
     for row in rows:
         if row.init != "pixels":
-            build_encoder(row.arch, row.init)
+            build_encoder(row.arch, row.init, print)
     data = config.data or trained_on
     selection = select(config, data)
     print(f"{selection.description}\nk = {selection.k}, {selection.algorithm} (up to "
@@ -723,12 +718,14 @@ def cluster_eval(config: Config, compute: Compute, resources: contextlib.ExitSta
 
     # Where the results go, unless they are there already.
     out = Path(config.out)
-    text = open_run_folder(config, list(checkpoints), selection, resources)
+    text = open_run_folder(config, list(checkpoints), data, selection, resources)
     if text is not None:
         print(f"{out} is complete; --overwrite does it again\n\n{text}")
         return
     writer = SummaryWriter(str(out / "cluster_figures"))
     resources.callback(writer.close)
+    for_figures = figure_text(**{"class": selection.names, "row": [row.init for row in rows]})
+    resources.enter_context(rc_context(for_figures.style))
 
     # Row by row: features ...
     results, curves = {}, {}
@@ -753,17 +750,18 @@ def cluster_eval(config: Config, compute: Compute, resources: contextlib.ExitSta
             curves[row.init] = sweep(features, selection)
 
         # ... and figures. Two rows may end in the same name, so that a number comes first.
-        tag = f"{number}_{row.init.replace('/', '_')}"
-        figures(row.init, tag, features, evaluation.best, selection, writer)
+        tag = valid_unicode(f"{number}_{row.init.replace('/', '_')}")
+        figures(for_figures.written[row.init], tag, features, evaluation.best, selection,
+                for_figures, writer)
 
     # All rows together. results.json comes last: where it is, everything is.
     if curves:
-        figure = sweep_figure(curves, len(selection.names))
+        figure = sweep_figure(curves, len(selection.names), for_figures.written)
         figure.savefig(f"{writer.log_dir}/sweep.png")
         writer.add_figure("sweep", figure)
     results["*majority class*"] = majority_row(selection.truth)
-    text = table(results, selection)
-    writer.add_text("results", text)
+    text = table(results, selection) + for_figures.legend
+    writer.add_text("results", valid_unicode(text))
     writer.flush()
     write_text(out / "results.md", text)
     settings = dataclasses.asdict(config) | {

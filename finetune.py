@@ -17,7 +17,6 @@ same command goes on after an interruption, at the last whole epoch. A command t
 for more fractions, seeds, modes or initialisations trains only what is missing.
 """
 import contextlib
-import hashlib
 import itertools
 import json
 import math
@@ -44,7 +43,7 @@ from loss import masked_cross_entropy
 from manifest import SPLITS, DataError, Manifest, read_manifest, write_text
 from model import (
     ARCHITECTURES, FORMAT, Classifier, build_encoder, cached_features, extract_features,
-    num_features)
+    num_features, settings_of)
 from probe import STRENGTHS, fit_logistic
 from run import CheckpointError, Compute, flag, load_checkpoint, save_checkpoint
 from scores import report, val_score, youden
@@ -136,8 +135,8 @@ class Combination(NamedTuple):
 class Init(NamedTuple):
     """An initialisation of the encoder."""
     source: str                         # random, imagenet or the path of a checkpoint
-    # In predictions.pt: the source and, of a file, a digest of its content, because a path can be
-    # overwritten.
+    # In predictions.pt: the source or, of a file, a digest of its content, because a path can be
+    # overwritten, and a file can be moved.
     key: str
     name: str                           # in tables
     settings: dict[str, Any]            # INHERITED, as far as the checkpoint names them
@@ -215,10 +214,6 @@ class Study:
         return "AUROC" if perfect > 0 else "minus the Brier score"
 
 
-def digest(file: str | Path) -> str:
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
-
-
 def read_inits(config: Config) -> list[Init]:
     """The initialisations of --init. DataError where there is none, CheckpointError where a
     file cannot be read."""
@@ -234,12 +229,11 @@ def read_inits(config: Config) -> list[Init]:
             inits.append(Init(source, source, NAMES[source], {}))
             continue
         state = load_checkpoint(source)
-        about = state | state.get("config", {})
         name = source
         if state.get("format") == FORMAT and "classifier" not in state:
             name = "SimCLR" if len(files) == 1 else f"SimCLR ({source})"
-        inits.append(Init(source, f"{source} {digest(source)}", name,
-                          {key: about[key] for key in INHERITED if key in about}))
+        inits.append(Init(source, f"checkpoint {run.content_of_file(source).digest}", name,
+                          settings_of(state)))
     return inits
 
 
@@ -263,7 +257,7 @@ def inherit(config: Config, inits: list[Init], say: Callable) -> dict[str, Any]:
             say(f"{init.source} was trained with {', '.join(differences)}, which is not what it "
                 "is given here")
     for init in inits:
-        build_encoder(setting["arch"], init.source)     # what does not fit is refused now
+        build_encoder(setting["arch"], init.source, say)    # what does not fit is refused now
     return setting
 
 
@@ -484,10 +478,15 @@ class FineTuning:
     def load(self) -> None:
         """Go on from last.pt, which must be this combination's."""
         state = load_checkpoint(self.study.last)
-        self.net.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.history, self.best, self.peaks = state["history"], state["best"], state["peaks"]
+        try:
+            self.net.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.history, self.best, self.peaks = state["history"], state["best"], state["peaks"]
+        except run.MALFORMED as error:
+            reason = (str(error) or repr(error)).splitlines()[-1].strip()
+            raise CheckpointError(f"{self.study.last} does not fit this run ({reason}): delete "
+                                  "it, and the same command begins that training anew") from None
 
     def save(self) -> None:
         save_checkpoint(self.study.last, {
@@ -659,8 +658,12 @@ def read_study(config: Config, compute: Compute) -> Study:
     if config.batch_size % compute.world_size:
         raise DataError(f"--batch-size {config.batch_size} is global and must divide by the "
                         f"{compute.world_size} processes")
-    settings = run.fixed_flags(config) | setting | {
-        "manifest_digest": digest(manifest.folder / "manifest.csv")}
+    if (config.batch_size == compute.world_size and "full" in config.mode and not compute.cuda
+            and not config.freeze_bn):
+        raise DataError(f"--batch-size {config.batch_size} is 1 image for each of the "
+                        f"{compute.world_size} processes, and batch norm, which on a CPU sees "
+                        "those of its own process alone, needs 2 at least, or --freeze-bn")
+    settings = run.fixed_flags(config) | setting
     return Study(config, compute, manifest, settings, {init.key: init for init in inits}, names,
                  task, policy, splits, draws)
 
@@ -696,7 +699,8 @@ def finetune(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     # The run folder, and what it holds already.
     file = study.out / "predictions.pt"
     if compute.rank == 0:
-        run.open_run(config, "finetune", RESULTS, resources, **study.settings)
+        run.open_run(config, "finetune", RESULTS, resources,
+                     contents={"data": run.content_of_data(study.manifest)}, **study.settings)
         if not file.exists():
             save_checkpoint(file, {})
     compute.barrier()

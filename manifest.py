@@ -12,12 +12,16 @@ import argparse
 import codecs
 import contextlib
 import csv
+import dataclasses
+import errno
 import fcntl
 import functools
 import gzip
+import hashlib
 import io
 import os
 import signal
+import stat
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -63,13 +67,35 @@ def errors_in_one_sentence(script: str, out: str | Path, speaks: bool = True) ->
     except DataError as error:
         sys.exit(f"{script}: {error}" if speaks or isinstance(error, ImageError) else 1)
     except OSError as error:            # a full disk, a folder without permission to write
-        reason = f"{error.strerror or error}: {error.filename or out}"
+        reason = f"{error.strerror or error}: {error.filename or _blamed(error, out)}"
         sys.exit(f"{script}: {reason}" if speaks else 1)
+    except UnicodeEncodeError as error:     # a file's name that this locale cannot spell
+        sys.exit(f"{script}: {error.object!a} cannot be spelled in {error.encoding}: rename it, or "
+                 "try again after `export PYTHONUTF8=1`")
     except KeyboardInterrupt:
         if speaks:
             print(f"{script}: interrupted; the same command goes on from what is in {out}",
                   file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+def _blamed(error: OSError, out: str | Path) -> str | Path:
+    """What an error of the operating system without a file's name is about: `out`, which is being
+    written, unless it was raised where Python's multiprocessing makes a lock."""
+    frame = error.__traceback__
+    while frame:
+        if frame.tb_frame.f_globals.get("__name__") == "multiprocessing.synchronize":
+            return "/dev/shm, where Python's multiprocessing must be able to write its locks"
+        frame = frame.tb_next
+    return out
+
+
+def print_any_name() -> None:
+    """Let no name end a run because the terminal's encoding lacks a character of it: what cannot
+    be printed appears as \\u80ba. To be called first in a script's main()."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):        # and not what a notebook put there
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _report_uncaught(kind, error, traceback) -> None:
@@ -200,15 +226,25 @@ def csv_cell(text: str) -> str:
     if any(character in text for character in ',"\r\n'):
         return '"' + text.replace('"', '""') + '"'
     return text
+def valid_unicode(text: str) -> str:
+    """Text for those who take no bytes of file names that are not UTF-8: they are escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def lock(file) -> bool:
     """Whether this process holds an open file for itself from now on, until the file is
-    closed."""
+    closed.
+
+    Some storage has no locks: Lustre mounted without them, NFS without its lock service, some
+    FUSE systems. There the answer is True, after a warning that names the folder."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):        # somebody else has it
+            return False
+        print(f"warning: the storage of {Path(file.name).parent} has no file locks "
+              f"({error.strerror}): nothing stops a second run from writing there at the same "
+              "time, so start only one", file=sys.stderr, flush=True)
     return True
 
 
@@ -229,6 +265,30 @@ class Manifest:
     labels: np.ndarray              # (N, L) float32: 1, 0, -1, or NaN for an empty cell
     label_names: list[str]          # L of them; none in an unlabelled folder
     listed: bool = True             # whether there is a manifest.csv
+    sizes: np.ndarray | None = None     # (N,) int64: bytes of each image's file
+
+    def file(self, i: int) -> bytes:
+        """The path of image i for the operating system.
+
+        A manifest is UTF-8, whatever encoding the locale has for the names of files."""
+        name = self.paths[i]
+        return os.path.join(
+            os.fsencode(self.folder),
+            name.encode("utf-8", "surrogateescape") if self.listed else os.fsencode(name))
+
+    def rows_digest(self) -> str:
+        """Changes with every change of the table, and not with where it lies."""
+        columns = self.paths, self.patients, self.splits, self.label_names
+        return _digest(*("\n".join(column).encode("utf-8", "surrogateescape")
+                         for column in columns), self.labels.tobytes())
+
+    def paths_digest(self, images: np.ndarray) -> str:
+        """The same for nothing but which images these are, and in which order."""
+        return _digest(*(self.paths[i].encode("utf-8", "surrogateescape") for i in images))
+
+    def sizes_digest(self, images: np.ndarray) -> str:
+        """Changes where one of the images was written anew, if not to the same number of bytes."""
+        return _digest(b"" if self.sizes is None else self.sizes[images].tobytes())
 
     def images(self, split: str) -> np.ndarray:
         """Image indices of a split, (n,) int64, in manifest order; DataError where it
@@ -246,7 +306,7 @@ class Manifest:
     @functools.cached_property
     def _encoded(self) -> tuple[np.ndarray, np.ndarray]:
         """All paths in one array, and where each of them starts in it, (N + 1,)."""
-        paths = [os.fsencode(f"{self.folder}/{path}") for path in self.paths]
+        paths = [self.file(i) for i in range(len(self.paths))]
         start = np.concatenate([[0], np.cumsum([len(path) for path in paths])])
         return np.frombuffer(b"".join(paths), np.uint8), start
 
@@ -258,7 +318,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     file = Path(folder) / "manifest.csv"
     if not file.is_file():
         raise DataError(f"{folder} is not a data folder: {file} is missing "
-                        "(python prepare.py --help makes one)")
+                        "(python prepare.py --help makes one; --data names another)")
     header, rows = _read_rows(file)
     label_names = header[3:]
 
@@ -288,13 +348,39 @@ def read_manifest(folder: str | Path) -> Manifest:
             labels[i, column] = LABEL_VALUES[cell]
 
     paths = [row[0] for row in rows]
-    missing = [i for i, path in enumerate(paths) if not os.path.exists(os.path.join(folder, path))]
-    if missing:
-        others = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise DataError(f"{file}, row {missing[0] + 2}: {paths[missing[0]]} is missing on disk"
-                        f"{others}")
     patients, splits = (np.array([row[column] for row in rows]) for column in (1, 2))
-    return Manifest(Path(folder), paths, patients, splits, labels, label_names)
+    manifest = Manifest(Path(folder), paths, patients, splits, labels, label_names)
+    return dataclasses.replace(manifest, sizes=_image_sizes(manifest))
+
+
+def _image_sizes(manifest: Manifest) -> np.ndarray:
+    """Bytes of each image's file, (N,) int64; DataError where one is missing or is no file."""
+    sizes, unusable = np.zeros(len(manifest.paths), np.int64), []
+    for i in range(len(sizes)):
+        try:
+            found = os.stat(manifest.file(i))
+        except (OSError, ValueError):                   # a name may also hold a NUL
+            unusable.append((i, "is missing on disk"))
+            continue
+        sizes[i] = found.st_size
+        if stat.S_ISDIR(found.st_mode):
+            unusable.append((i, "is a folder, where a file is needed"))
+        elif not stat.S_ISREG(found.st_mode):           # reading a pipe would wait for ever
+            unusable.append((i, "is no regular file"))
+    if unusable:
+        i, problem = unusable[0]
+        others = f", and {len(unusable) - 1} more" if len(unusable) > 1 else ""
+        raise DataError(f"{manifest.folder / 'manifest.csv'}, row {i + 2}: {manifest.paths[i]} "
+                        f"{problem}{others}")
+    return sizes
+
+
+def _digest(*parts: bytes) -> str:
+    """16 hexadecimal digits that differ where the parts do."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def _read_rows(file: Path) -> tuple[list[str], list[list[str]]]:

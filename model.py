@@ -9,15 +9,16 @@ import contextlib
 import hashlib
 import os
 import urllib.error
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
 
-from run import CheckpointError, load_checkpoint, save_checkpoint
+from run import MALFORMED, CheckpointError, load_checkpoint, save_checkpoint
 
 if TYPE_CHECKING:
     from dali_pipeline import Loader
@@ -37,12 +38,14 @@ PREPROCESSING = {"image_size", "normalize", "clahe"}
 # --------------------------------------------------------------------------------------------------
 # Encoder.
 
-def build_encoder(arch: str, init: str = "random") -> torchvision.models.ResNet:
+def build_encoder(arch: str, init: str = "random",
+                  say: Callable = lambda text: None) -> torchvision.models.ResNet:
     """A ResNet (B, 1, S, S) -> (B, D), its width D in `encoder.num_features`.
 
     init: `random`; `imagenet`, torchvision's weights folded by `fold_rgb_stem`; or the
-    path of an encoder.pt or of a plain torchvision state dict, with one channel or
-    three. CheckpointError where the weights cannot be had or do not fit."""
+    path of an encoder.pt or of another tool's checkpoint of a ResNet, see `find_encoder`, with
+    one channel or three. say: is told what of such a file was taken.
+    CheckpointError where the weights cannot be had or do not fit."""
     if arch not in ARCHITECTURES:
         raise CheckpointError(f"{init}: {arch!r} is none of {', '.join(ARCHITECTURES)}")
     encoder = getattr(torchvision.models, arch)()
@@ -54,38 +57,145 @@ def build_encoder(arch: str, init: str = "random") -> torchvision.models.ResNet:
     if init == "random":
         return encoder
 
-    state = _imagenet_state(arch) if init == "imagenet" else _encoder_state(init, arch)
-    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    state = _imagenet_state(arch) if init == "imagenet" else _encoder_state(init, arch, say)
     try:
+        if reason := _mismatch(encoder.state_dict(), state):
+            raise RuntimeError(reason)
         if state["conv1.weight"].shape[1] == 3:
             state = fold_rgb_stem(state)
         encoder.load_state_dict(state)
         if not all(value.isfinite().all() for value in state.values()):
             raise RuntimeError("some of its weights are not finite")
-    except (RuntimeError, KeyError, AttributeError, IndexError) as error:
+    except MALFORMED as error:
         reason = str(error).splitlines()[-1].strip()
         raise CheckpointError(
             f"{init} does not fit a {arch} with a one-channel stem: {reason}") from None
     return encoder
 
 
+def _mismatch(expected: dict[str, Tensor], state: dict[str, Tensor]) -> str:
+    """Which keys are missing, unexpected or of another shape, or nothing. The stem may have
+    three channels; batch norm's counters are of no use and may be missing."""
+    missing = [key for key in expected
+               if key not in state and not key.endswith("num_batches_tracked")]
+    shapes = {key: tuple(value.shape) for key, value in expected.items()}
+    stem = shapes["conv1.weight"]
+    allowed = {"conv1.weight": (stem, (stem[0], 3, *stem[2:]))}
+    other_shape = [f"{key} ({_by(state[key].shape)}, not {_by(shapes[key])})" for key in shapes
+                   if key in state
+                   and tuple(state[key].shape) not in allowed.get(key, (shapes[key],))]
+    return "; ".join(f"{what}: {_first_three(keys)}" for what, keys in (
+        ("missing keys", missing),
+        ("unexpected keys", [key for key in state if key not in expected]),
+        ("keys of another shape", other_shape)) if keys)
+
+
+def _by(shape: Iterable[int]) -> str:
+    return " x ".join(map(str, shape)) or "a number"
+
+
+def _first_three(keys: list[str]) -> str:
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return ", ".join(keys[:3]) + more
+
+
 def _imagenet_state(arch: str) -> dict[str, Tensor]:
     weights = torchvision.models.get_model_weights(arch)["DEFAULT"]
     try:
-        return dict(weights.get_state_dict(progress=False, check_hash=True))
+        state = weights.get_state_dict(progress=False, check_hash=True)
+        return {key: value for key, value in state.items() if not key.startswith("fc.")}
     except (urllib.error.URLError, OSError) as error:
         raise CheckpointError(
             f"the ImageNet weights cannot be downloaded ({error}): fetch {weights.url} elsewhere "
             "and give its path instead of 'imagenet'") from None
 
 
-def _encoder_state(path: str, arch: str) -> dict[str, Tensor]:
-    """The encoder of an encoder.pt or classifier.pt; the file itself where it is a
-    state dict."""
+def _encoder_state(path: str, arch: str, say: Callable) -> dict[str, Tensor]:
+    """The encoder's weights in a checkpoint, by torchvision's own keys."""
     state = load_checkpoint(path)
-    if state.get("arch", arch) != arch:
+    if state.get("arch") in ARCHITECTURES and state["arch"] != arch:
         raise CheckpointError(f"{path} holds a {state['arch']}, not a {arch}")
-    return state.get("encoder", state)
+    weights, taken = find_encoder(state, path)
+    if state.get("format") != FORMAT and taken:
+        say(f"{path}: {taken}")
+    return weights
+
+
+def settings_of(checkpoint: dict) -> dict[str, Any]:
+    """What a checkpoint says of its data folder, architecture and preprocessing, as far as that
+    can be meant here: another tool may have other things under the same names."""
+    about = checkpoint | checkpoint.get("config", {})
+    meant = {
+        "data": checkpoint.get("format") == FORMAT and isinstance(about.get("data"), str),
+        "arch": about.get("arch") in ARCHITECTURES,
+        "image_size": type(about.get("image_size")) is int and 1 <= about["image_size"] <= 4096,
+        "normalize": about.get("normalize") in ("fixed", "image"),
+        "clahe": isinstance(about.get("clahe"), bool)}
+    return {name: about[name] for name in meant if meant[name]}
+
+
+# Parts of a network that stand on an encoder, and copies of it that trail behind: a checkpoint's
+# keys have such names before the first dot, or between two of them.
+HEADS = {"fc", "head", "heads", "classifier", "linear", "proj", "projector", "projection",
+         "projection_head", "predictor", "prediction_head", "mlp", "prototypes"}
+COPIES = {"encoder_k", "key_encoder", "momentum_encoder", "backbone_momentum", "encoder_momentum",
+          "teacher", "target", "target_encoder", "target_network", "ema", "model_ema", "ema_model",
+          "best"}
+# A ResNet's parts where a tool has made an nn.Sequential of them.
+CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+
+
+def find_encoder(checkpoint: dict, path: str) -> tuple[dict[str, Tensor], str]:
+    """The weights of the ResNet in a checkpoint of any tool, by torchvision's keys, and what
+    was taken and left out, in words; nothing where the file is the ResNet's state dict itself.
+
+    Dictionaries may lie in one another (`state_dict`, `model`), keys may begin with whatever a
+    tool puts there (`module.`, `backbone.`, `encoder_q.`) and hold torch.compile's `_orig_mod.`:
+    the encoder is what lies beside a `conv1.weight` and a `layer1.0.conv1.weight`. Heads on it
+    are left out, and a network's slow copies where there is a network. CheckpointError where
+    none is found, or more than one."""
+    compiled = dict(_tensors(checkpoint))
+    tensors = {key.replace("_orig_mod.", ""): value for key, value in compiled.items()}
+    prefixes = [key.removesuffix(stem) for stem in ("conv1.weight", "0.weight") for key in tensors
+                if key.endswith(stem) and f"{key.removesuffix(stem)}{FIRST_BLOCK[stem]}" in tensors]
+    fast = [prefix for prefix in prefixes if not COPIES & set(prefix.split("."))]
+    prefixes = fast or prefixes
+    if not prefixes:
+        keys = _first_three([*tensors] or [str(key) for key in checkpoint])
+        raise CheckpointError(f"{path} holds no ResNet: nothing in it ends in conv1.weight with "
+                              f"a layer1 beside it, only {keys or 'nothing at all'}")
+    if len(prefixes) > 1:
+        raise CheckpointError(f"{path} holds several networks, under {_first_three(prefixes)}: "
+                              "save the one that is meant alone")
+    prefix, weights, heads = prefixes[0], {}, []
+    for key, value in tensors.items():
+        if key.startswith(prefix):
+            first, _, rest = key.removeprefix(prefix).partition(".")
+            if first in HEADS:
+                heads.append(key)
+            else:
+                weights[f"{CHILDREN.get(first, first)}.{rest}".rstrip(".")] = value
+    words = [f"{prefix!r} was taken off the encoder's keys"] if prefix else []
+    if compiled.keys() != tensors.keys():
+        words.append("'_orig_mod.' was taken out of its keys")
+    others = [key for key in tensors if not key.startswith(prefix)]
+    if heads or others:
+        words.append(f"left out {_first_three(heads + others)}")
+    return weights, "; ".join(words)
+
+
+FIRST_BLOCK = {"conv1.weight": "layer1.0.conv1.weight", "0.weight": "4.0.conv1.weight"}
+
+
+def _tensors(checkpoint: dict, depth: int = 5) -> Iterator[tuple[str, Tensor]]:
+    """All tensors in dictionaries within dictionaries, with their keys joined by dots. A file
+    may be hostile: other keys than strings are passed over, and depth has an end."""
+    for key, value in checkpoint.items():
+        if isinstance(key, str) and isinstance(value, Tensor):
+            yield key, value
+        elif isinstance(key, str) and isinstance(value, dict) and depth:
+            for inner_key, inner in _tensors(value, depth - 1):
+                yield f"{key}.{inner_key}", inner
 
 
 def fold_rgb_stem(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -152,11 +262,20 @@ def load_classifier(path: str | Path) -> tuple[Classifier, dict]:
     state = load_checkpoint(path)
     if not (CLASSIFIER <= state.keys() and PREPROCESSING <= state["config"].keys()):
         raise CheckpointError(f"{path} is not a classifier.pt of finetune.py")
+    labels, thresholds = state["labels"], state["thresholds"]
+    if not (isinstance(labels, list) and isinstance(thresholds, list)
+            and len(labels) == len(thresholds) > 0
+            and all(isinstance(name, str) for name in labels)
+            and all(isinstance(value, int | float) for value in thresholds)):
+        raise CheckpointError(f"{path} has no threshold for each of its labels")
+    if not PREPROCESSING <= settings_of(state).keys():
+        raise CheckpointError(f"{path} says of no image size, normalize and clahe that can be")
     try:
         encoder = build_encoder(state["arch"], str(path))
-        net = Classifier(encoder, len(state["classifier"]["bias"]))
+        outputs = len(labels) * {"binary": 1, "three-way": 3, "exclusive": 1}[state["kind"]]
+        net = Classifier(encoder, outputs)
         net.head.load_state_dict(state["classifier"])
-    except (RuntimeError, KeyError, TypeError) as error:
+    except MALFORMED as error:
         reason = str(error).splitlines()[-1].strip()
         raise CheckpointError(f"{path} holds a head that does not fit: {reason}") from None
     return net.eval(), state

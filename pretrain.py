@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import hashlib
 import math
+import operator
 import signal
 import sys
 import time
@@ -114,6 +115,9 @@ class Config:
         low, high = self.crop_area
         if not 0 < low <= high <= 1:
             raise ValueError(f"--crop-area {low} {high} must rise, within 0 to 1")
+        if self.batch_size < 2:
+            raise ValueError("--batch-size 1 leaves nothing to learn: the loss tells an image's "
+                             "two views from those of other images, and would be 0")
         low, high = self.blur
         if not (0 == low == high or 0 < low <= high):
             raise ValueError(f"--blur {low} {high} must rise and be positive, or be 0 0")
@@ -182,7 +186,7 @@ class Training:
         torch.manual_seed(config.seed)
         # A run that goes on needs the file or the download of its first weights no more.
         goes_on = Path(config.out, "last.pt").exists() and not config.overwrite
-        encoder = build_encoder(config.arch, "random" if goes_on else config.init)
+        encoder = build_encoder(config.arch, "random" if goes_on else config.init, compute.say)
         net = SimCLR(encoder, config.proj_layers, config.proj_width, config.proj_dim)
         self.config, self.images = config, images
         self.step = 0                   # steps that were taken
@@ -213,7 +217,7 @@ class Training:
             raise CheckpointError(f"{file} is no last.pt of a pre-training run")
         # A step means so many images, so that a run cannot go on with another batch size.
         for name in ("arch", "optimizer", "batch_size"):
-            in_file, flag_value = state["config"][name], getattr(self.config, name)
+            in_file, flag_value = state["config"].get(name), getattr(self.config, name)
             if in_file != flag_value:
                 raise CheckpointError(f"{file} has --{name.replace('_', '-')} {in_file}, "
                                       f"not {flag_value}")
@@ -224,15 +228,16 @@ class Training:
         try:
             self.net.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[-1].strip()
+            if state["scaler"]:         # empty where the run computed without one until now
+                self.scaler.load_state_dict(state["scaler"])
+            torch.set_rng_state(state["rng"])
+            self.step = operator.index(state["step"])
+            self.probed = operator.index(state.get("probed", self.step))
+        except run.MALFORMED as error:
+            reason = (str(error) or repr(error)).splitlines()[-1].strip()
             raise CheckpointError(f"{file} does not fit these flags: {reason}") from None
         # load_state_dict took the weight decay from the file; a copied last.pt may have another.
         self.optimizer.param_groups[0]["weight_decay"] = self.config.weight_decay
-        if state["scaler"]:             # empty where the run computed without one until now
-            self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"])
-        self.step, self.probed = state["step"], state.get("probed", state["step"])
 
     def save(self) -> None:
         """Write last.pt, then encoder.pt; FloatingPointError where a weight is not finite.
@@ -261,15 +266,20 @@ def diverged(what: str, config: Config) -> FloatingPointError:
                               "a lower --lr may help")
 
 
-def open_run_folder(training: Training, config: Config, compute: Compute,
+def open_run_folder(training: Training, content: run.Content, config: Config, compute: Compute,
                     resources: contextlib.ExitStack) -> None:
-    """Lock the run folder for this run and bring `training` to where its last.pt left off."""
+    """Lock the run folder for this run and bring `training` to where its last.pt left off.
+
+    content: of the train split, by which a data folder is the same wherever it lies."""
     out, last = Path(config.out), Path(config.out) / "last.pt"
     if compute.rank == 0:
         if last.exists() and not (out / "config.json").exists() and not config.overwrite:
             # It was copied from another run. Does it fit? Then the folder is locked for this one.
             training.load(last)
-        run.open_run(config, "pretrain", RESULTS, resources, starts_from="last.pt")
+        contents = {"data": content}
+        if Path(config.init).is_file():         # after the first checkpoint it may be gone
+            contents["init"] = run.content_of_file(config.init)
+        run.open_run(config, "pretrain", RESULTS, resources, "last.pt", contents)
         if (out / "encoder.pt").exists() and not last.exists():
             raise DataError(f"{out} holds an encoder.pt and no last.pt to go on from; choose "
                             "another --out, or give it up with --overwrite")
@@ -307,6 +317,10 @@ def read_data(config: Config, compute: Compute) -> tuple[Manifest, np.ndarray]:
     if config.batch_size % compute.world_size:
         raise DataError(f"--batch-size {config.batch_size} is global and must divide by the "
                         f"{compute.world_size} processes")
+    if config.batch_size == compute.world_size and not compute.cuda:
+        raise DataError(f"--batch-size {config.batch_size} is 1 image for each of the "
+                        f"{compute.world_size} processes, and batch norm, which on a CPU sees "
+                        "those of its own process alone, needs 2 at least")
     return manifest, train
 
 
@@ -445,7 +459,8 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     # Network, optimizer and step, as the last.pt of the run folder left them.
     paths = "\n".join(manifest.paths[i] for i in train)
     training = Training(config, compute, hashlib.sha256(paths.encode()).hexdigest())
-    open_run_folder(training, config, compute, resources)
+    content = run.content_of_data(manifest, train)
+    open_run_folder(training, content, config, compute, resources)
     net, optimizer, scaler = training.net, training.optimizer, training.scaler
     start_step, encoder = training.step, Path(config.out) / "encoder.pt"
     if start_step >= schedule.end:

@@ -8,24 +8,24 @@ have to repeat from another script stands here.
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import inspect
 import json
 import math
 import os
-import pickle
 import signal
 import sys
 import typing
-import zipfile
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from manifest import (                  # first: see there
-    DataError, differing_flags, errors_in_one_sentence, lock, number_within, whole_file,
-    write_text)
+    DataError, Manifest, differing_flags, errors_in_one_sentence, lock, number_within,
+    print_any_name, valid_unicode, whole_file, write_text)
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -222,11 +222,48 @@ class Compute:
                                        gradient_as_bucket_view=True, **KEEP_BUFFERS)
 
 
-def start(config: RunConfig, timeout: timedelta) -> Compute:
+class Place(NamedTuple):
+    """A process among those that torchrun started: of all machines, and of its own."""
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+
+# What torchrun tells each process. The latter two say where the processes meet.
+NUMBERS, MEETING_POINT = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("MASTER_ADDR", "MASTER_PORT")
+
+
+def read_place() -> Place:
+    """This process's place, from the environment; the only process's where that says nothing.
+
+    DataError where it says only half: a variable that was left by something else would make
+    this process wait for others that never come, or be silent as though it were not the first."""
+    variables = os.environ
+    present = [name for name in NUMBERS if name in variables]
+    if not present:             # the meeting point alone is set for torchrun by many a job script
+        return Place()
+    advice = ("start the processes with torchrun, or this one alone after `unset "
+              f"{' '.join(name for name in (*NUMBERS, *MEETING_POINT) if name in variables)}`")
+    missing = [name for name in (*NUMBERS, *MEETING_POINT) if name not in variables]
+    if missing:
+        raise DataError(f"the environment has {', '.join(present)} but not {', '.join(missing)}, "
+                        f"as torchrun would set: {advice}")
+    try:
+        rank, world_size, local_rank = (int(variables[name]) for name in NUMBERS)
+        local_world_size = int(variables.get("LOCAL_WORLD_SIZE", 1))
+        int(variables["MASTER_PORT"])
+    except ValueError as error:
+        raise DataError(f"a variable of torchrun's is no number ({error}): {advice}") from None
+    if not (0 <= rank < world_size and 0 <= local_rank and local_world_size >= 1):
+        values = ", ".join(f"{name}={variables[name]}" for name in NUMBERS)
+        raise DataError(f"the environment has {values}, which cannot be: {advice}")
+    return Place(rank, world_size, local_rank, local_world_size)
+
+
+def start(config: RunConfig, timeout: timedelta, place: Place | None = None) -> Compute:
     """Join the processes that torchrun started, or be the only one."""
-    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    rank, world_size, local_rank, local_world_size = place or read_place()
     cuda = torch.cuda.is_available()
     if cuda and local_rank >= torch.cuda.device_count():
         raise DataError(f"{local_world_size} processes are too many for "
@@ -235,7 +272,13 @@ def start(config: RunConfig, timeout: timedelta) -> Compute:
         torch.cuda.set_device(local_rank)
         torch.backends.cudnn.benchmark = True               # every batch has the same shape
     if world_size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
+        except (dist.DistError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(
+                f"the {world_size} processes did not meet at {os.environ['MASTER_ADDR']}:"
+                f"{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT): {reason}") from None
     precision = config.precision
     if precision == "auto":
         bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -264,11 +307,14 @@ def main(stage: Callable, config_class: type, argv: list[str] | None = None,
 
     resources: an ExitStack; what the stage enters there is closed however the run ends.
     timeout: how long a process waits for another one in a collective call."""
-    config = parse(config_class, argv)
-    script, first = f"{stage.__name__}.py", os.environ.get("RANK", "0") == "0"
+    print_any_name()
+    config, script = parse(config_class, argv), f"{stage.__name__}.py"
+    with errors_in_one_sentence(script, config.out):
+        place = read_place()
+    first = place.rank == 0
     try:
         with contextlib.ExitStack() as resources, errors_in_one_sentence(script, config.out, first):
-            stage(config, start(config, timeout), resources)
+            stage(config, start(config, timeout, place), resources)
     except FloatingPointError as error:
         sys.exit(f"{script}: {error}" if first else 1)
     except torch.OutOfMemoryError:
@@ -307,8 +353,34 @@ class StopSignal:
 # --------------------------------------------------------------------------------------------------
 # The run folder: config.json says which run it holds.
 
+class Content(NamedTuple):
+    """What a flag that names files stands for, wherever they lie and however that is spelled."""
+    digest: str                 # must be the same when a run goes on
+    sizes: str = ""             # must be so, too, where the flag is spelled in another way
+
+
+def content_of_data(manifest: Manifest, images: np.ndarray | None = None) -> Content:
+    """The content of a data folder, or of these images of it without their labels.
+
+    A folder of the same rows whose images were made with another --size differs by their sizes
+    in bytes. In the folder itself an image may be mended while a run rests."""
+    if images is None:
+        return Content(manifest.rows_digest(),
+                       manifest.sizes_digest(np.arange(len(manifest.paths))))
+    return Content(manifest.paths_digest(images), manifest.sizes_digest(images))
+
+
+def content_of_file(path: str | Path) -> Content:
+    """The content of a checkpoint; a name that is no file, such as `random`, stands for itself."""
+    if not os.path.isfile(path):
+        return Content(str(path))
+    with open(path, "rb") as file:
+        return Content(hashlib.file_digest(file, "sha256").hexdigest()[:16])
+
+
 def open_run(config: RunConfig, stage: str, results: tuple[str, ...],
-             resources: contextlib.ExitStack, starts_from: str = "", **more) -> None:
+             resources: contextlib.ExitStack, starts_from: str = "",
+             contents: dict[str, Any] | None = None, **more) -> None:
     """Make the run folder, or recognise the run in it, and keep it locked until the run
     ends.
 
@@ -318,11 +390,16 @@ def open_run(config: RunConfig, stage: str, results: tuple[str, ...],
     deletes the results. A folder that holds anything but a run of this stage is refused
     in any case.
     starts_from: a file that alone may lie in a new run folder, for the run to start from.
-    more: compared as flags are; among it `manifest_digest`, where a run depends on all of the
-    data folder's manifest.csv."""
+    contents: of flags that name files, by the flag's name: a Content, or a list of them. These
+    flags are compared by it, so that files may be moved or named by another path.
+    more: compared as flags are."""
     out = Path(config.out)
-    contents = {file.name for file in out.iterdir()} if out.is_dir() else set()
-    if contents - {starts_from} and "config.json" not in contents:
+    if valid_unicode(config.out) != config.out:
+        raise CheckpointError(f"--out {out} is not in UTF-8, and TensorBoard cannot write there: "
+                              "choose another --out, or `export PYTHONUTF8=1` if it is only the "
+                              "locale")
+    names = {file.name for file in out.iterdir()} if out.is_dir() else set()
+    if names - {starts_from} and "config.json" not in names:
         raise CheckpointError(f"{out} is not empty and holds no run; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     file = resources.enter_context(open(out / "config.json", "a+", encoding="utf-8"))
@@ -332,17 +409,18 @@ def open_run(config: RunConfig, stage: str, results: tuple[str, ...],
     if before and before.get("stage") != stage:
         raise CheckpointError(f"{out} holds something else than a run of {stage}.py; "
                               "choose another --out")
-    now = {"stage": stage} | fixed_flags(config) | more
+    now = {"stage": stage} | fixed_flags(config) | more | {"contents": contents or {}}
     now = json.loads(json.dumps(now))               # tuples are lists in a file
     difference = _difference(before, now)
     if config.overwrite:
         for pattern in results:
             for old in out.glob(pattern):
                 old.unlink()
-    elif before and difference and (out / results[0]).exists():
+    goes_on = bool(before) and (out / results[0]).exists()
+    if goes_on and difference:
         raise CheckpointError(f"{out} holds a run {difference}; choose another --out, or give up "
                               "that run with --overwrite")
-    if difference:
+    if before != now and not goes_on:
         # The file is rewritten in place because its lock would not follow a new one.
         # Nothing is lost if that is cut short: the next run with the same flags writes
         # it again.
@@ -359,13 +437,41 @@ def fixed_flags(config: RunConfig) -> dict[str, Any]:
 
 def _difference(before: dict, now: dict) -> str:
     """How two runs differ, or nothing: `with other flags: --epochs (2 there, 5 here)`."""
-    # A digest would say nothing to a user, so that it is not compared as a flag.
-    digest = {"manifest_digest": now.get("manifest_digest")}
-    if flags := differing_flags(before | digest, now | digest):
+    # A digest would say nothing to a user, so that what the flags stand for is compared here,
+    # and then left out. A run of an older version has no digests, but for its flags' spelling.
+    earlier = before.get("contents")
+    earlier = earlier if isinstance(earlier, dict) else {}
+    changed, left_out = [], {"contents": None, "manifest_digest": None}
+    for name, contents in now["contents"].items():
+        if name in earlier:
+            files = _changed_files(before.get(name), now[name], earlier[name], contents)
+            if files == [] or before.get(name) == now[name]:
+                left_out[name] = None
+                changed += files or []
+    if flags := differing_flags(before | left_out, now | left_out):
         return f"with other flags: {flags}"
-    if before.get("manifest_digest") != now.get("manifest_digest"):
-        return f"on {now['data']}/manifest.csv as it was before it was changed"
+    if changed:
+        return f"on {' and '.join(changed)} as it was before it was changed"
     return ""
+
+
+def _changed_files(spelled_before: Any, spelled: Any, before: Any, now: Any) -> list[str] | None:
+    """The files of a flag whose Content differs from an earlier one; None for other files.
+
+    A flag of several files has a list of each argument."""
+    if not isinstance(spelled, list):
+        spelled_before, spelled, before, now = [spelled_before], [spelled], [before], [now]
+    if not (isinstance(spelled_before, list) and isinstance(before, list)
+            and len(spelled_before) == len(before) == len(now)):
+        return None
+    changed = []
+    for path_before, path, content_before, content in zip(spelled_before, spelled, before, now):
+        same = content_before == content
+        if path == path_before and isinstance(content_before, list):
+            same = content_before[:1] == content[:1]
+        if not same:
+            changed.append(str(path))
+    return changed
 
 
 def _read_config(file) -> dict:
@@ -390,14 +496,15 @@ class Curves:
             return
         path = Path(config.out) / "log.jsonl"
         if path.exists():
-            lines = [line for line in path.read_text().splitlines(keepends=True)
+            lines = [line for line in path.read_text("utf-8").splitlines(keepends=True)
                      if line.endswith("\n") and json.loads(line)["step"] <= step]
             write_text(path, "".join(lines))
-        self.file = open(path, "a")
+        self.file = open(path, "a", encoding="utf-8")
         self.writer = SummaryWriter(config.out, purge_step=step + 1 if step else None)
         if not step:
             settings = dataclasses.asdict(config).items()
-            self.writer.add_text("config", "\n".join(f"    {k} = {v}" for k, v in settings))
+            text = "\n".join(f"    {k} = {v}" for k, v in settings)
+            self.writer.add_text("config", valid_unicode(text))
 
     def add(self, step: int, epoch: float, scalars: dict[str, float]) -> None:
         """One line of log.jsonl and one point on each curve. JSON has no NaN: it
@@ -420,7 +527,7 @@ class Curves:
         """End with the flags and the results in TensorBoard's table of
         hyper-parameters."""
         if self.writer:
-            flags = {name: value if isinstance(value, int | float | bool) else str(value)
+            flags = {name: value if isinstance(value, int | float) else valid_unicode(str(value))
                      for name, value in dataclasses.asdict(config).items()}
             for summary in hparams(flags, results):
                 self.writer._get_file_writer().add_summary(summary)
@@ -458,16 +565,52 @@ def _interrupt_later() -> Iterator[None]:
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, running no code from it; CheckpointError names
-    the file."""
+    the file.
+
+    The file is PyTorch's or, from another tool, safetensors, which is told by its first bytes."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            header_size = int.from_bytes(file.read(8), "little")
+            if file.read(1) == b"{" and header_size <= os.path.getsize(path) - 8:
+                state: Any = _read_safetensors(path, header_size)
+            else:
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError,
-            zipfile.BadZipFile) as error:
+    except Exception as error:          # a decoder may raise anything on a broken file
         # Only the first sentence: PyTorch goes on to suggest weights_only=False.
         reason = (str(error) or repr(error)).splitlines()[0].split(". ")[0]
         raise CheckpointError(f"{path} is not a whole checkpoint: {reason}") from None
     if not isinstance(state, dict) or not isinstance(state.get("config", {}), dict):
         raise CheckpointError(f"{path} is not a checkpoint of this project, nor a state dict")
+    return state
+
+
+# What PyTorch raises where parts of a checkpoint have another shape or type than they should.
+MALFORMED = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError)
+# The types of numbers in a .safetensors file, see below.
+SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+               "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
+               "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def _read_safetensors(path: str | Path, header_size: int) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file by name; any exception where it is broken.
+
+    The format is 8 bytes with the size of the header, the header in JSON, which says for each
+    tensor its type, its shape and where its bytes lie behind the header, and these bytes. To
+    read it takes these lines, for which a further package would be much."""
+    content = Path(path).read_bytes()
+    header = json.loads(content[8:8 + header_size])
+    data, state = bytearray(content[8 + header_size:]), {}
+    for name, about in header.items():
+        if name == "__metadata__":
+            continue
+        start, end = about["data_offsets"]
+        dtype, shape = SAFETENSORS[about["dtype"]], about["shape"]
+        if not 0 <= start <= end <= len(data) or end - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"the bytes of {name} are not all there")
+        numbers = torch.frombuffer(data, dtype=torch.uint8, offset=start, count=end - start) \
+            if end > start else torch.empty(0, dtype=torch.uint8)
+        state[name] = numbers.clone().view(dtype).reshape(shape)
     return state

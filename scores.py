@@ -8,22 +8,28 @@ chosen on val; `report`, at the end, is where the test labels come in.
 The file has four parts, and each needs only those before it: numbers, text, figures, files.
 Truth is 1, 0 or NaN, which is left out; a score that lacks the class it needs is NaN, too.
 """
+import contextlib
 import functools
 import itertools
 import json
+import logging
 import math
+import unicodedata
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib import font_manager, rc_context, rcParams
 from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
 from sklearn.calibration import CalibrationDisplay
 from sklearn.metrics import (
     PrecisionRecallDisplay, RocCurveDisplay, average_precision_score, roc_curve)
 from torch.utils.tensorboard import SummaryWriter
 
-from manifest import write_text
+from manifest import valid_unicode, write_text
 
 REPLICATES = 1000                       # of the bootstrap
 
@@ -438,6 +444,78 @@ def block_text(block: Block, draws: list[str], task: Task) -> str:
 # --------------------------------------------------------------------------------------------------
 # Figures.
 
+class FigureText(NamedTuple):
+    """Names as figures can write them."""
+    style: dict[Any, Any]               # for rc_context: fonts that have all their characters
+    written: dict[str, str]             # what stands in figures for each name
+    legend: str                         # the names behind numbers, for results.md, or nothing
+
+
+def figure_text(**names: list[str]) -> FigureText:
+    """How figures write these names; the keyword says what they are: `label`, `row`.
+
+    The font that matplotlib brings has no Chinese, to name one. Where another font of this
+    system has the characters, it writes them; a name for which none has them would be a row of
+    empty boxes, and becomes a number."""
+    families, drawable = list(rcParams["font.family"]), set()
+    characters = {c for name in itertools.chain(*names.values()) for c in name}
+    missing = {c for c in characters if not c.isspace()}
+    for family in (None, *_other_fonts(missing)):
+        if not missing:
+            break
+        found = missing & _characters(family)
+        if found and family:
+            families.append(family)
+        drawable, missing = drawable | found, missing - found
+    # Without a library for it, matplotlib would write Arabic and Hebrew from the left.
+    drawable -= {c for c in drawable if unicodedata.bidirectional(c) in ("R", "AL")}
+
+    written, numbers = {}, []
+    for what, group in names.items():
+        for number, name in enumerate(group, 1):
+            words = name.split()
+            if drawable >= set("".join(words)):
+                # A dollar would begin a formula, and a legend leaves out what begins with _.
+                text = " ".join(words).replace("$", r"\$")
+                written[name] = f" {text}" if text.startswith("_") else text
+            else:
+                written[name] = f"{what} {number}"
+                numbers.append(f"{what} {number} is {name}")
+    legend = f"\nIn the figures {', '.join(numbers)}.\n" if numbers else ""
+    return FigureText({"font.family": families}, written, legend)
+
+
+def _other_fonts(characters: set[str]) -> Iterator[str]:
+    """Families of this system's fonts that have one of the characters, plain ones first."""
+    default = _characters(None)
+    if characters <= default:
+        return
+    codes = {ord(c) for c in characters - default}
+    entries = sorted(font_manager.fontManager.ttflist,
+                     key=lambda entry: (entry.style != "normal", entry.weight != 400))
+    for entry in entries:
+        # The last resort is a font of boxes.
+        if not entry.name.startswith(("Last Resort", ".LastResort")):
+            with contextlib.suppress(RuntimeError, OSError):        # not a font that can be read
+                if codes & FT2Font(entry.fname).get_charmap().keys():
+                    yield entry.name
+
+
+@functools.cache
+def _characters(family: str | None) -> set[str]:
+    """What the font has that matplotlib takes for a family, or by default."""
+    properties = font_manager.FontProperties(family=family)
+    logger = logging.getLogger("matplotlib.font_manager")
+    logger.disabled = True              # it would report that a family has no plain weight
+    try:
+        file = font_manager.findfont(properties, fallback_to_default=family is None)
+    except ValueError:
+        return set()
+    finally:
+        logger.disabled = False
+    return {chr(code) for code in FT2Font(file).get_charmap() if code < 0x110000}
+
+
 def panels(rows: list[str], columns: list[str], entries: int,
            **style) -> tuple[Figure, np.ndarray]:
     """A figure and its axes (rows, columns), in the one style of all figures.
@@ -459,8 +537,8 @@ def legend_below(ax) -> None:
                   frameon=False)
 
 
-def efficiency_figure(blocks: list[Block]) -> Figure:
-    """Mean AUROC against the share of the labels, a panel for each mode.
+def efficiency_figure(blocks: list[Block], written: dict[str, str]) -> Figure:
+    """Mean AUROC against the share of the labels, a panel for each mode; written: see FigureText.
 
     The band is the test patients' 95 % interval; a dot is one draw of the labelled images."""
     modes = list(dict.fromkeys(block.mode for block in blocks))
@@ -473,7 +551,7 @@ def efficiency_figure(blocks: list[Block]) -> Figure:
         for i, init in enumerate(blocks[0].inits):
             dots = np.array([block.rows[i].draws[:, -1] for block in points])       # (F, S)
             low, high = zip(*(interval(block.rows[i].pooled[-1, 1:]) for block in points))
-            ax.plot(x, nan_mean(dots, 1), "-o", color=f"C{i}", label=init)
+            ax.plot(x, nan_mean(dots, 1), "-o", color=f"C{i}", label=written[init])
             ax.plot(x, dots, ".", color=f"C{i}", alpha=0.5)
             ax.fill_between(x, low, high, color=f"C{i}", alpha=0.15)
         ax.set_xticks(x, [f"{100 * fraction:g} %" for fraction in x])
@@ -482,7 +560,8 @@ def efficiency_figure(blocks: list[Block]) -> Figure:
     return figure
 
 
-def calibration_figure(blocks: list[Block], truth: np.ndarray) -> Figure:
+def calibration_figure(blocks: list[Block], truth: np.ndarray,
+                       written: dict[str, str]) -> Figure:
     """How often a label is present when it was given a probability: a panel for each block, a
     line for each initialisation, all labels and draws together. truth (n, L)."""
     modes = list(dict.fromkeys(block.mode for block in blocks))
@@ -494,7 +573,7 @@ def calibration_figure(blocks: list[Block], truth: np.ndarray) -> Figure:
             p = np.stack([run.probabilities for run in row.runs])           # (S, n, L)
             y = np.broadcast_to(truth, p.shape)
             p, y = p[~np.isnan(y)], y[~np.isnan(y)]
-            name = f"{row.init}, error {calibration_error(p, y):.3f}"
+            name = f"{written[row.init]}, error {calibration_error(p, y):.3f}"
             CalibrationDisplay.from_predictions(y, p, n_bins=15, ax=ax, name=name)
         ax.set(xlabel="probability", ylabel="share of positives")
         legend_below(ax)
@@ -547,6 +626,8 @@ def report(out: Path, about: dict, runs: dict[tuple, dict], names: list[str],
     # --- text
     text = preface(about, task, patients, complete)
     text += "".join(block_text(block, about["draws"][block.fraction], task) for block in blocks)
+    for_figures = figure_text(label=names, row=blocks[0].inits)
+    text += for_figures.legend
     print("\n" + text)
     write_text(out / "results.md", text)
     write_json(out / "results.json", about | {
@@ -556,13 +637,15 @@ def report(out: Path, about: dict, runs: dict[tuple, dict], names: list[str],
         "comparisons": [asdict(pair) for block in blocks for pair in comparisons(block, names)]})
 
     # --- figures
-    with SummaryWriter(str(out / "tensorboard/table")) as writer:
-        writer.add_text("results", text)
-        for name, figure in (("efficiency", efficiency_figure(blocks)),
-                             ("calibration", calibration_figure(blocks, truth))):
+    written = for_figures.written
+    labels = [written[name] for name in names]
+    with SummaryWriter(str(out / "tensorboard/table")) as writer, rc_context(for_figures.style):
+        writer.add_text("results", valid_unicode(text))
+        for name, figure in (("efficiency", efficiency_figure(blocks, written)),
+                             ("calibration", calibration_figure(blocks, truth, written))):
             figure.savefig(out / f"{name}.png", dpi=150)
             writer.add_figure(name, figure)
         for block in blocks:
             for row in block.rows:
-                tag = f"curves/{block.mode} {block.fraction:g}/{row.init}"
-                writer.add_figure(tag, curves_figure(row.runs[0].probabilities, truth, names))
+                tag = f"curves/{block.mode} {block.fraction:g}/{valid_unicode(row.init)}"
+                writer.add_figure(tag, curves_figure(row.runs[0].probabilities, truth, labels))

@@ -337,9 +337,17 @@ def test_run_folders_are_not_written_over(trained, monkeypatch, capsys):
     assert "seeds (5 there, 3 here)" in message and "k (classes there, 4 here)" in message
     assert "--overwrite" in message
     # The same path, another training.
-    (trained / "runs/pretrain/encoder.pt").touch()
+    encoder = trained / "runs/pretrain/encoder.pt"
+    content, state = encoder.read_bytes(), load_checkpoint(encoder)
+    state["encoder"]["conv1.weight"].neg_()
+    save_checkpoint(encoder, state)
     message = refused(capsys, "--bootstrap", 20)
-    assert message.count("runs/pretrain/encoder.pt, written 20") == 2 and "--data" not in message
+    assert "holds a run on runs/pretrain/encoder.pt as it was before it was changed" in message
+    assert "--data" not in message
+    # The same training, only copied or touched, is the same run.
+    encoder.write_bytes(content)
+    cluster_eval.main(["--bootstrap", "20"])
+    assert "is complete" in capsys.readouterr().out
     assert before == contents(trained / "runs/cluster")
     # Nor is a folder of another stage touched, whatever is asked.
     before = contents(trained / "runs/pretrain")
