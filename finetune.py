@@ -658,11 +658,6 @@ def read_study(config: Config, compute: Compute) -> Study:
     if config.batch_size % compute.world_size:
         raise DataError(f"--batch-size {config.batch_size} is global and must divide by the "
                         f"{compute.world_size} processes")
-    if (config.batch_size == compute.world_size and "full" in config.mode and not compute.cuda
-            and not config.freeze_bn):
-        raise DataError(f"--batch-size {config.batch_size} is 1 image for each of the "
-                        f"{compute.world_size} processes, and batch norm, which on a CPU sees "
-                        "those of its own process alone, needs 2 at least, or --freeze-bn")
     settings = run.fixed_flags(config) | setting
     return Study(config, compute, manifest, settings, {init.key: init for init in inits}, names,
                  task, policy, splits, draws)

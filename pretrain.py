@@ -317,10 +317,6 @@ def read_data(config: Config, compute: Compute) -> tuple[Manifest, np.ndarray]:
     if config.batch_size % compute.world_size:
         raise DataError(f"--batch-size {config.batch_size} is global and must divide by the "
                         f"{compute.world_size} processes")
-    if config.batch_size == compute.world_size and not compute.cuda:
-        raise DataError(f"--batch-size {config.batch_size} is 1 image for each of the "
-                        f"{compute.world_size} processes, and batch norm, which on a CPU sees "
-                        "those of its own process alone, needs 2 at least")
     return manifest, train
 
 
