@@ -469,8 +469,8 @@ def _changed_files(spelled_before: Any, spelled: Any, before: Any, now: Any) -> 
         same = content_before == content
         if path == path_before and isinstance(content_before, list):
             same = content_before[:1] == content[:1]
-        if not same:
-            changed.append(str(path))
+        if not same:            # of a data folder in its place only the table is compared
+            changed.append(f"{path}/manifest.csv" if os.path.isdir(path) else str(path))
     return changed
 
 
