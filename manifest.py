@@ -217,8 +217,9 @@ def read_manifest(folder: str | Path) -> Manifest:
                                 "1, 0, -1 or empty")
             labels[i, column] = LABEL_VALUES[cell]
 
+    # A folder or a pipe in an image's place is no image: nothing would come of reading it.
     paths = [row[0] for row in rows]
-    missing = [i for i, path in enumerate(paths) if not os.path.exists(os.path.join(folder, path))]
+    missing = [i for i, path in enumerate(paths) if not os.path.isfile(os.path.join(folder, path))]
     if missing:
         others = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise DataError(f"{file}, row {missing[0] + 2}: {paths[missing[0]]} is missing on disk"

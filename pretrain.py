@@ -219,11 +219,16 @@ class Training:
         self.step = state["step"]
 
     def save(self) -> None:
-        """Write last.pt, then encoder.pt; FloatingPointError where a weight is not finite.
+        """Write last.pt, then encoder.pt; FloatingPointError where a weight, or what the
+        optimizer remembers of it, is not finite.
 
         A kill between the two files leaves an older encoder.pt; the next run writes it again."""
         # A poisoned state must not replace the last good one.
-        for name, value in self.net.state_dict().items():
+        # A huge gradient can leave a weight as it was and stop it for good, because its
+        # square is infinite.
+        remembered = [(f"the optimizer's {key}", torch.as_tensor(value))
+                      for state in self.optimizer.state.values() for key, value in state.items()]
+        for name, value in [*self.net.state_dict().items(), *remembered]:
             if not value.isfinite().all():
                 raise diverged(f"{name} is not finite after step {self.step}", self.config)
         config = dataclasses.asdict(self.config) | {"mean": MEAN, "std": STD}
