@@ -527,6 +527,7 @@ class EpochLog:
 
     def close(self) -> None:
         if self.writer:
+            self.writer.flush()         # close() alone would not say that the disk is full
             self.writer.close()
 
 

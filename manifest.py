@@ -11,6 +11,7 @@ import _thread
 import argparse
 import contextlib
 import csv
+import ctypes
 import fcntl
 import os
 import signal
@@ -87,9 +88,22 @@ def _interrupt_again(unraisable) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-# The one thing in the project that happens at import. A script loads PyTorch for seconds before
-# its main() is called, and nothing else can answer Ctrl-C until then; so this file is loaded first.
+def _leave_with_torchrun() -> None:
+    """Have the kernel send SIGTERM to this process when the one that started it dies.
+
+    A torchrun that is killed by SIGKILL passes nothing on. Its processes would go on unseen and
+    keep the run folder locked, or wait for it without end."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() == 1:               # it has died already
+        os._exit(128 + signal.SIGTERM)
+
+
+# All in the project that happens at import. A script loads PyTorch for seconds before its main()
+# is called, and nothing else can answer Ctrl-C until then; so this file is loaded first.
 sys.excepthook, sys.unraisablehook = _report_uncaught, _interrupt_again
+if "TORCHELASTIC_RUN_ID" in os.environ:
+    _leave_with_torchrun()
 
 
 def differing_flags(before: dict, now: dict) -> str:

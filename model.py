@@ -13,6 +13,7 @@ import urllib.error
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
@@ -56,14 +57,14 @@ def build_encoder(arch: str, init: str = "random") -> torchvision.models.ResNet:
         return encoder
 
     state = _imagenet_state(arch) if init == "imagenet" else _encoder_state(init, arch)
-    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
     try:
+        state = {key: value for key, value in state.items() if not key.startswith("fc.")}
         if state["conv1.weight"].shape[1] == 3:
             state = fold_rgb_stem(state)
         encoder.load_state_dict(state)
         if not all(value.isfinite().all() for value in state.values()):
             raise RuntimeError("some of its weights are not finite")
-    except (RuntimeError, KeyError, AttributeError, IndexError) as error:
+    except (RuntimeError, KeyError, AttributeError, IndexError, TypeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise CheckpointError(
             f"{init} does not fit a {arch} with a one-channel stem: {reason}") from None
@@ -157,7 +158,15 @@ def load_classifier(path: str | Path) -> tuple[Classifier, dict]:
         encoder = build_encoder(state["arch"], str(path))
         net = Classifier(encoder, len(state["classifier"]["bias"]))
         net.head.load_state_dict(state["classifier"])
-    except (RuntimeError, KeyError, TypeError) as error:
+        width = 3 if state["kind"] == "three-way" else 1
+        if state["kind"] not in ("binary", "three-way", "exclusive") or not (
+                len(state["labels"]) * width == len(state["thresholds"]) * width
+                == net.head.out_features):
+            raise TypeError(f"{state['kind']!r} labels and thresholds of another number")
+        if not all(isinstance(label, str) for label in state["labels"]):
+            raise TypeError("its labels are no names")
+        np.asarray(state["thresholds"], float)
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise CheckpointError(f"{path} holds a head that does not fit: {reason}") from None
     return net.eval(), state

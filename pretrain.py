@@ -198,7 +198,7 @@ class Training:
         if not {"model", "optimizer", "scaler", "step", "config", "images", "rng"} <= state.keys():
             raise CheckpointError(f"{file} is no last.pt of a pre-training run")
         for name in ("arch", "optimizer"):
-            theirs, ours = state["config"][name], getattr(self.config, name)
+            theirs, ours = state["config"].get(name), getattr(self.config, name)
             if theirs != ours:
                 raise CheckpointError(f"{file} has --{name} {theirs}, not {ours}")
         if state["images"] != self.images:
@@ -208,14 +208,14 @@ class Training:
         try:
             self.net.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as error:
+            self.scaler.load_state_dict(state["scaler"])
+            torch.set_rng_state(state["rng"])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = str(error).splitlines()[-1].strip()
             raise CheckpointError(f"{file} does not fit these flags: {reason}") from None
         # The flag counts and not the checkpoint, which may come from a run with another
         # one.
         self.optimizer.param_groups[0]["weight_decay"] = self.config.weight_decay
-        self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"])
         self.step = state["step"]
 
     def save(self) -> None:

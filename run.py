@@ -7,13 +7,13 @@ have to repeat from another script stands here.
 """
 import argparse
 import contextlib
-import ctypes
 import dataclasses
 import json
 import math
 import os
 import signal
 import sys
+import threading
 import typing
 import zipfile
 from collections.abc import Callable, Iterator
@@ -240,8 +240,6 @@ def start(config: RunConfig, timeout: timedelta) -> Compute:
     if cuda:
         torch.cuda.set_device(local_rank)
         torch.backends.cudnn.benchmark = True               # every batch has the same shape
-    if "LOCAL_RANK" in os.environ:
-        _leave_with_torchrun()
     if world_size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
     precision = config.precision
@@ -252,15 +250,6 @@ def start(config: RunConfig, timeout: timedelta) -> Compute:
     cores = len(os.sched_getaffinity(0))
     threads = config.threads or max(1, min(8, cores // local_world_size))
     return Compute(rank, world_size, device, precision, threads)
-
-
-def _leave_with_torchrun() -> None:
-    """Have the kernel send SIGTERM to this process when the one that started it dies.
-
-    A torchrun that is killed by SIGKILL passes nothing on. Its processes would go on
-    unseen and keep the run folder locked."""
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def learning_rate(step: int, total_steps: int, warmup_steps: float, peak: float = 1.0) -> float:
@@ -282,6 +271,7 @@ def main(stage: Callable, config_class: type, argv: list[str] | None = None,
     resources: an ExitStack; what the stage enters there is closed however the run ends.
     timeout: how long a process waits for another one in a collective call."""
     config = parse(config_class, argv)
+    threading.excepthook = _but_for_tensorboard
     script, first = f"{stage.__name__}.py", os.environ.get("RANK", "0") == "0"
     try:
         with contextlib.ExitStack() as resources, errors_in_one_sentence(script, config.out, first):
@@ -296,8 +286,17 @@ def main(stage: Callable, config_class: type, argv: list[str] | None = None,
             raise
         sys.exit(1)         # another process failed, and has already printed the reason
     finally:
+        threading.excepthook = threading.__excepthook__
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _but_for_tensorboard(args) -> None:
+    """The traceback of a thread, but for a disk that is full under TensorBoard's: its error
+    is raised in the main thread as well, where it becomes one sentence."""
+    full = isinstance(args.exc_value, OSError)
+    if not (full and type(args.thread).__name__ == "_AsyncWriterThread"):
+        threading.__excepthook__(args)
 
 
 class StopSignal:
@@ -441,6 +440,7 @@ class Curves:
                      for name, value in dataclasses.asdict(config).items()}
             for summary in hparams(flags, results):
                 self.writer._get_file_writer().add_summary(summary)
+            self.writer.flush()         # close() alone would not say that the disk is full
             self.writer.close()
             self.file.close()
 
@@ -489,4 +489,25 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a whole checkpoint: {reason}") from None
     if not isinstance(state, dict) or not isinstance(state.get("config", {}), dict):
         raise CheckpointError(f"{path} is not a checkpoint of this project, nor a state dict")
+    if damage := _damage(state):
+        raise CheckpointError(f"{path} is damaged: {damage}")
     return state
+
+
+def _damage(state: dict) -> str:
+    """What in a checkpoint is not what any stage writes there, or nothing. What a stage does
+    not write, as other tools do, is not looked at."""
+    for name in ("config", "encoder", "classifier", "model"):
+        entry = state.get(name, {})
+        if not isinstance(entry, dict) or not all(isinstance(key, str) for key in entry):
+            return f"its {name} is no table of names"
+    about = state.get("config", {}) | {key: state[key] for key in ("arch", "step") if key in state}
+    kinds = {"image_size": int, "clahe": bool, "normalize": str, "data": str, "arch": str,
+             "step": int}
+    for name, kind in kinds.items():
+        value = about.get(name)
+        if name in about and (type(value) is not kind or kind is int and value < 0):
+            return f"its {name} is {value!r}".splitlines()[0]
+    if about.get("normalize", "fixed") not in ("fixed", "image"):
+        return f"its normalize is {about['normalize']!r}"
+    return ""
