@@ -75,10 +75,8 @@ def rng(request):
 
 @pytest.fixture(scope="module")
 def report():
-    """Lines of the campaign's table, printed when all is done."""
-    lines = []
-    yield lines
-    print("\n| fault | tried | seen |\n|---|---:|---|", *lines, sep="\n")
+    """Prints a row of the campaign's table: | fault | tried | seen |."""
+    return lambda row: print(f"\n{row}", flush=True)
 
 
 @pytest.fixture(scope="module")
@@ -323,8 +321,8 @@ def test_killed_again_and_again_ends_the_same(stage, processes, few, many, comma
         out.parent.mkdir()
     counts = [f"{sum(word in blow for blow in blows)} {word}"
               for word in ("SIGKILL", "SIGTERM", "SIGINT", "to all", "inside a write")]
-    report.append(f"| {stage}, {processes or 1} processes, killed | {len(blows)} | "
-                  f"{', '.join(counts)}; {complete} times at the end, each time the same bits |")
+    report(f"| {stage}, {processes or 1} processes, killed | {len(blows)} | "
+           f"{', '.join(counts)}; {complete} times at the end, each time the same bits |")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -339,8 +337,8 @@ def test_torchrun_brings_back_a_killed_worker(commands, undisturbed, rng, tmp_pa
     job.wait(400)
     assert job.code == 0, job.output
     assert max(lost) <= 3 and contents(tmp_path / "run") == expected
-    report.append(f"| a worker of torchrun killed twice, `--max-restarts=2` | 2 | back by itself; "
-                  f"{lost[0]} and {lost[1]} steps lost, `--save-every 3`; the same bits |")
+    report(f"| a worker of torchrun killed twice, `--max-restarts=2` | 2 | back by itself; "
+           f"{lost[0]} and {lost[1]} steps lost, `--save-every 3`; the same bits |")
 
 
 def kill_a_worker(job, step, rng):
@@ -376,7 +374,7 @@ def test_two_agents_are_one_node(commands, undisturbed, long, tmp_path, report):
         job.wait(300)
         assert job.code == 0, first.output + second.output
     assert contents(tmp_path / "run") == expected
-    report.append("| two agents with a c10d rendezvous | 1 | the same bits as one node |")
+    report("| two agents with a c10d rendezvous | 1 | the same bits as one node |")
 
 
 def test_agent_killed_and_started_again(commands, undisturbed, long, tmp_path, report):
@@ -393,7 +391,7 @@ def test_agent_killed_and_started_again(commands, undisturbed, long, tmp_path, r
         job.wait(400)
         assert job.code == 0, first.output + again.output
     assert contents(tmp_path / "run") == expected
-    report.append("| one of two agents killed, and started again | 1 | goes on, the same bits |")
+    report("| one of two agents killed, and started again | 1 | goes on, the same bits |")
 
 
 # A batch norm that keeps its statistics: on a CPU it would see each process's own images, and what
@@ -431,8 +429,8 @@ def test_another_number_of_processes_goes_on(data, long, tmp_path, report):
     one, many = losses(tmp_path / "one"), losses(tmp_path / "many")
     assert len(one) == 9 and many == pytest.approx(one, abs=1e-5)
     most = max(abs(a - b) for a, b in zip(one, many))
-    report.append("| 2, then 1, then 4 processes on one run, batch norm frozen | 9 steps | losses "
-                  f"within {most:.1e} of one process's |")
+    report("| 2, then 1, then 4 processes on one run, batch norm frozen | 9 steps | losses "
+           f"within {most:.1e} of one process's |")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -477,8 +475,8 @@ def test_poison_in_one_process_stops_all(data, tmp_path, loss, factor, optimizer
     state = load_checkpoint(tmp_path / "run/last.pt")
     assert state["step"] == 3
     assert all(value.isfinite().all() for value in state["model"].values())
-    report.append(f"| loss x {loss}, gradient x {factor} in one of two processes | 1 | all stop: "
-                  f"{re.search(sentence, job.output)[0]}; last.pt is of step 3 |")
+    report(f"| loss x {loss}, gradient x {factor} in one of two processes | 1 | all stop: "
+           f"{re.search(sentence, job.output)[0]}; last.pt is of step 3 |")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -555,8 +553,8 @@ def test_full_disk(what, stage, flags, first, room, disk, commands, undisturbed,
     check_whole(out)
     if not flags:
         assert contents(out) == undisturbed(stage, None)[0]
-    report.append(f"| {'disk' if disk else 'file'} full: {what} of {stage} | 1 | "
-                  f"“{sentence.split(': ', 1)[1].split(': ')[0]}”, then goes on |")
+    report(f"| {'disk' if disk else 'file'} full: {what} of {stage} | 1 | "
+           f"“{sentence.split(': ', 1)[1].split(': ')[0]}”, then goes on |")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -610,8 +608,8 @@ def test_image_spoiled_under_way_is_named(spoil, tmp_path, capsys, report):
     thread.join()
     assert re.search(r"folder/images/007_1.jpg.* cannot be read", sentence), sentence
     assert seconds < 60
-    report.append(f"| an image {spoil.__name__.replace('_', ' ')} under way, 1 process | 1 | named "
-                  f"after {seconds:.1f} s |")
+    report(f"| an image {spoil.__name__.replace('_', ' ')} under way, 1 process | 1 | named "
+           f"after {seconds:.1f} s |")
 
 
 @pytest.mark.parametrize("spoil, processes", [
@@ -632,8 +630,8 @@ def test_image_spoiled_in_one_process_ends_all(spoil, processes, long, tmp_path,
     assert job.code, job.output
     assert len(re.findall(r"folder/images/007_1.jpg.* cannot be read", job.output)) == 1, job.output
     assert f'File "{ROOT}' not in job.output
-    report.append(f"| an image {spoil.__name__.replace('_', ' ')} under way, {processes or 1} "
-                  f"processes | 1 | named, and all ended after {seconds:.0f} s |")
+    report(f"| an image {spoil.__name__.replace('_', ' ')} under way, {processes or 1} "
+           f"processes | 1 | named, and all ended after {seconds:.0f} s |")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -729,8 +727,8 @@ def test_hostile_manifests(rng, long, tmp_path, report):
             assert line[0] == path and (folder / path).is_file()
             assert [meaning.get(cell) for cell in line[3:]] == [
                 None if math.isnan(label) else label for label in labels]
-    report.append(f"| mutated manifests | {count} | {refused} refused in a sentence, the others "
-                  "read as they say |")
+    report(f"| mutated manifests | {count} | {refused} refused in a sentence, the others "
+           "read as they say |")
 
 
 def dicom_file(file, rng):
@@ -775,8 +773,8 @@ def test_hostile_images(suffix, rng, long, tmp_path, report):
             refused += 1
             continue
         assert image.mode == "L" and 32 <= min(image.size) <= 64
-    report.append(f"| mutated {suffix.upper()} files, stage 0 | {count} | {refused} refused in a "
-                  "sentence |")
+    report(f"| mutated {suffix.upper()} files, stage 0 | {count} | {refused} refused in a "
+           "sentence |")
 
 
 def test_hostile_jpegs_in_a_data_folder(rng, long, tmp_path, report):
@@ -796,8 +794,8 @@ def test_hostile_jpegs_in_a_data_folder(rng, long, tmp_path, report):
             refused += 1
         else:
             assert x.shape == (3, 1, 32, 32) and x.isfinite().all()
-    report.append(f"| mutated JPEG files in a data folder | {count} | {refused} named by the "
-                  "loader |")
+    report(f"| mutated JPEG files in a data folder | {count} | {refused} named by the "
+           "loader |")
 
 
 # What may stand in the place of anything in a checkpoint.
@@ -855,8 +853,8 @@ def test_hostile_checkpoints(data, labelled, encoder, classifier, rng, long, tmp
     finally:
         for file, content in good.items():
             file.write_bytes(content)
-    report.append(f"| mutated checkpoints of three kinds | {count} | {outcome['refused']} refused in "
-                  f"a sentence, {outcome['harmless']} without effect |")
+    report(f"| mutated checkpoints of three kinds | {count} | {outcome['refused']} refused in a "
+           f"sentence, {outcome['harmless']} without effect |")
 
 
 class Bomb:
@@ -914,10 +912,10 @@ def test_long_runs_hold_no_more(stage, unit, few, many, data, labelled, encoder,
     job.wait(10)
     assert job.code == 0, job.output
     place, memory, handles, threads = np.array(samples[len(samples) // 2:-1]).T
-    memory, handles, threads = (np.polyfit(place, values, 1)[0] * len(place)
+    memory, handles, threads = (np.polyfit(place, values, 1)[0] * (place[-1] - place[0])
                                 for values in (memory, handles, threads))
     text = (f"memory {memory / 1024:+.1f} MiB, handles {handles:+.2f}, threads {threads:+.2f} over "
             f"the second half")
     print(text)
     assert memory < 64 * 1024 and abs(handles) < 2 and abs(threads) < 2, text
-    report.append(f"| {stage}, {count} {unit}s | 1 | {text} |")
+    report(f"| {stage}, {count} {unit}s | 1 | {text} |")
