@@ -224,13 +224,8 @@ class Training:
 
         A kill between the two files leaves an older encoder.pt; the next run writes it again."""
         # A poisoned state must not replace the last good one.
-        # A huge gradient can leave a weight as it was and stop it for good, because its
-        # square is infinite.
-        remembered = [(f"the optimizer's {key}", torch.as_tensor(value))
-                      for state in self.optimizer.state.values() for key, value in state.items()]
-        for name, value in [*self.net.state_dict().items(), *remembered]:
-            if not value.isfinite().all():
-                raise diverged(f"{name} is not finite after step {self.step}", self.config)
+        if name := run.first_not_finite(self.net, self.optimizer):
+            raise diverged(f"{name} is not finite after step {self.step}", self.config)
         config = dataclasses.asdict(self.config) | {"mean": MEAN, "std": STD}
         save_checkpoint(Path(self.config.out) / "last.pt", {
             "model": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),

@@ -473,6 +473,18 @@ def _interrupt_later() -> Iterator[None]:
         signal.raise_signal(signal.SIGINT)
 
 
+def first_not_finite(net: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """The name of a weight, or of what the optimizer remembers of one, that is not finite; or
+    nothing. Such a state must not replace the last good one.
+
+    The optimizer is asked as well, because a huge gradient leaves its weight as it was and
+    stops it for good: for Adam its square is infinite."""
+    states = list(net.state_dict().items())
+    states += [(f"the optimizer's {name}", torch.as_tensor(value))
+               for state in optimizer.state.values() for name, value in state.items()]
+    return next((name for name, value in states if not value.isfinite().all()), "")
+
+
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, running no code from it; CheckpointError names
     the file."""

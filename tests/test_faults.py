@@ -479,6 +479,25 @@ def test_poison_in_one_process_stops_all(data, tmp_path, loss, factor, optimizer
            f"{re.search(sentence, job.output)[0]}; last.pt is of step 3 |")
 
 
+def test_poison_in_the_last_step_of_an_epoch(data, tmp_path, monkeypatch, capsys):
+    """Its loss is still finite. The network after it would be scored, and kept as a classifier."""
+    before, steps = finetune.masked_cross_entropy, iter(range(1, 1000))
+
+    def masked_cross_entropy(logits, *rest):
+        if next(steps) == 20:           # an epoch has ten
+            logits.register_hook(lambda gradient: gradient * math.nan)
+        return before(logits, *rest)
+
+    monkeypatch.setattr(finetune, "masked_cross_entropy", masked_cross_entropy)
+    sentence = ends_with("finetune", [
+        "--init", "random", "--arch", "resnet18", "--image-size", 32, "--data", data, "--epochs",
+        3, "--batch-size", 8, "--threads", 1, "--out", tmp_path / "run"], capsys)
+    assert "is not finite after epoch 2" in sentence
+    state = load_checkpoint(tmp_path / "run/last.pt")
+    assert len(state["history"]) == 1
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
 # --------------------------------------------------------------------------------------------------
 # A full disk. Most of these limit the size of a file, as anybody may; --long mounts a small disk.
 
