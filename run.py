@@ -282,7 +282,8 @@ def main(stage: Callable, config_class: type, argv: list[str] | None = None,
         sys.exit(f"{script}: the GPU has too little memory: lower --batch-size or --image-size, or "
                  "take more GPUs")
     except RuntimeError as error:
-        if "closed by peer" not in str(error):
+        # Connection closed by peer, or reset by it, or a broken pipe.
+        if "gloo/transport" not in str(error) and "closed by peer" not in str(error):
             raise
         sys.exit(1)         # another process failed, and has already printed the reason
     finally:
