@@ -531,6 +531,7 @@ class EpochLog:
 
     def close(self) -> None:
         if self.writer:
+            self.writer.flush()         # close() alone would not say that the disk is full
             self.writer.close()
 
 
@@ -602,6 +603,10 @@ def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> O
         speed = epoch_steps * config.batch_size / (time.perf_counter() - clock)
         if not math.isfinite(mean_loss):
             raise FloatingPointError(f"the loss is not finite in epoch {epoch} of {name}: lower "
+                                     "--lr-encoder or --lr-head")
+        # The last step may have spoiled the weights after its loss was computed.
+        if what := run.first_not_finite(net, optimizer):
+            raise FloatingPointError(f"{what} is not finite after epoch {epoch} of {name}: lower "
                                      "--lr-encoder or --lr-head")
 
         # Is it the best on val? Test decides nothing, and is predicted here for --peak alone.

@@ -12,6 +12,7 @@ import argparse
 import codecs
 import contextlib
 import csv
+import ctypes
 import dataclasses
 import errno
 import fcntl
@@ -117,9 +118,20 @@ def _interrupt_again(unraisable) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-# The one thing in the project that happens at import. A script loads PyTorch for seconds before
-# its main() is called, and nothing else can answer Ctrl-C until then; so this file is loaded first.
+def _leave_with_torchrun() -> None:
+    """Have the kernel send SIGTERM to this process when the one that started it dies.
+
+    A torchrun that is killed by SIGKILL passes nothing on. Its processes would go on unseen and
+    keep the run folder locked, or wait for it without end."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+# All in the project that happens at import. A script loads PyTorch for seconds before its main()
+# is called, and nothing else can answer Ctrl-C until then; so this file is loaded first.
 sys.excepthook, sys.unraisablehook = _report_uncaught, _interrupt_again
+if "TORCHELASTIC_RUN_ID" in os.environ:
+    _leave_with_torchrun()
 
 
 def restart_in_utf8() -> None:
@@ -347,6 +359,7 @@ def read_manifest(folder: str | Path) -> Manifest:
                                 "1, 0, -1 or empty")
             labels[i, column] = LABEL_VALUES[cell]
 
+    # A folder or a pipe in an image's place is no image: nothing would come of reading it.
     paths = [row[0] for row in rows]
     patients, splits = (np.array([row[column] for row in rows]) for column in (1, 2))
     manifest = Manifest(Path(folder), paths, patients, splits, labels, label_names)

@@ -8,6 +8,7 @@ its state dict loads into torchvision's own model. Its input is a normalised rad
 import contextlib
 import hashlib
 import os
+import platform
 import urllib.error
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -336,8 +337,13 @@ def cached_features(net: nn.Module, width: int, loader: "Loader", folder: Path,
     features = extract_features(net, width, loader, dtype).cpu()
     folder.mkdir(parents=True, exist_ok=True)
     # Another run may be keeping the same features, so that each writes under a name of
-    # its own.
-    own = folder / f"{os.getpid()}.part"
+    # its own. What a killed one left half written is deleted by the next one on its
+    # machine.
+    for part in folder.glob(f"{platform.node()}-*.part*"):
+        process = part.name.removeprefix(f"{platform.node()}-").split(".")[0]
+        if not Path("/proc", process).exists():
+            part.unlink(missing_ok=True)
+    own = folder / f"{platform.node()}-{os.getpid()}.part"
     save_checkpoint(own, {"features": features})
     os.replace(own, file)
     _delete_oldest(folder, file)

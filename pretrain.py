@@ -240,13 +240,13 @@ class Training:
         self.optimizer.param_groups[0]["weight_decay"] = self.config.weight_decay
 
     def save(self) -> None:
-        """Write last.pt, then encoder.pt; FloatingPointError where a weight is not finite.
+        """Write last.pt, then encoder.pt; FloatingPointError where a weight, or what the
+        optimizer remembers of it, is not finite.
 
         A kill between the two files leaves an older encoder.pt; the next run writes it again."""
         # A poisoned state must not replace the last good one.
-        for name, value in self.net.state_dict().items():
-            if not value.isfinite().all():
-                raise diverged(f"{name} is not finite after step {self.step}", self.config)
+        if name := run.first_not_finite(self.net, self.optimizer):
+            raise diverged(f"{name} is not finite after step {self.step}", self.config)
         config = dataclasses.asdict(self.config) | {"mean": MEAN, "std": STD}
         save_checkpoint(Path(self.config.out) / "last.pt", {
             "model": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),

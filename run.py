@@ -15,7 +15,9 @@ import math
 import os
 import signal
 import sys
+import threading
 import typing
+import zipfile
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -308,6 +310,7 @@ def main(stage: Callable, config_class: type, argv: list[str] | None = None,
     resources: an ExitStack; what the stage enters there is closed however the run ends.
     timeout: how long a process waits for another one in a collective call."""
     print_any_name()
+    threading.excepthook = _but_for_tensorboard
     config, script = parse(config_class, argv), f"{stage.__name__}.py"
     with errors_in_one_sentence(script, config.out):
         place = read_place()
@@ -321,12 +324,22 @@ def main(stage: Callable, config_class: type, argv: list[str] | None = None,
         sys.exit(f"{script}: the GPU has too little memory: lower --batch-size or --image-size, or "
                  "take more GPUs")
     except RuntimeError as error:
-        if "closed by peer" not in str(error):
+        # Connection closed by peer, or reset by it, or a broken pipe.
+        if "gloo/transport" not in str(error) and "closed by peer" not in str(error):
             raise
         sys.exit(1)         # another process failed, and has already printed the reason
     finally:
+        threading.excepthook = threading.__excepthook__
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _but_for_tensorboard(args) -> None:
+    """The traceback of a thread, but for a disk that is full under TensorBoard's: its error
+    is raised in the main thread as well, where it becomes one sentence."""
+    full = isinstance(args.exc_value, OSError)
+    if not (full and type(args.thread).__name__ == "_AsyncWriterThread"):
+        threading.__excepthook__(args)
 
 
 class StopSignal:
@@ -531,6 +544,7 @@ class Curves:
                      for name, value in dataclasses.asdict(config).items()}
             for summary in hparams(flags, results):
                 self.writer._get_file_writer().add_summary(summary)
+            self.writer.flush()         # close() alone would not say that the disk is full
             self.writer.close()
             self.file.close()
 
@@ -563,6 +577,18 @@ def _interrupt_later() -> Iterator[None]:
         signal.raise_signal(signal.SIGINT)
 
 
+def first_not_finite(net: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """The name of a weight, or of what the optimizer remembers of one, that is not finite; or
+    nothing. Such a state must not replace the last good one.
+
+    The optimizer is asked as well, because a huge gradient leaves its weight as it was and
+    stops it for good: for Adam its square is infinite."""
+    states = list(net.state_dict().items())
+    states += [(f"the optimizer's {name}", torch.as_tensor(value))
+               for state in optimizer.state.values() for name, value in state.items()]
+    return next((name for name, value in states if not value.isfinite().all()), "")
+
+
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, running no code from it; CheckpointError names
     the file.
@@ -571,10 +597,15 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             header_size = int.from_bytes(file.read(8), "little")
-            if file.read(1) == b"{" and header_size <= os.path.getsize(path) - 8:
-                state: Any = _read_safetensors(path, header_size)
-            else:
-                state = torch.load(path, map_location="cpu", weights_only=True)
+            safetensors = (file.read(1) == b"{"
+                           and header_size <= os.path.getsize(path) - 8)
+        if safetensors:
+            state: Any = _read_safetensors(path, header_size)
+        else:
+            # PyTorch writes a checksum of each tensor and does not look at it when it reads.
+            if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
+                raise ValueError(f"the checksum of {damaged} is wrong")
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except Exception as error:          # a decoder may raise anything on a broken file
@@ -583,6 +614,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a whole checkpoint: {reason}") from None
     if not isinstance(state, dict) or not isinstance(state.get("config", {}), dict):
         raise CheckpointError(f"{path} is not a checkpoint of this project, nor a state dict")
+    if damage := _damage(state):
+        raise CheckpointError(f"{path} is damaged: {damage}")
     return state
 
 
@@ -614,3 +647,23 @@ def _read_safetensors(path: str | Path, header_size: int) -> dict[str, Tensor]:
             if end > start else torch.empty(0, dtype=torch.uint8)
         state[name] = numbers.clone().view(dtype).reshape(shape)
     return state
+
+
+def _damage(state: dict) -> str:
+    """What in one of our checkpoints is not what any stage writes there, or nothing."""
+    if not {"format", "rng"} & state.keys():            # of another tool
+        return ""
+    for name in ("config", "encoder", "classifier", "model"):
+        entry = state.get(name, {})
+        if not isinstance(entry, dict) or not all(isinstance(key, str) for key in entry):
+            return f"its {name} is no table of names"
+    about = state.get("config", {}) | {key: state[key] for key in ("arch", "step") if key in state}
+    kinds = {"image_size": int, "clahe": bool, "normalize": str, "data": str, "arch": str,
+             "step": int}
+    for name, kind in kinds.items():
+        value = about.get(name)
+        if name in about and (type(value) is not kind or kind is int and value < 0):
+            return f"its {name} is {value!r}".splitlines()[0]
+    if about.get("normalize", "fixed") not in ("fixed", "image"):
+        return f"its normalize is {about['normalize']!r}"
+    return ""

@@ -19,6 +19,11 @@ SMALL = ["--arch", "resnet18", "--image-size", "32", "--batch-size", "8", "--epo
          "--threads", "1"]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="test_faults.py: the whole campaign")
+    parser.addoption("--fault-seed", type=int, default=0, help="test_faults.py: of what is drawn")
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
@@ -66,14 +71,15 @@ def folder(tmp_path):
     return write_folder(tmp_path / "folder", patients=4)
 
 
-def start(*command, processes=None, **kwargs):
+def start(*command, processes=None, torchrun=("--standalone",), env=(), stdout=subprocess.PIPE,
+          **kwargs):
     """Start a script of the project as a user does, under torchrun where `processes` is given."""
     launcher = [sys.executable]
     if processes:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.Popen([*launcher, *map(str, command)], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"}, **kwargs)
+        launcher += ["-m", "torch.distributed.run", *torchrun, f"--nproc_per_node={processes}"]
+    return subprocess.Popen([*launcher, *map(str, command)], cwd=ROOT, text=True, stdout=stdout,
+                            stderr=subprocess.STDOUT,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"} | dict(env), **kwargs)
 
 
 def run(*command, processes=None):
