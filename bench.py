@@ -28,10 +28,11 @@ from torchvision.transforms import v2
 
 import phantom
 import prepare
+from common import number_within
 from dali_pipeline import Augmentation, Loader, Preprocessing, train_loader
 from labels import draw
 from loss import nt_xent
-from manifest import Manifest, number_within, read_manifest
+from manifest import Manifest, read_manifest
 from model import ARCHITECTURES, MEAN, STD, SimCLR, build_encoder
 from pretrain import LARS
 from probe import STRENGTHS, fit_logistic

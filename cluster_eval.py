@@ -38,12 +38,13 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 
+from checkpoint import load_checkpoint
+from common import DataError, valid_unicode, whole_file, write_text
 from dali_pipeline import Preprocessing, eval_loader
-from manifest import (
-    SPLITS, DataError, Manifest, read_manifest, valid_unicode, whole_file, write_text)
+from manifest import SPLITS, Manifest, read_manifest
 from model import MEAN, STD, build_encoder, cached_features, num_features, settings_of
 from probe import knn_class_shares
-from run import Compute, flag, load_checkpoint
+from run import Compute, flag
 from scores import FigureText, figure_text, legend_below, write_json
 
 # The table's columns and the keys of results.json.

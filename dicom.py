@@ -21,7 +21,7 @@ from pydicom.pixels.processing import apply_modality_lut, apply_voi, apply_windo
 from pydicom.pixels.utils import pixel_array
 from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from manifest import DataError
+from common import DataError
 from radiograph import ImageSettings, Reading, eight_bits, in_parallel, reason
 from sources import Item, Source, read_labels, read_table
 

@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from manifest import SPLITS, DataError
+from common import DataError
+from manifest import SPLITS
 from tables import form_key, most_classes
 
 ALLOW = {

@@ -36,16 +36,18 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.models import ResNet
 
+from checkpoint import (
+    MALFORMED, CheckpointError, first_not_finite, load_checkpoint, save_checkpoint)
+from common import DataError, write_text
 from dali_pipeline import Augmentation, Preprocessing, eval_loader, train_loader
-from labels import (
-    Draw, Task, cell_weights, draw, make_task, policy_sentence, to_probabilities)
+from labels import Draw, Task, cell_weights, draw, make_task, policy_sentence, to_probabilities
 from loss import masked_cross_entropy
-from manifest import SPLITS, DataError, Manifest, read_manifest, write_text
+from manifest import SPLITS, Manifest, read_manifest
 from model import (
     ARCHITECTURES, FORMAT, Classifier, build_encoder, cached_features, extract_features,
     num_features, settings_of)
 from probe import STRENGTHS, fit_logistic
-from run import CheckpointError, Compute, flag, load_checkpoint, save_checkpoint
+from run import Compute, flag
 from scores import report, val_score, youden
 
 # The first of these that exists is the default of --init.
@@ -483,7 +485,7 @@ class FineTuning:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.history, self.best, self.peaks = state["history"], state["best"], state["peaks"]
-        except run.MALFORMED as error:
+        except MALFORMED as error:
             reason = (str(error) or repr(error)).splitlines()[-1].strip()
             raise CheckpointError(f"{self.study.last} does not fit this run ({reason}): delete "
                                   "it, and the same command begins that training anew") from None
@@ -605,7 +607,7 @@ def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> O
             raise FloatingPointError(f"the loss is not finite in epoch {epoch} of {name}: lower "
                                      "--lr-encoder or --lr-head")
         # The last step may have spoiled the weights after its loss was computed.
-        if what := run.first_not_finite(net, optimizer):
+        if what := first_not_finite(net, optimizer):
             raise FloatingPointError(f"{what} is not finite after epoch {epoch} of {name}: lower "
                                      "--lr-encoder or --lr-head")
 

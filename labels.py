@@ -11,7 +11,7 @@ import numpy as np
 from sklearn.utils.class_weight import compute_sample_weight
 from torch import Tensor
 
-from manifest import DataError
+from common import DataError
 
 # --------------------------------------------------------------------------------------------------
 # Policies: what -1 and an empty cell mean in training. Neither changes what is scored, except that

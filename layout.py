@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
-from manifest import DataError
+from common import DataError
 from tables import form_key
 
 SPLIT_NAMES = {             # names of folders and cells of tables -> the manifest's

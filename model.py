@@ -10,7 +10,7 @@ import hashlib
 import os
 import platform
 import urllib.error
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,8 @@ import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
 
-from run import MALFORMED, CheckpointError, load_checkpoint, save_checkpoint
+from checkpoint import (
+    MALFORMED, CheckpointError, find_encoder, first_three, load_checkpoint, save_checkpoint)
 
 if TYPE_CHECKING:
     from dali_pipeline import Loader
@@ -85,7 +86,7 @@ def _mismatch(expected: dict[str, Tensor], state: dict[str, Tensor]) -> str:
     other_shape = [f"{key} ({_by(state[key].shape)}, not {_by(shapes[key])})" for key in shapes
                    if key in state
                    and tuple(state[key].shape) not in allowed.get(key, (shapes[key],))]
-    return "; ".join(f"{what}: {_first_three(keys)}" for what, keys in (
+    return "; ".join(f"{what}: {first_three(keys)}" for what, keys in (
         ("missing keys", missing),
         ("unexpected keys", [key for key in state if key not in expected]),
         ("keys of another shape", other_shape)) if keys)
@@ -93,11 +94,6 @@ def _mismatch(expected: dict[str, Tensor], state: dict[str, Tensor]) -> str:
 
 def _by(shape: Iterable[int]) -> str:
     return " x ".join(map(str, shape)) or "a number"
-
-
-def _first_three(keys: list[str]) -> str:
-    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-    return ", ".join(keys[:3]) + more
 
 
 def _imagenet_state(arch: str) -> dict[str, Tensor]:
@@ -133,70 +129,6 @@ def settings_of(checkpoint: dict) -> dict[str, Any]:
         "normalize": about.get("normalize") in ("fixed", "image"),
         "clahe": isinstance(about.get("clahe"), bool)}
     return {name: about[name] for name in meant if meant[name]}
-
-
-# Parts of a network that stand on an encoder, and copies of it that trail behind: a checkpoint's
-# keys have such names before the first dot, or between two of them.
-HEADS = {"fc", "head", "heads", "classifier", "linear", "proj", "projector", "projection",
-         "projection_head", "predictor", "prediction_head", "mlp", "prototypes"}
-COPIES = {"encoder_k", "key_encoder", "momentum_encoder", "backbone_momentum", "encoder_momentum",
-          "teacher", "target", "target_encoder", "target_network", "ema", "model_ema", "ema_model",
-          "best"}
-# A ResNet's parts where a tool has made an nn.Sequential of them.
-CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
-
-
-def find_encoder(checkpoint: dict, path: str) -> tuple[dict[str, Tensor], str]:
-    """The weights of the ResNet in a checkpoint of any tool, by torchvision's keys, and what
-    was taken and left out, in words; nothing where the file is the ResNet's state dict itself.
-
-    Dictionaries may lie in one another (`state_dict`, `model`), keys may begin with whatever a
-    tool puts there (`module.`, `backbone.`, `encoder_q.`) and hold torch.compile's `_orig_mod.`:
-    the encoder is what lies beside a `conv1.weight` and a `layer1.0.conv1.weight`. Heads on it
-    are left out, and a network's slow copies where there is a network. CheckpointError where
-    none is found, or more than one."""
-    compiled = dict(_tensors(checkpoint))
-    tensors = {key.replace("_orig_mod.", ""): value for key, value in compiled.items()}
-    prefixes = [key.removesuffix(stem) for stem in ("conv1.weight", "0.weight") for key in tensors
-                if key.endswith(stem) and f"{key.removesuffix(stem)}{FIRST_BLOCK[stem]}" in tensors]
-    fast = [prefix for prefix in prefixes if not COPIES & set(prefix.split("."))]
-    prefixes = fast or prefixes
-    if not prefixes:
-        keys = _first_three([*tensors] or [str(key) for key in checkpoint])
-        raise CheckpointError(f"{path} holds no ResNet: nothing in it ends in conv1.weight with "
-                              f"a layer1 beside it, only {keys or 'nothing at all'}")
-    if len(prefixes) > 1:
-        raise CheckpointError(f"{path} holds several networks, under {_first_three(prefixes)}: "
-                              "save the one that is meant alone")
-    prefix, weights, heads = prefixes[0], {}, []
-    for key, value in tensors.items():
-        if key.startswith(prefix):
-            first, _, rest = key.removeprefix(prefix).partition(".")
-            if first in HEADS:
-                heads.append(key)
-            else:
-                weights[f"{CHILDREN.get(first, first)}.{rest}".rstrip(".")] = value
-    words = [f"{prefix!r} was taken off the encoder's keys"] if prefix else []
-    if compiled.keys() != tensors.keys():
-        words.append("'_orig_mod.' was taken out of its keys")
-    others = [key for key in tensors if not key.startswith(prefix)]
-    if heads or others:
-        words.append(f"left out {_first_three(heads + others)}")
-    return weights, "; ".join(words)
-
-
-FIRST_BLOCK = {"conv1.weight": "layer1.0.conv1.weight", "0.weight": "4.0.conv1.weight"}
-
-
-def _tensors(checkpoint: dict, depth: int = 5) -> Iterator[tuple[str, Tensor]]:
-    """All tensors in dictionaries within dictionaries, with their keys joined by dots. A file
-    may be hostile: other keys than strings are passed over, and depth has an end."""
-    for key, value in checkpoint.items():
-        if isinstance(key, str) and isinstance(value, Tensor):
-            yield key, value
-        elif isinstance(key, str) and isinstance(value, dict) and depth:
-            for inner_key, inner in _tensors(value, depth - 1):
-                yield f"{key}.{inner_key}", inner
 
 
 def fold_rgb_stem(state: dict[str, Tensor]) -> dict[str, Tensor]:

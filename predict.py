@@ -40,10 +40,11 @@ from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor
 
+from common import DataError, whole_file, write_text
 from dali_pipeline import Loader, Preprocessing, eval_loader
 from dicom import is_dicom, read_radiograph
 from labels import to_probabilities
-from manifest import DataError, Manifest, read_manifest, whole_file, write_text
+from manifest import Manifest, read_manifest
 from model import MEAN, PREPROCESSING, STD, Classifier, extract_features, load_classifier
 from prepare import Conversion, convert, count_notes, write_csv
 from radiograph import (

@@ -33,9 +33,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from manifest import (                  # first: see there
-    SPLITS, DataError, differing_flags, errors_in_one_sentence, lock, number_within, open_text,
-    read_manifest, read_text, restart_in_utf8, whole_file, write_csv, write_text)
+from common import (                  # first: see there
+    DataError, differing_flags, errors_in_one_sentence, lock, number_within, open_text, read_text,
+    restart_in_utf8, whole_file, write_csv, write_text)
+from manifest import SPLITS, read_manifest
 
 from PIL import Image
 

@@ -31,13 +31,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from checkpoint import (
+    MALFORMED, CheckpointError, first_not_finite, load_checkpoint, save_checkpoint)
+from common import DataError
 from dali_pipeline import Augmentation, Preprocessing, eval_loader, train_loader
 from loss import chance_level, diagnostics, nt_xent
-from manifest import DataError, Manifest, read_manifest
+from manifest import Manifest, read_manifest
 from model import (
     ARCHITECTURES, FORMAT, MEAN, STD, SimCLR, build_encoder, extract_features, num_features)
 from probe import knn_auroc
-from run import CheckpointError, Compute, flag, load_checkpoint, save_checkpoint
+from run import Compute, flag
 
 # What a run writes, and --overwrite deletes. The first of them is what a run goes on from.
 RESULTS = ("last.pt", "encoder.pt", "log.jsonl", "events.out.tfevents.*")
@@ -233,7 +236,7 @@ class Training:
             torch.set_rng_state(state["rng"])
             self.step = operator.index(state["step"])
             self.probed = operator.index(state.get("probed", self.step))
-        except run.MALFORMED as error:
+        except MALFORMED as error:
             reason = (str(error) or repr(error)).splitlines()[-1].strip()
             raise CheckpointError(f"{file} does not fit these flags: {reason}") from None
         # load_state_dict took the weight decay from the file; a copied last.pt may have another.
@@ -245,7 +248,7 @@ class Training:
 
         A kill between the two files leaves an older encoder.pt; the next run writes it again."""
         # A poisoned state must not replace the last good one.
-        if name := run.first_not_finite(self.net, self.optimizer):
+        if name := first_not_finite(self.net, self.optimizer):
             raise diverged(f"{name} is not finite after step {self.step}", self.config)
         config = dataclasses.asdict(self.config) | {"mean": MEAN, "std": STD}
         save_checkpoint(Path(self.config.out) / "last.pt", {

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from manifest import DataError
+from common import DataError
 
 # The formats that Pillow may try to open, and the suffixes by which their files are found.
 FORMATS = ("PNG", "JPEG", "JPEG2000", "TIFF", "BMP", "PPM", "WEBP")

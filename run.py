@@ -1,5 +1,4 @@
-"""What the runs of all stages have in common: flags, processes and device, run folder,
-checkpoints.
+"""What the runs of all stages have in common: flags, processes and device, run folder.
 
 A stage is a Config, a dataclass of its flags, and a function `stage(config, compute,
 resources)` that `main` calls. What a stage decides stands in its script; what it would
@@ -17,15 +16,14 @@ import signal
 import sys
 import threading
 import typing
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-from manifest import (                  # first: see there
-    DataError, Manifest, differing_flags, errors_in_one_sentence, lock, number_within,
-    print_any_name, valid_unicode, whole_file, write_text)
+from common import (                    # first: it answers Ctrl-C while PyTorch loads
+    DataError, differing_flags, errors_in_one_sentence, lock, number_within, print_any_name,
+    valid_unicode, write_text)
 
 import numpy as np
 import torch
@@ -35,11 +33,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from checkpoint import CheckpointError
+from manifest import Manifest
 from syncbn import SyncBatchNorm
-
-
-class CheckpointError(DataError):
-    """A checkpoint or a run folder that cannot be used."""
 
 
 class RunConfig(Protocol):
@@ -547,123 +543,3 @@ class Curves:
             self.writer.flush()         # close() alone would not say that the disk is full
             self.writer.close()
             self.file.close()
-
-
-# --------------------------------------------------------------------------------------------------
-# Checkpoints: tensors, numbers, strings, lists and dicts.
-
-def save_checkpoint(path: str | Path, state: dict) -> None:
-    """Write `state` so that `path` is a whole checkpoint at every moment, the old or
-    the new."""
-    try:
-        with _interrupt_later(), whole_file(path) as file:
-            torch.save(state, file)
-    except RuntimeError as error:
-        # PyTorch's writer reports a full disk as a RuntimeError that hides the OSError.
-        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
-
-
-@contextlib.contextmanager
-def _interrupt_later() -> Iterator[None]:
-    """Ctrl-C waits until the block has ended. PyTorch's writer would turn it into a
-    RuntimeError, or abort the process."""
-    signals = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: signals.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if signals:
-        signal.raise_signal(signal.SIGINT)
-
-
-def first_not_finite(net: nn.Module, optimizer: torch.optim.Optimizer) -> str:
-    """The name of a weight, or of what the optimizer remembers of one, that is not finite; or
-    nothing. Such a state must not replace the last good one.
-
-    The optimizer is asked as well, because a huge gradient leaves its weight as it was and
-    stops it for good: for Adam its square is infinite."""
-    states = list(net.state_dict().items())
-    states += [(f"the optimizer's {name}", torch.as_tensor(value))
-               for state in optimizer.state.values() for name, value in state.items()]
-    return next((name for name, value in states if not value.isfinite().all()), "")
-
-
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, running no code from it; CheckpointError names
-    the file.
-
-    The file is PyTorch's or, from another tool, safetensors, which is told by its first bytes."""
-    try:
-        with open(path, "rb") as file:
-            header_size = int.from_bytes(file.read(8), "little")
-            safetensors = (file.read(1) == b"{"
-                           and header_size <= os.path.getsize(path) - 8)
-        if safetensors:
-            state: Any = _read_safetensors(path, header_size)
-        else:
-            # PyTorch writes a checksum of each tensor and does not look at it when it reads.
-            if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
-                raise ValueError(f"the checksum of {damaged} is wrong")
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist") from None
-    except Exception as error:          # a decoder may raise anything on a broken file
-        # Only the first sentence: PyTorch goes on to suggest weights_only=False.
-        reason = (str(error) or repr(error)).splitlines()[0].split(". ")[0]
-        raise CheckpointError(f"{path} is not a whole checkpoint: {reason}") from None
-    if not isinstance(state, dict) or not isinstance(state.get("config", {}), dict):
-        raise CheckpointError(f"{path} is not a checkpoint of this project, nor a state dict")
-    if damage := _damage(state):
-        raise CheckpointError(f"{path} is damaged: {damage}")
-    return state
-
-
-# What PyTorch raises where parts of a checkpoint have another shape or type than they should.
-MALFORMED = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError)
-# The types of numbers in a .safetensors file, see below.
-SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-               "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-               "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-
-
-def _read_safetensors(path: str | Path, header_size: int) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file by name; any exception where it is broken.
-
-    The format is 8 bytes with the size of the header, the header in JSON, which says for each
-    tensor its type, its shape and where its bytes lie behind the header, and these bytes. To
-    read it takes these lines, for which a further package would be much."""
-    content = Path(path).read_bytes()
-    header = json.loads(content[8:8 + header_size])
-    data, state = bytearray(content[8 + header_size:]), {}
-    for name, about in header.items():
-        if name == "__metadata__":
-            continue
-        start, end = about["data_offsets"]
-        dtype, shape = SAFETENSORS[about["dtype"]], about["shape"]
-        if not 0 <= start <= end <= len(data) or end - start != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"the bytes of {name} are not all there")
-        numbers = torch.frombuffer(data, dtype=torch.uint8, offset=start, count=end - start) \
-            if end > start else torch.empty(0, dtype=torch.uint8)
-        state[name] = numbers.clone().view(dtype).reshape(shape)
-    return state
-
-
-def _damage(state: dict) -> str:
-    """What in one of our checkpoints is not what any stage writes there, or nothing."""
-    if not {"format", "rng"} & state.keys():            # of another tool
-        return ""
-    for name in ("config", "encoder", "classifier", "model"):
-        entry = state.get(name, {})
-        if not isinstance(entry, dict) or not all(isinstance(key, str) for key in entry):
-            return f"its {name} is no table of names"
-    about = state.get("config", {}) | {key: state[key] for key in ("arch", "step") if key in state}
-    kinds = {"image_size": int, "clahe": bool, "normalize": str, "data": str, "arch": str,
-             "step": int}
-    for name, kind in kinds.items():
-        value = about.get(name)
-        if name in about and (type(value) is not kind or kind is int and value < 0):
-            return f"its {name} is {value!r}".splitlines()[0]
-    if about.get("normalize", "fixed") not in ("fixed", "image"):
-        return f"its normalize is {about['normalize']!r}"
-    return ""

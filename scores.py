@@ -29,7 +29,7 @@ from sklearn.metrics import (
     PrecisionRecallDisplay, RocCurveDisplay, average_precision_score, roc_curve)
 from torch.utils.tensorboard import SummaryWriter
 
-from manifest import valid_unicode, write_text
+from common import valid_unicode, write_text
 
 REPLICATES = 1000                       # of the bootstrap
 

@@ -17,11 +17,11 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 import phantom
+from common import DataError, number_within, read_text
 from doubts import Doubt, many_classes
 from layout import (
     Place, drawings, excluder, find_layout, layout_text, levels_of, names_without_meaning,
     outside_splits, place_of, repeated_below, split_name)
-from manifest import DataError, number_within, read_text
 from radiograph import EXTENSIONS, ImageSettings, Reading
 from tables import (
     LabelRules, Table, merged, read_labels, read_table, spellings, understand, value_of)

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from manifest import DataError, open_text
+from common import DataError, open_text
 
 # What a cell says -> as the manifest has it. Numbers are not listed: see
 # value_of.

@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from checkpoint import load_checkpoint
 from dali_pipeline import Augmentation, Preprocessing, train_loader
 from manifest import Manifest, read_manifest
 from model import MEAN, STD
-from run import load_checkpoint
 
 INK, FAINT, BLUE, RED = "#1f2933", "#8a94a0", "#1f6fb4", "#c0392b"
 

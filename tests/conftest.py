@@ -119,7 +119,7 @@ def labelled(tmp_path_factory):
 def encoder(labelled, tmp_path_factory):
     """An encoder.pt as pretrain.py leaves it, after no training."""
     from model import FORMAT, build_encoder
-    from run import save_checkpoint
+    from checkpoint import save_checkpoint
     torch.manual_seed(5)
     path = tmp_path_factory.mktemp("encoder") / "encoder.pt"
     save_checkpoint(path, {

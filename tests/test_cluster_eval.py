@@ -19,12 +19,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import cluster_eval
 import pretrain
+from checkpoint import load_checkpoint, save_checkpoint
 from cluster_eval import agreement, choose_classes, evaluate, k_means
+from common import DataError
 from dali_pipeline import Preprocessing, eval_loader
-from manifest import DataError, read_manifest
+from manifest import read_manifest
 from model import build_encoder, extract_features
 from probe import knn_class_shares
-from run import Compute, load_checkpoint, save_checkpoint
+from run import Compute
 
 
 # --------------------------------------------------------------------------------------------------

@@ -9,10 +9,11 @@ from conftest import SMALL, run, write_folder
 from PIL import Image
 from torchvision.transforms import v2
 
+from common import ImageError
 from dali_pipeline import (
-    VIEW, Augmentation, Preprocessing, _uniform_numbers, batch_at, eval_loader, train_loader,
-    view_parameters)
-from manifest import ImageError, read_manifest
+    VIEW, Augmentation, Preprocessing, batch_at, eval_loader, train_loader, view_parameters,
+    _uniform_numbers)
+from manifest import read_manifest
 from model import MEAN, STD
 
 STRONG = Augmentation(crop_area=(0.3, 1.0), rotation=25.0, blur=(0.1, 2.0), flip=0.5,

@@ -39,12 +39,13 @@ import finetune
 import predict
 import prepare
 import pretrain
+from checkpoint import load_checkpoint, save_checkpoint
+from common import DataError
 from dali_pipeline import Preprocessing, eval_loader
 from dicom import read_dicom, read_identity
-from manifest import DataError, read_manifest
+from manifest import read_manifest
 from model import FORMAT, Classifier, build_encoder, load_classifier
 from radiograph import ImageSettings, load_image, read_image
-from run import load_checkpoint, save_checkpoint
 
 SCRIPTS = {script.__name__: script for script in (prepare, pretrain, finetune, cluster_eval,
                                                   predict)}

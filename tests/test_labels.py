@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 import torch
 
+from common import DataError
 from labels import cell_weights, draw, make_task, policy_sentence, to_probabilities
 from loss import masked_cross_entropy
-from manifest import DataError
 
 
 def test_what_labels_mean():

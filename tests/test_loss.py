@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from loss import _anchors_and_keys, _blocks, chance_level, diagnostics, nt_xent
+from loss import chance_level, diagnostics, nt_xent, _anchors_and_keys, _blocks
 
 
 def definition(z1, z2, temperature):

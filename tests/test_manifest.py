@@ -9,9 +9,10 @@ import sys
 import pytest
 from conftest import ROOT
 
-from manifest import (
-    DataError, ImageError, differing_flags, errors_in_one_sentence, lock, read_manifest,
-    whole_file, write_csv, write_text)
+from common import (
+    DataError, ImageError, differing_flags, errors_in_one_sentence, lock, whole_file, write_csv,
+    write_text)
+from manifest import read_manifest
 
 
 def edit(folder, row, column, value):

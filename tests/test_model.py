@@ -7,10 +7,10 @@ import torch
 import torchvision
 
 import model
+from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from dali_pipeline import Preprocessing, eval_loader
 from manifest import read_manifest
 from model import SimCLR, build_encoder, cached_features, extract_features
-from run import CheckpointError, load_checkpoint, save_checkpoint
 
 
 def rgb_network(arch="resnet18"):

@@ -14,9 +14,9 @@ from PIL import Image
 import finetune
 import predict
 import prepare
+from checkpoint import load_checkpoint
 from manifest import read_manifest
 from model import Classifier, build_encoder
-from run import load_checkpoint
 from test_dicom import RAMP, write_dicom
 
 

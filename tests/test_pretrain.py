@@ -20,9 +20,10 @@ from sklearn.metrics import roc_auc_score
 
 import pretrain
 import run as run_module
+from checkpoint import load_checkpoint, save_checkpoint
 from pretrain import LARS
 from probe import knn_auroc
-from run import Compute, learning_rate, load_checkpoint, save_checkpoint
+from run import Compute, learning_rate
 
 
 @pytest.fixture(scope="module")

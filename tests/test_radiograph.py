@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 import prepare
-from manifest import DataError, read_manifest
+from common import DataError
+from manifest import read_manifest
 from radiograph import ImageSettings, find_files, load_image, read_image
 
 RAMP = np.linspace(0, 1, 64 * 48).reshape(64, 48)       # dark above, bright below

@@ -25,10 +25,12 @@ import finetune
 import model
 import pretrain
 import scores
+from checkpoint import CheckpointError, load_checkpoint
+from common import DataError, lock
 from dali_pipeline import Preprocessing, eval_loader
-from manifest import DataError, lock, read_manifest
+from manifest import read_manifest
 from model import build_encoder
-from run import CheckpointError, load_checkpoint, read_place
+from run import read_place
 
 STEPS = [*SMALL, "--max-steps", "1"]
 

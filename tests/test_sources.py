@@ -13,9 +13,10 @@ import pytest
 
 import prepare
 import sources
+from common import DataError, read_text, write_csv
 from doubts import patient_key
 from layout import split_name
-from manifest import DataError, read_manifest, read_text, write_csv
+from manifest import read_manifest
 from tables import majority_of, value_of
 from test_prepare import SCRIPT, folder, labels_of, radiograph, rejected, run, save
 

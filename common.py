@@ -1,0 +1,238 @@
+"""What all scripts share without PyTorch: errors in one sentence, flags, files written whole.
+
+prepare.py, which needs no PyTorch, starts in half a second because of that.
+"""
+import _thread
+import argparse
+import codecs
+import contextlib
+import ctypes
+import errno
+import fcntl
+import gzip
+import io
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO, TextIO, cast
+
+# --------------------------------------------------------------------------------------------------
+# Errors that a user can mend. Each is one sentence that names the file, the row or the
+# flag.
+
+class DataError(Exception):
+    """Input that cannot be used; its text is the whole message that the user sees."""
+
+
+class ImageError(DataError):
+    """An image that the manifest lists and that cannot be read. One process meets it,
+    alone."""
+
+
+@contextlib.contextmanager
+def errors_in_one_sentence(script: str, out: str | Path, speaks: bool = True) -> Iterator[None]:
+    """End the script with one sentence and a non-zero exit code where its user can mend
+    the error.
+
+    out: the folder being written; it is named where the operating system names no file.
+    speaks: False on all processes of a job but the first. The same input is wrong for all of them
+    and should be reported once; only an ImageError is always reported, because an image is read by
+    one process alone. Ctrl-C exits with 130, as shells expect. Other exceptions pass through."""
+    try:
+        yield
+    except DataError as error:
+        sys.exit(f"{script}: {error}" if speaks or isinstance(error, ImageError) else 1)
+    except OSError as error:            # a full disk, a folder without permission to write
+        reason = f"{error.strerror or error}: {error.filename or _blamed(error, out)}"
+        sys.exit(f"{script}: {reason}" if speaks else 1)
+    except UnicodeEncodeError as error:     # a file's name that this locale cannot spell
+        sys.exit(f"{script}: {error.object!a} cannot be spelled in {error.encoding}: rename it, or "
+                 "try again after `export PYTHONUTF8=1`")
+    except KeyboardInterrupt:
+        if speaks:
+            print(f"{script}: interrupted; the same command goes on from what is in {out}",
+                  file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+def _blamed(error: OSError, out: str | Path) -> str | Path:
+    """What an error of the operating system without a file's name is about: `out`, which is being
+    written, unless it was raised where Python's multiprocessing makes a lock."""
+    frame = error.__traceback__
+    while frame:
+        if frame.tb_frame.f_globals.get("__name__") == "multiprocessing.synchronize":
+            return "/dev/shm, where Python's multiprocessing must be able to write its locks"
+        frame = frame.tb_next
+    return out
+
+
+def print_any_name() -> None:
+    """Let no name end a run because the terminal's encoding lacks a character of it: what cannot
+    be printed appears as \\u80ba. To be called first in a script's main()."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):        # and not what a notebook put there
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _report_uncaught(kind, error, traceback) -> None:
+    """Python's answer to an uncaught exception, but for Ctrl-C no traceback."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, traceback)
+        return
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: interrupted before it began", file=sys.stderr, flush=True)
+    os._exit(128 + signal.SIGINT)
+
+
+def _interrupt_again(unraisable) -> None:
+    """Ctrl-C in a destructor or a weak reference's callback, where Python drops every exception:
+    once more, when that has returned."""
+    if unraisable.exc_type is KeyboardInterrupt:
+        threading.Timer(0.05, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
+def _leave_with_torchrun() -> None:
+    """Have the kernel send SIGTERM to this process when the one that started it dies.
+
+    A torchrun that is killed by SIGKILL passes nothing on. Its processes would go on unseen and
+    keep the run folder locked, or wait for it without end."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+# All in the project that happens at import. A script loads PyTorch for seconds before its main()
+# is called, and nothing else can answer Ctrl-C until then; so this file is loaded first.
+sys.excepthook, sys.unraisablehook = _report_uncaught, _interrupt_again
+if "TORCHELASTIC_RUN_ID" in os.environ:
+    _leave_with_torchrun()
+
+
+def restart_in_utf8() -> None:
+    """Start the script once more in Python's UTF-8 mode, where the locale asks for another one.
+
+    Names of files are bytes. By a locale of Latin-1 they would be read, and written into the data
+    folder, as other text than the manifest has. To be called before anything is done."""
+    if sys.getfilesystemencoding().lower() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def differing_flags(before: dict, now: dict) -> str:
+    """`--seed (0 there, 5 here), …` for all settings that two runs do not share, or
+    nothing."""
+    return ", ".join(
+        f"--{name.replace('_', '-')} ({before.get(name, 'not given')} there, "
+        f"{now.get(name, 'not given')} here)"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name))
+
+
+def number_within(kind: Callable, low: float, high: float) -> Callable:
+    """A type for argparse: `kind` of the text, which if it is a number lies in `low` to
+    `high`."""
+    def convert(text):
+        value = kind(text)
+        if kind is not str and not low <= value <= high:        # NaN lies nowhere
+            raise argparse.ArgumentTypeError(f"{text} does not lie in {low:g} to {high:g}")
+        return value
+
+    convert.__name__ = kind.__name__        # argparse writes "invalid int value" from this
+    return convert
+
+
+# --------------------------------------------------------------------------------------------------
+# Files.
+
+@contextlib.contextmanager
+def whole_file(path: str | Path, sync: bool = True) -> Iterator[BinaryIO]:
+    """A file to write to, which gets its name `path` once everything is written.
+
+    Whoever opens `path` finds the old content or the new content, never a part of it.
+    With `sync` that holds after a power cut too; without, it is faster by far for
+    thousands of small files."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)       # half a file on a full disk would keep it full
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replace a text file as a whole, in UTF-8. Bytes of file names that are not UTF-8
+    stay."""
+    with whole_file(path) as file:
+        file.write(text.encode(errors="surrogateescape"))
+
+
+def open_text(path: str | Path) -> TextIO:
+    """A text file to read, whatever the locale: UTF-8, or UTF-16 where it begins with that mark.
+
+    A byte-order mark is no part of the text, and line ends are left as they are. A name
+    that ends in .gz is decompressed. Reading raises UnicodeDecodeError for other text."""
+    opener = gzip.open if str(path).lower().endswith(".gz") else open
+    with opener(path, "rb") as file:
+        utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    encoding = "utf-16" if utf16 else "utf-8-sig"
+    return cast(TextIO, opener(path, "rt", encoding=encoding, newline=""))
+
+
+def read_text(path: str | Path) -> str:
+    """A whole text file, as open_text reads it. DataError names a file in another encoding."""
+    try:
+        with open_text(path) as file:
+            text = file.read()
+    except (UnicodeError, EOFError, gzip.BadGzipFile) as error:
+        raise DataError(f"{path} is not text in UTF-8 ({error}): save it as UTF-8") from None
+    if "\0" in text:
+        raise DataError(f"{path} is not text in UTF-8 (it holds zero bytes): save it as UTF-8")
+    return text
+
+
+def write_csv(path: str | Path, rows: Iterable[Iterable]) -> None:
+    """Replace a CSV file as a whole, in UTF-8, one row a line; csv.reader gives the rows back.
+
+    Python's own csv.writer leaves a carriage return in a name unquoted in some versions, and its
+    reader ends the row there. Bytes of file names that are not in UTF-8 are escaped: the list of
+    what was rejected must be readable as text."""
+    text = io.StringIO()
+    for row in rows:
+        text.write(",".join(csv_cell(str(cell)) for cell in row) + "\n")
+    with whole_file(path) as file:
+        file.write(text.getvalue().encode(errors="backslashreplace"))
+
+
+def csv_cell(text: str) -> str:
+    """A cell as it stands in a CSV file: quoted where its text could be taken for anything else."""
+    if any(character in text for character in ',"\r\n'):
+        return '"' + text.replace('"', '""') + '"'
+    return text
+def valid_unicode(text: str) -> str:
+    """Text for those who take no bytes of file names that are not UTF-8: they are escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def lock(file) -> bool:
+    """Whether this process holds an open file for itself from now on, until the file is
+    closed.
+
+    Some storage has no locks: Lustre mounted without them, NFS without its lock service, some
+    FUSE systems. There the answer is True, after a warning that names the folder."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):        # somebody else has it
+            return False
+        print(f"warning: the storage of {Path(file.name).parent} has no file locks "
+              f"({error.strerror}): nothing stops a second run from writing there at the same "
+              "time, so start only one", file=sys.stderr, flush=True)
+    return True
