@@ -136,8 +136,8 @@ def torchvision_loader(args: argparse.Namespace, manifest: Manifest) -> DataLoad
             pairs.append((transform(image), transform(image)))
         return [torch.stack(views) for views in zip(*pairs)]
 
-    # The workers load where they would collate, so that the order of the images is the
-    # whole data set.
+    # The workers load where they would collate, so that the order of the
+    # images is the whole data set.
     order = np.random.default_rng(0).integers(len(manifest.paths), size=10**6).tolist()
     return DataLoader(order, args.batch_size, num_workers=args.threads, collate_fn=load)
 

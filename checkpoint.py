@@ -23,8 +23,7 @@ class CheckpointError(DataError):
 
 
 def save_checkpoint(path: str | Path, state: dict) -> None:
-    """Write `state` so that `path` is a whole checkpoint at every moment, the old or
-    the new."""
+    """Write `state` so that `path` is a whole checkpoint at every moment, the old or the new."""
     try:
         with _interrupt_later(), whole_file(path) as file:
             torch.save(state, file)
@@ -60,8 +59,7 @@ def first_not_finite(net: nn.Module, optimizer: torch.optim.Optimizer) -> str:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, running no code from it; CheckpointError names
-    the file.
+    """Read a checkpoint onto the CPU, running no code from it; CheckpointError names the file.
 
     The file is PyTorch's or, from another tool, safetensors, which is told by its first bytes."""
     try:

@@ -1,5 +1,5 @@
-"""Stage 3: what structure features have, without labels in training. Encoder and data
-folder in, one table out.
+"""Stage 3: what structure features have, without labels in training. Encoder and
+data folder in, one table out.
 
     python cluster_eval.py                              the last pre-training, and controls
     python cluster_eval.py --init imagenet runs/pretrain/encoder.pt runs/finetune/classifier.pt
@@ -129,8 +129,7 @@ class Row:
 
 
 def read_checkpoints(inits: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """The checkpoint of each row, {} for those without one; DataError where a row
-    cannot be had."""
+    """The checkpoint of each row, {} for those without one; DataError where a row cannot be had."""
     if not inits:
         trained = next((path for path in ENCODERS if Path(path).exists()), None)
         if trained is None:
@@ -296,12 +295,11 @@ def choose_classes(labels: np.ndarray, names: list[str], rule: str,
 # Features.
 
 def features_of(row: Row, selection: Selection, compute: Compute, folder: Path) -> np.ndarray:
-    """(N, D) float32: a row's features of the split, kept in `folder`; DataError
-    where some are not finite."""
+    """(N, D) float32: a row's features of the split, kept in `folder`;
+    DataError where some are not finite."""
     torch.manual_seed(0)
     if row.init == "pixels":
-        # Raw pixels pass through Flatten, so that the loader and the cache need no
-        # special case.
+        # Raw pixels pass through Flatten, so that the loader and the cache need no special case.
         encoder, width = nn.Flatten(), PIXELS ** 2
     else:
         encoder = compute.place(build_encoder(row.arch, row.init))
@@ -427,8 +425,8 @@ def evaluate(features: np.ndarray, truth: np.ndarray, patients: np.ndarray, k: i
 
 def resampled_scores(counts: np.ndarray, truth: np.ndarray, clusters: list[np.ndarray],
                      sample: np.ndarray, shares: np.ndarray) -> dict[str, list]:
-    """Scores where image i counts counts[i] times: a value for each seed, or one
-    where seeds play no part.
+    """Scores where image i counts counts[i] times: a value for each seed,
+    or one where seeds play no part.
 
     counts, truth (n,); clusters: (n,) for each seed; sample (m,); shares (m, C) of
     the classes among the neighbours of `sample`."""
@@ -474,8 +472,7 @@ def majority_row(truth: np.ndarray) -> dict[str, Any]:
 
 
 def sweep(features: np.ndarray, selection: Selection) -> dict[str, list]:
-    """Silhouette and inertia for 2 to twice as many clusters as there are classes, at
-    least 10."""
+    """Silhouette and inertia for 2 to twice as many clusters as there are classes, at least 10."""
     most = min(max(10, 2 * selection.k), len(features))
     sizes = list(range(2, most + 1))
     sample = selection.subset(SAMPLE)
@@ -486,8 +483,8 @@ def sweep(features: np.ndarray, selection: Selection) -> dict[str, list]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Figures. For them clusters are numbered as the classes assigned to them, and those that got
-# no class come after.
+# Figures. For them clusters are numbered as the classes assigned to them, and those
+# that got no class come after.
 
 class Numbering(NamedTuple):
     """Clusters by their class. K is the number of clusters or of classes, the larger one."""

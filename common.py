@@ -20,22 +20,19 @@ from pathlib import Path
 from typing import BinaryIO, TextIO, cast
 
 # --------------------------------------------------------------------------------------------------
-# Errors that a user can mend. Each is one sentence that names the file, the row or the
-# flag.
+# Errors that a user can mend. Each is one sentence that names the file, the row or the flag.
 
 class DataError(Exception):
     """Input that cannot be used; its text is the whole message that the user sees."""
 
 
 class ImageError(DataError):
-    """An image that the manifest lists and that cannot be read. One process meets it,
-    alone."""
+    """An image that the manifest lists and that cannot be read. One process meets it, alone."""
 
 
 @contextlib.contextmanager
 def errors_in_one_sentence(script: str, out: str | Path, speaks: bool = True) -> Iterator[None]:
-    """End the script with one sentence and a non-zero exit code where its user can mend
-    the error.
+    """End the script with one sentence and a non-zero exit code where its user can mend the error.
 
     out: the folder being written; it is named where the operating system names no file.
     speaks: False on all processes of a job but the first. The same input is wrong for all of them
@@ -123,8 +120,7 @@ def restart_in_utf8() -> None:
 
 
 def differing_flags(before: dict, now: dict) -> str:
-    """`--seed (0 there, 5 here), …` for all settings that two runs do not share, or
-    nothing."""
+    """`--seed (0 there, 5 here), …` for all settings that two runs do not share, or nothing."""
     return ", ".join(
         f"--{name.replace('_', '-')} ({before.get(name, 'not given')} there, "
         f"{now.get(name, 'not given')} here)"
@@ -133,8 +129,7 @@ def differing_flags(before: dict, now: dict) -> str:
 
 
 def number_within(kind: Callable, low: float, high: float) -> Callable:
-    """A type for argparse: `kind` of the text, which if it is a number lies in `low` to
-    `high`."""
+    """A type for argparse: `kind` of the text, which if it is a number lies in `low` to `high`."""
     def convert(text):
         value = kind(text)
         if kind is not str and not low <= value <= high:        # NaN lies nowhere
@@ -168,8 +163,7 @@ def whole_file(path: str | Path, sync: bool = True) -> Iterator[BinaryIO]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Replace a text file as a whole, in UTF-8. Bytes of file names that are not UTF-8
-    stay."""
+    """Replace a text file as a whole, in UTF-8. Bytes of file names that are not UTF-8 stay."""
     with whole_file(path) as file:
         file.write(text.encode(errors="surrogateescape"))
 
@@ -222,8 +216,7 @@ def valid_unicode(text: str) -> str:
 
 
 def lock(file) -> bool:
-    """Whether this process holds an open file for itself from now on, until the file is
-    closed.
+    """Whether this process holds an open file for itself from now on, until the file is closed.
 
     Some storage has no locks: Lustre mounted without them, NFS without its lock service, some
     FUSE systems. There the answer is True, after a warning that names the folder."""

@@ -115,8 +115,8 @@ def read_radiograph(file: Path, settings: ImageSettings, modalities: Sequence[st
 
 
 def check_header(header, modalities: Sequence[str], max_megapixels: float) -> None:
-    """DataError for whatever is not one gray radiograph of moderate size, meant to be seen, and
-    without writing in it.
+    """DataError for whatever is not one gray radiograph of moderate size, meant to be
+    seen, and without writing in it.
 
     modalities: those to take; `none`, in any case, stands for a file that has no Modality."""
     if "Rows" not in header:

@@ -70,8 +70,7 @@ def constant_labels(names: list[str], rows: list[tuple[str, ...]], classes: bool
     without any counts for nothing: the one class there is tells it from no other."""
     doubts = []
     for place, name in enumerate(names) if len(rows) >= FEW else ():
-        # Of a single class only those that have it count, or it would seem to
-        # vary.
+        # Of a single class only those that have it count, or it would seem to vary.
         values = {row[place] for row in rows}
         if classes and len(names) == 1:
             values.discard("")
@@ -109,8 +108,7 @@ def similar_patients(patients: Iterable[str]) -> list[Doubt]:
 
 def patient_key(patient: str) -> str:
     """What is equal for 7, 007, 7. and 7.0, for P7, p07 and P 7."""
-    # A blank between a letter and a number, ".0" as spreadsheets append it,
-    # leading zeros.
+    # A blank between a letter and a number, ".0" as spreadsheets append it, leading zeros.
     text = re.sub(r"(?<=[a-z]) (?=\d)", "", form_key(patient))
     text = re.sub(r"^(\d+)\.0*$", r"\1", text)
     return re.sub(r"(?<![\d.])0+(?=\d)", "", text)

@@ -1,5 +1,5 @@
-"""Stage 2: what pre-training buys at 1 %, 10 % and all of the labels. Encoder and labels
-in, classifier and table out.
+"""Stage 2: what pre-training buys at 1 %, 10 % and all of the labels. Encoder and
+labels in, classifier and table out.
 
     python finetune.py --fraction 0.01              the encoder of pretrain.py, 1 % of the labels
     python finetune.py --init random runs/pretrain/encoder.pt --fraction 0.01 0.1 1 \\
@@ -217,8 +217,8 @@ class Study:
 
 
 def read_inits(config: Config) -> list[Init]:
-    """The initialisations of --init. DataError where there is none, CheckpointError where a
-    file cannot be read."""
+    """The initialisations of --init. DataError where there is none, CheckpointError
+    where a file cannot be read."""
     sources = config.init or [path for path in ENCODERS if os.path.exists(path)][:1]
     if not sources:
         raise DataError(f"{ENCODERS[0]} does not exist: pre-train first (`python pretrain.py "
@@ -290,8 +290,8 @@ def task_of(label_names: list[str], manifest: Manifest, train: np.ndarray,
 
 def teachable_labels(manifest: Manifest, train: np.ndarray, config: Config,
                      say: Callable) -> list[str]:
-    """Those of --labels, or of all, that have a positive and a negative in train; DataError
-    where there is none."""
+    """Those of --labels, or of all, that have a positive and a negative in train;
+    DataError where there is none."""
     table = manifest.folder / "manifest.csv"
     candidates = list(config.labels) or manifest.label_names
     if unknown := set(candidates) - set(manifest.label_names):
@@ -640,8 +640,8 @@ def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> O
 # The stage.
 
 def read_study(config: Config, compute: Compute) -> Study:
-    """What is compared, on what, and who is drawn. Whatever is wrong is found here, before
-    anything is written."""
+    """What is compared, on what, and who is drawn. Whatever is wrong is found here,
+    before anything is written."""
     say = compute.say
     inits = read_inits(config)
     setting = inherit(config, inits, say)

@@ -83,8 +83,7 @@ def find_layout(images: list[str]) -> list[str]:
     if not names_at(parents, start):
         return levels
 
-    # train, val and test at the top, the classes below; any other folder beside them is
-    # left out.
+    # train, val and test at the top, the classes below; any other folder beside them is left out.
     if any(split_name(name) for name in names_at(parents, start)):
         inside = [folders for folders in parents if split_name("".join(folders[start:start + 1]))]
         below = first_telling(inside, start + 1)

@@ -72,8 +72,7 @@ class ContrastiveCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pairs: AnchorsAndKeys, anchors: Tensor, keys: Tensor,
                 temperature: float) -> Tensor:
-        # Anchors and keys are in `pairs`, too, but autograd sees only
-        # tensors that are arguments.
+        # Anchors and keys are in `pairs`, too, but autograd sees only tensors that are arguments.
         loss = anchors.new_zeros(())
         for_anchors, for_keys = torch.empty_like(anchors), torch.zeros_like(keys)
         scaled = anchors / temperature

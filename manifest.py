@@ -30,8 +30,7 @@ LABEL_VALUES = {
 
 @dataclass(frozen=True)
 class Manifest:
-    """The rows of a data folder's manifest.csv; row i is image index i everywhere in
-    the project.
+    """The rows of a data folder's manifest.csv; row i is image index i everywhere in the project.
 
     A plain folder of images, which predict.py takes too, has paths and nothing else: no
     patients, no splits and no labels (`listed` is False)."""
@@ -68,8 +67,7 @@ class Manifest:
         return _digest(b"" if self.sizes is None else self.sizes[images].tobytes())
 
     def images(self, split: str) -> np.ndarray:
-        """Image indices of a split, (n,) int64, in manifest order; DataError where it
-        is empty."""
+        """Image indices of a split, (n,) int64, in manifest order; DataError where it is empty."""
         index = np.flatnonzero(self.splits == split)
         if not len(index):
             raise DataError(f"{self.folder / 'manifest.csv'} has no image in the {split} split")

@@ -1,5 +1,4 @@
-"""The networks: encoder, projection head, classifier, and the features of a data
-folder.
+"""The networks: encoder, projection head, classifier, and the features of a data folder.
 
 The encoder is torchvision's ResNet with a one-channel stem and without `fc`, so that
 its state dict loads into torchvision's own model. Its input is a normalised radiograph,
@@ -132,8 +131,7 @@ def settings_of(checkpoint: dict) -> dict[str, Any]:
 
 
 def fold_rgb_stem(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The one-channel network that computes what an RGB one does on a gray image
-    repeated thrice.
+    """The one-channel network that computes what an RGB one does on a gray image repeated thrice.
 
     The RGB stem sees channel c as (x - mean_c) / std_c, ours sees y = (x - m) / s. Put x = m + s y
     into the former: the weights become sum_c w_c s / std_c, and a constant remains, the sum of
@@ -149,12 +147,10 @@ def fold_rgb_stem(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 # --------------------------------------------------------------------------------------------------
-# What stands on the encoder: a projection head for pre-training, a linear layer for
-# labels.
+# What stands on the encoder: a projection head for pre-training, a linear layer for labels.
 
 class SimCLR(nn.Module):
-    """Encoder and projection head: (B, 1, S, S) -> (B, proj_dim). Later stages drop the
-    head.
+    """Encoder and projection head: (B, 1, S, S) -> (B, proj_dim). Later stages drop the head.
 
     The head has `proj_layers` linear layers, with batch norm and ReLU between them, `proj_width`
     wide inside (0: as wide as the features)."""
@@ -227,8 +223,7 @@ def num_features(encoder: torchvision.models.ResNet) -> int:
 @torch.no_grad()
 def extract_features(net: nn.Module, width: int, loader: "Loader",
                      dtype: torch.dtype | None = None) -> Tensor:
-    """Outputs (n, width) of a network for the loader's n images, float32 on the
-    loader's device.
+    """Outputs (n, width) of a network for the loader's n images, float32 on the loader's device.
 
     They are in the loader's order and the same on every process: process `rank` gets
     images rank, rank + world_size, ... and fills their rows, and the sum over the
@@ -252,8 +247,7 @@ def extract_features(net: nn.Module, width: int, loader: "Loader",
 
 def cached_features(net: nn.Module, width: int, loader: "Loader", folder: Path,
                     dtype: torch.dtype | None = None) -> Tensor:
-    """`extract_features` on the CPU, kept in `folder` and read from there the next
-    time.
+    """`extract_features` on the CPU, kept in `folder` and read from there the next time.
 
     A file's name is a digest of the weights, the preprocessing and the images. Where
     the kept files exceed KEPT_FEATURES bytes, those that were not used for the longest
@@ -268,9 +262,8 @@ def cached_features(net: nn.Module, width: int, loader: "Loader", folder: Path,
         return features
     features = extract_features(net, width, loader, dtype).cpu()
     folder.mkdir(parents=True, exist_ok=True)
-    # Another run may be keeping the same features, so that each writes under a name of
-    # its own. What a killed one left half written is deleted by the next one on its
-    # machine.
+    # Another run may be keeping the same features, so that each writes under a name of its own.
+    # What a killed one left half written is deleted by the next one on its machine.
     for part in folder.glob(f"{platform.node()}-*.part*"):
         process = part.name.removeprefix(f"{platform.node()}-").split(".")[0]
         if not Path("/proc", process).exists():
@@ -283,8 +276,7 @@ def cached_features(net: nn.Module, width: int, loader: "Loader", folder: Path,
 
 
 def _delete_oldest(folder: Path, newest: Path) -> None:
-    """Keep the features in `folder` below KEPT_FEATURES bytes, but `newest` in any
-    case."""
+    """Keep the features in `folder` below KEPT_FEATURES bytes, but `newest` in any case."""
     with contextlib.suppress(FileNotFoundError):        # another run deletes the same files
         files = sorted(folder.glob("*.pt"), key=lambda file: file.stat().st_mtime)
         excess = sum(file.stat().st_size for file in files) - KEPT_FEATURES

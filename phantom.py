@@ -117,8 +117,8 @@ def matter(anatomy, rng, u, v, found):
     knob = 0.35 * half * np.exp(-((v + 0.2) / 0.07) ** 2) * (u > 0)
     air *= 1 - 0.75 * inside(half * (1 + 0.15 * np.cos(9 * v)) + knob - side, 0.03)
 
-    # Heart: a tilted ellipse on the diaphragm, two thirds of it left of the spine, as wide as
-    # its cardiothoracic ratio.
+    # Heart: a tilted ellipse on the diaphragm, two thirds of it left of the spine, as wide
+    # as its cardiothoracic ratio.
     enlarged = rng.uniform(0.54, 0.66)
     ratio = enlarged if cardiomegaly else anatomy["heart"]
     tilt = math.radians(anatomy["tilt"])
@@ -153,8 +153,8 @@ def matter(anatomy, rng, u, v, found):
     fluid = effusion * lungs * wet * inside(v - level + climb, 0.04)
     air *= 1 - fluid
 
-    # Bones: ribs fall away from the spine; at the rim, where the beam runs along them, they are
-    # densest.
+    # Bones: ribs fall away from the spine; at the rim, where the beam runs
+    # along them, they are densest.
     turns = (v - 0.9 * side ** 2) / anatomy["rib_gap"] + anatomy["rib_phase"]
     ribs = np.cos(2 * np.pi * turns)
     ribs = np.clip(ribs + 0.2, 0, 1) * inside(cage + 0.03 - side) * inside(0.45 - v, 0.1)
@@ -175,15 +175,15 @@ def matter(anatomy, rng, u, v, found):
 
 def film(rng, total):
     """Matter in the beam's way, (H, W) -> the image, (H, W) uint8."""
-    # Beam: the photons that come through (Beer and Lambert), a little scatter, and noise as the
-    # root of their number.
+    # Beam: the photons that come through (Beer and Lambert), a little scatter, and noise
+    # as the root of their number.
     photons = np.exp(-1.8 * total) + 0.01
     grain = rng.uniform(0.005, 0.02)
     noise = rng.standard_normal(total.shape, dtype=np.float32)
     photons += grain * np.sqrt(photons) * noise
 
-    # Film: it darkens with the logarithm of the photons, by how much and from where is up to the
-    # exposure and the film.
+    # Film: it darkens with the logarithm of the photons, by how much and from where is up
+    # to the exposure and the film.
     brightness = rng.uniform(0.45, 0.75)
     contrast = rng.uniform(0.12, 0.26)
     gray = brightness - contrast * (np.log(np.maximum(photons, 1e-3)) + 1.7)

@@ -227,8 +227,8 @@ def predictions_table(paths: list[str], labels: list[str], probabilities: np.nda
 # Explanation of a prediction.
 
 def grad_cam(net: Classifier, x: Tensor, outputs: Tensor) -> Tensor:
-    """Where in the images x (B, 1, S, S) the outputs (B,) of a network come from
-    (Selvaraju et al. 2017).
+    """Where in the images x (B, 1, S, S) the outputs (B,) of a network
+    come from (Selvaraju et al. 2017).
 
     Returns (B, S, S), 0 to 1. The map is made of cells of 32 x 32 pixels, so that it
     is coarse below 224 pixels, and it is 0 where no cell speaks for the output."""

@@ -5,10 +5,11 @@
     torchrun --nproc_per_node=8 pretrain.py --data data/nih     eight GPUs: the same batches, faster
     tensorboard --logdir runs                                   the curves
 
-The run folder (--out) gets encoder.pt, which is all that the later stages need; last.pt,
-from which the same command goes on after any interruption as though there had been none;
-and log.jsonl, config.json and TensorBoard's event files. A last.pt that is copied into a
-new run folder starts the run there, with other flags if you like.
+The run folder (--out) gets encoder.pt, which is all that the later stages need;
+last.pt, from which the same command goes on after any interruption as though there
+had been none; and log.jsonl, config.json and TensorBoard's event files. A last.pt
+that is copied into a new run folder starts the run there, with other flags if you
+like.
 """
 # pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportArgumentType=false
 # The type stubs of PyTorch do not know its operations on lists of tensors, torch._foreach_*.
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import run                              # first: from here on Ctrl-C is one sentence
+import run  # first: from here on Ctrl-C is one sentence
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -56,52 +57,69 @@ DEFAULT_DATA = "data/nih"
 @dataclass
 class Config:
     """The defaults are the published recipe; --demo has others."""
-    data: str = flag(DEFAULT_DATA, "data folder, made by prepare.py", section="data and run folder")
+    data: str = flag(
+        DEFAULT_DATA, "data folder, made by prepare.py", section="data and run folder")
     out: str = flag("runs/pretrain", "run folder", may_differ=True)
-    demo: bool = flag(False, "small run on data/demo, made if missing, into runs/demo")
-    overwrite: bool = flag(False, "begin anew in a run folder that holds a run", may_differ=True)
-    seed: int = flag(0, "random seed of weights, order and views", 0, 2**63 - 1)
+    demo: bool = flag(
+        False, "small run on data/demo, made if missing, into runs/demo")
+    overwrite: bool = flag(
+        False, "begin anew in a run folder that holds a run", may_differ=True)
+    seed: int = flag(
+        0, "random seed of weights, order and views", 0, 2**63 - 1)
 
-    arch: str = flag("resnet50", "encoder", choices=ARCHITECTURES, section="network")
-    init: str = flag("random", "first weights of the encoder", metavar="random|imagenet|PATH")
+    arch: str = flag(
+        "resnet50", "encoder", choices=ARCHITECTURES, section="network")
+    init: str = flag(
+        "random", "first weights of the encoder", metavar="random|imagenet|PATH")
     proj_layers: int = flag(2, "layers of the projection head", 1)
-    proj_width: int = flag(0, "width inside the head; 0: that of the features", 0)
+    proj_width: int = flag(
+        0, "width inside the head; 0: that of the features", 0)
     proj_dim: int = flag(128, "width of the projections", 1)
 
-    image_size: int = flag(224, "side of a view, pixels", 1, section="preprocessing and views")
+    image_size: int = flag(
+        224, "side of a view, pixels", 1, section="preprocessing and views")
     normalize: str = flag("fixed", "by a fixed mean and deviation, or each image to these",
                           choices=("fixed", "image"))
     clahe: bool = flag(False, "adaptive histogram equalisation of each image")
     crop_area: tuple[float, float] = flag(
         PUBLISHED.crop_area, "area of the crop, as a share of the image", metavar=("LOW", "HIGH"))
     flip: float = flag(PUBLISHED.flip, "probability of a mirror image", 0, 1)
-    rotation: float = flag(PUBLISHED.rotation, "largest angle to either side, degrees", 0, 360)
-    brightness: float = flag(PUBLISHED.brightness, "factor drawn from 1 ± this", 0, 0.999)
-    contrast: float = flag(PUBLISHED.contrast, "factor drawn from 1 ± this", 0, 0.999)
+    rotation: float = flag(
+        PUBLISHED.rotation, "largest angle to either side, degrees", 0, 360)
+    brightness: float = flag(
+        PUBLISHED.brightness, "factor drawn from 1 ± this", 0, 0.999)
+    contrast: float = flag(
+        PUBLISHED.contrast, "factor drawn from 1 ± this", 0, 0.999)
     blur: tuple[float, float] = flag(
         PUBLISHED.blur, "sigma, pixels of the view; 0 0 for none", metavar=("LOW", "HIGH"))
 
-    epochs: int = flag(100, "passes over the train split", 1, section="optimisation")
+    epochs: int = flag(
+        100, "passes over the train split", 1, section="optimisation")
     batch_size: int = flag(512, "images over all processes", 1)
     temperature: float = flag(0.07, "temperature of NT-Xent", 1e-6, 1e6)
-    optimizer: str = flag("lars", "optimizer; lars as published", choices=tuple(BASE_LR))
+    optimizer: str = flag(
+        "lars", "optimizer; lars as published", choices=tuple(BASE_LR))
     lr: float | None = flag(
         None, "peak learning rate for a batch of 256 (default: lars 0.3, adam and adamw 5e-4)",
         1e-12, 1e30)
-    weight_decay: float = flag(1e-6, "decay of weights, not of biases and batch norm", 0, 1e6)
+    weight_decay: float = flag(
+        1e-6, "decay of weights, not of biases and batch norm", 0, 1e6)
     warmup_epochs: float = flag(10.0, "epochs of linear warm-up", 0, 1e6)
     max_steps: int | None = flag(
         None, "stop after this step; the schedule still spans --epochs", 1, may_differ=True)
 
     probe_every: int = flag(5, "epochs from one probe to the next; 0 for none", 0,
                             section="probe: k nearest neighbours on val, where there are labels")
-    probe_images: int = flag(10_000, "images at most, of train and of val each", 1)
+    probe_images: int = flag(
+        10_000, "images at most, of train and of val each", 1)
 
     precision: str = flag(**run.PRECISION, section="how it computes")
     compile: bool = flag(False, "torch.compile the network", may_differ=True)
     threads: int | None = flag(**run.THREADS)
-    log_every: int = flag(10, "steps from one log line to the next", 1, may_differ=True)
-    save_every: int = flag(250, "steps from one checkpoint to the next", 1, may_differ=True)
+    log_every: int = flag(
+        10, "steps from one log line to the next", 1, may_differ=True)
+    save_every: int = flag(
+        250, "steps from one checkpoint to the next", 1, may_differ=True)
 
     @staticmethod
     def presets(args) -> dict:
@@ -113,7 +131,7 @@ class Config:
             optimizer="adamw", lr=2e-3, warmup_epochs=1.0, probe_every=4)
 
     def __post_init__(self):
-        self.data = str(Path(self.data))                # data/nih/ is data/nih
+        self.data = str(Path(self.data))  # data/nih/ is data/nih
         self.lr = BASE_LR[self.optimizer] if self.lr is None else self.lr
         low, high = self.crop_area
         if not 0 < low <= high <= 1:
@@ -135,9 +153,9 @@ class Config:
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017) with momentum, as SimCLR uses it.
 
-    A weight's step is scaled by trust |w| / |g|, so that layers learn at the same relative
-    pace however large the batch. Biases and batch norm, which are one-dimensional, get
-    neither that nor weight decay."""
+    A weight's step is scaled by trust |w| / |g|, so that layers learn at the same
+    relative pace however large the batch. Biases and batch norm, which are
+    one-dimensional, get neither that nor weight decay."""
 
     def __init__(self, parameters, lr: float, weight_decay: float = 0.0, momentum: float = 0.9,
                  trust: float = 0.001):
@@ -146,8 +164,8 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One step of all parameters, by operations on lists of tensors: on a GPU that is a
-        dozen launches instead of six for each parameter."""
+        """One step of all parameters, by operations on lists of tensors: on a GPU
+        that is a dozen launches instead of six for each parameter."""
         for group in self.param_groups:
             trained = [p for p in group["params"] if p.grad is not None]
             for p in trained:
@@ -182,8 +200,8 @@ class LARS(torch.optim.Optimizer):
 class Training:
     """All that a step changes, which is all that last.pt keeps.
 
-    images: a digest of the train split's paths. The views follow from it, the flags and the
-    step, so that last.pt needs no state of the loader."""
+    images: a digest of the train split's paths. The views follow from it, the flags
+    and the step, so that last.pt needs no state of the loader."""
 
     def __init__(self, config: Config, compute: Compute, images: str):
         torch.manual_seed(config.seed)
@@ -192,24 +210,24 @@ class Training:
         encoder = build_encoder(config.arch, "random" if goes_on else config.init, compute.say)
         net = SimCLR(encoder, config.proj_layers, config.proj_width, config.proj_dim)
         self.config, self.images = config, images
-        self.step = 0                   # steps that were taken
-        self.probed = -1                # the step after which the features were last probed
+        self.step = 0     # steps that were taken
+        self.probed = -1  # the step after which the features were last probed
         self.net = compute.place(net)
 
         # Decay shrinks what multiplies features, not what shifts or scales them.
         weights = [p for p in self.net.parameters() if p.ndim > 1]
-        biases = [p for p in self.net.parameters() if p.ndim <= 1]      # and batch norm
+        biases = [p for p in self.net.parameters() if p.ndim <= 1]  # and batch norm
         groups = [dict(params=weights, weight_decay=config.weight_decay),
                   dict(params=biases, weight_decay=0.0)]
-        assert config.lr is not None                                    # Config sees to it
+        assert config.lr is not None                                # Config sees to it
         self.peak_lr = config.lr * config.batch_size / 256
         if config.optimizer == "lars":
             self.optimizer: torch.optim.Optimizer = LARS(groups, self.peak_lr)
         else:
             adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
             self.optimizer = adam(groups, self.peak_lr, fused=compute.cuda)
-        # float16 underflows where gradients are small, so the loss is scaled up; bf16 needs
-        # no scaling.
+        # float16 underflows where gradients are small, so the loss is
+        # scaled up; bf16 needs no scaling.
         self.scaler = torch.amp.GradScaler(
             compute.device.type, enabled=compute.precision == "fp16")
 
@@ -231,7 +249,7 @@ class Training:
         try:
             self.net.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            if state["scaler"]:         # empty where the run computed without one until now
+            if state["scaler"]:  # empty where the run computed without one until now
                 self.scaler.load_state_dict(state["scaler"])
             torch.set_rng_state(state["rng"])
             self.step = operator.index(state["step"])
@@ -243,8 +261,8 @@ class Training:
         self.optimizer.param_groups[0]["weight_decay"] = self.config.weight_decay
 
     def save(self) -> None:
-        """Write last.pt, then encoder.pt; FloatingPointError where a weight, or what the
-        optimizer remembers of it, is not finite.
+        """Write last.pt, then encoder.pt; FloatingPointError where a weight, or
+        what the optimizer remembers of it, is not finite.
 
         A kill between the two files leaves an older encoder.pt; the next run writes it again."""
         # A poisoned state must not replace the last good one.
@@ -280,7 +298,7 @@ def open_run_folder(training: Training, content: run.Content, config: Config, co
             # It was copied from another run. Does it fit? Then the folder is locked for this one.
             training.load(last)
         contents = {"data": content}
-        if Path(config.init).is_file():         # after the first checkpoint it may be gone
+        if Path(config.init).is_file():  # after the first checkpoint it may be gone
             contents["init"] = run.content_of_file(config.init)
         run.open_run(config, "pretrain", RESULTS, resources, "last.pt", contents)
         if (out / "encoder.pt").exists() and not last.exists():
@@ -290,8 +308,7 @@ def open_run_folder(training: Training, content: run.Content, config: Config, co
             # Curves of a run that was killed before its first checkpoint.
             for old in [*out.glob("log.jsonl"), *out.glob("events.out.tfevents.*")]:
                 old.unlink()
-    # From here on the folder belongs to this run, and all processes start from the same
-    # file.
+    # From here on the folder belongs to this run, and all processes start from the same file.
     compute.barrier()
     if last.exists():
         training.load(last)
@@ -304,7 +321,7 @@ def read_data(config: Config, compute: Compute) -> tuple[Manifest, np.ndarray]:
     """The data folder and the images of its train split; for --demo it is made first."""
     # The other processes wait until the first one has drawn the demo's radiographs.
     if config.demo and compute.rank == 0 and not Path(config.data, "manifest.csv").exists():
-        import prepare                  # stage 0 is needed for the demo alone
+        import prepare  # stage 0 is needed for the demo alone
         prepare.main(["demo", "--out", config.data])
     compute.barrier()
     if config.data == DEFAULT_DATA and not Path(config.data).exists():
@@ -325,12 +342,12 @@ def read_data(config: Config, compute: Compute) -> tuple[Manifest, np.ndarray]:
 
 class Schedule(NamedTuple):
     """When things happen, in steps. Batches run on from one epoch into the next."""
-    images: int                         # in the train split
-    batch_size: int                     # over all processes
-    total: int                          # steps of all --epochs
-    warmup: float                       # steps
-    end: int                            # where this run stops: total, or --max-steps
-    probes: set[int]                    # steps after which the features are probed
+    images: int       # in the train split
+    batch_size: int   # over all processes
+    total: int        # steps of all --epochs
+    warmup: float     # steps
+    end: int          # where this run stops: total, or --max-steps
+    probes: set[int]  # steps after which the features are probed
 
     def epoch(self, step: int) -> float:
         return step * self.batch_size / self.images
@@ -355,18 +372,17 @@ def probe(training: Training, compute: Compute, manifest: Manifest,
           preprocessing: Preprocessing) -> dict[str, float]:
     """Do the features get better, and not only the loss? {name: AUROC} on val.
 
-    Each label of val is predicted by the nearest neighbours in train, see `knn_auroc`;
-    first comes the mean over the labels, as `probe/auroc`."""
+    Each label of val is predicted by the nearest neighbours in train, see
+    `knn_auroc`; first comes the mean over the labels, as `probe/auroc`."""
     config, encoder = training.config, training.net.encoder
     features, labels = [], []
     for split in ("train", "val"):
-        # The same random images every time, so that two points of the curve can be
-        # compared.
+        # The same random images every time, so that two points of the curve can be compared.
         images = np.random.default_rng(config.seed).permutation(manifest.images(split))
         images = np.sort(images[:config.probe_images])
         loader = eval_loader(manifest, images, max(1, 2 * config.batch_size // compute.world_size),
                              preprocessing, **compute.loader_arguments())
-        x = extract_features(encoder, num_features(encoder), loader, compute.dtype)     # (n, D)
+        x = extract_features(encoder, num_features(encoder), loader, compute.dtype)  # (n, D)
         if not x.isfinite().all():
             raise diverged(f"the features are not finite after step {training.step}", config)
         features.append(x)
@@ -445,8 +461,8 @@ def introduce(training: Training, schedule: Schedule, compute: Compute) -> None:
 # The stage.
 
 def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) -> None:
-    """Train until --epochs, --max-steps or a signal. Raises FloatingPointError where it
-    diverges."""
+    """Train until --epochs, --max-steps or a signal. Raises
+    FloatingPointError where it diverges."""
     # The data, when what happens, and how views are made.
     say = compute.say
     manifest, train = read_data(config, compute)
@@ -476,7 +492,7 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     model = compute.data_parallel(torch.compile(net) if config.compile else net)
     curves, stop = run.Curves(config, compute, start_step), run.StopSignal(resources)
     progress, chance = Progress(config, compute, start_step), chance_level(config.batch_size)
-    loss, auroc = math.nan, math.nan            # the latest, for the table of hyper-parameters
+    loss, auroc = math.nan, math.nan  # the latest, for the table of hyper-parameters
     batches = iter(train_loader(
         manifest, train, config.batch_size, range(start_step, schedule.end), 2, augmentation,
         preprocessing, config.seed, **compute.loader_arguments()))
@@ -516,14 +532,14 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
 
         # Load two views of each image, and encode them as one batch.
         wait_start = time.perf_counter()
-        view1, view2, _ = next(batches)                                     # (N, 1, S, S) each
+        view1, view2, _ = next(batches)                                 # (N, 1, S, S) each
         progress.waited += time.perf_counter() - wait_start
-        x = torch.cat([view1, view2])                                       # (2N, 1, S, S)
+        x = torch.cat([view1, view2])                                   # (2N, 1, S, S)
         with compute.autocast():
-            z = model(x.contiguous(memory_format=torch.channels_last))      # (2N, proj_dim)
+            z = model(x.contiguous(memory_format=torch.channels_last))  # (2N, proj_dim)
 
         # Compare each projection with those of all processes, and step down the gradient.
-        z1, z2 = z.chunk(2)                                                 # (N, proj_dim) each
+        z1, z2 = z.chunk(2)                                             # (N, proj_dim) each
         batch_loss = nt_xent(z1, z2, config.temperature)
         scaler.scale(batch_loss).backward()
         scaler.step(optimizer)
@@ -540,7 +556,7 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
             scalars = progress.read(z1, z2, step) | {"chance": chance, "lr": lr}
             curves.add(step, schedule.epoch(step), scalars)
             loss, speed = scalars["loss"], scalars["images_per_second"]
-            left = int((schedule.end - step) * config.batch_size / speed)           # seconds
+            left = int((schedule.end - step) * config.batch_size / speed)  # seconds
             say(f"{schedule.place(step)} | loss {loss:.4f} (chance {chance:.2f}) | lr {lr:.2e} | "
                 f"{speed:.0f} img/s | wait {scalars['wait_share']:.0%} | "
                 f"eta {left // 3600}h{left // 60 % 60:02d}m")

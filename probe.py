@@ -20,8 +20,7 @@ STRENGTHS = 10.0 ** np.arange(-4, 3)  # of the regularisation, see fit_logistic
 
 
 # --------------------------------------------------------------------------------------------------
-# Nearest neighbours. A neighbour's vote weighs exp(cosine / 0.07) (Wu et
-# al. 2018).
+# Nearest neighbours. A neighbour's vote weighs exp(cosine / 0.07) (Wu et al. 2018).
 
 class Neighbours(NamedTuple):
     """For each of M queries its k nearest in a bank, nearest first."""
@@ -120,9 +119,8 @@ def fit_logistic(x: Tensor, targets: Tensor, weights: Tensor, strengths: Tensor,
     squares = torch.cat([squares, squares.new_tensor([len(x)])])
     bound = squares.view(-1, 1, 1, 1) * steepest + penalty           # (d + 1, R, G, 1)
 
-    # Accelerated descent. `ahead` is where momentum carries a solution;
-    # `age` grows with the steps since that solution's momentum was last
-    # reset.
+    # Accelerated descent. `ahead` is where momentum carries a solution; `age` grows with the steps
+    # since that solution's momentum was last reset.
     solution, ahead, age = x.new_zeros(shape), x.new_zeros(shape), x.new_ones(1)
     for _ in range(max_steps):
         logits = (x @ ahead.flatten(1)).view(len(x), *shape[1:])  # (n, R, G, K)

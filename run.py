@@ -21,7 +21,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-from common import (                    # first: it answers Ctrl-C while PyTorch loads
+from common import (  # first: it answers Ctrl-C while PyTorch loads
     DataError, differing_flags, errors_in_one_sentence, lock, number_within, print_any_name,
     valid_unicode, write_text)
 
@@ -39,8 +39,7 @@ from syncbn import SyncBatchNorm
 
 
 class RunConfig(Protocol):
-    """What this file asks of a stage's Config, beside being a dataclass of `flag`
-    fields."""
+    """What this file asks of a stage's Config, beside being a dataclass of `flag` fields."""
     __dataclass_fields__: ClassVar[dict[str, Any]]
     out: str
     overwrite: bool
@@ -49,8 +48,7 @@ class RunConfig(Protocol):
 
 
 # --------------------------------------------------------------------------------------------------
-# Flags. A stage declares each one once, as a field of its Config: name, type, default,
-# help, range.
+# Flags. A stage declares each one once, as a field of its Config: name, type, default, help, range.
 
 def flag(default: Any, help: str, low: float = -math.inf, high: float = math.inf, *,
          section: str | None = None, choices: tuple | None = None,
@@ -114,12 +112,11 @@ def _add_argument(group, field: dataclasses.Field) -> None:
     if field.type is bool:
         group.add_argument(name, action="store_true", help=about["help"])
         return
-    if field.type == bool | None:           # --clahe, --no-clahe, or neither: inherited
+    if field.type == bool | None:  # --clahe, --no-clahe, or neither: inherited
         group.add_argument(name, action=argparse.BooleanOptionalAction, help=about["help"])
         return
-    # The type is plain, as in `int`, or optional, as in `int | None`, or a tuple: of as
-    # many values as the default has, or of one or more where it is written `tuple[str,
-    # ...]`.
+    # The type is plain, as in `int`, or optional, as in `int | None`, or a tuple: of as many values
+    # as the default has, or of one or more where it is written `tuple[str, ...]`.
     kind: Any
     kind, *rest = typing.get_args(field.type) or (field.type,)
     count = len(field.default) if isinstance(field.default, tuple) else None
@@ -148,16 +145,15 @@ KEEP_BUFFERS: dict[str, Any] = dict.fromkeys(BUFFERS or {"broadcast_buffers"}, F
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """Where this process computes, and its place among the processes that torchrun
-    started.
+    """Where this process computes, and its place among the processes that torchrun started.
 
     With one process every collective call returns at once, so that a stage need not
     ask."""
     rank: int
     world_size: int
     device: torch.device
-    precision: str                      # bf16, fp16 or fp32
-    threads: int                        # of the loader
+    precision: str  # bf16, fp16 or fp32
+    threads: int    # of the loader
 
     @property
     def cuda(self) -> bool:
@@ -210,7 +206,7 @@ class Compute:
         if self.world_size > 1:
             SyncBatchNorm.replace_in(net)
         net = net.to(device=self.device)
-        return net.to(memory_format=torch.channels_last)    # pyright: ignore[reportCallIssue]
+        return net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def data_parallel(self, net: Any) -> Any:
         """The network for the training step: backward() averages gradients over all processes."""
@@ -239,7 +235,7 @@ def read_place() -> Place:
     this process wait for others that never come, or be silent as though it were not the first."""
     variables = os.environ
     present = [name for name in NUMBERS if name in variables]
-    if not present:             # the meeting point alone is set for torchrun by many a job script
+    if not present:  # the meeting point alone is set for torchrun by many a job script
         return Place()
     advice = ("start the processes with torchrun, or this one alone after `unset "
               f"{' '.join(name for name in (*NUMBERS, *MEETING_POINT) if name in variables)}`")
@@ -268,7 +264,7 @@ def start(config: RunConfig, timeout: timedelta, place: Place | None = None) -> 
                         f"{torch.cuda.device_count()} GPUs")
     if cuda:
         torch.cuda.set_device(local_rank)
-        torch.backends.cudnn.benchmark = True               # every batch has the same shape
+        torch.backends.cudnn.benchmark = True  # every batch has the same shape
     if world_size > 1:
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
@@ -300,8 +296,7 @@ def learning_rate(step: int, total_steps: int, warmup_steps: float, peak: float 
 
 def main(stage: Callable, config_class: type, argv: list[str] | None = None,
          timeout: timedelta = timedelta(minutes=30)) -> None:
-    """Run `stage(config, compute, resources)`; what its user can mend ends it in one
-    sentence.
+    """Run `stage(config, compute, resources)`; what its user can mend ends it in one sentence.
 
     resources: an ExitStack; what the stage enters there is closed however the run ends.
     timeout: how long a process waits for another one in a collective call."""
@@ -323,7 +318,7 @@ def main(stage: Callable, config_class: type, argv: list[str] | None = None,
         # Connection closed by peer, or reset by it, or a broken pipe.
         if "gloo/transport" not in str(error) and "closed by peer" not in str(error):
             raise
-        sys.exit(1)         # another process failed, and has already printed the reason
+        sys.exit(1)  # another process failed, and has already printed the reason
     finally:
         threading.excepthook = threading.__excepthook__
         if dist.is_initialized():
@@ -354,8 +349,7 @@ class StopSignal:
         self.number = number
 
     def received(self, compute: Compute) -> int:
-        """The signal that any of the processes has received, or 0: all leave at the
-        same step."""
+        """The signal that any of the processes has received, or 0: all leave at the same step."""
         return int(compute.reduce(torch.tensor(self.number), dist.ReduceOp.MAX))
 
 
@@ -364,8 +358,8 @@ class StopSignal:
 
 class Content(NamedTuple):
     """What a flag that names files stands for, wherever they lie and however that is spelled."""
-    digest: str                 # must be the same when a run goes on
-    sizes: str = ""             # must be so, too, where the flag is spelled in another way
+    digest: str      # must be the same when a run goes on
+    sizes: str = ""  # must be so, too, where the flag is spelled in another way
 
 
 def content_of_data(manifest: Manifest, images: np.ndarray | None = None) -> Content:
@@ -390,8 +384,7 @@ def content_of_file(path: str | Path) -> Content:
 def open_run(config: RunConfig, stage: str, results: tuple[str, ...],
              resources: contextlib.ExitStack, starts_from: str = "",
              contents: dict[str, Any] | None = None, **more) -> None:
-    """Make the run folder, or recognise the run in it, and keep it locked until the run
-    ends.
+    """Make the run folder, or recognise the run in it, and keep it locked until the run ends.
 
     results: patterns of the files that the stage writes; a folder in which the first of
     them exists holds something that could be lost. CheckpointError says which flags
@@ -419,7 +412,7 @@ def open_run(config: RunConfig, stage: str, results: tuple[str, ...],
         raise CheckpointError(f"{out} holds something else than a run of {stage}.py; "
                               "choose another --out")
     now = {"stage": stage} | fixed_flags(config) | more | {"contents": contents or {}}
-    now = json.loads(json.dumps(now))               # tuples are lists in a file
+    now = json.loads(json.dumps(now))  # tuples are lists in a file
     difference = _difference(before, now)
     if config.overwrite:
         for pattern in results:
@@ -430,9 +423,8 @@ def open_run(config: RunConfig, stage: str, results: tuple[str, ...],
         raise CheckpointError(f"{out} holds a run {difference}; choose another --out, or give up "
                               "that run with --overwrite")
     if before != now and not goes_on:
-        # The file is rewritten in place because its lock would not follow a new one.
-        # Nothing is lost if that is cut short: the next run with the same flags writes
-        # it again.
+        # The file is rewritten in place because its lock would not follow a new one. Nothing is
+        # lost if that is cut short: the next run with the same flags writes it again.
         file.truncate(0)
         file.write(json.dumps(now, indent=1) + "\n")
         file.flush()
@@ -478,7 +470,7 @@ def _changed_files(spelled_before: Any, spelled: Any, before: Any, now: Any) -> 
         same = content_before == content
         if path == path_before and isinstance(content_before, list):
             same = content_before[:1] == content[:1]
-        if not same:            # of a data folder in its place only the table is compared
+        if not same:  # of a data folder in its place only the table is compared
             changed.append(f"{path}/manifest.csv" if os.path.isdir(path) else str(path))
     return changed
 
@@ -494,12 +486,10 @@ def _read_config(file) -> dict:
 
 
 class Curves:
-    """log.jsonl and TensorBoard's files in the run folder, written by the first
-    process."""
+    """log.jsonl and TensorBoard's files in the run folder, written by the first process."""
 
     def __init__(self, config: RunConfig, compute: Compute, step: int):
-        """Go on after `step`; lines and points after it belong to steps that will be
-        repeated."""
+        """Go on after `step`; lines and points after it belong to steps that will be repeated."""
         self.writer = None
         if compute.rank > 0:
             return
@@ -516,8 +506,7 @@ class Curves:
             self.writer.add_text("config", valid_unicode(text))
 
     def add(self, step: int, epoch: float, scalars: dict[str, float]) -> None:
-        """One line of log.jsonl and one point on each curve. JSON has no NaN: it
-        becomes null."""
+        """One line of log.jsonl and one point on each curve. JSON has no NaN: it becomes null."""
         if self.writer:
             finite = {name: value if math.isfinite(value) else None
                       for name, value in scalars.items()}
@@ -533,13 +522,12 @@ class Curves:
             self.writer.add_image(name, pixels, step)
 
     def close(self, config: RunConfig, results: dict[str, float]) -> None:
-        """End with the flags and the results in TensorBoard's table of
-        hyper-parameters."""
+        """End with the flags and the results in TensorBoard's table of hyper-parameters."""
         if self.writer:
             flags = {name: value if isinstance(value, int | float) else valid_unicode(str(value))
                      for name, value in dataclasses.asdict(config).items()}
             for summary in hparams(flags, results):
                 self.writer._get_file_writer().add_summary(summary)
-            self.writer.flush()         # close() alone would not say that the disk is full
+            self.writer.flush()  # close() alone would not say that the disk is full
             self.writer.close()
             self.file.close()

@@ -1,5 +1,5 @@
-"""From predictions to a table that can be trusted: scores of stage 2, their intervals,
-comparisons and figures.
+"""From predictions to a table that can be trusted: scores of stage 2, their
+intervals, comparisons and figures.
 
 Test images are drawn anew by patient, the same draws for every row, so that a difference
 between two rows is a paired one. What is chosen (epochs, regularisation, thresholds) is

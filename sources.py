@@ -220,8 +220,7 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
         labels = class_folders(source, {file: place for file, place in places.items()
                                         if splits[file] is not None})
 
-    # One item an image. Where x.png lies beside x.jpg both keep their suffix,
-    # as x.png.jpg.
+    # One item an image. Where x.png lies beside x.jpg both keep their suffix, as x.png.jpg.
     sharing = Counter(map(jpeg_path, images))
     for file in images:
         split = splits[file]
@@ -260,8 +259,7 @@ def class_folders(source: Source, places: dict[str, Place]) -> dict[str, tuple[s
 
 def doubt_folders(source: Source, images: list[str], levels: list[str], guessed: bool) -> None:
     """Add the doubts that names of folders raise to the source."""
-    # A mask would teach the network outlines, and its label would be right all
-    # the same.
+    # A mask would teach the network outlines, and its label would be right all the same.
     masks = drawings(images)
     if masks:
         source.doubts.append(Doubt(
@@ -324,8 +322,7 @@ def rows_of_files(table: Table, images: list[str], src: Path, source: Source) ->
     then the same without suffixes; that is noted. What is only in one of the
     two is rejected. DataError where two rows name one file or two files have
     the name of one row."""
-    # By the path, or by what differs from it in case only, where that is one
-    # file.
+    # By the path, or by what differs from it in case only, where that is one file.
     by_path = unique(images, plain_path)
     file_of = {key: by_path[key] for key in table.rows if key in by_path}
     case = Counter(path.casefold() for path in by_path)
@@ -334,8 +331,7 @@ def rows_of_files(table: Table, images: list[str], src: Path, source: Source) ->
     for key in table.rows:
         if key not in file_of and key.casefold() in by_case:
             file_of[key] = by_case[key.casefold()]
-    # By another name of the same file: below a link, find_files has only one of
-    # the two.
+    # By another name of the same file: below a link, find_files has only one of the two.
     missing = [key for key in table.rows
                if key not in file_of and os.path.exists(src / key)]
     if missing:
@@ -344,8 +340,7 @@ def rows_of_files(table: Table, images: list[str], src: Path, source: Source) ->
             if os.path.realpath(src / key) in real:
                 file_of[key] = real[os.path.realpath(src / key)]
 
-    # By the name alone, if no row was found at all. A path beside it must not
-    # contradict.
+    # By the name alone, if no row was found at all. A path beside it must not contradict.
     for way, plain in (("name", str), ("name without suffix", without_suffix)):
         if file_of:
             break
@@ -435,8 +430,7 @@ def nih_items(args: argparse.Namespace, files: list[str]) -> Source:
         raise DataError(f"{min(train & test)} is in both train_val_list.txt and test_list.txt "
                         f"of {args.src}")
 
-    # The table and the lists go by an image's name, whichever folder it was
-    # unpacked into.
+    # The table and the lists go by an image's name, whichever folder it was unpacked into.
     images = {}
     for file in files:
         name = PurePosixPath(file).name
@@ -474,8 +468,7 @@ def chexpert_items(args: argparse.Namespace, files: list[str]) -> Source:
     for part, split in (("train", "train"), ("valid", "test")):
         images = {file: file for file in files
                   if file.startswith(f"{part}/") and file.lower().endswith(EXTENSIONS)}
-        # CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg: the
-        # first part is --src.
+        # CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg: the first part is --src.
         table = read_table(args.src / f"{part}.csv", "Path",
                            ["Frontal/Lateral", *CHEXPERT_OBSERVATIONS],
                            normalise=lambda path: path.partition("/")[2])

@@ -27,8 +27,7 @@ class Normalise(torch.autograd.Function):
         everybodys = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(everybodys, own)
         variances, means = torch.stack(everybodys).unbind(1)                    # (W, C) each
-        # The variance within the processes' images, plus that between the
-        # processes.
+        # The variance within the processes' images, plus that between the processes.
         mean = means.mean(0)
         variance = variances.mean(0) + (means - mean).square().mean(0)
         ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt())
@@ -42,8 +41,7 @@ class Normalise(torch.autograd.Function):
         gradient = _precise(gradient)
         for_weight = (gradient * normalised).sum(_dims(x))  # (C,)
         for_bias = gradient.sum(_dims(x))                   # (C,)
-        # An image moves mean and variance, and through them all images of all
-        # processes.
+        # An image moves mean and variance, and through them all images of all processes.
         everybodys = torch.stack([for_weight, for_bias])    # (2, C)
         dist.all_reduce(everybodys)
         count = dist.get_world_size() * x.numel() / x.shape[1]
@@ -67,8 +65,7 @@ class SyncBatchNorm(_BatchNorm):
     """nn.BatchNorm1d or 2d over the images of all processes, with the same state dict."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # These may be None in a batch norm without running statistics; ours
-        # always has them.
+        # These may be None in a batch norm without running statistics; ours always has them.
         assert self.running_mean is not None and self.running_var is not None
         assert self.num_batches_tracked is not None and self.momentum is not None
         if not self.training:

@@ -28,8 +28,7 @@ from typing import NamedTuple
 
 from common import DataError, open_text
 
-# What a cell says -> as the manifest has it. Numbers are not listed: see
-# value_of.
+# What a cell says -> as the manifest has it. Numbers are not listed: see value_of.
 CELL_WORDS = {
     "1": ("yes", "y", "true", "t", "positive", "pos", "present"),
     "0": ("no", "n", "false", "f", "negative", "neg", "absent"),
@@ -110,8 +109,7 @@ def read_table(file: Path, key: str, columns: list[str] | None = None,
                 if len(line) != len(header):
                     raise DataError(f"{file}, row {number}: {len(line)} cells where the header "
                                     f"has {len(header)}")
-                # The same few words fill most columns: interned, each is in
-                # memory once.
+                # The same few words fill most columns: interned, each is in memory once.
                 value, *cells = [sys.intern(line[place].strip()) for place in places]
                 value = normalise(value)
                 row = Row(number, cells)
@@ -394,8 +392,7 @@ def refuse_hidden_lists(words: list[str], where: dict[str, str]) -> None:
         for word, parts in parts_of.items():
             if any(part and (part in known or often[part] > 1) for part in parts):
                 raise ask_for_separator(word, where)
-    # Mass, Nodule, and Mass Nodule; a class of several words rarely has one for
-    # each of them.
+    # Mass, Nodule, and Mass Nodule; a class of several words rarely has one for each of them.
     for word in words:
         parts = form_key(word).split()
         if len(parts) > 1 and known.issuperset(parts):

@@ -1,6 +1,7 @@
 """Small data folders of real JPEGs, and the skipping of what needs a GPU."""
 import csv
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,12 @@ sys.path.insert(0, str(ROOT))
 SMALL = ["--arch", "resnet18", "--image-size", "32", "--batch-size", "8", "--epochs", "3",
          "--warmup-epochs", "1", "--log-every", "1", "--save-every", "3", "--probe-every", "0",
          "--threads", "1"]
+
+
+def pytest_configure():
+    # A shell starts a background job with Ctrl-C ignored, and all that the job starts inherits
+    # that: a SIGINT would do nothing.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):

@@ -61,15 +61,6 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ctrl_c():
-    """A shell starts a background job with Ctrl-C ignored, and all that the job starts inherits
-    that: a SIGINT would do nothing."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.fixture(scope="module")
 def long(request):
     return request.config.getoption("--long")
