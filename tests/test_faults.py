@@ -133,6 +133,8 @@ def contents(out):
 
 
 def _content(file, out):
+    if file.name == "prepare.json":             # --src as it is seen from --out
+        return json.loads(file.read_text()) | {"src": ""}
     if file.suffix == ".pt":
         return _digest(load_checkpoint(file), out)
     if file.suffix == ".jsonl":
@@ -289,7 +291,7 @@ def strike(job, out, rng, seconds):
 
 @pytest.mark.parametrize("stage, processes, few, many", [
     ("prepare", None, 4, 36), ("pretrain", None, 2, 16), ("pretrain", 2, 1, 10),
-    ("pretrain", 4, 0, 6), ("finetune", None, 1, 14), ("cluster_eval", None, 1, 10),
+    ("pretrain", 4, 0, 6), ("finetune", None, 0, 14), ("cluster_eval", None, 0, 10),
     ("predict", None, 1, 10)])
 def test_killed_again_and_again_ends_the_same(stage, processes, few, many, commands, undisturbed,
                                               rng, long, tmp_path, report):
@@ -330,15 +332,16 @@ def test_killed_again_and_again_ends_the_same(stage, processes, few, many, comma
 # torchrun: a worker or an agent dies, and the run goes on.
 
 def test_torchrun_brings_back_a_killed_worker(commands, undisturbed, rng, tmp_path, report):
-    """By itself, and it costs --save-every steps at most, which are 3 here."""
+    """By itself, and it costs --save-every steps at most, which are 3 here. Gloo may try the
+    address of the dead process once more, which costs a restart of its own."""
     expected, _ = undisturbed("pretrain", 2)
     job = Job("pretrain", [*commands["pretrain"], tmp_path / "run"], 2,
-              torchrun=["--standalone", "--max-restarts=2"])
+              torchrun=["--standalone", "--max-restarts=8"])
     lost = [kill_a_worker(job, step, rng) for step in (rng.randint(4, 6), rng.randint(9, 11))]
     job.wait(400)
     assert job.code == 0, job.output
     assert max(lost) <= 3 and contents(tmp_path / "run") == expected
-    report(f"| a worker of torchrun killed twice, `--max-restarts=2` | 2 | back by itself; "
+    report(f"| a worker of torchrun killed twice, `--max-restarts=8` | 2 | back by itself; "
            f"{lost[0]} and {lost[1]} steps lost, `--save-every 3`; the same bits |")
 
 
@@ -787,7 +790,7 @@ def test_hostile_images(suffix, rng, long, tmp_path, report):
                         read_identity(file, ["DX"], 100), str):
                     refused += 1
                     continue
-                image = load_image(file, read, ImageSettings(64))
+                image = load_image(file, read, ImageSettings(64)).image
         except DataError as error:
             assert str(error) and "\n" not in str(error) and "hangs" not in str(error)
             refused += 1
@@ -913,11 +916,13 @@ def holdings(pid):
 
 
 @pytest.mark.parametrize("stage, unit, few, many", [
-    ("pretrain", "step", 120, 2000), ("finetune", "epoch", 6, 20)])
+    ("pretrain", "step", 120, 2000), ("finetune", "epoch", 0, 20)])
 def test_long_runs_hold_no_more(stage, unit, few, many, data, labelled, encoder, long, tmp_path,
                                 report):
     """Slopes over the second half, when all that is made once has been made."""
     count = many if long else few
+    if not count:
+        pytest.skip("--long only")
     command = {
         "pretrain": [*SMALL, "--batch-size", "4", "--epochs", "200", "--probe-every", "5",
                      "--save-every", "50", "--max-steps", count, "--data", data],
