@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
-import run                              # first: from here on Ctrl-C is one sentence
+import run  # first: it answers Ctrl-C while PyTorch loads
 import numpy as np
 import torch
 from matplotlib import color_sequences, rc_context

@@ -29,7 +29,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import run                              # first: from here on Ctrl-C is one sentence
+import run  # first: it answers Ctrl-C while PyTorch loads
 import numpy as np
 import torch
 from torch import Tensor, nn

@@ -32,7 +32,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import run                              # first: from here on Ctrl-C is one sentence
+import run  # first: it answers Ctrl-C while PyTorch loads
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import run  # first: from here on Ctrl-C is one sentence
+import run  # first: it answers Ctrl-C while PyTorch loads
 import numpy as np
 import torch
 import torch.distributed as dist
