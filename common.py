@@ -102,7 +102,7 @@ def _leave_with_torchrun() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-# All in the project that happens at import. A script loads PyTorch for seconds before its main()
+# Nothing else in the project runs at import. A script loads PyTorch for seconds before its main()
 # is called, and nothing else can answer Ctrl-C until then; so this file is loaded first.
 sys.excepthook, sys.unraisablehook = _report_uncaught, _interrupt_again
 if "TORCHELASTIC_RUN_ID" in os.environ:

@@ -418,6 +418,8 @@ def dicom_items(args: argparse.Namespace, files: list[str]) -> Source:
         table = read_table(args.labels, args.key_column or args.key, args.label_columns or None,
                            normalise=without_suffix if args.key == "file" else str)
         label_keys = set(table.rows)
+        if "" in label_keys:            # it would label every file without that key
+            raise DataError(f"{args.labels}, row {table.rows[''].number}: its key is empty")
         source.label_names, labels = read_labels(table, table.columns)
         if source.label_names != table.columns:         # a column of words might be one of names
             raise DataError(f"{args.labels} must hold 1, 0, -1 or blanks: choose such columns "

@@ -1,7 +1,7 @@
 """What cannot be meant: counts and names that are almost always a mistake in the source.
 
-Each Doubt has a name, and `--allow NAME` is how a user says that it is meant. Nothing is doubted
-where a source has fewer than three images: no counting says anything there.
+Each Doubt has a name, and `--allow NAME` is how a user says that it is meant. Splits and constant
+labels are not doubted where there are fewer than three images: counting says nothing there.
 """
 import re
 from collections import Counter

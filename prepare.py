@@ -253,9 +253,13 @@ def prepare(args: argparse.Namespace) -> None:
 
         # Remove what another run made, its manifest first: a folder that has one is complete.
         if args.overwrite:
-            for name in ("manifest.csv", "DATA.md", "rejected.csv", "prepare.json"):
+            images = args.out / "images"
+            if images.is_symlink():
+                raise DataError(f"{images} is a link, behind which nothing is deleted: remove it")
+            for name in ("manifest.csv", "DATA.md", "rejected.csv"):
                 (args.out / name).unlink(missing_ok=True)
-            shutil.rmtree(args.out / "images", ignore_errors=True)
+            if images.exists():
+                shutil.rmtree(images)
 
         # Say what is being made, make it, and only then write the manifest.
         write_text(args.out / "prepare.json", json.dumps(settings_of(args), indent=1))

@@ -290,22 +290,29 @@ def read_image_table(args: argparse.Namespace) -> Table:
         columns.append(args.rater_column)
     return read_table(
         args.csv, args.path_column, list(dict.fromkeys(columns)),
-        optional={"patient", "split"} - set(labels), normalise=plain_path,
+        optional={"patient", "split"} - set(labels) - {text.partition("=")[0]
+                                                       for text in args.where},
+        normalise=plain_path,
         several=bool(args.several_rows),
         hint="; --several-rows says how several rows of an image become one")
 
 
 def take_where(table: Table, key_of: dict[str, str], conditions: list[str],
                source: Source) -> None:
-    """Reject those files, and take them out of {file: key}, whose first row fails a condition."""
+    """Keep only the rows that meet every condition, and reject the files that have none left."""
     for text in conditions:         # COLUMN=VALUE,VALUE
         column, _, values = text.partition("=")
         values = [value.strip() for value in values.split(",")]
-        cells = table.column(column)
-        failing = {file: cells[key] for file, key in key_of.items() if cells[key] not in values}
-        for file, cell in failing.items():
-            source.rejected.append((file, f"{column} is {cell or 'blank'} in {table.file.name}"))
-            del key_of[file]
+        place = table.columns.index(column)
+        for file, key in list(key_of.items()):
+            rows = table.all_rows(key)
+            kept = [row for row in rows if row.cells[place] in values]
+            if kept:
+                table.rows[key], table.further[key] = kept[0], kept[1:]
+            else:
+                cell = rows[0].cells[place] or "blank"
+                source.rejected.append((file, f"{column} is {cell} in {table.file.name}"))
+                del key_of[file]
 
 
 def plain_path(path: str) -> str:

@@ -337,6 +337,9 @@ def test_dicom_labels(tmp_path):
     with pytest.raises(SystemExit, match="rows.csv must hold 1, 0, -1 or blanks"):
         dicom(tmp_path, *by_image, out="names")
     assert not (tmp_path / "names/DATA.md").exists()
+    write_csv(table, [("PatientID", "Mass"), ("001", 1), ("", 1)])
+    with pytest.raises(SystemExit, match="row 3: its key is empty"):    # or it were of all without
+        dicom(tmp_path, "--labels", table, out="blank")
     write_csv(table, [("PatientID", "Mass"), ("1", 1)])         # a spreadsheet ate the zeros
     with pytest.raises(SystemExit, match="no PatientID in it is that of a DICOM file"):
         dicom(tmp_path, "--labels", table, out="zeros")

@@ -140,7 +140,7 @@ def test_control_c_in_a_destructor_is_not_lost():
     happened."""
     script = """
 import signal, time
-from manifest import errors_in_one_sentence
+from common import errors_in_one_sentence
 
 class Object:
     def __del__(self):

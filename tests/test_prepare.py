@@ -750,3 +750,15 @@ def test_damaged_settings_and_empty_salt_are_told(tmp_path):
     with pytest.raises(SystemExit, match="salt holds no secret"):
         run("dicom", "--src", tmp_path / "src", "--out", tmp_path / "other",
             "--salt", tmp_path / "salt")
+
+
+def test_overwrite_deletes_nothing_behind_a_link(tmp_path):
+    save(tmp_path / "src/a.png", radiograph(0, 100, 100))
+    folder(tmp_path / "src", tmp_path / "out")
+    (tmp_path / "out/images").rename(tmp_path / "elsewhere")
+    (tmp_path / "out/images").symlink_to(tmp_path / "elsewhere")
+    before = (tmp_path / "elsewhere/a.jpg").read_bytes()
+    with pytest.raises(SystemExit, match="images is a link, behind which nothing is deleted"):
+        folder(tmp_path / "src", tmp_path / "out", "--quality", 50, "--overwrite")
+    assert (tmp_path / "elsewhere/a.jpg").read_bytes() == before
+    assert (tmp_path / "out/manifest.csv").exists()

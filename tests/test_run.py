@@ -92,7 +92,7 @@ def test_unwritable_shared_memory_is_named_and_not_the_run_folder(tmp_path):
     script = tmp_path / "stage.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import multiprocessing\nfrom manifest import errors_in_one_sentence\n"
+        "import multiprocessing\nfrom common import errors_in_one_sentence\n"
         "with errors_in_one_sentence('stage.py', 'out'):\n    multiprocessing.Lock()\n")
     mount = "mount -t tmpfs -o ro none /dev/shm && exec "
     command = ["unshare", "--mount", "bash", "-c", f"{mount} {sys.executable} {script}"]

@@ -609,3 +609,20 @@ def test_text_that_is_none(tmp_path):
     (tmp_path / "x.txt").write_bytes(b"a\0b")
     with pytest.raises(DataError, match="x.txt is not text in UTF-8"):
         read_text(tmp_path / "x.txt")
+
+
+def test_where_looks_at_every_row_of_an_image(tmp_path):
+    """Of two readers' rows the one's are taken, whichever comes first; a missing column is told."""
+    for i in range(4):
+        save(tmp_path / f"src/{i}.png", radiograph(i))
+    (tmp_path / "rows.csv").write_text("path,rad,finding\n" + "".join(
+        f"{i}.png,{rad},{finding}\n" for i in range(4)
+        for rad, finding in [("R2", "Nodule"), ("R1", "Mass")][::1 if i % 2 else -1]))
+    flags = ["--csv", tmp_path / "rows.csv", "--class-columns", "finding",
+             "--several-rows", "any", "--allow", "constant-label", "empty-split"]
+    folder(tmp_path / "src", tmp_path / "out", *flags, "--where", "rad=R1")
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.label_names == ["Mass"] and (manifest.labels == 1).all()
+    assert len(manifest.paths) == 4
+    with pytest.raises(SystemExit, match="must have one column 'split'"):
+        folder(tmp_path / "src", tmp_path / "other", *flags, "--where", "split=train")
