@@ -331,9 +331,11 @@ def test_killed_again_and_again_ends_the_same(stage, processes, few, many, comma
 # --------------------------------------------------------------------------------------------------
 # torchrun: a worker or an agent dies, and the run goes on.
 
-def test_torchrun_brings_back_a_killed_worker(commands, undisturbed, rng, tmp_path, report):
+def test_torchrun_brings_back_a_killed_worker(commands, undisturbed, rng, long, tmp_path, report):
     """By itself, and it costs --save-every steps at most, which are 3 here. Gloo may try the
     address of the dead process once more, which costs a restart of its own."""
+    if not long:
+        pytest.skip("--long only")
     expected, _ = undisturbed("pretrain", 2)
     job = Job("pretrain", [*commands["pretrain"], tmp_path / "run"], 2,
               torchrun=["--standalone", "--max-restarts=8"])
