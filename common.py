@@ -210,6 +210,8 @@ def csv_cell(text: str) -> str:
     if any(character in text for character in ',"\r\n'):
         return '"' + text.replace('"', '""') + '"'
     return text
+
+
 def valid_unicode(text: str) -> str:
     """Text for those who take no bytes of file names that are not UTF-8: they are escaped."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -600,7 +600,7 @@ def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> O
             optimizer.zero_grad(set_to_none=True)
             loss_sum += loss.detach()
 
-        # After an epoch: the mean loss. Nowhere else in it does the host wait for the GPU.
+        # After an epoch: the mean loss.
         mean_loss = compute.reduce(loss_sum).item() / epoch_steps / compute.world_size
         speed = epoch_steps * config.batch_size / (time.perf_counter() - clock)
         if not math.isfinite(mean_loss):

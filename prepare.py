@@ -33,9 +33,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from common import (                  # first: see there
-    DataError, differing_flags, errors_in_one_sentence, lock, number_within, open_text, read_text,
-    restart_in_utf8, whole_file, write_csv, write_text)
+from common import (                  # first: it answers Ctrl-C while the rest loads
+    DataError, differing_flags, errors_in_one_sentence, lock, number_within, open_text,
+    print_any_name, read_text, restart_in_utf8, whole_file, write_csv, write_text)
 from manifest import SPLITS, read_manifest
 
 from PIL import Image
@@ -666,10 +666,8 @@ def main(argv: list[str] | None = None) -> int:
     """The exit code, where no error ends the script with a sentence."""
     if argv is None:
         restart_in_utf8()
+    print_any_name()
     args = parse_args(argv)
-    # A name that cannot be printed must not cost the run: it is escaped.
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
     if args.source == "verify":
         with errors_in_one_sentence("prepare.py", args.folder):
             return verify(args)

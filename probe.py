@@ -88,8 +88,8 @@ def fit_logistic(x: Tensor, targets: Tensor, weights: Tensor, strengths: Tensor,
     free intercept, as scikit-learn's does with C = 1 / (n * strength).
     Returns coefficients (D, R, G, K) and intercepts (R, G, K).
 
-    It stops when no step can lower a loss by more than `tolerance`; weakly
-    regularised ones on few rows may end about 1e-4 above their optimum.
+    It stops when a step is no longer sure to lower any loss by `tolerance`;
+    weakly regularised ones on few rows may end about 1e-4 above their optimum.
 
     The method: in the rows' principal axes x'x is diagonal, and so is a
     bound of the Hessian (Böhning 1992). The gradient divided by that bound

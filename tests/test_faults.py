@@ -370,7 +370,6 @@ def agents(stage, command, count=2):
 
 
 def test_two_agents_are_one_node(commands, undisturbed, long, tmp_path, report):
-    """With --long the second agent is killed on the way and started again."""
     if not long:
         pytest.skip("--long only")
     expected, _ = undisturbed("pretrain", 2)
