@@ -29,11 +29,12 @@ from torchvision.transforms import v2
 import phantom
 import prepare
 from common import number_within
+from checkpoint import ARCHITECTURES
 from dali_pipeline import Augmentation, Loader, Preprocessing, train_loader
 from labels import draw
 from loss import nt_xent
 from manifest import Manifest, read_manifest
-from model import ARCHITECTURES, MEAN, STD, SimCLR, build_encoder
+from model import MEAN, STD, SimCLR, build_encoder
 from pretrain import LARS
 from probe import STRENGTHS, fit_logistic
 from radiograph import ImageSettings, read_image

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole, read without trust, and the encoder in those of other tools.
+"""Checkpoints: written whole, read without trust, and the weights of an encoder in them.
 
 A checkpoint is a dict of tensors, numbers, strings, lists and dicts.
 """
@@ -7,15 +7,21 @@ import json
 import math
 import os
 import signal
+import urllib.error
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from common import DataError, whole_file
+
+FORMAT = "simclr-cxr encoder, version 1"    # of what encoder.pt and classifier.pt hold
+ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+PREPROCESSING = {"image_size", "normalize", "clahe"}    # what their config says of it
 
 
 class CheckpointError(DataError):
@@ -138,7 +144,82 @@ def _damage(state: dict) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# Checkpoints of other tools.
+# The weights of an encoder, from a checkpoint of this project or of another tool.
+
+def encoder_weights(init: str | Path, arch: str, expected: dict[str, Tensor],
+                    say: Callable) -> dict[str, Tensor]:
+    """The state dict of a ResNet, of the keys and shapes of `expected`; its stem may have three
+    channels. init: `imagenet`, or the path of a checkpoint. say: is told what was taken of it.
+
+    CheckpointError where the weights cannot be had, do not fit or are not finite."""
+    state = _imagenet_state(arch) if init == "imagenet" else _encoder_state(init, arch, say)
+    try:
+        reason = _mismatch(expected, state)
+        if not reason and not all(value.isfinite().all() for value in state.values()):
+            reason = "some of its weights are not finite"
+    except MALFORMED as error:
+        reason = str(error).splitlines()[-1].strip()
+    if reason:
+        raise CheckpointError(
+            f"{init} does not fit a {arch} with a one-channel stem: {reason}")
+    return state
+
+
+def _imagenet_state(arch: str) -> dict[str, Tensor]:
+    weights = torchvision.models.get_model_weights(arch)["DEFAULT"]
+    try:
+        state = weights.get_state_dict(progress=False, check_hash=True)
+        return {key: value for key, value in state.items() if not key.startswith("fc.")}
+    except (urllib.error.URLError, OSError) as error:
+        raise CheckpointError(
+            f"the ImageNet weights cannot be downloaded ({error}): fetch {weights.url} elsewhere "
+            "and give its path instead of 'imagenet'") from None
+
+
+def _encoder_state(path: str | Path, arch: str, say: Callable) -> dict[str, Tensor]:
+    """The encoder's weights in a checkpoint, by torchvision's own keys."""
+    state = load_checkpoint(path)
+    if state.get("arch") in ARCHITECTURES and state["arch"] != arch:
+        raise CheckpointError(f"{path} holds a {state['arch']}, not a {arch}")
+    weights, taken = find_encoder(state, str(path))
+    if state.get("format") != FORMAT and taken:
+        say(f"{path}: {taken}")
+    return weights
+
+
+def _mismatch(expected: dict[str, Tensor], state: dict[str, Tensor]) -> str:
+    """Which keys are missing, unexpected or of another shape, or nothing. The stem may have
+    three channels; batch norm's counters are of no use and may be missing."""
+    missing = [key for key in expected
+               if key not in state and not key.endswith("num_batches_tracked")]
+    shapes = {key: tuple(value.shape) for key, value in expected.items()}
+    stem = shapes["conv1.weight"]
+    allowed = {"conv1.weight": (stem, (stem[0], 3, *stem[2:]))}
+    other_shape = [f"{key} ({_by(state[key].shape)}, not {_by(shapes[key])})" for key in shapes
+                   if key in state
+                   and tuple(state[key].shape) not in allowed.get(key, (shapes[key],))]
+    return "; ".join(f"{what}: {first_three(keys)}" for what, keys in (
+        ("missing keys", missing),
+        ("unexpected keys", [key for key in state if key not in expected]),
+        ("keys of another shape", other_shape)) if keys)
+
+
+def _by(shape: Iterable[int]) -> str:
+    return " x ".join(map(str, shape)) or "a number"
+
+
+def settings_of(checkpoint: dict) -> dict[str, Any]:
+    """What a checkpoint says of its data folder, architecture and preprocessing, as far as that
+    can be meant here: another tool may have other things under the same names."""
+    about = checkpoint | checkpoint.get("config", {})
+    meant = {
+        "data": checkpoint.get("format") == FORMAT and isinstance(about.get("data"), str),
+        "arch": about.get("arch") in ARCHITECTURES,
+        "image_size": type(about.get("image_size")) is int and 1 <= about["image_size"] <= 4096,
+        "normalize": about.get("normalize") in ("fixed", "image"),
+        "clahe": isinstance(about.get("clahe"), bool)}
+    return {name: about[name] for name in meant if meant[name]}
+
 
 # Parts of a network that stand on an encoder, and copies of it that trail behind: a checkpoint's
 # keys have such names before the first dot, or between two of them.

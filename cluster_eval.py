@@ -38,13 +38,13 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 
-from checkpoint import load_checkpoint
+from checkpoint import load_checkpoint, settings_of
 from common import DataError, valid_unicode, whole_file, write_text
 from dali_pipeline import Preprocessing, eval_loader
 from manifest import SPLITS, Manifest, read_manifest
-from model import MEAN, STD, build_encoder, cached_features, num_features, settings_of
-from probe import knn_class_shares
-from run import Compute, flag
+from model import MEAN, STD, build_encoder, num_features
+from probe import cached_features, knn_class_shares
+from run import ENCODERS, Compute, flag
 from scores import FigureText, figure_text, legend_below, write_json
 
 # The table's columns and the keys of results.json.
@@ -52,8 +52,6 @@ SCORES = ("accuracy", "balanced_accuracy", "NMI", "ARI", "purity", "silhouette",
           "cosine_within", "cosine_between", "kNN_accuracy", "kNN_AUROC")
 # Rows that need no checkpoint, and how many labelled images went into each.
 NO_CHECKPOINT = {"random": 0, "pixels": 0, "imagenet": 1_281_167}
-# The first of these that exists is a row by default.
-ENCODERS = ("runs/pretrain/encoder.pt", "runs/demo/encoder.pt")
 # What NIH and CheXpert call the column of images without any.
 NO_FINDING = "No Finding"
 

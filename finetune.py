@@ -37,21 +37,19 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.models import ResNet
 
 from checkpoint import (
-    MALFORMED, CheckpointError, first_not_finite, load_checkpoint, save_checkpoint)
+    ARCHITECTURES, FORMAT, MALFORMED, CheckpointError, first_not_finite, load_checkpoint,
+    save_checkpoint, settings_of)
 from common import DataError, write_text
 from dali_pipeline import Augmentation, Preprocessing, eval_loader, train_loader
-from labels import Draw, Task, cell_weights, draw, make_task, policy_sentence, to_probabilities
-from loss import masked_cross_entropy
+from labels import (
+    Draw, Task, cell_weights, draw, make_task, masked_cross_entropy, policy_sentence,
+    to_probabilities)
 from manifest import SPLITS, Manifest, read_manifest
-from model import (
-    ARCHITECTURES, FORMAT, Classifier, build_encoder, cached_features, extract_features,
-    num_features, settings_of)
-from probe import STRENGTHS, fit_logistic
-from run import Compute, flag
+from model import Classifier, build_encoder, extract_features, num_features
+from probe import STRENGTHS, cached_features, fit_logistic
+from run import ENCODERS, Compute, flag
 from scores import report, val_score, youden
 
-# The first of these that exists is the default of --init.
-ENCODERS = ("runs/pretrain/encoder.pt", "runs/demo/encoder.pt")
 # Initialisations that are no file, and their names in tables.
 NAMES = {"random": "Scratch", "imagenet": "ImageNet"}
 # What the first encoder decides, and what holds where neither it nor a flag does.

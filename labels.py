@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 from sklearn.utils.class_weight import compute_sample_weight
+import torch.nn.functional as F
 from torch import Tensor
 
 from common import DataError
@@ -146,3 +147,20 @@ def draw(patients: np.ndarray, labels: np.ndarray, fraction: float, seed: int) -
     extra = [first for first in firsts if first >= count]
     rows = np.flatnonzero((place < count) | np.isin(place, extra))
     return Draw(rows, len(extra))
+
+
+def masked_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """The loss of the labels, for N images and G questions of K answers each; scalar, float32.
+
+    logits, targets: (N, G, K). With K = 1 it is binary cross-entropy, one
+    sigmoid a label; otherwise the targets are one-hot and it is that of a
+    softmax. weights: (N, G), 0 leaves a cell out. The sum is divided by N *
+    G and not by the weights, so that the mean over processes is the loss of
+    their common batch; scale the weights to a mean of 1 over the training
+    images."""
+    logits = logits.float()
+    if logits.shape[2] == 1:
+        cells = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")[:, :, 0]
+    else:
+        cells = -(targets * logits.log_softmax(2)).sum(2)
+    return (weights * cells).mean()

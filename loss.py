@@ -139,18 +139,3 @@ def diagnostics(z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
             "uniformity": (potentials[0] + potentials[1]) / 2}
 
 
-def masked_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """The loss of the labels, for N images and G questions of K answers each; scalar, float32.
-
-    logits, targets: (N, G, K). With K = 1 it is binary cross-entropy, one
-    sigmoid a label; otherwise the targets are one-hot and it is that of a
-    softmax. weights: (N, G), 0 leaves a cell out. The sum is divided by N *
-    G and not by the weights, so that the mean over processes is the loss of
-    their common batch; scale the weights to a mean of 1 over the training
-    images."""
-    logits = logits.float()
-    if logits.shape[2] == 1:
-        cells = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")[:, :, 0]
-    else:
-        cells = -(targets * logits.log_softmax(2)).sum(2)
-    return (weights * cells).mean()

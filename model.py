@@ -4,22 +4,15 @@ The encoder is torchvision's ResNet with a one-channel stem and without `fc`, so
 its state dict loads into torchvision's own model. Its input is a normalised radiograph,
 (B, 1, S, S); its output the pooled features, (B, D).
 """
-import contextlib
-import hashlib
-import os
-import platform
-import urllib.error
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
 
-from checkpoint import (
-    MALFORMED, CheckpointError, find_encoder, first_three, load_checkpoint, save_checkpoint)
+from checkpoint import ARCHITECTURES, CheckpointError, encoder_weights
 
 if TYPE_CHECKING:
     from dali_pipeline import Loader
@@ -27,13 +20,6 @@ if TYPE_CHECKING:
 MEAN, STD = 0.5, 0.25               # the input is (gray level - MEAN) / STD, gray levels in [0, 1]
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])
-ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-FORMAT = "simclr-cxr encoder, version 1"
-KEPT_FEATURES = 8 * 2**30           # bytes; NIH's 112,120 images of ResNet-50 take 0.9 GB
-
-# What a classifier.pt holds, and what its config says of the preprocessing.
-CLASSIFIER = {"arch", "encoder", "config", "classifier", "labels", "kind", "thresholds"}
-PREPROCESSING = {"image_size", "normalize", "clahe"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -58,76 +44,10 @@ def build_encoder(arch: str, init: str = "random",
     if init == "random":
         return encoder
 
-    state = _imagenet_state(arch) if init == "imagenet" else _encoder_state(init, arch, say)
-    try:
-        if reason := _mismatch(encoder.state_dict(), state):
-            raise RuntimeError(reason)
-        if state["conv1.weight"].shape[1] == 3:
-            state = fold_rgb_stem(state)
-        encoder.load_state_dict(state)
-        if not all(value.isfinite().all() for value in state.values()):
-            raise RuntimeError("some of its weights are not finite")
-    except MALFORMED as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise CheckpointError(
-            f"{init} does not fit a {arch} with a one-channel stem: {reason}") from None
+    state = encoder_weights(init, arch, encoder.state_dict(), say)
+    rgb = state["conv1.weight"].shape[1] == 3
+    encoder.load_state_dict(fold_rgb_stem(state) if rgb else state)
     return encoder
-
-
-def _mismatch(expected: dict[str, Tensor], state: dict[str, Tensor]) -> str:
-    """Which keys are missing, unexpected or of another shape, or nothing. The stem may have
-    three channels; batch norm's counters are of no use and may be missing."""
-    missing = [key for key in expected
-               if key not in state and not key.endswith("num_batches_tracked")]
-    shapes = {key: tuple(value.shape) for key, value in expected.items()}
-    stem = shapes["conv1.weight"]
-    allowed = {"conv1.weight": (stem, (stem[0], 3, *stem[2:]))}
-    other_shape = [f"{key} ({_by(state[key].shape)}, not {_by(shapes[key])})" for key in shapes
-                   if key in state
-                   and tuple(state[key].shape) not in allowed.get(key, (shapes[key],))]
-    return "; ".join(f"{what}: {first_three(keys)}" for what, keys in (
-        ("missing keys", missing),
-        ("unexpected keys", [key for key in state if key not in expected]),
-        ("keys of another shape", other_shape)) if keys)
-
-
-def _by(shape: Iterable[int]) -> str:
-    return " x ".join(map(str, shape)) or "a number"
-
-
-def _imagenet_state(arch: str) -> dict[str, Tensor]:
-    weights = torchvision.models.get_model_weights(arch)["DEFAULT"]
-    try:
-        state = weights.get_state_dict(progress=False, check_hash=True)
-        return {key: value for key, value in state.items() if not key.startswith("fc.")}
-    except (urllib.error.URLError, OSError) as error:
-        raise CheckpointError(
-            f"the ImageNet weights cannot be downloaded ({error}): fetch {weights.url} elsewhere "
-            "and give its path instead of 'imagenet'") from None
-
-
-def _encoder_state(path: str, arch: str, say: Callable) -> dict[str, Tensor]:
-    """The encoder's weights in a checkpoint, by torchvision's own keys."""
-    state = load_checkpoint(path)
-    if state.get("arch") in ARCHITECTURES and state["arch"] != arch:
-        raise CheckpointError(f"{path} holds a {state['arch']}, not a {arch}")
-    weights, taken = find_encoder(state, path)
-    if state.get("format") != FORMAT and taken:
-        say(f"{path}: {taken}")
-    return weights
-
-
-def settings_of(checkpoint: dict) -> dict[str, Any]:
-    """What a checkpoint says of its data folder, architecture and preprocessing, as far as that
-    can be meant here: another tool may have other things under the same names."""
-    about = checkpoint | checkpoint.get("config", {})
-    meant = {
-        "data": checkpoint.get("format") == FORMAT and isinstance(about.get("data"), str),
-        "arch": about.get("arch") in ARCHITECTURES,
-        "image_size": type(about.get("image_size")) is int and 1 <= about["image_size"] <= 4096,
-        "normalize": about.get("normalize") in ("fixed", "image"),
-        "clahe": isinstance(about.get("clahe"), bool)}
-    return {name: about[name] for name in meant if meant[name]}
 
 
 def fold_rgb_stem(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -184,32 +104,6 @@ class Classifier(nn.Module):
         return self.head(self.encoder(x))
 
 
-def load_classifier(path: str | Path) -> tuple[Classifier, dict]:
-    """The network of a classifier.pt, in evaluation mode, and the checkpoint.
-
-    CheckpointError where the file is no classifier.pt."""
-    state = load_checkpoint(path)
-    if not (CLASSIFIER <= state.keys() and PREPROCESSING <= state["config"].keys()):
-        raise CheckpointError(f"{path} is not a classifier.pt of finetune.py")
-    labels, thresholds = state["labels"], state["thresholds"]
-    if not (isinstance(labels, list) and isinstance(thresholds, list)
-            and len(labels) == len(thresholds) > 0
-            and all(isinstance(name, str) for name in labels)
-            and all(isinstance(value, int | float) for value in thresholds)):
-        raise CheckpointError(f"{path} has no threshold for each of its labels")
-    if not PREPROCESSING <= settings_of(state).keys():
-        raise CheckpointError(f"{path} says of no image size, normalize and clahe that can be")
-    try:
-        encoder = build_encoder(state["arch"], str(path))
-        outputs = len(labels) * {"binary": 1, "three-way": 3, "exclusive": 1}[state["kind"]]
-        net = Classifier(encoder, outputs)
-        net.head.load_state_dict(state["classifier"])
-    except MALFORMED as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise CheckpointError(f"{path} holds a head that does not fit: {reason}") from None
-    return net.eval(), state
-
-
 # --------------------------------------------------------------------------------------------------
 # Features of the images of a data folder.
 
@@ -245,42 +139,3 @@ def extract_features(net: nn.Module, width: int, loader: "Loader",
     return features
 
 
-def cached_features(net: nn.Module, width: int, loader: "Loader", folder: Path,
-                    dtype: torch.dtype | None = None) -> Tensor:
-    """`extract_features` on the CPU, kept in `folder` and read from there the next time.
-
-    A file's name is a digest of the weights, the preprocessing and the images. Where
-    the kept files exceed KEPT_FEATURES bytes, those that were not used for the longest
-    time are deleted."""
-    digest = hashlib.sha256(f"{loader.fingerprint} {dtype}".encode())
-    for name, value in net.state_dict().items():
-        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
-    file = folder / f"{digest.hexdigest()[:16]}.pt"
-    with contextlib.suppress(CheckpointError):          # not there, or cut short: extract
-        features = load_checkpoint(file)["features"]
-        os.utime(file)                                  # the time of the last use
-        return features
-    features = extract_features(net, width, loader, dtype).cpu()
-    folder.mkdir(parents=True, exist_ok=True)
-    # Another run may be keeping the same features, so that each writes under a name of its own.
-    # What a killed one left half written is deleted by the next one on its machine.
-    for part in folder.glob(f"{platform.node()}-*.part*"):
-        process = part.name.removeprefix(f"{platform.node()}-").split(".")[0]
-        if not Path("/proc", process).exists():
-            part.unlink(missing_ok=True)
-    own = folder / f"{platform.node()}-{os.getpid()}.part"
-    save_checkpoint(own, {"features": features})
-    os.replace(own, file)
-    _delete_oldest(folder, file)
-    return features
-
-
-def _delete_oldest(folder: Path, newest: Path) -> None:
-    """Keep the features in `folder` below KEPT_FEATURES bytes, but `newest` in any case."""
-    with contextlib.suppress(FileNotFoundError):        # another run deletes the same files
-        files = sorted(folder.glob("*.pt"), key=lambda file: file.stat().st_mtime)
-        excess = sum(file.stat().st_size for file in files) - KEPT_FEATURES
-        for file in files:
-            if excess > 0 and file != newest:
-                excess -= file.stat().st_size
-                file.unlink()

@@ -40,12 +40,14 @@ from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor
 
+from checkpoint import (
+    MALFORMED, PREPROCESSING, CheckpointError, load_checkpoint, settings_of)
 from common import DataError, whole_file, write_text
 from dali_pipeline import Loader, Preprocessing, eval_loader
 from dicom import is_dicom, read_radiograph
 from labels import to_probabilities
 from manifest import Manifest, read_manifest
-from model import MEAN, PREPROCESSING, STD, Classifier, extract_features, load_classifier
+from model import MEAN, STD, Classifier, build_encoder, extract_features
 from prepare import Conversion, convert, count_notes, write_csv
 from radiograph import (
     EXTENSIONS, FORMATS, MIN_SIDE, ImageSettings, Reading, find_files, in_parallel, read_image,
@@ -53,6 +55,8 @@ from radiograph import (
 from run import Compute, flag, positional
 from sources import Item
 
+# What a classifier.pt holds.
+CLASSIFIER = {"arch", "encoder", "config", "classifier", "labels", "kind", "thresholds"}
 RESULTS = ("predictions.csv", "rejected.csv", "explained/*.png")
 
 
@@ -83,6 +87,35 @@ class Config:
         if not self.out:
             name = Path(self.data).resolve().name
             self.out = str(Path(self.classifier).parent / "predictions" / name)
+
+
+# --------------------------------------------------------------------------------------------------
+# The classifier.
+
+def load_classifier(path: str | Path) -> tuple[Classifier, dict]:
+    """The network of a classifier.pt, in evaluation mode, and the checkpoint.
+
+    CheckpointError where the file is no classifier.pt."""
+    state = load_checkpoint(path)
+    if not (CLASSIFIER <= state.keys() and PREPROCESSING <= state["config"].keys()):
+        raise CheckpointError(f"{path} is not a classifier.pt of finetune.py")
+    labels, thresholds = state["labels"], state["thresholds"]
+    if not (isinstance(labels, list) and isinstance(thresholds, list)
+            and len(labels) == len(thresholds) > 0
+            and all(isinstance(name, str) for name in labels)
+            and all(isinstance(value, int | float) for value in thresholds)):
+        raise CheckpointError(f"{path} has no threshold for each of its labels")
+    if not PREPROCESSING <= settings_of(state).keys():
+        raise CheckpointError(f"{path} says of no image size, normalize and clahe that can be")
+    try:
+        encoder = build_encoder(state["arch"], str(path))
+        outputs = len(labels) * {"binary": 1, "three-way": 3, "exclusive": 1}[state["kind"]]
+        net = Classifier(encoder, outputs)
+        net.head.load_state_dict(state["classifier"])
+    except MALFORMED as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"{path} holds a head that does not fit: {reason}") from None
+    return net.eval(), state
 
 
 # --------------------------------------------------------------------------------------------------

@@ -33,13 +33,13 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from checkpoint import (
-    MALFORMED, CheckpointError, first_not_finite, load_checkpoint, save_checkpoint)
+    ARCHITECTURES, FORMAT, MALFORMED, CheckpointError, first_not_finite, load_checkpoint,
+    save_checkpoint)
 from common import DataError
 from dali_pipeline import Augmentation, Preprocessing, eval_loader, train_loader
 from loss import chance_level, diagnostics, nt_xent
 from manifest import Manifest, read_manifest
-from model import (
-    ARCHITECTURES, FORMAT, MEAN, STD, SimCLR, build_encoder, extract_features, num_features)
+from model import MEAN, STD, SimCLR, build_encoder, extract_features, num_features
 from probe import knn_auroc
 from run import Compute, flag
 

@@ -70,6 +70,8 @@ def positional(help: str, metavar: str) -> Any:
         "help": help, "metavar": metavar, "positional": True, "may_differ": True})
 
 
+# The first of these that exists is what the later stages start from by default.
+ENCODERS = ("runs/pretrain/encoder.pt", "runs/demo/encoder.pt")
 # The same in every stage that trains or extracts features: `precision: str = flag(**PRECISION)`.
 PRECISION: dict[str, Any] = dict(
     default="auto", choices=("auto", "bf16", "fp16", "fp32"), may_differ=True,

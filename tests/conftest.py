@@ -125,7 +125,8 @@ def labelled(tmp_path_factory):
 @pytest.fixture(scope="session")
 def encoder(labelled, tmp_path_factory):
     """An encoder.pt as pretrain.py leaves it, after no training."""
-    from model import FORMAT, build_encoder
+    from checkpoint import FORMAT
+    from model import build_encoder
     from checkpoint import save_checkpoint
     torch.manual_seed(5)
     path = tmp_path_factory.mktemp("encoder") / "encoder.pt"

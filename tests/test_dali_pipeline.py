@@ -11,10 +11,10 @@ from torchvision.transforms import v2
 
 from common import ImageError
 from dali_pipeline import (
-    VIEW, Augmentation, Preprocessing, batch_at, eval_loader, train_loader, view_parameters,
-    _uniform_numbers)
+    VIEW, Augmentation, Preprocessing, batch_at, eval_loader, train_loader, view_parameters)
 from manifest import read_manifest
 from model import MEAN, STD
+from philox import uniform_numbers
 
 STRONG = Augmentation(crop_area=(0.3, 1.0), rotation=25.0, blur=(0.1, 2.0), flip=0.5,
                       brightness=0.4, contrast=0.4)
@@ -38,7 +38,7 @@ def test_random_numbers_are_numpys_philox():
     """One object of NumPy's for each image and view, with the largest seed and indices, too."""
     epochs, images = np.array([0, 1, 99, 2**40]), np.array([0, 7, 10**6, 2**62])
     for seed, view in ((0, 0), (5, 1), (2**63 - 1, 3)):
-        for column, epoch, image in zip(_uniform_numbers(seed, epochs, images, view).T,
+        for column, epoch, image in zip(uniform_numbers((seed, VIEW), 9, view, images, epochs).T,
                                         epochs.tolist(), images.tolist()):
             philox = np.random.Philox(key=[seed, VIEW], counter=[0, view, image, epoch])
             assert column.tolist() == np.random.Generator(philox).random(9).tolist()

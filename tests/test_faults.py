@@ -39,12 +39,13 @@ import finetune
 import predict
 import prepare
 import pretrain
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import FORMAT, load_checkpoint, save_checkpoint
 from common import DataError
 from dali_pipeline import Preprocessing, eval_loader
 from dicom import read_dicom, read_identity
 from manifest import read_manifest
-from model import FORMAT, Classifier, build_encoder, load_classifier
+from model import Classifier, build_encoder
+from predict import load_classifier
 from radiograph import ImageSettings, load_image, read_image
 
 SCRIPTS = {script.__name__: script for script in (prepare, pretrain, finetune, cluster_eval,
@@ -411,7 +412,7 @@ def driver(folder, change, stage="pretrain"):
     """A script that runs a stage after something in it was changed."""
     file = folder / "driver.py"
     file.write_text(f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport {stage}, run\n"
-                    f"import torch, dali_pipeline\n{change}\nsys.argv[0] = '{stage}.py'\n"
+                    f"import torch, culprit\n{change}\nsys.argv[0] = '{stage}.py'\n"
                     f"{stage}.main()\n")
     return file
 
@@ -644,7 +645,7 @@ def test_image_spoiled_in_one_process_ends_all(spoil, processes, long, tmp_path,
     if (spoil, processes) not in [(a_pipe, None), (truncated, 2)] and not long:
         pytest.skip("--long only")
     folder = write_folder(tmp_path / "folder")
-    job = Job(driver(tmp_path, "dali_pipeline.PATIENCE = 5"), [
+    job = Job(driver(tmp_path, "culprit.PATIENCE = 5"), [
         *SMALL, "--epochs", "2000", "--data", folder, "--out", tmp_path / "run"], processes)
     assert job.until(lambda: 3 in job.steps), job.output
     spoil(folder / "images/007_1.jpg")

@@ -19,10 +19,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import finetune
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import FORMAT, load_checkpoint, save_checkpoint
 from labels import draw
 from manifest import read_manifest
-from model import FORMAT, load_classifier
+from predict import load_classifier
 
 FULL = ["--epochs", "2", "--batch-size", "8", "--threads", "1"]
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from common import DataError
-from labels import cell_weights, draw, make_task, policy_sentence, to_probabilities
-from loss import masked_cross_entropy
+from labels import (
+    cell_weights, draw, make_task, masked_cross_entropy, policy_sentence, to_probabilities)
 
 
 def test_what_labels_mean():

@@ -7,10 +7,12 @@ import torch
 import torchvision
 
 import model
-from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+import probe
+from checkpoint import FORMAT, CheckpointError, load_checkpoint, save_checkpoint
 from dali_pipeline import Preprocessing, eval_loader
 from manifest import read_manifest
-from model import SimCLR, build_encoder, cached_features, extract_features
+from model import SimCLR, build_encoder, extract_features
+from probe import cached_features
 
 
 def rgb_network(arch="resnet18"):
@@ -66,7 +68,7 @@ def test_projection_head():
 def test_encoder_file_round_trip(tmp_path):
     encoder = build_encoder("resnet18")
     save_checkpoint(tmp_path / "encoder.pt", {
-        "format": model.FORMAT, "arch": "resnet18", "config": {}, "encoder": encoder.state_dict()})
+        "format": FORMAT, "arch": "resnet18", "config": {}, "encoder": encoder.state_dict()})
     again = build_encoder("resnet18", str(tmp_path / "encoder.pt"))
     for key, value in encoder.state_dict().items():
         assert torch.equal(again.state_dict()[key], value)
@@ -146,7 +148,7 @@ def test_kept_features_are_bounded_and_the_oldest_go_first(data, tmp_path, monke
 
     first, = keep(0)
     second, = keep(1) - {first}
-    monkeypatch.setattr(model, "KEPT_FEATURES", int(2.5 * first.stat().st_size))
+    monkeypatch.setattr(probe, "KEPT_FEATURES", int(2.5 * first.stat().st_size))
     for file, seconds in ((first, 100), (second, 50)):          # that long ago
         os.utime(file, ns=(file.stat().st_mtime_ns - seconds * 10**9,) * 2)
     keep(0)                                                     # read: the second is the oldest now

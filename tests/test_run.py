@@ -22,7 +22,7 @@ from PIL import Image
 
 import cluster_eval
 import finetune
-import model
+import predict
 import pretrain
 import scores
 from checkpoint import CheckpointError, load_checkpoint
@@ -504,10 +504,10 @@ def test_a_classifier_whose_parts_do_not_belong_together_is_refused(encoder, tmp
         "labels": ["a", "b"], "kind": "binary", "thresholds": [0.5, 0.5],
         "classifier": {"weight": torch.zeros(2, 512), "bias": torch.zeros(2)}}
     torch.save(state, tmp_path / "classifier.pt")
-    model.load_classifier(tmp_path / "classifier.pt")
+    predict.load_classifier(tmp_path / "classifier.pt")
     for change in ({"labels": ["a"]}, {"thresholds": ["x", "y"]}, {"labels": 3}, {"kind": "odd"},
                    {"kind": ["binary"]}, {"kind": "three-way"}, {"classifier": [1]},
                    {"config": state["config"] | {"image_size": "big"}}, {"encoder": [1]}):
         torch.save(state | change, tmp_path / "classifier.pt")
         with pytest.raises(CheckpointError, match="classifier.pt"):
-            model.load_classifier(tmp_path / "classifier.pt")
+            predict.load_classifier(tmp_path / "classifier.pt")

@@ -1,0 +1,94 @@
+"""Which image is to blame when a batch fails, or never comes.
+
+DALI ends the whole pipeline at one unreadable file, and its message often names none. A
+user needs the file's name, and within a bounded time.
+"""
+import contextlib
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image
+
+from common import ImageError
+from manifest import Manifest
+
+# How long a batch may take, in seconds, before the run gives up on a file that cannot be read.
+PATIENCE = 600
+
+
+def blame_image(manifest: Manifest, in_flight: list, error: RuntimeError,
+                load_alone: Callable[[int], object]) -> None:
+    """Raise ImageError with the name of the image that broke the pipeline.
+
+    in_flight: the image indices of each batch that DALI was given and has not returned.
+    These images are read again one by one; where all of them can be read this returns.
+    load_alone(i) puts one image through DALI, and calls this for it."""
+    images = [i for batch in in_flight for i in batch]
+    row = " (row {} of manifest.csv)" if manifest.listed else ""
+    for i in images:
+        path = f"{manifest.folder / manifest.paths[i]}{row.format(i + 2)}"
+        try:
+            with Image.open(manifest.file(i)) as image:
+                if manifest.listed and image.format != "JPEG":
+                    raise OSError(f"a {image.format}, where prepare.py writes JPEG")
+                image.load()
+        except Exception as reason:         # a decoder may raise anything on a broken file
+            raise ImageError(f"{path} cannot be read: {reason}") from error
+
+    # Pillow reads some damaged files that DALI does not: ask DALI for each of them alone.
+    if "decoders.image" not in str(error) and "peek_image_shape" not in str(error):
+        return
+    if len(images) == 1:
+        raise ImageError(f"{path} cannot be read: its data is damaged") from error
+    for i in images:
+        load_alone(i)
+
+
+class Watch:
+    """Ends the process, and names the image, where a batch takes longer than PATIENCE.
+
+    A read may never return, from a file server that is gone for example. DALI waits for
+    it, and in a process that waits no exception can be raised; the other processes wait
+    for this one. Each batch is loaded `with` the watch."""
+
+    def __init__(self, manifest: Manifest, in_flight: list):
+        self.manifest, self.in_flight = manifest, in_flight
+        self.since = math.inf           # when DALI was asked for a batch, while it is
+        self.closed = threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def __enter__(self) -> None:
+        self.since = time.monotonic()
+
+    def __exit__(self, *error) -> None:
+        self.since = math.inf
+
+    def close(self) -> None:
+        self.closed.set()
+
+    def _watch(self) -> None:
+        while not self.closed.wait(PATIENCE / 10):
+            if time.monotonic() - self.since > PATIENCE:
+                paths = [self.manifest.folder / self.manifest.paths[i]
+                         for batch in self.in_flight for i in batch]
+                silent = next((path for path in paths if _never_read(path)), "an image")
+                print(f"{Path(sys.argv[0]).name}: {silent} cannot be read: nothing has come of "
+                      f"it for {PATIENCE:g} seconds", file=sys.stderr, flush=True)
+                os._exit(1)
+
+
+def _never_read(path: Path) -> bool:
+    """Whether a file cannot be read within a few seconds. The thread that tries is left behind."""
+    def read():
+        with contextlib.suppress(OSError):
+            path.read_bytes()
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    reader.join(min(5, PATIENCE))
+    return reader.is_alive()
