@@ -163,6 +163,12 @@ class LARS(torch.optim.Optimizer):
         super().__init__(parameters, dict(
             lr=lr, weight_decay=weight_decay, momentum=momentum, trust=trust))
 
+    # Tells PyTorch's GradScaler that a step unscales its gradients and skips itself where one of
+    # them overflowed. Left to the scaler, the host would wait in every step to know.
+    _step_supports_amp_scaling = True
+    grad_scale: Tensor  # these two exist only while the scaler makes a step
+    found_inf: Tensor   # 1 where the step is to be skipped
+
     @torch.no_grad()
     def step(self):  # pyright: ignore[reportIncompatibleMethodOverride]
         """One step of all parameters, by operations on lists of tensors: on a GPU
@@ -172,6 +178,8 @@ class LARS(torch.optim.Optimizer):
             for p in trained:
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            if hasattr(self, "grad_scale"):
+                torch._foreach_div_([p.grad for p in trained], self.grad_scale)
             weights = [p for p in trained if p.ndim > 1]
             biases = [p for p in trained if p.ndim <= 1]
             if weights:
@@ -193,9 +201,17 @@ class LARS(torch.optim.Optimizer):
 
     def _update(self, parameters: list[Tensor], gradients: list, group: dict) -> None:
         momenta = [self.state[p]["momentum_buffer"] for p in parameters]
-        torch._foreach_mul_(momenta, group["momentum"])
-        torch._foreach_add_(momenta, gradients)
-        torch._foreach_add_(parameters, momenta, alpha=-group["lr"])
+        if not hasattr(self, "found_inf"):
+            torch._foreach_mul_(momenta, group["momentum"])
+            torch._foreach_add_(momenta, gradients)
+            torch._foreach_add_(parameters, momenta, alpha=-group["lr"])
+        else:
+            # The same, but that a step to be skipped adds nothing to momentum and parameters.
+            skip = self.found_inf > 0
+            torch._foreach_mul_(momenta, torch.where(skip, 1.0, group["momentum"]))
+            torch._foreach_add_(momenta, [torch.where(skip, 0.0, g) for g in gradients])
+            rate = torch.where(skip, 0.0, group["lr"])
+            torch._foreach_sub_(parameters, torch._foreach_mul(momenta, rate))
 
 
 class Training:

@@ -352,6 +352,32 @@ def test_lars_steps():
         assert torch.allclose(w, expected_w) and torch.allclose(b, expected_b)
 
 
+def test_lars_behind_a_scaler_skips_what_overflowed():
+    """The scaled steps are those without a scaler; one with an infinite gradient changes nothing,
+    and halves the scale."""
+    torch.manual_seed(0)
+    plain = [torch.randn(3, 2, requires_grad=True), torch.randn(4, requires_grad=True)]
+    scaled = [p.detach().clone().requires_grad_() for p in plain]
+    optimizers = [LARS([{"params": p, "weight_decay": 0.1}], lr=0.5) for p in (plain, scaled)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for spoiled in (None, None, torch.inf, None, torch.nan, None):
+        for p, q in zip(plain, scaled):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad * scaler.scale(torch.tensor(1.0))
+        before = [q.clone() for q in scaled]
+        if spoiled:
+            scaled[1].grad[2] = spoiled
+        scaler.step(optimizers[1])
+        scale = scaler.get_scale()
+        scaler.update()
+        if spoiled:
+            assert all(map(torch.equal, before, scaled)) and scaler.get_scale() == scale / 2
+        else:
+            optimizers[0].step()
+        for p, q in zip(plain, scaled):
+            assert torch.allclose(p, q, rtol=1e-5, atol=1e-7)
+
+
 def test_knn_auroc_against_a_direct_computation():
     rng = np.random.default_rng(0)
     bank, queries = rng.normal(size=(60, 8)), rng.normal(size=(30, 8))
