@@ -30,7 +30,8 @@ import run  # first: it answers Ctrl-C while PyTorch loads
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import make_grid
 
 from checkpoint import (
@@ -97,6 +98,9 @@ class Config:
     epochs: int = flag(
         100, "passes over the train split", 1, section="optimisation")
     batch_size: int = flag(512, "images over all processes", 1)
+    micro_batch: int = flag(
+        0, "images that a process encodes at once, where its batch is too large for the GPU's "
+        "memory; the loss stays that of the whole batch; 0: all of them", 0)
     temperature: float = flag(0.07, "temperature of NT-Xent", 1e-6, 1e6)
     optimizer: str = flag(
         "lars", "optimizer; lars as published", choices=tuple(BASE_LR))
@@ -469,6 +473,36 @@ class Progress:
             "wait_seconds": waited, "wait_share": waited / seconds}
 
 
+def backward_in_pieces(model: nn.Module, x: Tensor, size: int, temperature: float,
+                       scaler: torch.amp.GradScaler, compute: Compute) -> tuple[Tensor, Tensor]:
+    """Gradient caching (Gao et al. 2021): NT-Xent of a whole batch, with memory for a piece of it.
+
+    x: (2N, 1, S, S), encoded `size` views at a time. First without a graph, which gives
+    all projections, the loss, and its gradient with respect to each projection; then once
+    more with one, through which a piece's part of that gradient goes back. The sum is the
+    gradient of the whole batch, but that batch norm's statistics are those of a piece.
+
+    Adds up the gradients of the parameters; returns z (2N, D) and the loss."""
+    net = model.module if isinstance(model, DistributedDataParallel) else model
+    buffers = list(net.buffers())
+    before = [buffer.clone() for buffer in buffers]
+    pieces = x.contiguous(memory_format=torch.channels_last).split(size)
+    with torch.no_grad(), compute.autocast():
+        z = torch.cat([net(piece) for piece in pieces]).requires_grad_()    # (2N, D)
+    # Batch norm shall count each image once, in the second pass.
+    torch._foreach_copy_(buffers, before)
+    loss = nt_xent(*z.chunk(2), temperature)
+    gradient, = torch.autograd.grad(scaler.scale(loss), z)                  # (2N, D)
+    for i, (piece, of_piece) in enumerate(zip(pieces, gradient.split(size)), 1):
+        # The processes add up their gradients once, after the last piece.
+        alone = net is not model and i < len(pieces)
+        with model.no_sync() if alone else contextlib.nullcontext():
+            with compute.autocast():
+                z_piece = model(piece)
+            z_piece.backward(of_piece)
+    return z.detach(), loss.detach()
+
+
 def view_pairs(view1: Tensor, view2: Tensor) -> Tensor:
     """The first eight images' views, one above the other, as a picture (3, H, W) in [0, 1]."""
     pairs = torch.stack([view1[:8], view2[:8]]).flatten(0, 1).float().cpu() * STD + MEAN
@@ -565,13 +599,20 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
         with progress.waiting():
             view1, view2, _ = next(batches)                             # (N, 1, S, S) each
         x = torch.cat([view1, view2])                                   # (2N, 1, S, S)
-        with compute.autocast():
-            z = model(x.contiguous(memory_format=torch.channels_last))  # (2N, proj_dim)
+        if config.micro_batch:
+            z, batch_loss = backward_in_pieces(
+                model, x, 2 * config.micro_batch, config.temperature, scaler, compute)
+            z1, z2 = z.chunk(2)
+        else:
+            with compute.autocast():
+                z = model(x.contiguous(memory_format=torch.channels_last))  # (2N, proj_dim)
 
-        # Compare each projection with those of all processes, and step down the gradient.
-        z1, z2 = z.chunk(2)                                             # (N, proj_dim) each
-        batch_loss = nt_xent(z1, z2, config.temperature)
-        scaler.scale(batch_loss).backward()
+            # Compare each projection with those of all processes, and go back to the weights.
+            z1, z2 = z.chunk(2)                                         # (N, proj_dim) each
+            batch_loss = nt_xent(z1, z2, config.temperature)
+            scaler.scale(batch_loss).backward()
+
+        # Step down the gradient.
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)

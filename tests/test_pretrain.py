@@ -352,6 +352,18 @@ def test_lars_steps():
         assert torch.allclose(w, expected_w) and torch.allclose(b, expected_b)
 
 
+def test_a_run_in_pieces_goes_on_to_the_bit(data, tmp_path):
+    flags = [*SMALL, "--micro-batch", "3", "--data", str(data), "--out"]
+    pretrain.main([*flags, str(tmp_path / "whole"), "--max-steps", "4"])
+    for steps in ("2", "4"):
+        pretrain.main([*flags, str(tmp_path / "parts"), "--max-steps", steps])
+    ends = [load_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("whole", "parts")]
+    assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+    # Every image was counted once by batch norm: a batch of 8 is three pieces in both views.
+    assert ends[0]["encoder.bn1.num_batches_tracked"] == 4 * 3
+    assert scalars(tmp_path / "whole", "loss") == scalars(tmp_path / "parts", "loss")
+
+
 def test_lars_behind_a_scaler_skips_what_overflowed():
     """The scaled steps are those without a scaler; one with an infinite gradient changes nothing,
     and halves the scale."""
