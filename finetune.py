@@ -42,8 +42,8 @@ from checkpoint import (
 from common import DataError, write_text
 from dali_pipeline import Augmentation, Preprocessing, eval_loader, train_loader
 from labels import (
-    Draw, Task, cell_weights, draw, make_task, masked_cross_entropy, policy_sentence,
-    to_probabilities)
+    Draw, Task, add_labels, cell_weights, draw, labels_required, make_task, masked_cross_entropy,
+    policy_sentence, to_probabilities)
 from manifest import SPLITS, Manifest, read_manifest
 from model import Classifier, build_encoder, extract_features, num_features
 from probe import STRENGTHS, cached_features, fit_logistic
@@ -58,8 +58,8 @@ INHERITED = {"data": "data/nih", "arch": "resnet50", "image_size": 224, "normali
 # Of full training: smaller crops than pre-training's, no blur, and brightness that varies less.
 AUGMENTATION = Augmentation(crop_area=(0.6, 1.0), blur=(0.0, 0.0), brightness=0.2, contrast=0.2)
 # What a run writes, and --overwrite deletes. The first of them is what a run goes on from.
-RESULTS = ("predictions.pt", "last.pt", "classifier.pt", "log.jsonl", "results.*", "*.png",
-           "tensorboard/*/events*")
+RESULTS = ("predictions.pt", "last.pt", "last-*.pt", "classifier.pt", "log.jsonl", "results.*",
+           "*.png", "tensorboard/*/events*")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -140,6 +140,7 @@ class Init(NamedTuple):
     key: str
     name: str                           # in tables
     settings: dict[str, Any]            # INHERITED, as far as the checkpoint names them
+    labels_required: int | str          # images whose labels it has used up to now, or "unknown"
 
     @property
     def is_file(self) -> bool:
@@ -182,8 +183,18 @@ class Study:
     def last_key(self) -> tuple | None:
         """The combination that last.pt is amid; None where there is none, or half of a file."""
         with contextlib.suppress(CheckpointError):
-            return load_checkpoint(self.last).get("key")
+            key = load_checkpoint(self.last).get("key")
+            return key if isinstance(key, tuple) else None
         return None
+
+    def put_aside(self, key: tuple) -> Path:
+        """Where a combination's last.pt waits while others are trained."""
+        name = "-".join(re.sub(r"[^\w.]+", "-", str(part)) for part in key[1:])
+        return self.out / f"last-{name}.pt"
+
+    def is_begun(self, c: Combination) -> bool:
+        """Whether a combination goes on from a checkpoint, which has its head."""
+        return self.last_key == c or self.put_aside(c).exists()
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -195,6 +206,16 @@ class Study:
 
     def name(self, c: Combination) -> str:
         return f"{self.inits[c.init].name}, {c.mode}, {100 * c.fraction:g} %, seed {c.seed}"
+
+    def folder_name(self, c: Combination) -> str:
+        """The name in letters that a folder's name may have, of 255 bytes at most, and of its own
+        where those of two initialisations differ in nothing else."""
+        names = []
+        for key in (c.init, *self.inits):
+            name = re.sub(r"[^\w.-]+", "-", self.name(c._replace(init=key)))
+            names.append(name.encode()[-200:].decode(errors="ignore"))
+        own = names.pop(0)
+        return own if names.count(own) == 1 else f"{own}-{c.init.split()[-1]}"
 
     def sample(self, c: Combination) -> np.ndarray:
         """The images (m,) that a combination learns from."""
@@ -214,26 +235,31 @@ class Study:
         return "AUROC" if perfect > 0 else "minus the Brier score"
 
 
-def read_inits(config: Config) -> list[Init]:
-    """The initialisations of --init. DataError where there is none, CheckpointError
+def read_inits(config: Config, say: Callable) -> list[Init]:
+    """The initialisations of --init, each once. DataError where there is none, CheckpointError
     where a file cannot be read."""
     sources = config.init or [path for path in ENCODERS if os.path.exists(path)][:1]
     if not sources:
         raise DataError(f"{ENCODERS[0]} does not exist: pre-train first (`python pretrain.py "
                         "--demo` takes minutes), or name another encoder, random or imagenet "
                         "with --init")
-    files = [source for source in sources if source not in NAMES]
-    inits = []
+    # One file by two paths, or a copy of it, is the same initialisation.
+    source_of: dict[str, str] = {}      # by key
     for source in sources:
-        if source not in files:
-            inits.append(Init(source, source, NAMES[source], {}))
-            continue
-        state = load_checkpoint(source)
-        name = source
+        key = source
+        if source not in NAMES:
+            key = f"checkpoint {run.content_of_file(source).digest}"
+        if source_of.setdefault(key, source) != source:
+            say(f"{source} is the same as {source_of[key]}, and left out")
+
+    inits = []
+    files = [source for source in source_of.values() if source not in NAMES]
+    for key, source in source_of.items():
+        state = load_checkpoint(source) if source in files else {}
+        name = NAMES.get(source, source)
         if state.get("format") == FORMAT and "classifier" not in state:
             name = "SimCLR" if len(files) == 1 else f"SimCLR ({source})"
-        inits.append(Init(source, f"checkpoint {run.content_of_file(source).digest}", name,
-                          settings_of(state)))
+        inits.append(Init(source, key, name, settings_of(state), labels_required(source, state)))
     return inits
 
 
@@ -319,21 +345,11 @@ def check_truth(task: Task, label_names: list[str], manifest: Manifest,
 
 def finish(study: Study, c: Combination, outcome: Outcome) -> None:
     """Keep a combination's predictions and, if it is the best on val up to now, its classifier."""
-    task, sample = study.task, study.sample(c)
     score = study.val_score(outcome.val)
     if score > max((entry["val_score"] for entry in study.predictions.values()), default=-math.inf):
-        val_truth = study.truth("val")
-        save_checkpoint(study.out / "classifier.pt", {
-            "format": FORMAT, "arch": study.settings["arch"], "labels": study.label_names,
-            "kind": task.kind, "encoder": outcome.net.encoder.state_dict(),
-            "classifier": outcome.net.head.state_dict(),
-            "config": study.settings | {
-                "init": study.inits[c.init].source, "what": study.name(c)},
-            "thresholds": [youden(p, y) for p, y in zip(outcome.val.T, val_truth.T)],
-            # How many images' labels the encoder has learned from, for cluster_eval.py.
-            "n_train": 0 if c.mode == "linear" else len(sample)})
+        save_classifier(study, c, outcome)
 
-    labels = task.training_labels[sample]                                   # (m, L)
+    labels = study.task.training_labels[study.sample(c)]                    # (m, L)
     study.predictions[tuple(c)] = outcome.details | {
         "val": torch.from_numpy(outcome.val), "test": torch.from_numpy(outcome.test),
         "val_score": score, "n_train": (~np.isnan(labels)).sum(0).tolist(),
@@ -342,6 +358,33 @@ def finish(study: Study, c: Combination, outcome: Outcome) -> None:
     choice = ", ".join(f"{name} {value:g}" for name, value in outcome.details.items()
                        if name in ("strength", "epoch"))
     study.compute.say(f"{study.name(c)}: {study.measure} on val {score:.4f} ({choice})")
+
+
+def save_classifier(study: Study, c: Combination, outcome: Outcome) -> None:
+    """Write classifier.pt: the network, and all that predict.py and cluster_eval.py ask of it."""
+    init, val_truth = study.inits[c.init], study.truth("val")
+    # The labels that the encoder has learned from; a linear probe leaves it as it came.
+    n_train = 0 if c.mode == "linear" else len(study.sample(c))
+    save_checkpoint(study.out / "classifier.pt", {
+        "format": FORMAT, "arch": study.settings["arch"],
+        "labels": study.label_names, "kind": study.task.kind,
+        "encoder": outcome.net.encoder.state_dict(),
+        "classifier": outcome.net.head.state_dict(),
+        "config": study.settings | {
+            "init": init.source, "what": study.name(c),
+            "images": image_settings(study.manifest.folder)},
+        "thresholds": [youden(p, y) for p, y in zip(outcome.val.T, val_truth.T)],
+        "n_train": n_train, "labels_required": add_labels(init.labels_required, n_train)})
+
+
+def image_settings(folder: Path) -> dict[str, Any]:
+    """How prepare.py made the images of a data folder, so that predict.py reads others alike;
+    {} where nothing says it."""
+    try:
+        made = json.loads((folder / "prepare.json").read_text("utf-8"))
+        return {name: made[name] for name in ("size", "quality", "stretch")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -418,10 +461,9 @@ class LinearProbe:
 def fit_probes(study: Study, missing: list[Combination]) -> dict[Combination, dict[str, Tensor]]:
     """Finish the linear combinations; return the heads that full ones start from."""
     heads = {}
-    last_key = study.last_key           # what goes on from last.pt has its head from there
     for init in study.inits.values():
         combinations = [c for c in missing if c.init == init.key and (
-            c.mode == "linear" or (c.starts_from_probe and c != last_key))]
+            c.mode == "linear" or (c.starts_from_probe and not study.is_begun(c)))]
         if not combinations:
             continue
         linear_probe = LinearProbe(study, init)
@@ -445,22 +487,36 @@ def freeze_batch_norm(net: nn.Module) -> None:
 
 
 def probabilities(study: Study, net: nn.Module, split: str) -> np.ndarray:
-    """What a network says of the images of a split, (n, L); all processes share the work."""
+    """What a network says of the images of a split, (n, L); all processes share the work.
+
+    FloatingPointError where some of it is no number: as a score it would pass for one."""
     compute = study.compute
     loader = eval_loader(study.manifest, study.splits[split], study.config.batch_size,
                          study.preprocessing, **compute.loader_arguments())
     logits = extract_features(net, study.task.outputs, loader, compute.dtype)
+    if not logits.isfinite().all():
+        raise FloatingPointError(f"some predictions for {split} are not finite; --precision fp32 "
+                                 "may help")
     return to_probabilities(logits, study.task.kind)
 
 
 class FineTuning:
-    """A full combination in training: all that an epoch changes, which is all that last.pt keeps.
+    """A full combination in training: what its sample teaches, and all that an epoch changes,
+    which is all that last.pt keeps.
 
     history: a line of log.jsonl for each epoch. best: the epoch that is best on val up to now.
     peaks: with --peak, the probabilities (n_test, L) after each epoch."""
 
     def __init__(self, study: Study, c: Combination):
-        config, compute = study.config, study.compute
+        config, compute, task = study.config, study.compute, study.task
+        # How much each label of the sample weighs, and 0 for all other images. Targets and weights
+        # live on the device, so that no step waits for them.
+        sample = study.sample(c)
+        weights = np.zeros(task.mask.shape, np.float32)
+        weights[sample] = cell_weights(task.targets[sample], task.mask[sample], config.balance)
+        self.targets = torch.from_numpy(task.targets).to(compute.device)    # (N, G, K)
+        self.weights = torch.from_numpy(weights).to(compute.device)         # (N, G)
+
         torch.manual_seed(c.seed)
         self.study, self.combination = study, c
         net = Classifier(study.encoder(study.inits[c.init]), study.task.outputs)
@@ -494,6 +550,12 @@ class FineTuning:
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
             "history": self.history, "best": self.best, "peaks": self.peaks})
 
+    def loss(self, logits: Tensor, index: Tensor) -> Tensor:
+        """Of a network's logits (B, G * K) for the images `index` (B,), on the CPU or not."""
+        index = index.to(self.targets.device, non_blocking=True)
+        targets, weights = self.targets[index], self.weights[index]
+        return masked_cross_entropy(logits.view(targets.shape), targets, weights)
+
     def compare(self, epoch: int, val: np.ndarray) -> float:
         """The score of the network as it is now, by its predictions for val (n_val, L).
 
@@ -513,7 +575,7 @@ class EpochLog:
 
     def __init__(self, training: FineTuning):
         self.training, study = training, training.study
-        folder = re.sub(r"[^\w.-]+", "-", study.name(training.combination))
+        folder = study.folder_name(training.combination)
         self.writer = None
         if study.compute.rank == 0:
             # Points of an epoch that was not kept as a whole belong to one that is repeated.
@@ -535,17 +597,32 @@ class EpochLog:
             self.writer.close()
 
 
+def make_last_its_own(study: Study, c: Combination) -> None:
+    """See to it that last.pt is of the combination that is trained now, or will be.
+
+    What it holds of another one, which an earlier command has begun, is put aside until that
+    one is asked for again."""
+    key = study.last_key
+    if key is not None and key != c and key not in study.predictions:
+        os.replace(study.last, study.put_aside(key))
+    if study.put_aside(c).exists():
+        os.replace(study.put_aside(c), study.last)
+
+
 def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> Outcome:
     """Train encoder and head on one draw; the epoch that is best on val counts.
 
     head: weights that the linear layer starts from, on the first process; None for random
     ones. Raises FloatingPointError where the loss diverges."""
-    config, compute, task, say = study.config, study.compute, study.task, study.compute.say
+    config, compute, say = study.config, study.compute, study.compute.say
     sample, name = study.sample(c), study.name(c)
 
     # Network and optimizer, new or as the last whole epoch left them.
     training = FineTuning(study, c)
     net, optimizer, scaler = training.net, training.optimizer, training.scaler
+    if compute.rank == 0:
+        make_last_its_own(study, c)
+    compute.barrier()
     if study.last_key == c:
         training.load()
         say(f"going on from {study.last}, epoch {len(training.history)} of {name}")
@@ -553,12 +630,6 @@ def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> O
         net.head.load_state_dict(head)
     first = len(training.history)
     model = compute.data_parallel(net)          # gives the first process's weights to the others
-
-    # What the sample teaches, and how much each of its labels weighs: 0 for all other images.
-    targets = torch.from_numpy(task.targets)                                # (N, G, K)
-    weights = torch.zeros(task.mask.shape)                                  # (N, G)
-    weights[sample] = torch.from_numpy(cell_weights(
-        task.targets[sample], task.mask[sample], config.balance)).float()
 
     # An epoch has ten steps at least, so that a small sample is shown several times in it.
     epoch_steps = max(10, math.ceil(len(sample) / config.batch_size))
@@ -585,13 +656,11 @@ def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> O
             for group in optimizer.param_groups:
                 group["lr"] = run.learning_rate(step, steps, steps // 10, group["peak"])
             # ... the network sees one view of each image of the batch ...
-            x, index = next(batches)                                        # (B, 1, S, S)
+            x, index = next(batches)                                        # (B, 1, S, S), (B,)
             with compute.autocast():
                 logits = model(x.contiguous(memory_format=torch.channels_last))
             # ... and its answers are compared with the labels, as far as there are any.
-            loss = masked_cross_entropy(
-                logits.view(-1, *task.targets.shape[1:]),                   # (B, G, K)
-                targets[index].to(compute.device), weights[index].to(compute.device))
+            loss = training.loss(logits, index)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -641,7 +710,7 @@ def read_study(config: Config, compute: Compute) -> Study:
     """What is compared, on what, and who is drawn. Whatever is wrong is found here,
     before anything is written."""
     say = compute.say
-    inits = read_inits(config)
+    inits = read_inits(config, say)
     setting = inherit(config, inits, say)
 
     # The labels that train can teach. Fewer labels may be exclusive where all of them were not.
@@ -720,7 +789,9 @@ def finetune(config: Config, compute: Compute, resources: contextlib.ExitStack) 
 
     # All is trained and chosen, so that the test labels may come in.
     if compute.rank == 0:
-        study.last.unlink(missing_ok=True)
+        key = study.last_key
+        if key is None or key in study.predictions:     # and not begun by another command
+            study.last.unlink(missing_ok=True)
         write_report(study, combinations)
 
 

@@ -1,10 +1,9 @@
-"""Frozen features judged by labels that training never saw: nearest
-neighbours, and logistic regression.
+"""Frozen features judged by labels that training never saw: nearest neighbours, and logistic
+regression.
 
-Pre-training asks nearest neighbours every few epochs, because they need no
-fitting; the cluster stage asks them once more, among test images;
-fine-tuning fits logistic regressions, for all labels and all strengths of
-regularisation at once.
+Pre-training asks nearest neighbours every few epochs, because they need no fitting;
+the cluster stage asks them once more, among test images; fine-tuning fits logistic
+regressions, for all labels and all strengths of regularisation at once.
 """
 import contextlib
 import hashlib
@@ -48,10 +47,9 @@ def knn_auroc(bank: Tensor, bank_labels: np.ndarray, queries: Tensor,
               query_labels: np.ndarray, k: int = 20) -> list[float]:
     """AUROC of each of L labels on M queries, scored by their k nearest of N in the bank.
 
-    bank (N, D), queries (M, D): features, of any norm. bank_labels (N, L),
-    query_labels (M, L): 1, 0, NaN for not mentioned, which counts as
-    absent, and -1 for uncertain, which neither votes nor is scored. NaN
-    where the queries have one class only."""
+    bank (N, D), queries (M, D): features, of any norm. bank_labels (N, L), query_labels
+    (M, L): 1, 0, NaN for not mentioned, which counts as absent, and -1 for uncertain,
+    which neither votes nor is scored. NaN where the queries have one class only."""
     neighbours = nearest(F.normalize(queries) @ F.normalize(bank).T, k)
     votes = np.nan_to_num(bank_labels)[neighbours.index]                # (M, k, L)
     weights = neighbours.weight[:, :, None] * (votes >= 0)              # (M, k, L)
@@ -74,8 +72,11 @@ def knn_class_shares(cosine: np.ndarray, truth: np.ndarray, patients: np.ndarray
     the image's own class rarer among the voters than it is, and features that say
     nothing would fall below chance: votes are rescaled by how frequent their class is
     with and without the patient. On average that repairs it; a class of very few
-    patients still starts from an AUROC below 0.5."""
+    patients still starts from an AUROC below 0.5. NaN where all images are of one
+    patient, so that nobody votes."""
     others = patients[:, None] != patients    # (m, m)
+    if not others.any():
+        return np.full((len(truth), truth.max() + 1), np.nan)
     neighbours = nearest(torch.from_numpy(np.where(others, cosine, -np.inf)),
                          min(k, len(truth) - 1))
     one_hot = np.eye(truth.max() + 1)[truth]  # (m, C)
@@ -91,22 +92,21 @@ def fit_logistic(x: Tensor, targets: Tensor, weights: Tensor, strengths: Tensor,
                  tolerance: float = 1e-6, max_steps: int = 5000) -> tuple[Tensor, Tensor]:
     """Logistic regressions for G questions, each with R strengths of regularisation.
 
-    x (n, D) float64; targets (n, G, K), K = 1 for a sigmoid, one-hot for a
-    softmax of K answers; weights (n, G); strengths (R,). Each regression
-    minimises its weighted mean cross-entropy + strength / 2 * |w|^2 with a
-    free intercept, as scikit-learn's does with C = 1 / (n * strength).
-    Returns coefficients (D, R, G, K) and intercepts (R, G, K).
+    x (n, D) float64; targets (n, G, K), K = 1 for a sigmoid, one-hot for a softmax of K
+    answers; weights (n, G); strengths (R,). Each regression minimises its weighted mean
+    cross-entropy + strength / 2 * |w|^2 with a free intercept, as scikit-learn's does
+    with C = 1 / (n * strength). Returns coefficients (D, R, G, K) and intercepts
+    (R, G, K).
 
-    It stops when a step is no longer sure to lower any loss by `tolerance`;
-    weakly regularised ones on few rows may end about 1e-4 above their optimum.
+    It stops when a step is no longer sure to lower any loss by `tolerance`; weakly
+    regularised ones on few rows may end about 1e-4 above their optimum.
 
-    The method: in the rows' principal axes x'x is diagonal, and so is a
-    bound of the Hessian (Böhning 1992). The gradient divided by that bound
-    is sure to descend; Nesterov's momentum makes it fast, and a regression
-    whose momentum points uphill begins it anew (O'Donoghue and Candès
-    2015)."""
-    # Principal axes. With fewer rows than features those of the rows' span
-    # suffice, because the optimum lies in it.
+    The method: in the rows' principal axes x'x is diagonal, and so is a bound of the
+    Hessian (Böhning 1992). The gradient divided by that bound is sure to descend;
+    Nesterov's momentum makes it fast, and a regression whose momentum points uphill
+    begins it anew (O'Donoghue and Candès 2015)."""
+    # Principal axes. With fewer rows than features those of the rows' span suffice,
+    # because the optimum lies in it.
     center = x.mean(0)
     x = x - center
     few = len(x) < x.shape[1]
@@ -128,9 +128,10 @@ def fit_logistic(x: Tensor, targets: Tensor, weights: Tensor, strengths: Tensor,
     squares = torch.cat([squares, squares.new_tensor([len(x)])])
     bound = squares.view(-1, 1, 1, 1) * steepest + penalty           # (d + 1, R, G, 1)
 
-    # Accelerated descent. `ahead` is where momentum carries a solution; `age` grows with the steps
-    # since that solution's momentum was last reset.
-    solution, ahead, age = x.new_zeros(shape), x.new_zeros(shape), x.new_ones(1)
+    # Accelerated descent. `ahead` is where momentum carries a solution; `age` grows with
+    # the steps since that solution's momentum was last reset.
+    solution, ahead = x.new_zeros(shape), x.new_zeros(shape)
+    age = x.new_ones(1)
     for _ in range(max_steps):
         logits = (x @ ahead.flatten(1)).view(len(x), *shape[1:])  # (n, R, G, K)
         answers = logits.sigmoid() if sigmoid else logits.softmax(3)
@@ -175,11 +176,12 @@ def cached_features(net: nn.Module, width: int, loader: Loader, folder: Path,
     folder.mkdir(parents=True, exist_ok=True)
     # Another run may be keeping the same features, so that each writes under a name of its own.
     # What a killed one left half written is deleted by the next one on its machine.
-    for part in folder.glob(f"{platform.node()}-*.part*"):
-        process = part.name.removeprefix(f"{platform.node()}-").split(".")[0]
+    host = platform.node()
+    for part in folder.glob(f"{host}-*.part*"):
+        process = part.name.removeprefix(f"{host}-").split(".")[0]
         if not Path("/proc", process).exists():
             part.unlink(missing_ok=True)
-    own = folder / f"{platform.node()}-{os.getpid()}.part"
+    own = folder / f"{host}-{os.getpid()}.part"
     save_checkpoint(own, {"features": features})
     os.replace(own, file)
     _delete_oldest(folder, file)

@@ -108,7 +108,8 @@ def test_labels_that_an_encoder_required_add_up():
     """From one training to the next, as far as each says what it started from."""
     classifier = {"classifier": {}, "n_train": 30}
     for init, checkpoint, expected in [
-            ("random", {}, 0), ("imagenet", {}, 1_281_167), ("a.pt", {"conv1.weight": 0}, "unknown"),
+            ("random", {}, 0), ("imagenet", {}, 1_281_167),
+            ("a.pt", {"conv1.weight": 0}, "unknown"),
             ("encoder.pt", {"config": {"init": "random"}}, 0),
             ("encoder.pt", {"config": {"init": "imagenet"}}, 1_281_167),
             ("encoder.pt", {"config": {"init": "classifier.pt"}}, "unknown"),

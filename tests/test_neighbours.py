@@ -21,3 +21,5 @@ def test_votes_of_the_nearest_images_of_other_patients():
     # rarest.
     votes = knn_class_shares(np.ones((30, 30)), np.arange(30) % 3, np.arange(30) % 15, 29)
     assert np.allclose(votes, 1 / 3)
+    # One patient has no others who could vote.
+    assert np.isnan(knn_class_shares(np.ones((4, 4)), np.arange(4) % 2, np.zeros(4, int))).all()
