@@ -20,7 +20,7 @@ import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, ClassVar, NamedTuple, TypedDict
 
 import run  # first: it answers Ctrl-C while PyTorch loads
 import numpy as np
@@ -70,6 +70,8 @@ PIXELS, COMPONENTS = 32, 50
 @dataclass
 class Config:
     """The defaults compare the last pre-training with random weights and raw pixels."""
+    afterwards: ClassVar[str] = "begins anew, with the features that are kept"
+
     init: tuple[str, ...] = flag(
         (), "rows: random, imagenet, pixels, checkpoints (default: random, pixels and the "
         "last pre-training)", metavar="NAME|PATH", section="rows, images and classes")

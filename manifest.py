@@ -86,10 +86,11 @@ class Manifest:
         return np.frombuffer(b"".join(paths), np.uint8), start
 
 
-def read_manifest(folder: str | Path) -> Manifest:
+def read_manifest(folder: str | Path, images_on_disk: bool = True) -> Manifest:
     """Read and check `folder`/manifest.csv, and that every image in it is on disk.
 
-    DataError names the file, the row (the header is row 1) and the column."""
+    DataError names the file, the row (the header is row 1) and the column. images_on_disk:
+    False leaves it to the caller to look for the images."""
     file = Path(folder) / "manifest.csv"
     if not file.is_file():
         raise DataError(f"{folder} is not a data folder: {file} is missing "
@@ -122,15 +123,18 @@ def read_manifest(folder: str | Path) -> Manifest:
                                 "1, 0, -1 or empty")
             labels[i, column] = LABEL_VALUES[cell]
 
-    # A folder or a pipe in an image's place is no image: nothing would come of reading it.
     paths = [row[0] for row in rows]
     patients, splits = (np.array([row[column] for row in rows]) for column in (1, 2))
     manifest = Manifest(Path(folder), paths, patients, splits, labels, label_names)
-    return dataclasses.replace(manifest, sizes=_image_sizes(manifest))
+    if images_on_disk:
+        manifest = dataclasses.replace(manifest, sizes=_image_sizes(manifest))
+    return manifest
 
 
 def _image_sizes(manifest: Manifest) -> np.ndarray:
-    """Bytes of each image's file, (N,) int64; DataError where one is missing or is no file."""
+    """Bytes of each image's file, (N,) int64; DataError where one is missing or is no file.
+
+    A folder or a pipe in an image's place is no image: nothing would come of reading it."""
     sizes, unusable = np.zeros(len(manifest.paths), np.int64), []
     for i in range(len(sizes)):
         try:

@@ -2,14 +2,15 @@
 
     python predict.py runs/finetune/classifier.pt data/new
     python predict.py runs/finetune/classifier.pt data/new --explain 8      and eight overlays
+    python predict.py runs/finetune/classifier.pt may/ june/ one.dcm        several at once
 
 DIR is a data folder made by prepare.py, any folder with images or DICOM files in it, at any
 depth, or one such file. Files are found, read and made smaller by the functions of prepare.py,
 written as the JPEGs that it would write, and only then given to the network, by the loader that
-stages 1 and 2 use: the network sees of a new image what it saw of those it learned from. The
-JPEGs need room in the output folder until the end. The images of a data folder are there
-already. Where that was made with other flags than --size (--stretch, --quality), make a data
-folder of the new images in the same way, and give that.
+stages 1 and 2 use: the network sees of a new image what it saw of those it learned from. How
+these were made (--size, --stretch, --quality of prepare.py) is in classifier.pt, if their data
+folder said it. The JPEGs need room in the output folder until the end; the images of a data
+folder are JPEGs already, and are taken as they are.
 
 The output folder (--out) gets predictions.csv, a row for each image and a column for each label;
 rejected.csv, a row for each file that could not be read, and the reason (its rows are in no other
@@ -19,9 +20,10 @@ classifier, so that the predictions of one do not replace those of another. File
 images are passed over and counted.
 """
 import contextlib
-import csv
+import dataclasses
 import functools
 import io
+import itertools
 import os
 import re
 import shutil
@@ -30,7 +32,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import run  # first: it answers Ctrl-C while PyTorch loads
 import numpy as np
@@ -42,13 +44,13 @@ from torch import Tensor
 
 from checkpoint import (
     MALFORMED, PREPROCESSING, CheckpointError, load_checkpoint, settings_of)
-from common import DataError, whole_file, write_text
+from common import DataError, restart_in_utf8, whole_file, write_csv
 from dali_pipeline import Loader, Preprocessing, eval_loader
 from dicom import is_dicom, read_radiograph
 from labels import to_probabilities
 from manifest import Manifest, read_manifest
 from model import MEAN, STD, Classifier, build_encoder, extract_features
-from prepare import Conversion, convert, count_notes, write_csv
+from prepare import Conversion, convert, count_notes
 from radiograph import (
     EXTENSIONS, FORMATS, MIN_SIDE, ImageSettings, Reading, find_files, in_parallel, read_image,
     reason)
@@ -63,19 +65,25 @@ RESULTS = ("predictions.csv", "rejected.csv", "explained/*.png")
 @dataclass
 class Config:
     """Which classifier looks at what, and where its answers go."""
+    afterwards: ClassVar[str] = "begins anew"
+
     classifier: str = positional("made by finetune.py", "CLASSIFIER.pt")
-    data: str = positional("a data folder, any folder of images or DICOM files, or one such file",
-                           "DIR")
+    data: tuple[str, ...] = positional(
+        "a data folder, any folder of images or DICOM files, or one such file", "DIR")
     explain: int = flag(0, "overlay the first N images with their Grad-CAM", 0, metavar="N",
                         may_differ=True)
-    out: str = flag("", "output folder (default: predictions/ and the name of DIR, beside the "
-                    "classifier)", may_differ=True)
+    out: str = flag("", "output folder, of several DIR with a folder for each of them (default: "
+                    "predictions/ and the name of DIR, beside the classifier)", may_differ=True)
     overwrite: bool = flag(False, "replace the predictions of another classifier or folder",
                            may_differ=True)
 
     size: int | None = flag(None, "shorter side in pixels to which images are made smaller, as "
-                            "prepare.py --size (default: 256, or the classifier's image size "
-                            "where that is more)", MIN_SIDE, 9999, section="how files are read")
+                            "prepare.py --size (default: as the classifier's own were; if it "
+                            "does not know, 256, or its image size where that is more)",
+                            MIN_SIDE, 9999, section="how files are read")
+    stretch: tuple[float, ...] = flag(
+        (), "percentiles that become black and white, as prepare.py --stretch (default: as the "
+        "classifier's own)", 0, 100, metavar=("LOW", "HIGH"))
     modality: tuple[str, ...] = flag(("CR", "DX"), "of the DICOM files to take; none: files "
                                      "without one")
 
@@ -84,9 +92,24 @@ class Config:
     threads: int | None = flag(**run.THREADS)
 
     def __post_init__(self):
+        self.data = tuple(dict.fromkeys(self.data))             # the same twice is once
+        names = [Path(data).resolve().name for data in self.data]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"two of DIR are called {twice.pop()}, as their output folders would "
+                             "be: give one at a time, with an --out of its own")
+        if self.stretch and not is_stretch(self.stretch):
+            raise ValueError("--stretch takes two percentiles, 0 <= LOW < HIGH <= 100")
         if not self.out:
-            name = Path(self.data).resolve().name
-            self.out = str(Path(self.classifier).parent / "predictions" / name)
+            folder = Path(self.classifier).parent / "predictions"
+            self.out = str(folder / names[0] if len(names) == 1 else folder)
+
+    def for_each(self) -> list["Config"]:
+        """The same for each DIR alone."""
+        if len(self.data) == 1:
+            return [self]
+        return [dataclasses.replace(self, data=(data,),
+                                    out=str(Path(self.out) / Path(data).resolve().name))
+                for data in self.data]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -107,6 +130,8 @@ def load_classifier(path: str | Path) -> tuple[Classifier, dict]:
         raise CheckpointError(f"{path} has no threshold for each of its labels")
     if not PREPROCESSING <= settings_of(state).keys():
         raise CheckpointError(f"{path} says of no image size, normalize and clahe that can be")
+    if not is_made_by(state["config"].get("images", {})):
+        raise CheckpointError(f"{path} says of no --size, --quality and --stretch that can be")
     try:
         encoder = build_encoder(state["arch"], str(path))
         outputs = len(labels) * {"binary": 1, "three-way": 3, "exclusive": 1}[state["kind"]]
@@ -116,6 +141,23 @@ def load_classifier(path: str | Path) -> tuple[Classifier, dict]:
         reason = str(error).splitlines()[-1].strip()
         raise CheckpointError(f"{path} holds a head that does not fit: {reason}") from None
     return net.eval(), state
+
+
+def is_made_by(images: Any) -> bool:
+    """Whether this can be what finetune.py says of how images were made; {}: it did not know."""
+    if images == {}:
+        return True
+    return (isinstance(images, dict) and images.keys() == {"size", "quality", "stretch"}
+            and type(images["size"]) is int and MIN_SIDE <= images["size"] <= 9999
+            and type(images["quality"]) is int and 1 <= images["quality"] <= 100
+            and (images["stretch"] is None or is_stretch(images["stretch"])))
+
+
+def is_stretch(percentiles: Any) -> bool:
+    """Whether these are two percentiles, the lower one first."""
+    return (isinstance(percentiles, list | tuple) and len(percentiles) == 2
+            and all(isinstance(value, int | float) for value in percentiles)
+            and 0 <= percentiles[0] < percentiles[1] <= 100)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -132,7 +174,8 @@ class Inputs(NamedTuple):
 def find_inputs(data: Path) -> Inputs:
     """The images of a data folder, those of another folder, or the one file; DataError if none."""
     if (data / "manifest.csv").exists():
-        return Inputs(data, read_manifest(data).paths, [], listed=True)
+        paths = read_manifest(data, images_on_disk=False).paths
+        return Inputs(data, paths, [], listed=True)
     if data.is_file():
         return Inputs(data.parent, [data.name], [], listed=False)
     if not data.is_dir():
@@ -149,6 +192,17 @@ def find_inputs(data: Path) -> Inputs:
 def is_input(file: Path) -> bool:
     """Whether a file of a folder claims to be an image. A DICOMDIR lists others."""
     return file.suffix.lower() in EXTENSIONS or file.name != "DICOMDIR" and is_dicom(file)
+
+
+def image_settings(config: Config, state: dict[str, Any]) -> ImageSettings:
+    """How files are read: by the flags, else as the images that the classifier learned from."""
+    images = state["config"].get("images", {})
+    size = config.size or images.get("size")
+    stretch = config.stretch or images.get("stretch")
+    return ImageSettings(
+        size=size or max(ImageSettings.size, state["config"]["image_size"]),
+        quality=images.get("quality", ImageSettings.quality),
+        stretch=(stretch[0], stretch[1]) if stretch else None)
 
 
 def read_any(file: Path, settings: ImageSettings, modalities: Sequence[str]) -> Reading:
@@ -181,7 +235,12 @@ def is_made_already(file: Path, settings: ImageSettings, listed: bool) -> bool:
 
     It is decoded, so that the loader meets no broken one. DataError, or whatever a decoder raises,
     where that is impossible."""
-    if not listed and (file.suffix.lower() not in (".jpg", ".jpeg") or not file.is_file()):
+    if listed and not file.is_file():
+        raise DataError("no file, but a folder, a named pipe, a socket or a device"
+                        if file.exists() else "missing on disk")
+    # An image does not say whether its gray levels were stretched.
+    if not listed and (file.suffix.lower() not in (".jpg", ".jpeg") or not file.is_file()
+                       or settings.stretch):
         return False
     try:
         image = Image.open(file, formats=FORMATS)
@@ -215,10 +274,9 @@ def tables_of(quality: int) -> dict[int, list[int]]:
     return quantization(Image.open(jpeg))
 
 
-def make_images(inputs: Inputs, config: Config, image_size: int, workers: int,
+def make_images(inputs: Inputs, config: Config, settings: ImageSettings, workers: int,
                 target: Path) -> dict[str, str]:
     """Write the JPEGs of all inputs into the folder `target`; {path: reason} of those that fail."""
-    settings = ImageSettings(config.size or max(ImageSettings.size, image_size))
     read = functools.partial(read_any, modalities=config.modality)
     conversion = Conversion(read, inputs.folder, target, settings)
     reasons = in_parallel(
@@ -241,19 +299,6 @@ def suffix_counts(paths: list[str]) -> str:
     suffixes = [Path(path).suffix.lower() or "without a suffix" for path in paths]
     counts = Counter(suffix.encode("ascii", "backslashreplace").decode() for suffix in suffixes)
     return f"{len(paths):,} files ({', '.join(f'{n:,} {name}' for name, n in counts.items())})"
-
-
-# --------------------------------------------------------------------------------------------------
-# Results.
-
-def predictions_table(paths: list[str], labels: list[str], probabilities: np.ndarray) -> str:
-    """The text of predictions.csv: a row for each image, a column for each label."""
-    text = io.StringIO()
-    table = csv.writer(text)
-    table.writerow(["path", *labels])
-    for path, row in zip(paths, probabilities):
-        table.writerow([path, *(f"{p:.6f}" for p in row)])
-    return text.getvalue()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -314,7 +359,7 @@ def explain(net: Classifier, state: dict[str, Any], paths: list[str], probabilit
 # The script.
 
 def predict(config: Config, compute: Compute, resources: contextlib.ExitStack) -> None:
-    """Probabilities of every image of a folder. One process does it.
+    """Probabilities of every image of each DIR. One process does it.
 
     DataError at the end where files could not be read; the others have their predictions."""
     if compute.rank > 0:
@@ -323,21 +368,46 @@ def predict(config: Config, compute: Compute, resources: contextlib.ExitStack) -
 
     # The classifier and the files: whatever is wrong with all is found before anything is written.
     net, state = load_classifier(config.classifier)
+    configs = config.for_each()
+    inputs = [find_inputs(Path(data)) for data in config.data]
+    check_outs(configs, inputs)
+
+    # One DIR after the other. What is wrong with one of them stops no other.
+    net, problems = compute.place(net), []
+    for config_of_one, inputs_of_one in zip(configs, inputs):
+        try:
+            with contextlib.ExitStack() as until_next:
+                predict_one(config_of_one, inputs_of_one, net, state, compute, until_next)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("; ".join(problems))
+
+
+def check_outs(configs: list[Config], inputs: list[Inputs]) -> None:
+    """DataError where an output folder lies in a folder that is searched for images."""
+    for config, (folder_config, searched) in itertools.product(configs, zip(configs, inputs)):
+        out, data = Path(config.out), Path(folder_config.data[0])
+        if not searched.listed and data.resolve() in (out.resolve(), *out.resolve().parents):
+            raise DataError(f"--out {out} must not lie inside {data}: its overlays would be taken "
+                            "for radiographs the next time")
+
+
+def predict_one(config: Config, inputs: Inputs, net: Classifier, state: dict[str, Any],
+                compute: Compute, resources: contextlib.ExitStack) -> None:
+    """Predictions and overlays of one DIR, in its output folder; DataError as of `predict`."""
+    data, out, labels = Path(config.data[0]), Path(config.out), state["labels"]
+    settings = image_settings(config, state)
     preprocessing = Preprocessing(**{name: state["config"][name] for name in PREPROCESSING})
-    data, out, labels = Path(config.data), Path(config.out), state["labels"]
-    inputs = find_inputs(data)
-    if not inputs.listed and data.resolve() in (out.resolve(), *out.resolve().parents):
-        raise DataError(f"--out {out} must not lie inside {data}: its overlays would be taken for "
-                        "radiographs the next time")
 
     # The output folder remembers whose predictions it holds, and refuses those of others.
     run.open_run(config, "predict", RESULTS, resources,
                  classifier=str(Path(config.classifier).resolve()),
-                 data=str(data.resolve()))
+                 data=str(data.resolve()), stretch=list(config.stretch) or None)
 
     # The images as prepare.py makes them.
     target = images_folder(out, resources)
-    rejected = make_images(inputs, config, preprocessing.image_size, compute.threads, target)
+    rejected = make_images(inputs, config, settings, compute.threads, target)
     write_csv(out / "rejected.csv", [("file", "reason"), *rejected.items()])
     paths = [path for path in inputs.paths if path not in rejected]
     if inputs.passed_over:
@@ -348,15 +418,20 @@ def predict(config: Config, compute: Compute, resources: contextlib.ExitStack) -
         compute.say(sentence)
 
     # Predict, and write the table once all of it is there.
-    net = compute.place(net)
     nothing, images = np.empty(0), np.arange(len(paths))
     manifest = Manifest(target, [jpeg_name(path) for path in paths], nothing, nothing, nothing, [],
                         listed=False)
     loader = eval_loader(manifest, images, config.batch_size, preprocessing,
                          **compute.loader_arguments())
     logits = extract_features(net, net.head.out_features, loader, compute.dtype)
+    bad = np.flatnonzero(~logits.isfinite().all(1).cpu().numpy())
+    if len(bad):
+        raise DataError(f"the predictions of {len(bad)} images are not finite, of "
+                        f"{paths[bad[0]]} first; --precision fp32 may help")
     probabilities = to_probabilities(logits, state["kind"])                 # (N, L)
-    write_text(out / "predictions.csv", predictions_table(paths, labels, probabilities))
+    write_csv(out / "predictions.csv", [
+        ("path", *labels),
+        *((path, *(f"{p:.6f}" for p in row)) for path, row in zip(paths, probabilities))])
     compute.say(f"{out / 'predictions.csv'}: {len(paths)} images, {', '.join(labels)}")
 
     # Explain the first images, one by one.
@@ -376,6 +451,8 @@ def first_of(rejected: dict[str, str]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    if argv is None:
+        restart_in_utf8()
     run.main(predict, Config, argv)
 
 
