@@ -44,7 +44,7 @@ from dali_pipeline import Augmentation, Preprocessing, eval_loader, train_loader
 from labels import (
     Draw, Task, add_labels, cell_weights, draw, labels_required, make_task, masked_cross_entropy,
     policy_sentence, to_probabilities)
-from manifest import SPLITS, Manifest, read_manifest
+from manifest import SPLITS, Manifest, image_flags, read_manifest
 from model import Classifier, build_encoder, extract_features, num_features
 from probe import STRENGTHS, cached_features, fit_logistic
 from run import ENCODERS, Compute, flag
@@ -343,6 +343,40 @@ def check_truth(task: Task, label_names: list[str], manifest: Manifest,
                 "what is chosen there")
 
 
+def read_study(config: Config, compute: Compute) -> Study:
+    """What is compared, on what, and who is drawn. Whatever is wrong is found here,
+    before anything is written."""
+    say = compute.say
+    inits = read_inits(config, say)
+    setting = inherit(config, inits, say)
+
+    # The labels that train can teach. Fewer labels may be exclusive where all of them were not.
+    manifest = read_manifest(setting["data"])
+    splits = labelled_images(manifest)
+    train = splits["train"]
+    names = teachable_labels(manifest, train, config, say)
+    task = task_of(names, manifest, train, config)
+    check_truth(task, names, manifest, splits, say)
+    counts = ", ".join(f"{len(images)} {split}" for split, images in splits.items())
+    policy = policy_sentence(task.kind, config.uncertain, config.blank, config.balance)
+    say(f"{manifest.folder}: {counts} images with labels\n"
+        f"{len(names)} labels ({', '.join(names)}): {policy}; -1 is never scored")
+
+    # The patients that each combination learns from.
+    labels = task.training_labels[train]                                    # (n, L)
+    draws = {(fraction, seed): draw(manifest.patients[train], labels, fraction, seed)
+             for fraction, seed in itertools.product(config.fraction, config.seeds)}
+    if config.batch_size % compute.world_size:
+        raise DataError(f"--batch-size {config.batch_size} is global and must divide by the "
+                        f"{compute.world_size} processes")
+    settings = run.fixed_flags(config) | setting
+    return Study(config, compute, manifest, settings, {init.key: init for init in inits}, names,
+                 task, policy, splits, draws)
+
+
+# --------------------------------------------------------------------------------------------------
+# What a combination leaves in the run folder when it has ended.
+
 def finish(study: Study, c: Combination, outcome: Outcome) -> None:
     """Keep a combination's predictions and, if it is the best on val up to now, its classifier."""
     score = study.val_score(outcome.val)
@@ -363,8 +397,9 @@ def finish(study: Study, c: Combination, outcome: Outcome) -> None:
 def save_classifier(study: Study, c: Combination, outcome: Outcome) -> None:
     """Write classifier.pt: the network, and all that predict.py and cluster_eval.py ask of it."""
     init, val_truth = study.inits[c.init], study.truth("val")
-    # The labels that the encoder has learned from; a linear probe leaves it as it came.
-    n_train = 0 if c.mode == "linear" else len(study.sample(c))
+    # The labels that the encoder has learned from; the linear probe, which is epoch 0 of the full
+    # mode, leaves it as it came.
+    n_train = len(study.sample(c)) if outcome.details.get("epoch") else 0
     save_checkpoint(study.out / "classifier.pt", {
         "format": FORMAT, "arch": study.settings["arch"],
         "labels": study.label_names, "kind": study.task.kind,
@@ -372,19 +407,9 @@ def save_classifier(study: Study, c: Combination, outcome: Outcome) -> None:
         "classifier": outcome.net.head.state_dict(),
         "config": study.settings | {
             "init": init.source, "what": study.name(c),
-            "images": image_settings(study.manifest.folder)},
+            "images": image_flags(study.manifest.folder)},
         "thresholds": [youden(p, y) for p, y in zip(outcome.val.T, val_truth.T)],
         "n_train": n_train, "labels_required": add_labels(init.labels_required, n_train)})
-
-
-def image_settings(folder: Path) -> dict[str, Any]:
-    """How prepare.py made the images of a data folder, so that predict.py reads others alike;
-    {} where nothing says it."""
-    try:
-        made = json.loads((folder / "prepare.json").read_text("utf-8"))
-        return {name: made[name] for name in ("size", "quality", "stretch")}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -705,37 +730,6 @@ def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> O
 
 # --------------------------------------------------------------------------------------------------
 # The stage.
-
-def read_study(config: Config, compute: Compute) -> Study:
-    """What is compared, on what, and who is drawn. Whatever is wrong is found here,
-    before anything is written."""
-    say = compute.say
-    inits = read_inits(config, say)
-    setting = inherit(config, inits, say)
-
-    # The labels that train can teach. Fewer labels may be exclusive where all of them were not.
-    manifest = read_manifest(setting["data"])
-    splits = labelled_images(manifest)
-    train = splits["train"]
-    names = teachable_labels(manifest, train, config, say)
-    task = task_of(names, manifest, train, config)
-    check_truth(task, names, manifest, splits, say)
-    counts = ", ".join(f"{len(images)} {split}" for split, images in splits.items())
-    policy = policy_sentence(task.kind, config.uncertain, config.blank, config.balance)
-    say(f"{manifest.folder}: {counts} images with labels\n"
-        f"{len(names)} labels ({', '.join(names)}): {policy}; -1 is never scored")
-
-    # The patients that each combination learns from.
-    labels = task.training_labels[train]                                    # (n, L)
-    draws = {(fraction, seed): draw(manifest.patients[train], labels, fraction, seed)
-             for fraction, seed in itertools.product(config.fraction, config.seeds)}
-    if config.batch_size % compute.world_size:
-        raise DataError(f"--batch-size {config.batch_size} is global and must divide by the "
-                        f"{compute.world_size} processes")
-    settings = run.fixed_flags(config) | setting
-    return Study(config, compute, manifest, settings, {init.key: init for init in inits}, names,
-                 task, policy, splits, draws)
-
 
 def draw_sentence(seed: int, sample: Draw) -> str:
     """Who was drawn, for the report."""

@@ -10,10 +10,12 @@ import csv
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
@@ -129,6 +131,16 @@ def read_manifest(folder: str | Path, images_on_disk: bool = True) -> Manifest:
     if images_on_disk:
         manifest = dataclasses.replace(manifest, sizes=_image_sizes(manifest))
     return manifest
+
+
+def image_flags(folder: str | Path) -> dict[str, Any]:
+    """The flags that shaped the images of a data folder, {name: value} as prepare.py wrote them;
+    {} where nothing says it: the folder was not made by prepare.py."""
+    try:
+        made = json.loads((Path(folder) / "prepare.json").read_text("utf-8"))
+        return {name: made[name] for name in ("size", "quality", "stretch")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _image_sizes(manifest: Manifest) -> np.ndarray:

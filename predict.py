@@ -28,7 +28,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -44,11 +44,11 @@ from torch import Tensor
 
 from checkpoint import (
     MALFORMED, PREPROCESSING, CheckpointError, load_checkpoint, settings_of)
-from common import DataError, restart_in_utf8, whole_file, write_csv
+from common import DataError, differing_flags, restart_in_utf8, whole_file, write_csv
 from dali_pipeline import Loader, Preprocessing, eval_loader
 from dicom import is_dicom, read_radiograph
 from labels import to_probabilities
-from manifest import Manifest, read_manifest
+from manifest import Manifest, image_flags, read_manifest
 from model import MEAN, STD, Classifier, build_encoder, extract_features
 from prepare import Conversion, convert, count_notes
 from radiograph import (
@@ -57,7 +57,7 @@ from radiograph import (
 from run import Compute, flag, positional
 from sources import Item
 
-# What a classifier.pt holds.
+# What a classifier.pt holds, at least.
 CLASSIFIER = {"arch", "encoder", "config", "classifier", "labels", "kind", "thresholds"}
 RESULTS = ("predictions.csv", "rejected.csv", "explained/*.png")
 
@@ -92,7 +92,8 @@ class Config:
     threads: int | None = flag(**run.THREADS)
 
     def __post_init__(self):
-        self.data = tuple(dict.fromkeys(self.data))             # the same twice is once
+        # An output folder is called as its DIR is. The same DIR twice is once.
+        self.data = tuple(dict.fromkeys(self.data))
         names = [Path(data).resolve().name for data in self.data]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"two of DIR are called {twice.pop()}, as their output folders would "
@@ -119,6 +120,7 @@ def load_classifier(path: str | Path) -> tuple[Classifier, dict]:
     """The network of a classifier.pt, in evaluation mode, and the checkpoint.
 
     CheckpointError where the file is no classifier.pt."""
+    # What it says must be there, and of a kind that can be meant: the file may be anybody's.
     state = load_checkpoint(path)
     if not (CLASSIFIER <= state.keys() and PREPROCESSING <= state["config"].keys()):
         raise CheckpointError(f"{path} is not a classifier.pt of finetune.py")
@@ -130,8 +132,10 @@ def load_classifier(path: str | Path) -> tuple[Classifier, dict]:
         raise CheckpointError(f"{path} has no threshold for each of its labels")
     if not PREPROCESSING <= settings_of(state).keys():
         raise CheckpointError(f"{path} says of no image size, normalize and clahe that can be")
-    if not is_made_by(state["config"].get("images", {})):
+    if not are_image_flags(state["config"].get("images", {})):
         raise CheckpointError(f"{path} says of no --size, --quality and --stretch that can be")
+
+    # The network itself. A three-way label has an output for absent, present and uncertain.
     try:
         encoder = build_encoder(state["arch"], str(path))
         outputs = len(labels) * {"binary": 1, "three-way": 3, "exclusive": 1}[state["kind"]]
@@ -143,14 +147,14 @@ def load_classifier(path: str | Path) -> tuple[Classifier, dict]:
     return net.eval(), state
 
 
-def is_made_by(images: Any) -> bool:
-    """Whether this can be what finetune.py says of how images were made; {}: it did not know."""
-    if images == {}:
+def are_image_flags(flags: Any) -> bool:
+    """Whether these can be flags of prepare.py as `image_flags` gives them, {} where unknown."""
+    if flags == {}:
         return True
-    return (isinstance(images, dict) and images.keys() == {"size", "quality", "stretch"}
-            and type(images["size"]) is int and MIN_SIDE <= images["size"] <= 9999
-            and type(images["quality"]) is int and 1 <= images["quality"] <= 100
-            and (images["stretch"] is None or is_stretch(images["stretch"])))
+    return (isinstance(flags, dict) and flags.keys() == {"size", "quality", "stretch"}
+            and type(flags["size"]) is int and MIN_SIDE <= flags["size"] <= 9999
+            and type(flags["quality"]) is int and 1 <= flags["quality"] <= 100
+            and (flags["stretch"] is None or is_stretch(flags["stretch"])))
 
 
 def is_stretch(percentiles: Any) -> bool:
@@ -173,6 +177,7 @@ class Inputs(NamedTuple):
 
 def find_inputs(data: Path) -> Inputs:
     """The images of a data folder, those of another folder, or the one file; DataError if none."""
+    # An image that the manifest lists and that is missing will cost one row, as a broken one does.
     if (data / "manifest.csv").exists():
         paths = read_manifest(data, images_on_disk=False).paths
         return Inputs(data, paths, [], listed=True)
@@ -180,6 +185,7 @@ def find_inputs(data: Path) -> Inputs:
         return Inputs(data.parent, [data.name], [], listed=False)
     if not data.is_dir():
         raise DataError(f"{data} is not a folder or a file")
+    # Whatever claims to be an image is looked at; the rest is passed over.
     found = find_files(data)
     paths = [path for path in found.files if is_input(data / path)]
     if not paths:
@@ -196,13 +202,27 @@ def is_input(file: Path) -> bool:
 
 def image_settings(config: Config, state: dict[str, Any]) -> ImageSettings:
     """How files are read: by the flags, else as the images that the classifier learned from."""
-    images = state["config"].get("images", {})
-    size = config.size or images.get("size")
-    stretch = config.stretch or images.get("stretch")
+    flags = state["config"].get("images", {})
+    size = config.size or flags.get("size")
+    stretch = config.stretch or flags.get("stretch")
     return ImageSettings(
+        # Where nothing is known, no smaller than the network's input.
         size=size or max(ImageSettings.size, state["config"]["image_size"]),
-        quality=images.get("quality", ImageSettings.quality),
+        quality=flags.get("quality", ImageSettings.quality),
         stretch=(stretch[0], stretch[1]) if stretch else None)
+
+
+def say_how_read(inputs: Inputs, settings: ImageSettings, state: dict[str, Any],
+                 say: Callable) -> None:
+    """What is inherited from the classifier's own images, or what differs in a data folder."""
+    own, wanted = state["config"].get("images", {}), dataclasses.asdict(settings)
+    made = image_flags(inputs.folder) if inputs.listed else {}
+    if not inputs.listed and own:
+        say("images are read as the classifier's own:", ", ".join(
+            f"--{name} {wanted[name]}" for name in own if wanted[name] is not None))
+    elif own and made and (difference := differing_flags(own, made)):
+        say(f"warning: the classifier's own images were made with other flags than those of "
+            f"{inputs.folder}, here: {difference}")
 
 
 def read_any(file: Path, settings: ImageSettings, modalities: Sequence[str]) -> Reading:
@@ -310,7 +330,8 @@ def grad_cam(net: Classifier, x: Tensor, outputs: Tensor) -> Tensor:
 
     Returns (B, S, S), 0 to 1. The map is made of cells of 32 x 32 pixels, so that it
     is coarse below 224 pixels, and it is 0 where no cell speaks for the output."""
-    maps = []                           # the last feature maps, of which the map is a mean
+    # The map is a mean of the last feature maps, each by the output's mean gradient for it.
+    maps = []
     hook = net.encoder.layer4.register_forward_hook(
         lambda module, inputs, output: maps.append(output))
     logits = net(x)                                                         # (B, G * K)
@@ -340,13 +361,16 @@ def explain(net: Classifier, state: dict[str, Any], paths: list[str], probabilit
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.png"):    # of another classifier, perhaps
         old.unlink()
+
     # Of a three-way label's outputs absent, present and uncertain, the second one is explained.
     width, present = (3, 1) if state["kind"] == "three-way" else (1, 0)
     for x, index in loader:
+        # The label that lies most above its threshold, or least below it.
         i, x = int(index), x.float()                                        # (1, 1, S, S)
         label = int((probabilities[i] - state["thresholds"]).argmax())
         output = torch.tensor([label * width + present], device=x.device)
         picture = overlay(x[0], grad_cam(net, x, output)[0])
+        # A label may be called anything, a file's name may not.
         stem, probability = Path(paths[i]).stem, probabilities[i, label]
         name = f"{stem}_{state['labels'][label]}_{probability:.2f}"
         name = re.sub(r"[^\w.-]+", "-", name)
@@ -400,12 +424,14 @@ def predict_one(config: Config, inputs: Inputs, net: Classifier, state: dict[str
     settings = image_settings(config, state)
     preprocessing = Preprocessing(**{name: state["config"][name] for name in PREPROCESSING})
 
-    # The output folder remembers whose predictions it holds, and refuses those of others.
+    # The output folder remembers whose predictions it holds, and refuses those of others. Which
+    # --stretch was inherited is the classifier's matter.
     run.open_run(config, "predict", RESULTS, resources,
                  classifier=str(Path(config.classifier).resolve()),
                  data=str(data.resolve()), stretch=list(config.stretch) or None)
 
     # The images as prepare.py makes them.
+    say_how_read(inputs, settings, state, compute.say)
     target = images_folder(out, resources)
     rejected = make_images(inputs, config, settings, compute.threads, target)
     write_csv(out / "rejected.csv", [("file", "reason"), *rejected.items()])

@@ -19,7 +19,7 @@ import predict
 import prepare
 from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from dali_pipeline import Preprocessing, eval_loader
-from manifest import read_manifest
+from manifest import image_flags, read_manifest
 from model import Classifier, build_encoder
 from test_dicom import RAMP, write_dicom
 
@@ -114,7 +114,7 @@ def test_images_are_read_as_the_classifiers_own_were_made(classifier, prepared, 
                   "--workers", "1", *flags])
     state = load_checkpoint(classifier)
     assert state["config"]["images"] == {}              # that folder was not made by prepare.py
-    images = finetune.image_settings(tmp_path / "data")
+    images = image_flags(tmp_path / "data")
     assert images == {"size": 40, "quality": 80, "stretch": [5, 90]}
 
     def predicted(folder, name, images, *arguments):
@@ -126,6 +126,11 @@ def test_images_are_read_as_the_classifiers_own_were_made(classifier, prepared, 
 
     expected = predicted(tmp_path / "data", "made", {})
     assert predicted(prepared / "src", "raw", images) == expected
+    assert "as the classifier's own: --size 40, --quality 80, --stretch (5, 90)" \
+        in capsys.readouterr().out
+    # A data folder is taken as it is, and what differs is said.
+    assert predicted(tmp_path / "data", "as it is", images | {"stretch": None}) == expected
+    assert "here: --stretch (None there, [5, 90] here)" in capsys.readouterr().out
     assert predicted(prepared / "src", "flags", images | {"size": 99, "stretch": None},
                      "--size", 40, "--stretch", 5, 90) == expected
     assert predicted(prepared / "src", "other", {}) != expected
