@@ -12,6 +12,7 @@ import fcntl
 import gzip
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -212,6 +213,12 @@ def csv_cell(text: str) -> str:
     if any(character in text for character in ',"\r\n'):
         return '"' + text.replace('"', '""') + '"'
     return text
+
+
+def plain_name(text: str, most: int = 200) -> str:
+    """Text as part of a file's name, the last `most` bytes of it: file systems take 255."""
+    plain = re.sub(r"[^\w.-]+", "-", text)
+    return plain.encode()[-most:].decode(errors="ignore")
 
 
 def valid_unicode(text: str) -> str:

@@ -21,7 +21,6 @@ import itertools
 import json
 import math
 import os
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -39,7 +38,7 @@ from torchvision.models import ResNet
 from checkpoint import (
     ARCHITECTURES, FORMAT, MALFORMED, CheckpointError, first_not_finite, load_checkpoint,
     save_checkpoint, settings_of)
-from common import DataError, write_text
+from common import DataError, plain_name, write_text
 from dali_pipeline import Augmentation, Preprocessing, eval_loader, train_loader
 from labels import (
     Draw, Task, add_labels, cell_weights, draw, labels_required, make_task, masked_cross_entropy,
@@ -189,12 +188,7 @@ class Study:
 
     def put_aside(self, key: tuple) -> Path:
         """Where a combination's last.pt waits while others are trained."""
-        name = "-".join(re.sub(r"[^\w.]+", "-", str(part)) for part in key[1:])
-        return self.out / f"last-{name}.pt"
-
-    def is_begun(self, c: Combination) -> bool:
-        """Whether a combination goes on from a checkpoint, which has its head."""
-        return self.last_key == c or self.put_aside(c).exists()
+        return self.out / f"last-{plain_name('-'.join(map(str, key[1:])))}.pt"
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -208,14 +202,11 @@ class Study:
         return f"{self.inits[c.init].name}, {c.mode}, {100 * c.fraction:g} %, seed {c.seed}"
 
     def folder_name(self, c: Combination) -> str:
-        """The name in letters that a folder's name may have, of 255 bytes at most, and of its own
-        where those of two initialisations differ in nothing else."""
-        names = []
-        for key in (c.init, *self.inits):
-            name = re.sub(r"[^\w.-]+", "-", self.name(c._replace(init=key)))
-            names.append(name.encode()[-200:].decode(errors="ignore"))
-        own = names.pop(0)
-        return own if names.count(own) == 1 else f"{own}-{c.init.split()[-1]}"
+        """The name as a folder can have it; two initialisations may come to the same one, and
+        then their keys tell them apart."""
+        names = [plain_name(self.name(c._replace(init=key))) for key in self.inits]
+        own = plain_name(self.name(c))
+        return own if names.count(own) == 1 else f"{own}-{plain_name(c.init)}"
 
     def sample(self, c: Combination) -> np.ndarray:
         """The images (m,) that a combination learns from."""
@@ -486,9 +477,11 @@ class LinearProbe:
 def fit_probes(study: Study, missing: list[Combination]) -> dict[Combination, dict[str, Tensor]]:
     """Finish the linear combinations; return the heads that full ones start from."""
     heads = {}
+    # What goes on from a checkpoint has its head from there.
+    begun = {study.last_key, *(c for c in missing if study.put_aside(c).exists())}
     for init in study.inits.values():
         combinations = [c for c in missing if c.init == init.key and (
-            c.mode == "linear" or (c.starts_from_probe and not study.is_begun(c)))]
+            c.mode == "linear" or (c.starts_from_probe and c not in begun))]
         if not combinations:
             continue
         linear_probe = LinearProbe(study, init)
@@ -533,7 +526,9 @@ class FineTuning:
     peaks: with --peak, the probabilities (n_test, L) after each epoch."""
 
     def __init__(self, study: Study, c: Combination):
+        self.study, self.combination = study, c
         config, compute, task = study.config, study.compute, study.task
+
         # How much each label of the sample weighs, and 0 for all other images. Targets and weights
         # live on the device, so that no step waits for them.
         sample = study.sample(c)
@@ -542,9 +537,9 @@ class FineTuning:
         self.targets = torch.from_numpy(task.targets).to(compute.device)    # (N, G, K)
         self.weights = torch.from_numpy(weights).to(compute.device)         # (N, G)
 
+        # Network and optimizer, as before the first step.
         torch.manual_seed(c.seed)
-        self.study, self.combination = study, c
-        net = Classifier(study.encoder(study.inits[c.init]), study.task.outputs)
+        net = Classifier(study.encoder(study.inits[c.init]), task.outputs)
         self.net = compute.place(net)
         groups = [dict(params=self.net.encoder.parameters(), peak=config.lr_encoder),
                   dict(params=self.net.head.parameters(), peak=config.lr_head)]
@@ -562,7 +557,8 @@ class FineTuning:
         try:
             self.net.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
+            if state["scaler"]:         # empty where the precision was another one
+                self.scaler.load_state_dict(state["scaler"])
             self.history, self.best, self.peaks = state["history"], state["best"], state["peaks"]
         except MALFORMED as error:
             reason = (str(error) or repr(error)).splitlines()[-1].strip()
@@ -622,8 +618,8 @@ class EpochLog:
             self.writer.close()
 
 
-def make_last_its_own(study: Study, c: Combination) -> None:
-    """See to it that last.pt is of the combination that is trained now, or will be.
+def claim_last(study: Study, c: Combination) -> None:
+    """See to it that last.pt is of the combination that is trained now.
 
     What it holds of another one, which an earlier command has begun, is put aside until that
     one is asked for again."""
@@ -646,7 +642,7 @@ def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> O
     training = FineTuning(study, c)
     net, optimizer, scaler = training.net, training.optimizer, training.scaler
     if compute.rank == 0:
-        make_last_its_own(study, c)
+        claim_last(study, c)
     compute.barrier()
     if study.last_key == c:
         training.load()

@@ -25,7 +25,6 @@ import functools
 import io
 import itertools
 import os
-import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -44,7 +43,8 @@ from torch import Tensor
 
 from checkpoint import (
     MALFORMED, PREPROCESSING, CheckpointError, load_checkpoint, settings_of)
-from common import DataError, differing_flags, restart_in_utf8, whole_file, write_csv
+from common import (
+    DataError, differing_flags, plain_name, restart_in_utf8, whole_file, write_csv)
 from dali_pipeline import Loader, Preprocessing, eval_loader
 from dicom import is_dicom, read_radiograph
 from labels import to_probabilities
@@ -245,8 +245,10 @@ def make_ready(path: str, conversion: Conversion, listed: bool) -> str:
 
 
 def jpeg_name(path: str) -> str:
-    """A name of its own for each path, whatever the path's length and letters."""
-    return f"{blake2b(os.fsencode(path), digest_size=16).hexdigest()}.jpg"
+    """A name of its own for each path, whatever the path's length and letters. Its end is the
+    path's, for messages about the file."""
+    digest = blake2b(os.fsencode(path), digest_size=16).hexdigest()
+    return f"{digest}-{plain_name(path, 100)}.jpg"
 
 
 def is_made_already(file: Path, settings: ImageSettings, listed: bool) -> bool:
@@ -372,9 +374,7 @@ def explain(net: Classifier, state: dict[str, Any], paths: list[str], probabilit
         picture = overlay(x[0], grad_cam(net, x, output)[0])
         # A label may be called anything, a file's name may not.
         stem, probability = Path(paths[i]).stem, probabilities[i, label]
-        name = f"{stem}_{state['labels'][label]}_{probability:.2f}"
-        name = re.sub(r"[^\w.-]+", "-", name)
-        name = name.encode()[-200:].decode(errors="ignore")     # file systems take 255 bytes
+        name = plain_name(f"{stem}_{state['labels'][label]}_{probability:.2f}")
         with whole_file(folder / f"{i:06d}_{name}.png", sync=False) as file:
             picture.save(file, "PNG")
 
