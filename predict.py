@@ -128,7 +128,7 @@ def load_classifier(path: str | Path) -> tuple[Classifier, dict]:
     if not (isinstance(labels, list) and isinstance(thresholds, list)
             and len(labels) == len(thresholds) > 0
             and all(isinstance(name, str) for name in labels)
-            and all(isinstance(value, int | float) for value in thresholds)):
+            and all(isinstance(value, int | float) and 0 <= value <= 1 for value in thresholds)):
         raise CheckpointError(f"{path} has no threshold for each of its labels")
     if not PREPROCESSING <= settings_of(state).keys():
         raise CheckpointError(f"{path} says of no image size, normalize and clahe that can be")
@@ -269,6 +269,7 @@ def is_made_already(file: Path, settings: ImageSettings, listed: bool) -> bool:
     except Image.UnidentifiedImageError:
         return False                    # convert will say what it is
     with image:
+        # Its quality is not written in a JPEG, but follows from its tables.
         if not listed:
             as_written = (
                 image.format == "JPEG" and image.mode == "L" and not image.getexif()
@@ -284,7 +285,7 @@ def is_made_already(file: Path, settings: ImageSettings, listed: bool) -> bool:
 
 
 def quantization(image: Any) -> dict[int, list[int]]:
-    """The tables of a JPEG, from which its quality is known."""
+    """The quantization tables of a JPEG."""
     return image.quantization
 
 
@@ -361,9 +362,6 @@ def explain(net: Classifier, state: dict[str, Any], paths: list[str], probabilit
 
     Its file's name says for which label it is, and that label's probability."""
     folder.mkdir(exist_ok=True)
-    for old in folder.glob("*.png"):    # of another classifier, perhaps
-        old.unlink()
-
     # Of a three-way label's outputs absent, present and uncertain, the second one is explained.
     width, present = (3, 1) if state["kind"] == "three-way" else (1, 0)
     for x, index in loader:
@@ -438,6 +436,13 @@ def predict_one(config: Config, inputs: Inputs, net: Classifier, state: dict[str
     paths = [path for path in inputs.paths if path not in rejected]
     if inputs.passed_over:
         compute.say(f"passed over, as no images: {suffix_counts(inputs.passed_over)}")
+
+    # Nothing stays of earlier predictions, perhaps by another training of the classifier, beside
+    # a new list of what was rejected.
+    for pattern in RESULTS:
+        for old in out.glob(pattern):
+            if old.name != "rejected.csv":
+                old.unlink()
     if not paths:
         raise DataError(f"no image of {data} can be read: {first_of(rejected)}")
     for sentence in count_notes([target / jpeg_name(path) for path in paths], compute.threads):

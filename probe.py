@@ -1,5 +1,4 @@
-"""Frozen features judged by labels that training never saw: nearest neighbours, and logistic
-regression.
+"""Frozen features judged by labels that training never saw.
 
 Pre-training asks nearest neighbours every few epochs, because they need no fitting;
 the cluster stage asks them once more, among test images; fine-tuning fits logistic
@@ -23,8 +22,12 @@ from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from dali_pipeline import Loader
 from model import extract_features
 
-TEMPERATURE = 0.07                    # of the neighbours' votes
-STRENGTHS = 10.0 ** np.arange(-4, 3)  # of the regularisation, see fit_logistic
+# Of the neighbours' votes.
+TEMPERATURE = 0.07
+# Of the regularisation, see fit_logistic.
+STRENGTHS = 10.0 ** np.arange(-4, 3)
+# Bytes of kept features; NIH's 112,120 images of ResNet-50 take 0.9 GB.
+KEPT_FEATURES = 8 * 2**30
 
 
 # --------------------------------------------------------------------------------------------------
@@ -58,8 +61,10 @@ def knn_auroc(bank: Tensor, bank_labels: np.ndarray, queries: Tensor,
     for score, label in zip(scores.T, np.nan_to_num(query_labels).T):
         certain = label >= 0
         score, label = score[certain], label[certain]
-        both_classes = 0 < label.sum() < len(label)
-        auroc.append(float(roc_auc_score(label, score)) if both_classes else math.nan)
+        area = math.nan
+        if 0 < label.sum() < len(label):
+            area = float(roc_auc_score(label, score))
+        auroc.append(area)
     return auroc
 
 
@@ -113,7 +118,8 @@ def fit_logistic(x: Tensor, targets: Tensor, weights: Tensor, strengths: Tensor,
     squares, axes = torch.linalg.eigh(x @ x.T if few else x.T @ x)
     relevant = squares > 1e-10 * squares[-1]
     squares, axes = squares[relevant], axes[:, relevant]
-    axes = x.T @ axes / squares.sqrt() if few else axes              # (D, d)
+    if few:
+        axes = x.T @ axes / squares.sqrt()                           # (D, d)
     x = torch.cat([x @ axes, torch.ones_like(x[:, :1])], dim=1)      # (n, d + 1)
 
     # One problem for each strength, question and answer; the last row of a
@@ -122,7 +128,8 @@ def fit_logistic(x: Tensor, targets: Tensor, weights: Tensor, strengths: Tensor,
     sigmoid = shape[3] == 1
     weights = (weights / weights.sum(0))[:, None, :, None]           # (n, 1, G, 1)
     targets = targets[:, None]                                       # (n, 1, G, K)
-    penalty = strengths.view(1, -1, 1, 1).repeat(shape[0], 1, 1, 1)  # (d + 1, R, 1, 1)
+    penalty = strengths.view(1, -1, 1, 1)
+    penalty = penalty.repeat(shape[0], 1, 1, 1)                      # (d + 1, R, 1, 1)
     penalty[-1] = 0
     steepest = weights.amax(0, keepdim=True) * (0.25 if sigmoid else 0.5)
     squares = torch.cat([squares, squares.new_tensor([len(x)])])
@@ -136,8 +143,10 @@ def fit_logistic(x: Tensor, targets: Tensor, weights: Tensor, strengths: Tensor,
         logits = (x @ ahead.flatten(1)).view(len(x), *shape[1:])  # (n, R, G, K)
         answers = logits.sigmoid() if sigmoid else logits.softmax(3)
         error = weights * (answers - targets)
-        gradient = (x.T @ error.flatten(1)).view(shape) + penalty * ahead
-        if (gradient.square() / bound).sum((0, 3)).max() < 2 * tolerance:
+        gradient = (x.T @ error.flatten(1)).view(shape)
+        gradient = gradient + penalty * ahead
+        surely = gradient.square() / bound
+        if surely.sum((0, 3)).max() < 2 * tolerance:
             break
         before, solution = solution, ahead - gradient / bound
         uphill = (gradient * (solution - before)).sum((0, 3), keepdim=True) > 0
@@ -148,13 +157,12 @@ def fit_logistic(x: Tensor, targets: Tensor, weights: Tensor, strengths: Tensor,
 
     # Back to the features' own axes and origin.
     coefficients = (axes @ ahead[:-1].flatten(1)).view(-1, *shape[1:])
-    return coefficients, ahead[-1] - torch.tensordot(center, coefficients, 1)
+    shift = torch.tensordot(center, coefficients, 1)
+    return coefficients, ahead[-1] - shift
 
 
 # --------------------------------------------------------------------------------------------------
 # Features that are kept on disk, because the later stages ask for the same ones again and again.
-
-KEPT_FEATURES = 8 * 2**30           # bytes; NIH's 112,120 images of ResNet-50 take 0.9 GB
 
 
 def cached_features(net: nn.Module, width: int, loader: Loader, folder: Path,
@@ -168,9 +176,10 @@ def cached_features(net: nn.Module, width: int, loader: Loader, folder: Path,
     for name, value in net.state_dict().items():
         digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
     file = folder / f"{digest.hexdigest()[:16]}.pt"
-    with contextlib.suppress(CheckpointError):          # not there, or cut short: extract
+    # Where it is not there, or was cut short, the features are extracted.
+    with contextlib.suppress(CheckpointError):
         features = load_checkpoint(file)["features"]
-        os.utime(file)                                  # the time of the last use
+        os.utime(file)                  # the time of the last use
         return features
     features = extract_features(net, width, loader, dtype).cpu()
     folder.mkdir(parents=True, exist_ok=True)
@@ -190,7 +199,8 @@ def cached_features(net: nn.Module, width: int, loader: Loader, folder: Path,
 
 def _delete_oldest(folder: Path, newest: Path) -> None:
     """Keep the features in `folder` below KEPT_FEATURES bytes, but `newest` in any case."""
-    with contextlib.suppress(FileNotFoundError):        # another run deletes the same files
+    # Another run may delete the same files.
+    with contextlib.suppress(FileNotFoundError):
         files = sorted(folder.glob("*.pt"), key=lambda file: file.stat().st_mtime)
         excess = sum(file.stat().st_size for file in files) - KEPT_FEATURES
         for file in files:

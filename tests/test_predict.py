@@ -205,8 +205,10 @@ def test_each_folder_has_predictions_of_its_own(classifier, labelled, tmp_path):
     file = classifier.parent / "predictions/scans/predictions.csv"
     before = file.read_bytes()
     assert len(table(file)) == 3
+    (file.parent / "explained").mkdir()
+    (file.parent / "explained/old.png").touch()
     main(classifier, tmp_path / "a/../a/scans/", "--threads", 1)        # the same one again
-    assert file.read_bytes() == before
+    assert file.read_bytes() == before and not list((file.parent / "explained").iterdir())
 
     sentence = refused(classifier, tmp_path / "b/scans", "--threads", 1)
     assert f"({tmp_path}/a/scans there, {tmp_path}/b/scans here); choose another --out" in sentence
@@ -278,6 +280,12 @@ def test_wrong_input_is_refused_in_a_sentence(classifier, encoder, labelled, tmp
     assert "scan.png: cannot identify the image: unknown, none of PNG" in refused(classifier, deep)
     assert "must not lie inside" in refused(classifier, deep, "--out", deep / "out")
     assert not (classifier.parent / "predictions/deep/predictions.csv").exists()
+    state = load_checkpoint(classifier)
+    state["classifier"]["weight"][:] = 3e38
+    save_checkpoint(tmp_path / "huge.pt", state)
+    assert "predictions of 130 images are not finite, of images/000.png first; --precision fp32" \
+        in refused(tmp_path / "huge.pt", labelled, "--threads", 1)
+    assert not (tmp_path / "predictions" / labelled.name / "predictions.csv").exists()
 
 
 def test_grad_cam_is_the_class_activation_map():
