@@ -53,7 +53,7 @@ SCORES = ("accuracy", "balanced_accuracy", "NMI", "ARI", "purity", "silhouette",
           "cosine_within", "cosine_between", "kNN_accuracy", "kNN_AUROC")
 # Rows that need no checkpoint.
 NO_CHECKPOINT = ("random", "pixels", "imagenet")
-# What NIH and CheXpert call the column of images without any.
+# What NIH and CheXpert call the column of images without any; VinBigData has "No finding".
 NO_FINDING = "No Finding"
 
 # With more images than this, k-means works on batches of 4,096.
@@ -249,12 +249,12 @@ def choose_classes(labels: np.ndarray, names: list[str], rule: str,
     The label "No Finding" is not a finding: with no_finding `keep`, images without a
     positive or uncertain finding are a class, or in `binary` belong to the rest.
     DataError: no such LABEL."""
-    findings = np.array([name != NO_FINDING for name in names], bool)
+    findings = np.array([name.casefold() != NO_FINDING.casefold() for name in names], bool)
     present = (labels == 1)[:, findings]                # (n, F)
     uncertain = (labels == -1)[:, findings]             # (n, F)
     # Healthy is who is said to be; where no column says so, who lacks some finding.
-    if NO_FINDING in names:
-        healthy = labels[:, names.index(NO_FINDING)] == 1
+    if not findings.all():
+        healthy = (labels[:, ~findings] == 1).any(1)
     else:
         healthy = (labels == 0).any(1)
     healthy = healthy & ~(present | uncertain).any(1)   # (n,)
@@ -277,7 +277,7 @@ def choose_classes(labels: np.ndarray, names: list[str], rule: str,
         chosen = present.any(1)
     else:
         chosen = (present.sum(1) == 1) & ~uncertain.any(1)
-    names = [name for name in names if name != NO_FINDING] + [NO_FINDING]
+    names = [name for name, finding in zip(names, findings) if finding] + [NO_FINDING]
     return np.where(chosen, rarest, -1), names
 
 

@@ -164,7 +164,6 @@ def fit_logistic(x: Tensor, targets: Tensor, weights: Tensor, strengths: Tensor,
 # --------------------------------------------------------------------------------------------------
 # Features that are kept on disk, because the later stages ask for the same ones again and again.
 
-
 def cached_features(net: nn.Module, width: int, loader: Loader, folder: Path,
                     dtype: torch.dtype | None = None) -> Tensor:
     """`extract_features` on the CPU, kept in `folder` and read from there the next time.
