@@ -215,11 +215,14 @@ def image_settings(config: Config, state: dict[str, Any]) -> ImageSettings:
 def say_how_read(inputs: Inputs, settings: ImageSettings, state: dict[str, Any],
                  say: Callable) -> None:
     """What is inherited from the classifier's own images, or what differs in a data folder."""
-    own, wanted = state["config"].get("images", {}), dataclasses.asdict(settings)
+    own = state["config"].get("images", {})
     made = image_flags(inputs.folder) if inputs.listed else {}
-    if not inputs.listed and own:
-        say("images are read as the classifier's own:", ", ".join(
-            f"--{name} {wanted[name]}" for name in own if wanted[name] is not None))
+    if own and not inputs.listed:
+        stretch = ""
+        if settings.stretch:
+            stretch = ", --stretch {:g} {:g}".format(*settings.stretch)
+        say(f"images are read as the classifier's own: --size {settings.size}, --quality "
+            f"{settings.quality}{stretch}")
     elif own and made and (difference := differing_flags(own, made)):
         say(f"warning: the classifier's own images were made with other flags than those of "
             f"{inputs.folder}, here: {difference}")
