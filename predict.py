@@ -442,10 +442,8 @@ def predict_one(config: Config, inputs: Inputs, net: Classifier, state: dict[str
 
     # Nothing stays of earlier predictions, perhaps by another training of the classifier, beside
     # a new list of what was rejected.
-    for pattern in RESULTS:
-        for old in out.glob(pattern):
-            if old.name != "rejected.csv":
-                old.unlink()
+    for old in (*out.glob("predictions.csv"), *out.glob("explained/*.png")):
+        old.unlink()
     if not paths:
         raise DataError(f"no image of {data} can be read: {first_of(rejected)}")
     for sentence in count_notes([target / jpeg_name(path) for path in paths], compute.threads):
