@@ -322,6 +322,7 @@ def images_folder(out: Path, resources: contextlib.ExitStack) -> Path:
 
 def suffix_counts(paths: list[str]) -> str:
     """`3 files (2 .txt, 1 without a suffix)`."""
+    # A suffix may be in any letters, and a terminal in few.
     suffixes = [Path(path).suffix.lower() or "without a suffix" for path in paths]
     counts = Counter(suffix.encode("ascii", "backslashreplace").decode() for suffix in suffixes)
     return f"{len(paths):,} files ({', '.join(f'{n:,} {name}' for name, n in counts.items())})"
@@ -411,6 +412,7 @@ def predict(config: Config, compute: Compute, resources: contextlib.ExitStack) -
 
 def check_outs(configs: list[Config], inputs: list[Inputs]) -> None:
     """DataError where an output folder lies in a folder that is searched for images."""
+    # Each output folder against each DIR; in a data folder only what the manifest lists counts.
     for config, (folder_config, searched) in itertools.product(configs, zip(configs, inputs)):
         out, data = Path(config.out), Path(folder_config.data[0])
         if not searched.listed and data.resolve() in (out.resolve(), *out.resolve().parents):
