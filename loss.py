@@ -1,10 +1,10 @@
-"""NT-Xent, the SimCLR loss, with negatives from every process; what to
-watch beside it; and the loss of the labels.
+"""NT-Xent, the SimCLR loss, with negatives from every process; its variants in one form;
+and what to watch beside it.
 
-Each process's anchors are its own 2N projections, and the keys are the 2WN
-of all W processes. Its loss is the mean over its own anchors;
-DistributedDataParallel averages the gradients over the processes, which
-makes them those of the global mean.
+Each process has two views of each of its N images, and its anchors are the 2N projections of
+these. The keys that an anchor is compared with are the 2WN of all W processes.
+DistributedDataParallel averages gradients over the processes, and so the loss of a process
+is made such that the average over the processes is the mean over all anchors.
 """
 import math
 from typing import NamedTuple
@@ -14,128 +14,263 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+# The similarity to a key that is no negative. Its exponential is 0 as that of -inf is, but it
+# may be multiplied and subtracted, even in a row that has nothing else.
+ABSENT = -1e30
 
-class Gather(torch.autograd.Function):
-    """(M, D) on each of W processes -> (W * M, D) on all, in the order of the ranks.
 
-    A process's rows are keys in every other process's loss too, so backward
-    sums the gradients of all processes before it keeps its own rows.
-    Leaving out the sum still gives the right loss, and the wrong
-    gradient."""
+# --------------------------------------------------------------------------------------------------
+# Who is compared with whom.
+
+class Batch(NamedTuple):
+    """The global batch as one of W processes sees it. Views are the first dimension."""
+    anchors: Tensor           # (2, N, D) projections of this process, of length 1
+    lengths: Tensor           # (2, N, 1) that they had
+    keys: Tensor              # (W, 2, N, D) projections of all processes, of length 1
+    rank: int                 # of this process among the W
+    patients: Tensor | None   # (W, N) of all processes' images
+    negatives: Tensor         # (N, 1) how many an image's anchors have, 1 where none
+    weights: Tensor           # (N, 1) of its anchors' losses in the sum, 0 where no negatives
+
+
+def _gather(rows: Tensor) -> Tensor:
+    """A tensor of each process -> those of all W processes, in a new first dimension."""
+    if _world_size() == 1:
+        return rows[None]
+    gathered = rows.new_empty(_world_size(), *rows.shape)
+    dist.all_gather(list(gathered), rows.contiguous())
+    return gathered
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _batch(z1: Tensor, z2: Tensor, patients: Tensor | None, weights: Tensor | None) -> Batch:
+    z = torch.stack([z1, z2]).float()                                       # (2, N, D)
+    lengths = torch.linalg.vector_norm(z, dim=2, keepdim=True).clamp_min_(1e-12)
+    anchors = z / lengths
+    keys = _gather(anchors)
+    rank, images = dist.get_rank() if len(keys) > 1 else 0, len(keys) * len(z1)
+    if patients is None:
+        negatives = z.new_full((len(z1), 1), 2 * images - 2)
+    else:
+        patients = _gather(patients)                                        # (W, N)
+        # How many images are of the same patient is how far apart the first and the last of
+        # them lie in a sorted list.
+        ordered, own = patients.flatten().sort().values, patients[rank]
+        last, first = (torch.searchsorted(ordered, own, right=right) for right in (True, False))
+        negatives = 2 * (images - last + first)[:, None].float()
+    weights = _weights(weights, z)
+    if patients is not None or images == 1:
+        # An anchor without negatives has nothing to be told apart from: its loss is 0.
+        weights, negatives = weights * (negatives > 0), negatives.clamp_min(1)
+    return Batch(anchors, lengths, keys, rank, patients, negatives, weights)
+
+
+def _weights(weights: Tensor | None, z: Tensor) -> Tensor:
+    """(N, 1) with which a process sums up the losses of its anchors z (2, N, D), so that the
+    average of these sums over the processes is the weighted mean over all anchors."""
+    if weights is None:
+        return z.new_full((z.shape[1], 1), 1 / (2 * z.shape[1]))
+    total = 2 * weights.sum(dtype=torch.float32)
+    if _world_size() > 1:
+        dist.all_reduce(total)
+    return weights[:, None] * (_world_size() / total)
+
+
+def _blocks(batch: Batch) -> list[slice]:
+    """Parts of the images for which all similarities fit into cache, or a little of a GPU."""
+    elements = 2**25 if batch.keys.is_cuda else 2**20
+    keys, images = batch.keys[..., 0].numel(), batch.anchors.shape[1]
+    rows = max(1, elements // (2 * keys))
+    return [slice(start, min(start + rows, images)) for start in range(0, images, rows)]
+
+
+def _similarities(batch: Batch, scaled: Tensor, block: slice) -> Tensor:
+    """Of a block's scaled anchors (2, n, D) to their negatives, ABSENT for other keys: (2n, K)."""
+    logits = scaled.flatten(0, 1) @ batch.keys.flatten(0, 2).T              # (2n, K)
+    by_image = logits.view(*scaled.shape[:2], *batch.keys.shape[:3])        # (2, n, W, 2, N)
+    if batch.patients is None:
+        # An anchor itself and its positive: the two views of its own image.
+        own = by_image[:, :, batch.rank, :, block]                          # (2, n, 2, n)
+        own.diagonal(dim1=1, dim2=3).fill_(ABSENT)
+    else:
+        patients = batch.patients[batch.rank, block]                        # (n,)
+        same = patients[:, None, None] == batch.patients                    # (n, W, N)
+        by_image.masked_fill_(same[:, :, None], ABSENT)
+    return logits
+
+
+# --------------------------------------------------------------------------------------------------
+# The loss of an anchor, and its derivatives.
+
+class Negatives(NamedTuple):
+    """R, what all negatives of an anchor weigh together, for the 2n anchors of a block."""
+    log: Tensor      # (2n, 1) ln R
+    slopes: Tensor   # (2n, K) its derivatives by the similarities, times ...
+    divisor: Tensor  # (2n, 1) ... this
+
+
+def _negatives(logits: Tensor, count: Tensor, hardness: float) -> Negatives:
+    """From logits (2n, K), which it overwrites, and the number of negatives, (n, 1).
+
+    R is the sum of exp(l) or, with hardness beta, their number times the mean of exp(l) with
+    weights exp(beta l), in which a similar negative counts more."""
+    largest = logits.amax(1, keepdim=True)          # against overflow
+    weights = (hardness * logits).softmax(1) if hardness else None          # (2n, K)
+    parts = logits.sub_(largest).exp_()
+    if weights is None:
+        total = parts.sum(1, keepdim=True)
+        return Negatives(total.log() + largest, parts, total)
+    mean = parts.mul_(weights).sum(1, keepdim=True)
+    slopes = parts.mul_(1 + hardness).sub_(weights.mul_(hardness * mean))
+    return Negatives((count.repeat(2, 1) * mean).log() + largest, slopes, mean)
+
+
+class Contrast(NamedTuple):
+    """The losses of a block's anchors, and their derivatives; (2, n, 1) each."""
+    loss: Tensor
+    push: Tensor  # derivatives by ln R
+    pull: Tensor  # derivatives by the positive's similarity, with the sign turned
+
+
+def _contrast(log_r: Tensor, positive: Tensor, count: Tensor, temperature: float,
+              decoupled: bool, prior: float) -> Contrast:
+    """What the negatives weigh against the positive's similarity l_p. log_r (2, n, 1) and,
+    the same for both views, positive and count (n, 1).
+
+    The loss is ln(exp(l_p) + Ng) - l_p, or ln Ng - l_p if decoupled. Ng is R or, with a prior
+    tau, max((R - tau n exp(l_p)) / (1 - tau), n exp(-1 / temperature))."""
+    excess = log_r - positive                       # ln Ng - l_p, so far with R for Ng
+    if prior:
+        # What is left of R without the images that are alike though they count as negatives.
+        share = 1 - prior * count * (-excess).exp()
+        debiased = excess + share.clamp_min(0).log() - math.log(1 - prior)
+        floor = count.log() - 1 / temperature - positive
+        excess = debiased.maximum(floor)
+    if decoupled:
+        loss, slope = excess, torch.ones_like(excess)
+    else:
+        loss, slope = F.softplus(excess), excess.sigmoid()
+    if not prior:
+        return Contrast(loss, slope, slope)
+    steeper = slope / share
+    above = debiased > floor                        # on the floor the negatives have no say
+    return Contrast(loss, steeper.where(above, 0), steeper.where(above, slope))
+
+
+class NTXent(torch.autograd.Function):
+    """The sum of a process's weighted losses, see `nt_xent`, with its gradient.
+
+    The similarities of a block of anchors are used for the loss and for the gradients of both
+    anchors and keys, and then forgotten: all of them are never in memory at once."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor) -> Tensor:
-        gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, rows.contiguous())
-        return torch.cat(gathered)
+    def forward(ctx, z1: Tensor, z2: Tensor, temperature: float, patients: Tensor | None,
+                weights: Tensor | None, decoupled: bool, hardness: float, prior: float) -> Tensor:
+        batch = _batch(z1, z2, patients, weights)
+        keys, scaled = batch.keys.flatten(0, 2), batch.anchors / temperature
+        positive = (scaled[0] * batch.anchors[1]).sum(1, keepdim=True)      # (N, 1)
+        loss = scaled.new_zeros(())
+        gradient = torch.zeros_like(batch.keys)                             # (W, 2, N, D)
+        for_keys, for_anchors = gradient.flatten(0, 2), gradient[batch.rank]
+
+        for block in _blocks(batch):
+            anchors, weight = scaled[:, block], batch.weights[block]        # (2, n, D), (n, 1)
+            logits = _similarities(batch, anchors, block)                   # (2n, K)
+            negatives = _negatives(logits, batch.negatives[block], hardness)
+            contrast = _contrast(negatives.log.view(2, -1, 1), positive[block],
+                                 batch.negatives[block], temperature, decoupled, prior)
+            loss += (contrast.loss * weight).sum()
+            # Negatives and anchors push each other away, positives pull.
+            push = contrast.push * weight / negatives.divisor.view(2, -1, 1)
+            for_keys.addmm_(negatives.slopes.T, (anchors * push).flatten(0, 1))
+            away = (negatives.slopes @ keys).view(anchors.shape)            # (2, n, D)
+            for_anchors[:, block].addcmul_(away, push, value=1 / temperature)
+            pull = (contrast.pull * weight).sum(0)                          # (n, 1)
+            for_anchors[:, block].addcmul_(anchors.flip(0), pull, value=-1)
+        ctx.batch, ctx.gradient = batch, gradient
+        return loss
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)                   # sums
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+    def backward(ctx, scale: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        batch = ctx.batch
+        gradient = scale * ctx.gradient                                     # (W, 2, N, D)
+        # A process's projections are keys in every other process's loss, too. Leaving out
+        # this sum would still give the right loss, and the wrong gradient.
+        if _world_size() > 1:
+            dist.all_reduce(gradient)
+        own = gradient[batch.rank]                                          # (2, N, D)
+        # Their length does not matter: what points along a projection falls out.
+        along = (own * batch.anchors).sum(2, keepdim=True)
+        own = own.addcmul_(batch.anchors, along, value=-1).div_(batch.lengths)
+        return own[0], own[1], *[None] * 6
 
 
-class AnchorsAndKeys(NamedTuple):
-    """Projections of length 1, and which keys are an anchor's own: itself and its other view."""
-    anchors: Tensor   # (2N, D) of this process
-    keys: Tensor      # (2WN, D) of all processes
-    itself: Tensor    # (2N,) rows of keys
-    positive: Tensor  # (2N,) rows of keys
+def nt_xent(z1: Tensor, z2: Tensor, temperature: float, patients: Tensor | None = None,
+            weights: Tensor | None = None, decoupled: bool = False, hardness: float = 0.0,
+            prior: float = 0.0) -> Tensor:
+    """Normalised temperature-scaled cross entropy (Chen et al. 2020, equation 1) or a variant.
 
+    z1, z2: (N, D) projections of the two views, of any norm, the same N on every process.
+    Returns a scalar, float32, computed outside autocast, of which the average over the
+    processes is the mean over all 2WN anchors of
 
-def _anchors_and_keys(z1: Tensor, z2: Tensor) -> AnchorsAndKeys:
-    anchors = F.normalize(torch.cat([z1, z2]).float(), dim=1)
-    distributed = dist.is_initialized() and dist.get_world_size() > 1
-    keys = Gather.apply(anchors) if distributed else anchors
-    assert isinstance(keys, Tensor)                            # apply's type is unknown
-    offset = dist.get_rank() * len(anchors) if distributed else 0  # of this process in keys
-    itself = torch.arange(len(anchors), device=anchors.device) + offset
-    return AnchorsAndKeys(anchors, keys, itself, itself.roll(len(z1)))
+        L_i = -l_ip + ln(exp(l_ip) + sum_k w_ik exp(l_ik))
 
+    with l the cosine similarity over the temperature, p the anchor's positive, which is
+    its image's other view, and k every other key. As published w_ik is 1.
 
-def _blocks(pairs: AnchorsAndKeys) -> list[slice]:
-    """Parts of the anchors for which all similarities fit into cache, or a little of a GPU."""
-    elements = 2**25 if pairs.keys.is_cuda else 2**20
-    rows = max(1, elements // len(pairs.keys))
-    return [slice(start, start + rows) for start in range(0, len(pairs.anchors), rows)]
+    patients: (N,) integers, in which images of the same patient are equal. Keys of the
+        anchor's own patient are no negatives, w_ik = 0. An image that stands in the batch
+        twice is covered by that, too.
+    weights: (N,), at least 0, of the images in the mean, over all processes; not all 0.
+    decoupled: leave exp(l_ip) out of the denominator (Yeh et al. 2022, equation 6).
+    hardness: beta of Robinson et al. 2021, equation 4. An anchor's w_ik is proportional to
+        exp(beta l_ik), n in sum over its n negatives. As in the authors' code, and unlike in
+        an importance sampling, the gradient is that of the whole, weights included.
+    prior: tau+ of Chuang et al. 2020, equation 8, 0 <= tau+ < 1: the share of negatives that are
+        of the anchor's kind. tau+ n exp(l_ip) is taken off their sum, the rest divided by 1 -
+        tau+, and floored at n exp(-1 / temperature); on the floor it has no gradient.
 
-
-class ContrastiveCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of anchors (M, D) that have to tell their positive among keys (K, D).
-
-    The similarities of a block of anchors are used for the loss and for both gradients at
-    once and then forgotten: nothing of size M x K is ever in memory. With p the softmax of
-    an anchor's similarities, its gradient is (sum_k p_k key_k - positive) / (temperature M)
-    and that of key k gets (p_k - [k is the positive]) anchor / (temperature M)."""
-
-    @staticmethod
-    def forward(ctx, pairs: AnchorsAndKeys, anchors: Tensor, keys: Tensor,
-                temperature: float) -> Tensor:
-        # Anchors and keys are in `pairs`, too, but autograd sees only tensors that are arguments.
-        loss = anchors.new_zeros(())
-        for_anchors, for_keys = torch.empty_like(anchors), torch.zeros_like(keys)
-        scaled = anchors / temperature
-        for block in _blocks(pairs):
-            positive = pairs.positive[block]
-            logits = scaled[block] @ keys.T                    # (m, K)
-            logits.scatter_(1, pairs.itself[block, None], -torch.inf)
-            of_positive = logits.gather(1, positive[:, None])  # (m, 1)
-            largest = logits.amax(1, keepdim=True)             # (m, 1), against overflow
-            p = logits.sub_(largest).exp_()                    # (m, K), not yet divided by ...
-            total = p.sum(1, keepdim=True)                     # (m, 1) ... this
-            loss += (total.log() + largest - of_positive).sum()
-            for_anchors[block] = p @ keys / total - keys[positive]
-            for_keys.addmm_(p.T, scaled[block] / total)
-            for_keys.index_add_(0, positive, scaled[block], alpha=-1)
-        ctx.save_for_backward(for_anchors / (temperature * len(anchors)), for_keys / len(anchors))
-        return loss / len(anchors)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        for_anchors, for_keys = ctx.saved_tensors
-        return None, gradient * for_anchors, gradient * for_keys, None
-
-
-def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
-    """Normalised temperature-scaled cross entropy (Chen et al. 2020, equation 1).
-
-    z1, z2: (N, D) projections of the two views, of any norm, the same N on
-    every process. The mean over this process's 2N anchors: a scalar,
-    float32, computed outside autocast. An encoder that tells nothing apart
-    scores ln(2WN - 1), see `chance_level`."""
+    An anchor without any negative has the loss 0. An encoder that tells nothing apart scores
+    what `chance_level` and `diagnostics` say."""
     with torch.autocast(z1.device.type, enabled=False):
-        pairs = _anchors_and_keys(z1, z2)
-        loss = ContrastiveCrossEntropy.apply(pairs, pairs.anchors, pairs.keys, temperature)
-        assert isinstance(loss, Tensor)
+        loss = NTXent.apply(z1, z2, temperature, patients, weights, decoupled, hardness, prior)
+        assert isinstance(loss, Tensor)             # apply's type is unknown
         return loss
 
 
-def chance_level(global_batch_size: int) -> float:
-    """NT-Xent where all projections are the same: ln(2WN - 1) for a global batch of WN images."""
-    return math.log(2 * global_batch_size - 1)
+def chance_level(global_batch_size: int, decoupled: bool = False) -> float:
+    """NT-Xent where all projections are the same, for a global batch of WN images of as many
+    patients: ln(2WN - 1), or ln(2WN - 2) if decoupled. Neither temperature nor hardness nor
+    prior change it."""
+    return math.log(2 * global_batch_size - 2 + (not decoupled))
 
 
 @torch.no_grad()
-def diagnostics(z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
-    """What the loss hides, as scalars. z1, z2: (N, D) as in `nt_xent`.
+def diagnostics(z1: Tensor, z2: Tensor, patients: Tensor | None = None,
+                weights: Tensor | None = None, decoupled: bool = False) -> dict[str, Tensor]:
+    """What the loss hides, as scalars, to be averaged over the processes. Arguments as in
+    `nt_xent`.
 
-    top1: how often an anchor's nearest key among those of all processes is its positive.
+    top1: how often an anchor's positive is nearer than all its negatives on all processes.
     alignment: mean squared distance of positives on the unit sphere, 0 at best.
     uniformity: log of the mean Gaussian potential of this process's pairs, about -4 at best, 0
-    where all projections are the same (both Wang and Isola 2020)."""
+    where all projections are the same (both Wang and Isola 2020).
+    chance: the loss of this batch where all projections are the same."""
     with torch.autocast(z1.device.type, enabled=False):
-        pairs = _anchors_and_keys(z1, z2)
-        found = []  # for each block, whether the nearest key is the positive
-        for block in _blocks(pairs):
-            cosine = pairs.anchors[block] @ pairs.keys.T
-            cosine.scatter_(1, pairs.itself[block, None], -torch.inf)
-            found.append(cosine.argmax(1) == pairs.positive[block])
-        z1, z2 = pairs.anchors.chunk(2)
+        batch = _batch(z1, z2, patients, weights)
+        z1, z2 = batch.anchors
+        positive, found = (z1 * z2).sum(1), []
+        for block in _blocks(batch):
+            nearest = _similarities(batch, batch.anchors[:, block], block).amax(1)  # (2n,)
+            found.append(positive[block].repeat(2) > nearest)
         potentials = [torch.pdist(z).square().mul(-2).exp().mean().log() for z in (z1, z2)]
+        parts = batch.negatives + (not decoupled)                                   # (N, 1)
         return {
             "top1": torch.cat(found).float().mean(),
             "alignment": (z1 - z2).square().sum(1).mean(),
-            "uniformity": (potentials[0] + potentials[1]) / 2}
-
-
+            "uniformity": (potentials[0] + potentials[1]) / 2,
+            "chance": 2 * (batch.weights * parts.log()).sum()}
