@@ -215,8 +215,8 @@ def resident_kib(name: str) -> int:
 
 
 def bench_loss(args: argparse.Namespace, folder: Path) -> None:
-    """Forward and backward of NT-Xent, 128-d projections: time, and peak memory of the most
-    pairs."""
+    """Forward and backward of NT-Xent, 128-d projections: time, on a CPU that of all its cores
+    together, and peak memory of the most pairs."""
     for pairs in args.pairs:
         z1, z2 = (torch.randn(pairs, 128, device=DEVICE, requires_grad=True) for _ in range(2))
         # A look at the clock is worth several calls of a small batch.
@@ -227,9 +227,10 @@ def bench_loss(args: argparse.Namespace, folder: Path) -> None:
                 z1.grad = z2.grad = None
                 loss(z1, z2).backward()
 
-        # The contenders take turns, so that whatever else the machine does strikes all of them.
-        # The first turn warms up.
-        turns = [[seconds(lambda loss=loss: work(loss)) for loss in losses().values()]
+        # The contenders take turns, so that whatever else the machine does strikes all of them;
+        # and a CPU's own clock stands still while it works for others. The first turn warms up.
+        clock = time.perf_counter if CUDA else time.process_time
+        turns = [[seconds(lambda loss=loss: work(loss), clock) for loss in losses().values()]
                  for _ in range(args.repeats + 1)]
         medians = 1000 * np.median(turns[1:], axis=0) / calls
         report("loss", f"ms, {pairs} pairs", dict(zip(losses(), medians)))

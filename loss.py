@@ -89,8 +89,8 @@ def _blocks(batch: Batch) -> list[slice]:
     """Parts of the images for which all similarities fit into cache, or a little of
     a GPU."""
     elements = 2**25 if batch.keys.is_cuda else 2**20
-    keys, images = batch.keys[..., 0].numel(), batch.anchors.shape[1]
-    rows = max(1, elements // (2 * keys))
+    world_size, views, images, _ = batch.keys.shape
+    rows = max(1, elements // (views * world_size * views * images))
     return [slice(start, min(start + rows, images)) for start in range(0, images, rows)]
 
 
@@ -216,7 +216,7 @@ class NTXent(torch.autograd.Function):
             for_anchors[0, block].addcmul_(anchors[1], pull, value=-1)
             for_anchors[1, block].addcmul_(anchors[0], pull, value=-1)
         ctx.batch, ctx.gradient = batch, gradient
-        return torch.stack(losses).sum()
+        return sum(losses[1:], losses[0])
 
     @staticmethod
     def backward(ctx, scale: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -156,7 +156,7 @@ def distributed(request, tmp_path_factory):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(200)
+        process.join(400)
         assert process.exitcode == 0
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
