@@ -25,8 +25,7 @@ ABSENT = -1e30
 # Who is compared with whom.
 
 class Batch(NamedTuple):
-    """The global batch as one of W processes sees it. Views are the first
-    dimension."""
+    """The global batch as one of W processes sees it."""
     anchors: Tensor           # (2, N, D) projections of this process, of length 1
     lengths: Tensor           # (2, N, 1) that they had
     keys: Tensor              # (W, 2, N, D) projections of all processes, of length 1
@@ -41,8 +40,7 @@ def _world_size() -> int:
 
 
 def _gather(rows: Tensor) -> Tensor:
-    """A tensor of each process -> those of all W processes, in a new first
-    dimension."""
+    """A tensor of each process -> those of all W, in a new first dimension."""
     if _world_size() == 1:
         return rows[None]
     gathered = rows.new_empty(_world_size(), *rows.shape)
@@ -86,8 +84,7 @@ def _weights(weights: Tensor | None, z: Tensor) -> Tensor:
 
 
 def _blocks(batch: Batch) -> list[slice]:
-    """Parts of the images for which all similarities fit into cache, or a little of
-    a GPU."""
+    """Parts of the images whose similarities fit into cache, or a little of a GPU."""
     elements = 2**25 if batch.keys.is_cuda else 2**20
     world_size, views, images, _ = batch.keys.shape
     rows = max(1, elements // (views * world_size * views * images))
@@ -95,8 +92,8 @@ def _blocks(batch: Batch) -> list[slice]:
 
 
 def _similarities(batch: Batch, scaled: Tensor, block: slice) -> Tensor:
-    """Of a block's scaled anchors (2, n, D) to their negatives, ABSENT for other
-    keys: (2n, K)."""
+    """(2n, K) of a block's scaled anchors (2, n, D); ABSENT where the key is no
+    negative."""
     logits = scaled.flatten(0, 1).mm(batch.keys.flatten(0, 2).T)  # (2n, K)
     by_image = logits.view(*scaled.shape[:2], *batch.keys.shape[:3])  # (2, n, W, 2, N)
     if batch.patients is None:
@@ -114,16 +111,14 @@ def _similarities(batch: Batch, scaled: Tensor, block: slice) -> Tensor:
 # The loss of an anchor, and its derivatives.
 
 class Negatives(NamedTuple):
-    """R, what all negatives of an anchor weigh together, for the 2n anchors of a
-    block."""
+    """R, what the negatives weigh together, of each of a block's 2n anchors."""
     log: Tensor      # (2n, 1) ln R
     slopes: Tensor   # (2n, K) its derivatives by the similarities, times ...
     divisor: Tensor  # (2n, 1) ... this
 
 
 def _negatives(logits: Tensor, count: Tensor, hardness: float) -> Negatives:
-    """From logits (2n, K), which it overwrites, and the number of negatives, (n,
-    1).
+    """From similarities (2n, K), which it overwrites, and the count of negatives (n, 1).
 
     R is the sum of exp(l) or, with hardness beta, their number times the mean of
     exp(l) under weights proportional to exp(beta l), in which a similar negative
@@ -141,8 +136,7 @@ def _negatives(logits: Tensor, count: Tensor, hardness: float) -> Negatives:
 
 
 class Contrast(NamedTuple):
-    """The losses of a block's anchors times their weights, and their derivatives,
-    (2, n, 1)."""
+    """The weighted losses of a block's anchors, and their derivatives; (2, n, 1)."""
     loss: Tensor
     push: Tensor  # derivatives by ln R
     pull: Tensor  # derivatives by the positive's similarity, with the sign turned
@@ -153,9 +147,8 @@ def _contrast(log_r: Tensor, positive: Tensor, count: Tensor, weight: Tensor,
     """What the negatives weigh, log_r (2, n, 1), against the positive's similarity
     l_p, (n, 1) for both views, as are their number n and the weight.
 
-    The loss is ln(exp(l_p) + Ng) - l_p, or ln Ng - l_p if decoupled. Ng is R or,
-    with a prior tau, max((R - tau n exp(l_p)) / (1 - tau), n exp(-1 /
-    temperature)).
+    The loss is ln(exp(l_p) + Ng) - l_p, or ln Ng - l_p if decoupled. Ng is R or, with
+    a prior tau, (R - tau n exp(l_p)) / (1 - tau), at least n exp(-1 / temperature).
     """
     excess = log_r - positive
     if not prior:
@@ -282,10 +275,9 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float, patients: Tensor | None 
 
 
 def chance_level(global_batch_size: int, decoupled: bool = False) -> float:
-    """NT-Xent where all projections are the same, for a global batch of WN images
-    of as many
-    patients: ln(2WN - 1), or ln(2WN - 2) if decoupled. Neither temperature nor
-    hardness nor prior change it."""
+    """NT-Xent where all projections are the same, for WN images of as many patients:
+    ln(2WN - 1), or ln(2WN - 2) if decoupled. Temperature, hardness and prior do not
+    change it. `diagnostics` tells it of a batch whose images share patients."""
     return math.log(2 * global_batch_size - 2 + (not decoupled))
 
 
