@@ -217,26 +217,27 @@ def resident_kib(name: str) -> int:
 def bench_loss(args: argparse.Namespace, folder: Path) -> None:
     """Forward and backward of NT-Xent, 128-d projections: time, on a CPU that of all its cores
     together, and peak memory of the most pairs."""
+    contenders, order = losses(), np.random.default_rng(0)
+    clock = time.perf_counter if CUDA else time.process_time
     for pairs in args.pairs:
         z1, z2 = (torch.randn(pairs, 128, device=DEVICE, requires_grad=True) for _ in range(2))
-        # A look at the clock is worth several calls of a small batch.
-        calls = max(1, 2048 // pairs)
 
-        def work(loss, z1=z1, z2=z2, calls=calls):
-            for _ in range(calls):
-                z1.grad = z2.grad = None
-                loss(z1, z2).backward()
+        def work(name, z1=z1, z2=z2):
+            z1.grad = z2.grad = None
+            contenders[name](z1, z2).backward()
 
-        # The contenders take turns, so that whatever else the machine does strikes all of them;
-        # and a CPU's own clock stands still while it works for others. The first turn warms up.
-        clock = time.perf_counter if CUDA else time.process_time
-        turns = [[seconds(lambda loss=loss: work(loss), clock) for loss in losses().values()]
-                 for _ in range(args.repeats + 1)]
-        medians = 1000 * np.median(turns[1:], axis=0) / calls
-        report("loss", f"ms, {pairs} pairs", dict(zip(losses(), medians)))
+        # The contenders take turns, in an order that is drawn anew each time: what comes before
+        # leaves its traces in the caches. A small batch gets more turns; the first one warms
+        # up. A CPU's own clock stands still while it works for others.
+        turns = {name: [] for name in contenders}
+        for _ in range(1 + args.repeats * max(1, 2048 // pairs)):
+            for name in order.permutation(list(contenders)):
+                turns[name].append(seconds(lambda name=name: work(name), clock))
+        report("loss", f"ms, {pairs} pairs", {
+            name: 1000 * float(np.median(turn[1:])) for name, turn in turns.items()})
         if pairs == max(args.pairs):
             report("loss", f"MiB, {pairs} pairs", {
-                name: peak_mib(lambda loss=loss: work(loss)) for name, loss in losses().items()})
+                name: peak_mib(lambda name=name: work(name)) for name in contenders})
 
 
 # --------------------------------------------------------------------------------------------------
