@@ -1,7 +1,8 @@
 """What cannot be meant: counts and names that are almost always a mistake in the source.
 
 Each Doubt has a name, and `--allow NAME` is how a user says that it is meant. Splits and constant
-labels are not doubted where there are fewer than three images: counting says nothing there.
+labels are not doubted where there are fewer than three images, as three splits cannot be filled by
+two; prepare.py says so.
 """
 import re
 from collections import Counter

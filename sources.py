@@ -10,7 +10,7 @@ import argparse
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -142,11 +142,21 @@ def folder_flags(flag: Callable) -> None:
          help="its column of train, val, test (default: split, if there is one)")
     flag("--where", nargs="+", default=[], type=condition, metavar="COLUMN=VALUE,VALUE",
          help="take only rows in which a column has one of the values, such as Projection=PA,AP")
+    label_flags(flag, "the class folders are the labels")
+    flag("--patients-per-split", action="store_true",
+         help="the numbers of the patients restart in each split")
+
+
+def label_flags(flag: Callable, default: str) -> None:
+    """The flags on the labels of a table. default: what the labels are without any."""
     flag("--label-columns", nargs="+", default=[], metavar="COLUMN",
          help="its columns of values as listed below, or of class names "
-              "(default: the class folders are the labels)")
+              f"(default: {default})")
     flag("--class-columns", nargs="+", default=[], metavar="COLUMN",
          help="its columns of class names, whatever these look like: 0, 1, 2; yes, no, other")
+    flag("--not-mentioned", nargs="*", metavar="WORD",
+         help="words of --class-columns that name no class, as blank cells do "
+              "(default: nan, null, <na>, #n/a; none, na, n/a and - are refused)")
     flag("--label-separator", default="", metavar="TEXT",
          help="what separates the findings in one cell; none: a cell is one finding "
               "(default: | or ;, or a list in brackets)")
@@ -155,8 +165,13 @@ def folder_flags(flag: Callable) -> None:
               "than half do (default: an error)")
     flag("--rater-column", default="",
          help="its column that says whose a row is, for --several-rows (default: every row counts)")
-    flag("--patients-per-split", action="store_true",
-         help="the numbers of the patients restart in each split")
+
+
+def label_rules(args: argparse.Namespace) -> LabelRules:
+    """What label_flags and --allow say of the labels of a table."""
+    words = None if args.not_mentioned is None else tuple(args.not_mentioned)
+    return LabelRules(tuple(args.class_columns), words, args.label_separator, args.several_rows,
+                      args.rater_column, "many-classes" in args.allow)
 
 
 def condition(text: str) -> str:
@@ -209,10 +224,8 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
 
     # The labels.
     if table and columns:
-        rules = LabelRules(tuple(args.class_columns), args.label_separator, args.several_rows,
-                           args.rater_column, "many-classes" in args.allow)
         source.label_names, by_key, notes = understand(
-            table, columns, list(key_of.values()), rules)
+            table, columns, list(key_of.values()), label_rules(args))
         labels = {file: by_key[key] for file, key in key_of.items()}
         source.notes += notes
         source.classes = not set(columns) & set(source.label_names)
@@ -514,8 +527,11 @@ def mimic_items(args: argparse.Namespace, files: list[str]) -> Source:
                     lambda file: without_suffix(PurePosixPath(file).name))
     rows = read_table(split_file, "dicom_id", ["subject_id", "study_id", "split"])
     views = read_table(view_file, "dicom_id", ["ViewPosition"]).column("ViewPosition")
+    check_shared(rows, images.keys() & rows.rows.keys(), views, "dicom_id", view_file)
     table = read_table(label_file, "study_id", CHEXPERT_OBSERVATIONS)
     labels = observations(table)
+    studies = {rows.rows[image].cells[1] for image in images if image in rows.rows}
+    check_shared(rows, studies, labels, "study_id", label_file)
 
     source, laterals, unlabelled = Source(CHEXPERT_OBSERVATIONS, official_labels=True), 0, 0
     for image in in_table_and_on_disk(rows, images, source):
@@ -531,8 +547,21 @@ def mimic_items(args: argparse.Namespace, files: list[str]) -> Source:
             labels.get(study, ("",) * len(CHEXPERT_OBSERVATIONS))))
     source.notes.append(f"Lateral and unknown views left out: {laterals:,} (--all-views takes "
                         f"them). Images whose study is not in {label_file.name}: {unlabelled:,}; "
-                        "nothing is mentioned for them.")
+                        f"nothing is mentioned for them. Images not in {view_file.name}: "
+                        f"{len(images.keys() & rows.rows.keys() - views.keys()):,}. Studies of "
+                        f"{label_file.name} without an image: {len(labels.keys() - studies):,}.")
     return source
+
+
+def check_shared(rows: Table, ours: Collection[str], theirs: Collection[str], column: str,
+                 file: Path) -> None:
+    """DataError where another table has none of the ids of our images.
+
+    rows: the table that has both kinds of ids. ours: ids of the images on disk."""
+    ids = sorted(ours)
+    if ids and not any(id_ in theirs for id_ in ids):
+        raise DataError(f"{file}, column {column}: none of the {len(ids):,} ids of the images "
+                        f"is in it, such as {ids[0]} of {rows.file.name}")
 
 
 def one_file(folder: Path, pattern: str) -> Path:

@@ -23,6 +23,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +35,9 @@ CELL_WORDS = {
     "0": ("no", "n", "false", "f", "negative", "neg", "absent"),
     "-1": ("uncertain", "u", "maybe", "unsure", "possible", "equivocal", "indeterminate"),
     "": ("", "nan", "none", "null", "n/a", "na", "n.a.", "#n/a", "<na>", "-", "not mentioned")}
+# Of the last ones, those that programs write for a cell without content. The others may be a class
+# in a column of classes: none, mild, severe.
+OPEN = ("", "nan", "null", "#n/a", "<na>")
 VALUES = {word: value for value, words in CELL_WORDS.items() for word in words}
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII)
 
@@ -133,6 +137,7 @@ def read_table(file: Path, key: str, columns: list[str] | None = None,
 class LabelRules:
     """How the label columns of a table are to be understood, where its user has a say."""
     class_columns: tuple[str, ...] = ()     # whose cells are names, whatever they look like
+    not_mentioned: tuple[str, ...] | None = None    # their words that say nothing; None: see OPEN
     separator: str = ""             # of lists; "" finds it, "none" takes each cell whole
     several_rows: str = ""          # any or majority: how rows of one key become one
     rater_column: str = ""          # rows of one key and rater are one opinion
@@ -154,13 +159,15 @@ class Column(NamedTuple):
     note: str                                   # what its user should know
 
 
-def read_labels(table: Table, names: list[str]) -> tuple[list[str], dict[str, tuple[str, ...]]]:
+def read_labels(table: Table, names: list[str], several_rows: str = "",
+                rater_column: str = "") -> tuple[list[str], dict[str, tuple[str, ...]]]:
     """Columns `names` of a table as the manifest's label names, and {key: the manifest's cells}.
 
     For columns that are to hold values: where one holds words its label names
     are others than `names`. They are not searched for lists, so that no message
     repeats a person's name."""
-    rules = LabelRules(separator="none", many_classes=True, flags=False)
+    rules = LabelRules(separator="none", several_rows=several_rows, rater_column=rater_column,
+                       many_classes=True, flags=False)
     labels = understand(table, names, list(table.rows), rules)
     return labels.names, labels.cells
 
@@ -198,14 +205,17 @@ def any_of(opinions: list[tuple[str, ...]]) -> tuple[str, ...]:
 
 
 def majority_of(opinions: list[tuple[str, ...]]) -> tuple[str, ...]:
-    """What more than half of the opinions say that say anything; uncertain where none does."""
+    """What more than half of the opinions say, "not mentioned" being one of the things that can be
+    said; uncertain where no more than half agree.
+
+    A finding that one reader of three names and two pass over is so not mentioned, and not
+    present."""
     if len(opinions) == 1:
         return opinions[0]
     cells = []
     for votes in zip(*opinions):
-        counts = Counter(vote for vote in votes if vote)
-        value, count = counts.most_common(1)[0] if counts else ("", 0)
-        cells.append(value if 2 * count > counts.total() or not counts else "-1")
+        value, count = Counter(votes).most_common(1)[0]
+        cells.append(value if 2 * count > len(votes) else "-1")
     return tuple(cells)
 
 
@@ -223,19 +233,21 @@ def understand_column(table: Table, name: str, keys: list[str], rules: LabelRule
         for row in table.all_rows(key):
             counts[row.cells[place]] += 1
             first.setdefault(row.cells[place], row.number)
-    values = {cell: value_of(cell) for cell in counts}
+    where = {cell: f"{table.file}, row {row}, column {name}" for cell, row in first.items()}
 
     # A column of values, of words, or of both, which is an error.
-    words = [cell for cell, value in values.items() if value is None]
     classes = name in rules.class_columns
-    if classes:
-        words = [cell for cell, value in values.items() if value != ""]
+    meaning = partial(class_meaning, rules=rules) if classes else value_of
+    values = {cell: meaning(cell) for cell in counts}
+    if classes and rules.not_mentioned is None:
+        refuse_what_may_be_a_class(where)
+    words = [cell for cell, value in values.items() if value is None]
+    open_note = not_mentioned_note(name, counts, values)
     if not words:
-        return Column([name], {cell: (value or "",) for cell, value in values.items()}, "")
-    where = {cell: f"{table.file}, row {row}, column {name}" for cell, row in first.items()}
+        return Column([name], {cell: (value or "",) for cell, value in values.items()}, open_note)
     if not classes:
         refuse_what_is_no_class(values, where, words, rules)
-    lists = read_lists(words, where, rules)
+    lists = read_lists(words, where, rules, meaning)
     if not classes:
         for cell, parts in lists.items():
             if len(parts) > 1 and all(NUMBER.fullmatch(part.casefold()) for part in parts):
@@ -260,7 +272,8 @@ def understand_column(table: Table, name: str, keys: list[str], rules: LabelRule
         labels = [f"{name} {label}" for label in labels]
     kind = "lists of classes" if has_lists else "classes"
     count = f"{len(labels):,} label{'s' if len(labels) > 1 else ''}"
-    return Column(labels, cells, f"Column {name} holds {kind}: {count}.{merged(spelling)}")
+    note = f"Column {name} holds {kind}: {count}.{merged(spelling)}"
+    return Column(labels, cells, f"{note} {open_note}".strip())
 
 
 def value_of(cell: str) -> str | None:
@@ -269,6 +282,32 @@ def value_of(cell: str) -> str | None:
     if NUMBER.fullmatch(text):
         return {1.0: "1", 0.0: "0", -1.0: "-1"}.get(float(text))
     return VALUES.get(text)
+
+
+def class_meaning(cell: str, rules: LabelRules) -> str | None:
+    """Empty where a cell of a column of classes says nothing, else None: it is a class."""
+    words = OPEN if rules.not_mentioned is None else ("", *rules.not_mentioned)
+    return "" if form_key(cell) in map(form_key, words) else None
+
+
+def refuse_what_may_be_a_class(where: dict[str, str]) -> None:
+    """DataError for a cell of a column of classes that may name one, or say that none is known.
+
+    where: file, row and column of each cell."""
+    for cell in where:
+        if value_of(cell) == "" and form_key(cell) not in map(form_key, OPEN):
+            raise DataError(f"{where[cell]}: {cell!r} may be a class, or say that none is known: "
+                            "--not-mentioned is followed by the words that say this, and by no "
+                            "word where all of them are classes")
+
+
+def not_mentioned_note(name: str, counts: Counter, values: dict[str, str | None]) -> str:
+    """A sentence on the words of a column that were taken to say nothing, or nothing."""
+    words = sorted(cell for cell, value in values.items() if value == "" and cell)
+    if not words:
+        return ""
+    count, shown = sum(counts[word] for word in words), ", ".join(map(repr, words[:5]))
+    return f"Not mentioned in column {name}: {count:,} cells that say {shown}."
 
 
 def refuse_what_is_no_class(values: dict[str, str | None], where: dict[str, str],
@@ -335,11 +374,12 @@ def merged(spelling: dict[str, str]) -> str:
     return f" Taken for one: {', '.join(pairs[:5])}{more}." if pairs else ""
 
 
-def read_lists(words: list[str], where: dict[str, str],
-               rules: LabelRules) -> dict[str, list[str]]:
+def read_lists(words: list[str], where: dict[str, str], rules: LabelRules,
+               meaning: Callable[[str], str | None]) -> dict[str, list[str]]:
     """{cell: the words it holds}, of cells that are words or lists of words.
 
-    DataError where it cannot be told how the lists are to be taken apart."""
+    meaning: empty for a word that says nothing. DataError where it cannot be told how the lists
+    are to be taken apart."""
     separator = rules.separator
     if separator == "none":
         return {word: [word] for word in words}
@@ -347,7 +387,8 @@ def read_lists(words: list[str], where: dict[str, str],
     # Lists in brackets, as Python, NumPy and JSON write them.
     bracketed = [word for word in words if BRACKETS.get(word[0]) == word[-1]]
     if bracketed and len(bracketed) == len(words):
-        return {word: mentioned(bracketed_list(word, where[word], separator)) for word in words}
+        return {word: mentioned(bracketed_list(word, where[word], separator), meaning)
+                for word in words}
 
     # Which separator?
     found = [mark for mark in SEPARATORS if any(mark in word for word in words)]
@@ -357,13 +398,14 @@ def read_lists(words: list[str], where: dict[str, str],
     if not separator:
         refuse_hidden_lists(words, where)
         return {word: [word] for word in words}
-    return {word: mentioned(word.split(separator)) for word in words}
+    return {word: mentioned(word.split(separator), meaning) for word in words}
 
 
-def mentioned(parts: Iterable[str]) -> list[str]:
-    """The words of a list, without the quotes and blanks around them and without empty ones."""
+def mentioned(parts: Iterable[str], meaning: Callable[[str], str | None]) -> list[str]:
+    """The words of a list, without the quotes and blanks around them and without those that say
+    nothing."""
     words = [part.strip().strip("'\"").strip() for part in parts]
-    return [" ".join(word.split()) for word in words if value_of(word) != ""]
+    return [" ".join(word.split()) for word in words if meaning(word) != ""]
 
 
 def bracketed_list(cell: str, where: str, separator: str) -> list[str]:
