@@ -306,8 +306,8 @@ def prepare(args: argparse.Namespace) -> None:
         # Say what is being made, make it, and only then write the manifest.
         write_text(args.out / "prepare.json", json.dumps(settings_of(args), indent=1))
         write_images(source, args)
-        # All images of a split may have been rejected.
-        refuse_doubts(split_doubts(source, args), args.allow)
+        # All images of a split or of a class may have been rejected.
+        refuse_doubts(doubts_of(source, args), args.allow)
         card = data_card(source, args)
         write_text(args.out / "DATA.md", card)
         rows = [(item.path, item.patient, item.split, *item.labels) for item in source.items]

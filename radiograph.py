@@ -96,13 +96,23 @@ def find_files(folder: Path) -> Found:
             below = sorted(entries, key=lambda entry: entry.name, reverse=True)
         for entry in below:
             path = os.path.join(parent, entry.name)
-            if entry.is_dir():
+            if leads_to_folder(entry):
                 if not entry.name.startswith((".", "__MACOSX")):
                     folders.append(path)
             elif not entry.name.startswith("."):
-                regular = entry.is_file() or not os.path.exists(entry.path)
+                regular = not os.path.exists(entry.path) or entry.is_file()
                 (files if regular else special).append(path)
     return Found(sorted(files), sorted(special))
+
+
+def leads_to_folder(entry: os.DirEntry) -> bool:
+    """Whether an entry is a folder, or a link to one. A link to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False
 
 
 def read_image(file: Path, settings: ImageSettings) -> Reading:

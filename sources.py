@@ -20,11 +20,12 @@ import phantom
 from common import DataError, number_within, read_text
 from doubts import Doubt, many_classes
 from layout import (
-    Place, drawings, excluder, find_layout, layout_text, levels_of, names_without_meaning,
-    outside_splits, place_of, repeated_below, split_name)
+    PATIENT_COLUMN, SPLIT_COLUMN, Place, drawings, excluder, find_layout, folders_of_persons,
+    layout_text, levels_of, names_without_meaning, outside_splits, place_of, repeated_below,
+    split_name)
 from radiograph import EXTENSIONS, ImageSettings, Reading
 from tables import (
-    LabelRules, Table, merged, read_labels, read_table, spellings, understand, value_of)
+    LabelRules, Table, form_key, merged, read_labels, read_table, spellings, understand, value_of)
 
 NIH_FINDINGS = [
     "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
@@ -217,6 +218,10 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
                         f"{' (recognised)' if args.layout is None else ''}.")
     doubt_folders(source, [file for file in images if splits[file] is not None], levels,
                   guessed=args.layout is None)
+    if not patients and args.layout is None:
+        doubt_unknown_patients(source, images, levels)
+    if table:
+        doubt_unused_columns(source, args, table, levels)
     for folder, count in outside_splits(images, levels).items():
         source.doubts.append(Doubt("other-folders", f"{count:,} images in {text_of(folder)} lie "
                                    "beside the split folders and would be left out: rename it, or "
@@ -266,6 +271,10 @@ def class_folders(source: Source, places: dict[str, Place]) -> dict[str, tuple[s
     source.doubts += many_classes(len(source.label_names), len(places))
     if merged(spelling):
         source.notes.append(f"Class folders.{merged(spelling)}")
+    outside = sum(not name for name in names.values())
+    if source.label_names and outside:
+        source.notes.append(f"Images in no class folder: {outside:,}; nothing is mentioned for "
+                            "them.")
     return {file: one_hot(spelling.get(name, ""), source.label_names)
             for file, name in names.items()}
 
@@ -292,6 +301,36 @@ def doubt_folders(source: Source, images: list[str], levels: list[str], guessed:
         name, one, other = map(text_of, twice)
         source.doubts.append(Doubt("odd-classes", f"{name} lies both below {one} and below "
                                    f"{other}, and either may be the class: {ask}"))
+
+
+def doubt_unknown_patients(source: Source, images: list[str], levels: list[str]) -> None:
+    """Add a doubt for folders that seem to be patients, where every image would be one."""
+    folder = folders_of_persons(images, levels)
+    if folder:
+        layout = "/".join([*levels, "patient"])
+        source.doubts.append(Doubt(
+            "unknown-patients", f"the folder {text_of(folder)} seems to be of one patient, whose "
+            f"images would come into several splits: --layout {layout}"))
+
+
+def doubt_unused_columns(source: Source, args: argparse.Namespace, table: Table,
+                         levels: list[str]) -> None:
+    """Add doubts for columns that seem to name patients or splits, where none is used for that."""
+    used = {args.path_column, *args.label_columns, *args.class_columns, args.rater_column}
+    names = [name for name in table.header if name not in used]
+    if args.patient_column not in table.columns and "patient" not in levels:
+        for name in [name for name in names if PATIENT_COLUMN.fullmatch(form_key(name))][:1]:
+            source.doubts.append(Doubt(
+                "unknown-patients", f"column {name!r} of {table.file.name} seems to name the "
+                f"patients, whose images would come into several splits: --patient-column {name}"))
+    if args.split_column not in table.columns and "split" not in levels:
+        for name in [name for name in names if SPLIT_COLUMN.fullmatch(form_key(name))]:
+            cells = read_table(table.file, args.path_column, [name], several=True).column(name)
+            if any(cells.values()) and all(split_name(cell) or value_of(cell) == ""
+                                           for cell in cells.values()):
+                source.doubts.append(Doubt(
+                    "unused-splits", f"column {name!r} of {table.file.name} seems to name the "
+                    f"splits: --split-column {name} takes them"))
 
 
 def read_image_table(args: argparse.Namespace) -> Table:

@@ -40,10 +40,14 @@ CELL_WORDS = {
 OPEN = ("", "nan", "null", "#n/a", "<na>")
 VALUES = {word: value for value, words in CELL_WORDS.items() for word in words}
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII)
+DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
 
 # Lists: what separates their words, and what may stand around them.
 SEPARATORS = "|;"
 SUSPECTS = ("/", "+", "&", " and ", "\n", "\t")         # separators that words may hold, too
+LIST_MARKS = re.compile("[,|;\uff0c\uff1b\uff5c\u3001]")      # the last ones as Chinese writes them
+OTHER_MARKS = re.compile(r"[^\w\s'().-]+")
+LONGEST_RUN = 5                 # words; longer names of classes are not searched for in others
 BRACKETS = {"[": "]", "(": ")", "{": "}"}
 QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
 
@@ -65,6 +69,7 @@ class Table:
     file: Path
     columns: list[str]              # without the key's
     rows: dict[str, Row]            # by the cell of the key's column
+    header: list[str]               # all columns of the file
     further: dict[str, list[Row]] = field(default_factory=dict)     # after a key's first
 
     def column(self, name: str) -> dict[str, str]:
@@ -89,12 +94,15 @@ def read_table(file: Path, key: str, columns: list[str] | None = None,
     columns: those to read; None for all but `key`. One that is `optional` may be missing.
     normalise: what a key passes through. A key comes once, or with `several` as often as it likes;
     `hint` is added to the message where it may not.
-    A byte-order mark, CRLF and blanks around a cell do not matter. DataError names the file, the
+    Commas, semicolons or tabs may stand between the cells. A byte-order mark, CRLF and blanks
+    around a cell do not matter. DataError names the file, the
     row and the column where a column is missing, a row is short, or a key comes twice."""
     rows, further = {}, {}
     try:
         with open_text(file) as f:
-            lines = csv.reader(f, strict=True)      # a quote that is never closed is an error
+            lines = csv.reader(                     # a quote that is never closed is an error
+                f, strict=True, delimiter=delimiter_of(f.readline(), key))
+            f.seek(0)
 
             # The header: where is each of the columns?
             header = [name.strip() for name in next(lines, [])]
@@ -102,7 +110,7 @@ def read_table(file: Path, key: str, columns: list[str] | None = None,
             for name in (key, *columns):
                 if header.count(name) != 1 and (name in header or name not in optional):
                     raise DataError(f"{file} must have one column {name!r}, "
-                                    f"its header is {','.join(header)!r}")
+                                    f"its header is {','.join(header)[:500]!r}")
             columns = [name for name in columns if name in header]      # without optional ones
             places = [header.index(name) for name in (key, *columns)]
 
@@ -127,7 +135,15 @@ def read_table(file: Path, key: str, columns: list[str] | None = None,
         if isinstance(error, OSError) and error.filename:               # it is not there
             raise
         raise DataError(f"{file} is not a CSV file in UTF-8 ({error})") from None
-    return Table(file, columns, rows, further)
+    return Table(file, columns, rows, header, further)
+
+
+def delimiter_of(first_line: str, key: str) -> str:
+    """What stands between the cells of a table in whose first line the column `key` must be."""
+    for mark in ",;\t":
+        if key in [name.strip() for name in next(csv.reader([first_line], delimiter=mark), [])]:
+            return mark
+    return ","
 
 
 # --------------------------------------------------------------------------------------------------
@@ -316,6 +332,10 @@ def refuse_what_is_no_class(values: dict[str, str | None], where: dict[str, str]
 
     values: what each cell says, None for one of the words. where: file, row and column of each."""
     ask = "; --class-columns takes every cell for the name of a class" if rules.flags else ""
+    for word in words:
+        if DECIMAL_COMMA.fullmatch(word) and not rules.separator:
+            raise DataError(f"{where[word]}: {word!r} may be a number with a decimal comma: write "
+                            f"it with a point{ask}")
     others = [cell for cell, value in values.items() if value]
     if others:
         raise DataError(f"{where[words[0]]}: {words[0]!r} among values of 1, 0, -1 and blank, "
@@ -424,9 +444,10 @@ def bracketed_list(cell: str, where: str, separator: str) -> list[str]:
 def refuse_hidden_lists(words: list[str], where: dict[str, str]) -> None:
     """DataError for words that look like lists by a separator that is not taken unasked."""
     for word in words:
-        if "," in word or word[0] in BRACKETS and BRACKETS[word[0]] == word[-1]:
+        if LIST_MARKS.search(word) or word[0] in BRACKETS and BRACKETS[word[0]] == word[-1]:
             raise ask_for_separator(word, where)
     known = {form_key(word) for word in words}
+    # Mass, and Mass/Edema: by the usual marks one word that is found elsewhere is enough.
     for mark in SUSPECTS:
         parts_of = {word: [form_key(part) for part in word.split(mark)]
                     for word in words if mark in word}
@@ -434,11 +455,26 @@ def refuse_hidden_lists(words: list[str], where: dict[str, str]) -> None:
         for word, parts in parts_of.items():
             if any(part and (part in known or often[part] > 1) for part in parts):
                 raise ask_for_separator(word, where)
-    # Mass, Nodule, and Mass Nodule; a class of several words rarely has one for each of them.
-    for word in words:
-        parts = form_key(word).split()
-        if len(parts) > 1 and known.issuperset(parts):
+    # Mass, Nodule, and Mass#Nodule, Mass with Nodule, or whatever separates them. A class of
+    # several words rarely has two others in it.
+    runs_of = {word: runs(form_key(word)) for word in words}
+    for word, found in runs_of.items():
+        others = (known & found) - {form_key(word)}
+        if any(one not in other and other not in one for one in others for other in others):
             raise ask_for_separator(word, where)
+    # Mass#Nodule, Nodule#Edema, Edema#Mass: none of them stands alone.
+    parts_of = {word: [form_key(part) for part in OTHER_MARKS.split(word)] for word in words}
+    often = Counter(part for parts in parts_of.values() for part in set(parts))
+    for word, parts in parts_of.items():
+        if len(parts) > 1 and all(part and often[part] > 1 for part in parts):
+            raise ask_for_separator(word, where)
+
+
+def runs(text: str) -> set[str]:
+    """All runs of up to LONGEST_RUN words in a text, as form_key writes them."""
+    words = re.findall(r"\w+", text)
+    return {" ".join(words[start:end]) for start in range(len(words))
+            for end in range(start + 1, min(start + LONGEST_RUN, len(words)) + 1)}
 
 
 def ask_for_separator(word: str, where: dict[str, str]) -> DataError:
