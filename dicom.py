@@ -142,7 +142,7 @@ def check_header(header, modalities: Sequence[str], max_megapixels: float) -> No
         raise DataError("FOR PROCESSING: raw data of the detector, in which bone may be black")
     if header.Rows * header.Columns > max_megapixels * 1e6:
         raise DataError(f"{header.Columns} x {header.Rows} pixels are more than --max-megapixels")
-    if header.get("BurnedInAnnotation") == "YES":
+    if str(header.get("BurnedInAnnotation") or "").strip().upper() == "YES":
         raise DataError("BurnedInAnnotation is YES: a name may be written into the image")
 
 
@@ -199,7 +199,7 @@ def read_dicom(file: Path, settings: ImageSettings) -> Reading:
       (MOST_WHITE and so on): it was made for other data.
     - MONOCHROME1 is stored bone black and is inverted. PresentationLUTShape does not count.
     - Pixels of PixelPaddingValue, or between it and PixelPaddingRangeLimit, become as black as the
-      darkest other pixel.
+      darkest other pixel, unless they lie inside the image and not around it.
 
     DataError where all is padding, or the Modality LUT cannot be applied. Other exceptions where
     the pixel data are damaged."""
@@ -211,7 +211,7 @@ def read_dicom(file: Path, settings: ImageSettings) -> Reading:
     # The pixels of the radiograph, without what else may lie in them.
     stored = pixel_array(dataset, correct_unused_bits=False)            # (H, W)
     raw = without_overlay(stored, dataset, notes)                       # (H, W)
-    padding = padding_of(stored, raw, dataset)                          # (H, W) bool
+    padding = padding_of(stored, raw, dataset, notes)                   # (H, W) bool
     if padding.all():
         raise DataError("all of it is padding")
 
@@ -264,7 +264,7 @@ def roughness(levels: np.ndarray) -> float:
     return float(np.abs(np.diff(levels)).mean() + np.abs(np.diff(levels, axis=0)).mean())
 
 
-def padding_of(stored: np.ndarray, raw: np.ndarray, dataset) -> np.ndarray:
+def padding_of(stored: np.ndarray, raw: np.ndarray, dataset, notes: list[str]) -> np.ndarray:
     """Which pixels (H, W) are padding around the radiograph, by the header."""
     # One value, or all from one to another, whichever of them is written first.
     first = number(dataset, "PixelPaddingValue")
@@ -281,7 +281,20 @@ def padding_of(stored: np.ndarray, raw: np.ndarray, dataset) -> np.ndarray:
         ends = np.where(ends < 0, ends + 2**bits, ends)
     # A value that BitsStored bits cannot hold is one of the pixels as they are stored.
     pixels = raw if abs(ends).max() < 2 ** int(dataset.BitsStored) else stored
-    return (pixels >= ends.min()) & (pixels <= ends.max())
+    padding = (pixels >= ends.min()) & (pixels <= ends.max())
+    if padding.all() or not padding.any():
+        return padding
+    # What surrounds a radiograph has a larger share of the outermost pixels than of the others. A
+    # single level at an end of all levels does no harm wherever it lies: it is black or the only
+    # white one.
+    outer = np.concatenate([padding[[0, -1]].ravel(), padding[:, [0, -1]].ravel()]).mean()
+    inner = padding[1:-1, 1:-1].mean()
+    others = pixels[~padding]
+    at_an_end = low == high and (others.min() > ends.max() or others.max() < ends.min())
+    if outer > inner or at_an_end:
+        return padding
+    notes.append("padding not believed: it lies inside the image")
+    return np.zeros(raw.shape, bool)
 
 
 def rescaled(raw: np.ndarray, dataset, notes: list[str]) -> np.ndarray:

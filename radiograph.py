@@ -263,6 +263,8 @@ def reason(error: Exception, file: Path | None = None) -> str:
         raise OSError(number, f"{os.strerror(number or 0)} (once that is over, the same command "
                       "goes on)", str(file) if file else None) from error
     text = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError) and error.strerror:       # without the path on this machine
+        text = error.strerror
     return " ".join(text.split())
 
 

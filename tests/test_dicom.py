@@ -157,6 +157,11 @@ def replaced(old, new):
      np.where(EDGE, 200, SCAN), "Bits outside"),
     ({"PixelRepresentation": 1, "stored": 16, "PixelPaddingValue": -2000},
      np.where(EDGE, 65536 - 2000, SCAN), np.where(EDGE, 200, SCAN), ""),
+    # Padding that is none: levels of the image itself.
+    ({"PixelPaddingValue": 800}, SCAN // 100 * 100, SCAN,
+     "Padding not believed: 1, it lies inside the image."),
+    ({"PixelPaddingValue": 900, "PixelPaddingRangeLimit": 1500}, SCAN, SCAN,
+     "Padding not believed: 1, it lies inside the image."),
     ({"PresentationLUTShape": "INVERSE"}, SCAN, SCAN, "PresentationLUTShape not used: 1"),
 ])
 def test_dicom_headers_that_are_wrong(tmp_path, elements, pixels, expected, note):
@@ -282,7 +287,7 @@ def test_dicom_that_is_not_taken(tmp_path):
     dataset = write_dicom(src / "header.dcm", RAMP)
     del dataset.PixelData
     dataset.save_as(src / "header.dcm", enforce_file_format=True)
-    write_dicom(src / "named.dcm", RAMP, BurnedInAnnotation="YES")
+    write_dicom(src / "named.dcm", RAMP, BurnedInAnnotation="yes ")
     write_dicom(src / "flat.dcm", np.full((64, 64), 7))
     write_dicom(src / "nobody.dcm", RAMP, patient="", StudyInstanceUID="")
     dataset = write_dicom(src / "plan.dcm", RAMP)
