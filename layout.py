@@ -180,7 +180,8 @@ def names_without_meaning(classes: list[str]) -> list[str]:
     letters = {name: "".join(re.findall(r"[^\W\d_]+", name.casefold())) for name in classes}
     numbered = Counter(letters[name] for name in classes if re.search(r"\d", name))
     return [name for name in classes
-            if letters[name] in NO_CLASSES or letters[name].startswith(("image", "img"))
+            if {letters[name], letters[name].removesuffix("s")} & NO_CLASSES
+            or letters[name].startswith(("image", "img"))
             or letters[name] in PERSONS and name.casefold() not in PERSONS
             or numbered[letters[name]] > MANY or is_number_of(name, numbered[letters[name]])]
 

@@ -399,6 +399,8 @@ def rows_of_files(table: Table, images: list[str], src: Path, source: Source) ->
             if os.path.realpath(src / key) in real:
                 file_of[key] = real[os.path.realpath(src / key)]
 
+    refuse_mixed_names(table, images, file_of)
+
     # By the name alone, if no row was found at all. A path beside it must not contradict.
     for way, plain in (("name", str), ("name without suffix", without_suffix)):
         if file_of:
@@ -430,6 +432,23 @@ def rows_of_files(table: Table, images: list[str], src: Path, source: Source) ->
     source.rejected += [(file, f"not in {table.file.name}")
                         for file in images if file not in key_of]
     return key_of
+
+
+def refuse_mixed_names(table: Table, images: list[str], file_of: dict[str, str]) -> None:
+    """DataError where a row names a file that is not there, and one of its name has no row.
+
+    file_of: the rows that were found by their path. Where there are none, names are as good."""
+    found = set(file_of.values())
+    by_name = {PurePosixPath(plain_path(file)).name.casefold(): file
+               for file in images if file not in found}
+    for key, row in table.rows.items() if file_of else ():
+        file = by_name.get(PurePosixPath(key).name.casefold(), "")
+        if key not in file_of and file and ends_alike(
+                key.casefold(), plain_path(file).casefold()):
+            other, known = next(iter(file_of.items()))
+            raise DataError(f"{table.file}, row {row.number}: there is no {key}, but {file}, and "
+                            f"row {table.rows[other].number} names {known} by its path: write all "
+                            "rows in one way")
 
 
 def unique(images: list[str], plain: Callable[[str], str]) -> dict[str, str]:
