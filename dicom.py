@@ -564,10 +564,11 @@ def similar_ids(taken: dict[str, Identity], table: Table | None) -> list[Doubt]:
         if identity.PatientID:
             places.setdefault(identity.PatientID, file)
     # Of the table's only those that may be meant for one of the files.
-    forms = set(map(patient_key, places))
-    for key, row in table.rows.items() if table else ():
-        if patient_key(key) in forms:
-            places.setdefault(key, f"{table.file.name}, row {row.number}")
+    if table:
+        forms = set(map(patient_key, places))
+        for key, row in table.rows.items():
+            if patient_key(key) in forms:
+                places.setdefault(key, f"{table.file.name}, row {row.number}")
     alike = pairs_alike(places, patient_key)
     more = f", and {len(alike) - 1:,} more pairs" if len(alike) > 1 else ""
     return [Doubt("similar-patients", f"the PatientIDs of {places[one]} and {places[other]} differ "

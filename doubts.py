@@ -1,8 +1,8 @@
 """What cannot be meant: counts and names that are almost always a mistake in the source.
 
 Each Doubt has a name, and `--allow NAME` is how a user says that it is meant. Splits and constant
-labels are not doubted where there are fewer than three images, as three splits cannot be filled by
-two; prepare.py says so.
+labels are not doubted where there are fewer than three images, which cannot fill three splits;
+prepare.py says so.
 """
 import re
 from collections import Counter
@@ -19,7 +19,7 @@ ALLOW = {
     "similar-labels": "labels differ in case or blanks only",
     "many-classes": "a column holds more classes than its images can teach",
     "similar-patients": "patients differ in case, blanks or leading zeros only",
-    "masks": "images lie in folders of masks or segmentations",
+    "masks": "images seem to be masks, segmentations or other drawings",
     "other-folders": "images lie beside the split folders, and are left out",
     "unknown-patients": "folders or columns seem to name patients, and are not used",
     "unused-splits": "a column seems to name the splits, and is not used",

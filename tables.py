@@ -9,7 +9,8 @@ Numbers are compared as numbers:
     not mentioned  blank, nan, none, null, n/a, na, n.a., #n/a, <na>, -, not mentioned
 
 A column of such cells is one label, by the column's name. A column of words is a
-column of classes: one label for each word. Words that differ in case, blanks, "-"
+column of classes: one label for each word. In one that is called a column of classes
+by its user, none may be one, too (OPEN). Words that differ in case, blanks, "-"
 and "_" only are one class, spelled as most cells spell it. A cell may hold a list
 of words, each of which is present then: `Mass|Nodule`, `Mass;Nodule`, `['Mass',
 'Nodule']`. An empty list is not mentioned. Everything else is a DataError that
@@ -457,9 +458,8 @@ def refuse_hidden_lists(words: list[str], where: dict[str, str]) -> None:
                 raise ask_for_separator(word, where)
     # Mass, Nodule, and Mass#Nodule, Mass with Nodule, or whatever separates them. A class of
     # several words rarely has two others in it.
-    runs_of = {word: runs(form_key(word)) for word in words}
-    for word, found in runs_of.items():
-        others = (known & found) - {form_key(word)}
+    for word in words:
+        others = (known & runs(form_key(word))) - {form_key(word)}
         if any(one not in other and other not in one for one in others for other in others):
             raise ask_for_separator(word, where)
     # Mass#Nodule, Nodule#Edema, Edema#Mass: none of them stands alone.
@@ -471,8 +471,11 @@ def refuse_hidden_lists(words: list[str], where: dict[str, str]) -> None:
 
 
 def runs(text: str) -> set[str]:
-    """All runs of up to LONGEST_RUN words in a text, as form_key writes them."""
+    """All runs of up to LONGEST_RUN words in a text, as form_key writes them. A text of more than
+    30 words is a report, and none are looked for."""
     words = re.findall(r"\w+", text)
+    if len(words) > 30:
+        return set()
     return {" ".join(words[start:end]) for start in range(len(words))
             for end in range(start + 1, min(start + LONGEST_RUN, len(words)) + 1)}
 
