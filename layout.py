@@ -165,9 +165,11 @@ def drawings(images: list[str]) -> list[str]:
     shared = os.path.commonprefix([PurePosixPath(image).parts[:-1] for image in images])
 
     def is_drawing(image: str) -> bool:
+        # masks2 is one of masks, but what stands between digits is a random name.
         parts = PurePosixPath(image).with_suffix("").parts[len(shared):]
-        words = {word for part in parts for word in re.split(r"[\W\d_]+", part.casefold())}
-        whole = {re.sub(r"[\W\d_]+", "", part.casefold()) for part in (*shared, *parts)}
+        words = {word.rstrip("0123456789") for part in parts
+                 for word in re.split(r"[\W_]+", part.casefold())}
+        whole = {re.sub(r"[\W_]+", "", part.casefold()) for part in (*shared, *parts)}
         return bool(DRAWINGS & (words | whole)) or any("mask" in word for word in words)
 
     return [image for image in images if is_drawing(image)]

@@ -84,6 +84,7 @@ def test_cells(tmp_path, cells, expected):
     ("{name}/{split}{i}.png", ("TB", "TB/segmentations"), "seem to be masks"),
     ("TB/{split}{i}{name}.png", ("", "_seg"), "seem to be masks"),
     ("{name}/{split}{i}.png", ("TB", "gt"), "seem to be masks"),
+    ("{split}/{name}/{i}_3rh5gt.png", ("TB", "x0roi1"), "split/class"),
     ("{name}/{split}{i}.png", ("00017", "00018"), "00017 does not look like a class"),
     ("{name}/{split}{i}.png", ("2020-01-31", "2020-02-01"), "does not look like a class"),
     ("{name}/{split}{i}.png", ("JPCLN001", "JPCLN002"), "does not look like a class"),
