@@ -285,8 +285,7 @@ def padding_of(stored: np.ndarray, raw: np.ndarray, dataset, notes: list[str]) -
     if padding.all() or not padding.any():
         return padding
     # What surrounds a radiograph has a larger share of the outermost pixels than of the others. A
-    # single level at an end of all levels does no harm wherever it lies: it is black or the only
-    # white one.
+    # single level below or above all others is believed wherever it lies.
     outer = np.concatenate([padding[[0, -1]].ravel(), padding[:, [0, -1]].ravel()]).mean()
     inner = padding[1:-1, 1:-1].mean()
     others = pixels[~padding]
@@ -474,6 +473,9 @@ def read_label_table(args: argparse.Namespace) -> Table:
                        hint="; --several-rows says how several rows become one")
     if "" in table.rows:                # it would label every file without that key
         raise DataError(f"{args.labels}, row {table.rows[''].number}: its key is empty")
+    if args.rater_column and args.rater_column not in table.columns:
+        raise DataError(f"{args.labels} must have one column {args.rater_column!r}, "
+                        f"its header is {','.join(table.header)!r}")
     return table
 
 

@@ -388,6 +388,8 @@ def test_dicom_takes_tables_of_several_rows_and_words(tmp_path):
         dicom(tmp_path, *by_name)
     with pytest.raises(SystemExit, match="must hold 1, 0, -1 or blanks: .* by --class-columns"):
         dicom(tmp_path, *flags, "--several-rows", "any")
+    with pytest.raises(SystemExit, match="train.csv must have one column 'reader', its header is"):
+        dicom(tmp_path, *flags, "--several-rows", "any", "--rater-column", "reader")
     for rule, mass in (("any", [0, 0, 1, 1]), ("majority", [0, 0, 0, 1])):
         rater = ("--rater-column", "rad_id") if rule == "majority" else ()
         dicom(tmp_path, *by_name, "--several-rows", rule, *rater, out=rule)
@@ -414,6 +416,18 @@ def test_patient_ids_that_differ_in_form_only(tmp_path, capsys, ids, by_table):
     assert f"{'1' if by_table else '0'}.dcm and {other} differ in form only" in str(caught.value)
     dicom(tmp_path, *flags, "--allow", "similar-patients")
     dicom(tmp_path, "--patient-from", "file", out="by_file")
+
+
+def test_a_dicom_file_with_new_pixels_is_made_again(tmp_path, capsys):
+    for i in range(3):
+        write_dicom(tmp_path / f"src/{i}.dcm", SCAN + i, patient=f"P{i}")
+    dicom(tmp_path)
+    write_dicom(tmp_path / "src/1.dcm", SCAN[::-1], patient="P1")
+    before = {file: file.read_bytes() for file in (tmp_path / "out/images").rglob("*.jpg")}
+    capsys.readouterr()
+    dicom(tmp_path)
+    assert "2 of 3 images are there already" in capsys.readouterr().out
+    assert sum(file.read_bytes() != content for file, content in before.items()) == 1
 
 
 def test_labels_of_a_patient_are_those_of_all_images_and_that_is_said(tmp_path):

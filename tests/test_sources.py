@@ -106,7 +106,8 @@ GRADES = ["none", "mild", "severe", "None", "mild", "nan", "", "none"]
 
 
 @pytest.mark.parametrize("flags, none", [
-    (("--not-mentioned",), ["y nan", "y none"]), (("--not-mentioned", "NAN"), ["y none"]),
+    (("--not-mentioned",), ["y nan", "y none"]),
+    (("--not-mentioned", "-"), ["y nan", "y none"]), (("--not-mentioned", "NAN"), ["y none"]),
     (("--not-mentioned", "none", "nan"), [])])
 def test_none_may_be_a_class_or_say_nothing(tmp_path, capsys, flags, none):
     with pytest.raises(SystemExit, match="row 2, column y: 'none' may be a class, or say that "
@@ -117,8 +118,8 @@ def test_none_may_be_a_class_or_say_nothing(tmp_path, capsys, flags, none):
     if none:
         assert labels["y none"] == [1, 0, 0, 1, 0, 0 if "y nan" in labels else "", "", 1]
     assert " ".join(flags) in (tmp_path / "out/DATA.md").read_text()
-    said = {1: "", 2: "1 cells that say 'nan'.", 3: "4 cells that say 'None', 'nan', 'none'."}
-    assert said[len(flags)] in capsys.readouterr().out
+    said = {0: "4 cells that say 'None', 'nan', 'none'.", 1: "1 cells that say 'nan'.", 2: ""}
+    assert said[len(none)] in capsys.readouterr().out
 
 
 def test_words_that_say_nothing_are_told(tmp_path, capsys):
