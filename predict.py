@@ -243,7 +243,7 @@ def make_ready(path: str, conversion: Conversion, listed: bool) -> str:
             (conversion.out / name).symlink_to(file.resolve())
             return ""
     except Exception as error:          # a decoder may raise anything on a broken file
-        return reason(error)
+        return reason(error, file)
     return convert(Item(path, name, "", "", ()), conversion)
 
 
