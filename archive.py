@@ -137,7 +137,7 @@ def open_archive(folder: Path, paths: list[str], names: list[bytes]) -> Archive 
     if not file.exists():
         return None
     table, encoded = _read_index(file)
-    if encoded != b"\0".join(names):
+    if encoded != b"\0".join(names) or len(table) != len(names):
         # Rows were dropped or moved since. An image that came later is in no tar.
         place = {name: i for i, name in enumerate(encoded.split(b"\0"))}
         places = [place.get(name, -1) for name in names]

@@ -14,7 +14,7 @@ import hashlib
 import io
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -106,7 +106,7 @@ class Manifest:
         return np.frombuffer(text, np.uint8), np.concatenate([[0], np.cumsum(lengths)])
 
 
-def encoded(paths: list[str]) -> list[bytes]:
+def encoded(paths: Iterable[str]) -> list[bytes]:
     """Paths of a manifest for the operating system."""
     return [path.encode("utf-8", "surrogateescape") for path in paths]
 
@@ -125,7 +125,7 @@ def read_manifest(folder: str | Path, packed: bool = True) -> Manifest:
     manifest = Manifest(Path(folder), *table)
     if archive := packed and open_archive(manifest.folder, manifest.paths, manifest.names):
         # A hundred of the images tell whether all of them were made anew since.
-        sample = np.linspace(0, len(manifest.paths) - 1, 100).astype(int)
+        sample = np.unique(np.linspace(0, len(manifest.paths) - 1, 100).astype(int))
         check_against_folder(archive, manifest.folder, manifest.names, sample)
         return dataclasses.replace(manifest, archive=archive, sizes=archive.table["size"])
     return dataclasses.replace(manifest, sizes=_image_sizes(manifest))
