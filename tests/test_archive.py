@@ -184,7 +184,8 @@ def test_every_stage_works_from_it(data, encoder, tmp_path):
         finetune.main(["--data", str(source), "--init", str(encoder), "--mode", "linear",
                        "--seeds", "0", "--fraction", "1", "--out", str(out / "finetune")])
         cluster_eval.main(["--init", str(encoder), "--data", str(source), "--split", "all",
-                           "--classes", "binary:Mass", "--bootstrap", "10", "--out", str(out / "cluster")])
+                           "--classes", "binary:Mass", "--bootstrap", "10",
+                           "--out", str(out / "cluster")])
         predict.main([str(out / "finetune/classifier.pt"), str(source), "--threads", "1",
                       "--explain", "3", "--out", str(out / "predictions")])
     for pattern in ("finetune/results.md", "cluster/results.md", "features/*.pt",
