@@ -17,7 +17,10 @@ import functools
 import json
 import mmap
 import os
+import signal
+import sys
 import tarfile
+import threading
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -80,7 +83,31 @@ class Archive:
     def _bytes(self) -> np.ndarray:
         """The whole tar, (its size,) uint8; the kernel reads what is looked at."""
         tar = mmap.mmap(self._opened.fileno(), 0, access=mmap.ACCESS_READ)
+        _say_when_lost(self.file)
         return np.frombuffer(tar, np.uint8)
+
+
+def _say_when_lost(file: Path) -> None:
+    """End the process with a sentence, should bytes that are mapped into memory be gone from disk.
+
+    Whoever looks at them gets a SIGBUS, of which the process would die without a word: the file
+    was cut short, or its disk or server failed. Python does no more in that moment than to write
+    the signal's number into a pipe, and a thread waits at its end."""
+    if threading.current_thread() is not threading.main_thread():
+        return                          # only there Python lets signals be arranged
+    outlet, inlet = os.pipe()
+    os.set_blocking(inlet, False)
+    signal.signal(signal.SIGBUS, lambda number, frame: None)
+    signal.set_wakeup_fd(inlet, warn_on_full_buffer=False)
+
+    def wait():
+        while signal.SIGBUS not in os.read(outlet, 4096):
+            pass                        # another signal, which Python answers in its own way
+        print(f"{Path(sys.argv[0]).name}: {file} can no longer be read: it was cut short, or its "
+              "disk failed", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -163,6 +163,20 @@ def test_killed_while_packing(tmp_path):
     assert not (folder / f"{NAME}.tmp").exists()
 
 
+def test_cut_short_under_way(packed, tmp_path):
+    """One sentence, and no death by a signal without a word."""
+    process = start("pretrain.py", *SMALL, "--batch-size", "4", "--epochs", "100000",
+                    "--save-every", "100000", "--data", packed, "--out", tmp_path / "run")
+    log = tmp_path / "run" / "log.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
+        time.sleep(0.05)
+    os.truncate(packed / NAME, 4096)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, output
+    assert "images.tar can no longer be read: it was cut short, or its disk failed" in output
+    assert "Traceback" not in output
+
+
 def test_overwrite_removes_it(tmp_path):
     command = ["demo", "--out", str(tmp_path / "demo"), "--patients", "8", "--workers", "1"]
     prepare.main(command)
