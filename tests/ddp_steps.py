@@ -16,6 +16,7 @@ from dali_pipeline import Augmentation, Preprocessing, train_loader
 from loss import diagnostics, nt_xent
 from manifest import read_manifest
 from model import SimCLR, build_encoder
+from pretrain import backward_in_pieces
 from run import Compute
 
 dist.init_process_group("gloo")
@@ -28,18 +29,29 @@ net = compute.place(SimCLR(build_encoder("resnet18"))).train(sys.argv[3] == "liv
 precision, lr = (torch.float64, 0.0) if net.training else (torch.float32, 1e-3)
 net.to(precision)
 model = compute.data_parallel(net)
-optimizer = torch.optim.SGD(net.parameters(), lr)
+optimizer, scaler = torch.optim.SGD(net.parameters(), lr), torch.amp.GradScaler(enabled=False)
 manifest, steps = read_manifest(sys.argv[1]), []
 loader = train_loader(manifest, manifest.images("train"), 8, range(6), 2, Augmentation(),
                       Preprocessing(32), 0, "cpu", rank, world_size)
+
+
+def gradient():
+    return torch.cat([p.grad.flatten() for p in net.parameters()])
+
+
 for view1, view2, index in loader:
-    z1, z2 = model(torch.cat([view1, view2]).to(precision)).chunk(2)
+    x, in_pieces = torch.cat([view1, view2]).to(precision), None
+    optimizer.zero_grad()
+    if not net.training:        # pieces have a batch norm of their own
+        backward_in_pieces(model, x, 3, 0.07, scaler, compute)
+        in_pieces = gradient()
+    z1, z2 = model(x).chunk(2)
     loss = nt_xent(z1, z2, 0.07)
     optimizer.zero_grad()
     loss.backward()
     steps.append({"index": index, "views": torch.stack([view1, view2]), "loss": loss.detach(),
                   "top1": diagnostics(z1, z2)["top1"],
-                  "gradient": torch.cat([p.grad.flatten() for p in net.parameters()]),
+                  "gradient": gradient(), "gradient in pieces": in_pieces,
                   "statistics": torch.cat([b.flatten().float() for b in net.buffers()])})
     optimizer.step()
 torch.save(steps, Path(sys.argv[2]) / f"{rank}.pt")

@@ -26,6 +26,17 @@ def steps(request, data, tmp_path_factory):
     return recorded
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_batch_in_pieces_has_the_gradient_of_the_whole(steps, world_size):
+    if steps["batch norm"] == "live":
+        pytest.skip("a piece has a batch norm of its own")
+    for step in range(6):
+        reference = steps[1]["gradient"][step][0]
+        for gradient in steps[world_size]["gradient in pieces"][step]:
+            tolerance = 1e-5 if world_size == 1 else 1e-4       # as without pieces
+            assert (gradient - reference).norm() < tolerance * reference.norm()
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_processes_see_the_same_and_learn_the_same(steps, world_size):
     one, many = steps[1], steps[world_size]
