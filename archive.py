@@ -68,21 +68,17 @@ class Archive:
     def contents(self, images: np.ndarray) -> list[np.ndarray]:
         """The files of some images, uint8, in the memory where the kernel keeps the tar.
 
-        Nothing is copied, or read yet. The kernel is told to fetch all of them, so that whoever
-        reads the first one does not wait for each of the others in turn."""
-        starts, sizes = (self.table[field][images].tolist() for field in ("start", "size"))
-        for start, size in zip(starts, sizes):
-            os.posix_fadvise(self._opened.fileno(), start, size, os.POSIX_FADV_WILLNEED)
-        return [self._bytes[start:start + size] for start, size in zip(starts, sizes)]
-
-    @functools.cached_property
-    def _opened(self) -> BinaryIO:
-        return open(self.file, "rb")
+        Nothing is copied, or read yet: whoever looks at the bytes waits for them, which are DALI's
+        threads. (Telling the kernel to fetch them took longer than all else here.)"""
+        starts = self.table["start"][images]
+        ends = starts + self.table["size"][images]
+        return [self._bytes[start:end] for start, end in zip(starts.tolist(), ends.tolist())]
 
     @functools.cached_property
     def _bytes(self) -> np.ndarray:
         """The whole tar, (its size,) uint8; the kernel reads what is looked at."""
-        tar = mmap.mmap(self._opened.fileno(), 0, access=mmap.ACCESS_READ)
+        with open(self.file, "rb") as opened:
+            tar = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
         _say_when_lost(self.file)
         return np.frombuffer(tar, np.uint8)
 
