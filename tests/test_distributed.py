@@ -98,9 +98,10 @@ def test_terminated_job_goes_on_where_it_stopped(data, tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one process alone proves nothing")
 def test_synchronised_batch_norm_and_bf16_under_nccl(data, tmp_path):
     code, output = run("pretrain.py", *SMALL, "--data", data, "--out", tmp_path / "run",
-                       "--max-steps", "3", processes=min(2, torch.cuda.device_count()))
+                       "--max-steps", "3", processes=2)
     assert code == 0 and ("bf16" in output or "fp16" in output), output
     lines = map(json.loads, open(tmp_path / "run/log.jsonl"))
     assert all(line["loss"] is not None for line in lines)
