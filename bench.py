@@ -1,22 +1,27 @@
 """What each part of the program costs, beside what one would write without it.
 
-    python bench.py                                     all parts, on drawn radiographs
-    python bench.py loader fed --size 64 --arch resnet18
+    python bench.py                                     the parts that take seconds
+    python bench.py step fed --arch resnet18 --size 64  these parts
+    python bench.py manifest --json manifest.json       and the figures in a file
     python bench.py memory --batch-size 256             GiB that a GPU needs for 256 pairs
 
-Both contenders of a part do the same work in the same run, so that their ratio holds on
-other machines too.
+The contenders of a part do the same work in the same run, so that their ratio holds on
+other machines too. Parts that take minutes run where they are named.
 """
 import argparse
 import contextlib
-import ctypes
 import io
 import itertools
+import json
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import run  # first: it answers Ctrl-C while PyTorch loads
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -24,50 +29,27 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchvision import transforms as v1
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 import phantom
 import prepare
-from common import number_within
+import pretrain
+from archive import write_archive
+from bench_growth import bench_manifest, bench_scaling
 from checkpoint import ARCHITECTURES
+from common import number_within, write_text
 from dali_pipeline import Augmentation, Loader, Preprocessing, train_loader
 from labels import draw
 from loss import nt_xent
 from manifest import Manifest, read_manifest
 from model import MEAN, STD, SimCLR, build_encoder
-from pretrain import LARS
 from probe import STRENGTHS, fit_logistic
 from radiograph import ImageSettings, read_image
+from timing import CUDA, DEVICE, LINES, machine, median_seconds, peak_mib, report, seconds
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
 BATCHES = 8                             # that a loader delivers between two looks at the clock
-
-
-# --------------------------------------------------------------------------------------------------
-# Timing and reporting.
-
-def seconds(work: Callable, clock: Callable = time.perf_counter) -> float:
-    """How long a call takes; the GPU's work is waited for."""
-    start = clock()
-    work()
-    if CUDA:
-        torch.cuda.synchronize()
-    return clock() - start
-
-
-def median_seconds(work: Callable, repeats: int, clock: Callable = time.perf_counter) -> float:
-    """Median of `repeats` calls, after one that warms up."""
-    return float(np.median([seconds(work, clock) for _ in range(repeats + 1)][1:]))
-
-
-def report(part: str, unit: str, figures: dict[str, float]) -> None:
-    """Print a line for each contender; the ratio is to the first one, which is ours."""
-    ours = next(iter(figures.values()))
-    for name, figure in figures.items():
-        print(f"{part:8s} {name:28s} {figure:10.2f} {unit}   {figure / ours:6.2f} x ours",
-              flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -112,19 +94,19 @@ def demo_folder(args: argparse.Namespace, folder: Path) -> Manifest:
     return read_manifest(folder)
 
 
-def dali_loader(args: argparse.Namespace, manifest: Manifest) -> Loader:
+def dali_loader(args: argparse.Namespace, manifest: Manifest, half: bool = CUDA) -> Loader:
     """An endless one, by the published recipe; float16 on a GPU, as in pre-training."""
     return train_loader(
         manifest, np.arange(len(manifest.paths)), args.batch_size, steps=range(10**6), views=2,
         augmentation=Augmentation(), preprocessing=Preprocessing(args.size), seed=0,
-        device=DEVICE, threads=args.threads, half=CUDA)
+        device=DEVICE, threads=args.threads, half=half)
 
 
-def torchvision_loader(args: argparse.Namespace, manifest: Manifest) -> DataLoader:
-    """The same views by torchvision, written as well as one can: gray tensors, a short blur."""
+def written_well(size: int) -> Callable:
+    """The same views by torchvision, as well as one can: gray tensors, a short blur."""
     recipe = Augmentation()
     transform = v2.Compose([
-        v2.RandomResizedCrop(args.size, recipe.crop_area, antialias=True),
+        v2.RandomResizedCrop(size, recipe.crop_area, antialias=True),
         v2.RandomHorizontalFlip(recipe.flip),
         v2.RandomRotation((-recipe.rotation, recipe.rotation), v2.InterpolationMode.BILINEAR),
         v2.ColorJitter(recipe.brightness, recipe.contrast),
@@ -132,33 +114,70 @@ def torchvision_loader(args: argparse.Namespace, manifest: Manifest) -> DataLoad
         v2.ToDtype(torch.float32, scale=True),
         v2.Normalize([MEAN], [STD])])
 
-    def load(indices: list[int]) -> list[Tensor]:
-        pairs = []
-        for i in indices:
-            file = str(manifest.folder / manifest.paths[i])
-            image = decode_image(file, ImageReadMode.GRAY)
-            pairs.append((transform(image), transform(image)))
-        return [torch.stack(views) for views in zip(*pairs)]
+    def load(file: str) -> list[Tensor]:
+        image = decode_image(file, ImageReadMode.GRAY)
+        return [transform(image), transform(image)]
+    return load
 
-    # The workers load where they would collate, so that the order of the
-    # images is the whole data set.
-    order = np.random.default_rng(0).integers(len(manifest.paths), size=10**6).tolist()
-    return DataLoader(order, args.batch_size, num_workers=args.threads, collate_fn=load)
+
+def written_as_usual(size: int) -> Callable:
+    """The published recipe on Pillow's images in RGB, which is how most scripts and solo-learn
+    load them."""
+    transform = v1.Compose([
+        v1.RandomResizedCrop(size, scale=(0.8, 1.0)), v1.RandomHorizontalFlip(),
+        v1.RandomRotation(10), v1.ColorJitter(0.4, 0.4, 0.2, 0.1), v1.RandomGrayscale(0.2),
+        v1.GaussianBlur(23, (0.1, 2.0)), v1.ToTensor(), v1.Normalize([MEAN] * 3, [STD] * 3)])
+
+    def load(file: str) -> list:
+        image = Image.open(file).convert("RGB")
+        return [transform(image), transform(image)]
+    return load
+
+
+def by_lightly(size: int) -> Callable:
+    """lightly's own transform, with rotation; ImportError where it is not installed."""
+    from lightly.transforms.simclr_transform import (  # pyright: ignore[reportMissingImports]
+        SimCLRTransform)
+    transform = SimCLRTransform(size, min_scale=0.8, gaussian_blur=1.0, sigmas=(0.1, 2.0),
+                                rr_prob=1.0, rr_degrees=10)
+    return lambda file: transform(Image.open(file).convert("RGB"))
+
+
+def worker_loader(args: argparse.Namespace, manifest: Manifest, load: Callable) -> DataLoader:
+    """An endless DataLoader; its workers load where they would collate, so that the order of the
+    images is the whole data set."""
+    files = [str(manifest.folder / path) for path in manifest.paths]
+
+    def batch(indices: list[int]) -> list[Tensor]:
+        return [torch.stack(views) for views in zip(*(load(files[i]) for i in indices))]
+
+    order = np.random.default_rng(0).integers(len(files), size=10**6).tolist()
+    return DataLoader(order, args.batch_size, num_workers=args.threads, collate_fn=batch)
+
+
+def images_per_second(args: argparse.Namespace, loader: Loader | DataLoader) -> float:
+    batches = iter(loader)
+
+    def load():
+        for _ in range(BATCHES):
+            next(batches)
+
+    return BATCHES * args.batch_size / median_seconds(load, args.repeats)
 
 
 def bench_loader(args: argparse.Namespace, folder: Path) -> None:
     """Two augmented views of each JPEG, ready for the network."""
-    manifest, figures = demo_folder(args, folder / "data"), {}
-    for name, loader in (("dali_pipeline.py", dali_loader(args, manifest)),
-                         ("torchvision v2, written well", torchvision_loader(args, manifest))):
-        batches = iter(loader)
-
-        def load(batches=batches):
-            for _ in range(BATCHES):
-                next(batches)
-
-        figures[name] = BATCHES * args.batch_size / median_seconds(load, args.repeats)
-        del batches, load               # end these workers before the next ones are timed
+    manifest = demo_folder(args, folder)
+    figures = {"dali_pipeline.py": images_per_second(args, dali_loader(args, manifest))}
+    write_archive(folder, manifest.paths, manifest.names)
+    packed = read_manifest(folder)
+    figures["the same from images.tar"] = images_per_second(args, dali_loader(args, packed))
+    for name, contender in (("torchvision v2, written well", written_well),
+                            ("torchvision on Pillow, as usual", written_as_usual),
+                            ("lightly", by_lightly)):
+        with contextlib.suppress(ImportError):
+            loader = worker_loader(args, manifest, contender(args.size))
+            figures[name] = images_per_second(args, loader)
     report("loader", "images/s", figures)
 
 
@@ -194,26 +213,6 @@ def losses() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     return contenders
 
 
-def peak_mib(work: Callable) -> float:
-    """The most memory that `work` needs at any moment, beyond what is in use before."""
-    if CUDA:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    ctypes.CDLL(None).malloc_trim(0)                    # what was freed goes back to Linux, ...
-    Path("/proc/self/clear_refs").write_text("5")       # ... which forgets the peak so far
-    before = resident_kib("VmRSS")
-    work()
-    return (resident_kib("VmHWM") - before) / 2**10
-
-
-def resident_kib(name: str) -> int:
-    """The process's memory by Linux: VmRSS is that of now, VmHWM the peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
-
-
 def bench_loss(args: argparse.Namespace, folder: Path) -> None:
     """Forward and backward of NT-Xent, 128-d projections: time, on a CPU that of all its cores
     together, and peak memory of the most pairs."""
@@ -241,72 +240,120 @@ def bench_loss(args: argparse.Namespace, folder: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Training step.
+# Training step: everything that pretrain.py does with a batch.
 
-def forward_backward(net: SimCLR, x: Tensor) -> None:
-    """The gradients of one batch x (2N, 1, S, S); bf16 on a GPU, float32 on a CPU."""
-    with torch.autocast(DEVICE, torch.bfloat16, enabled=CUDA):
-        z1, z2 = net(x).chunk(2)                                        # (N, 128) each
-    nt_xent(z1, z2, 0.07).backward()
+@dataclass(frozen=True)
+class Way:
+    """How a step is computed."""
+    name: str
+    precision: str = "auto"
+    optimizer: str = "lars"
+    compiled: bool = False
+    layout: torch.memory_format = torch.channels_last
 
 
-def random_batch(args: argparse.Namespace) -> Tensor:
-    """Noise in place of both views of a batch, (2N, 1, S, S)."""
-    return torch.randn(2 * args.batch_size, 1, args.size, args.size, device=DEVICE)
+def ways(args: argparse.Namespace) -> list[Way]:
+    """Those worth a comparison here; the first is pretrain.py's default."""
+    other = ["fp16", "fp32"] if CUDA else ["bf16"]
+    compiled = [Way("compiled", compiled=True)] if CUDA or args.compile else []
+    if CUDA:
+        compiled.append(Way("compiled, fp16", "fp16", compiled=True))
+    return [Way("default"), *compiled, *(Way(precision, precision) for precision in other),
+            Way("adamw", optimizer="adamw"), Way("contiguous", layout=torch.contiguous_format)]
+
+
+class Step:
+    """A training step of pretrain.py, with its own network, optimizer and scaler."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path, way: Way, pairs: int):
+        config = pretrain.Config(arch=args.arch, image_size=args.size, batch_size=pairs,
+                                 optimizer=way.optimizer, precision=way.precision,
+                                 threads=args.threads, out=str(folder))
+        self.compute = run.start(config, timedelta(minutes=1), run.Place())
+        self.training, self.way = pretrain.Training(config, self.compute, ""), way
+        net = self.training.net.to(memory_format=way.layout)    # pyright: ignore
+        self.model = torch.compile(net) if way.compiled else net
+
+    def __call__(self, view1: Tensor, view2: Tensor) -> None:
+        """view1, view2: (N, 1, S, S)."""
+        x = torch.cat([view1, view2]).contiguous(memory_format=self.way.layout)
+        with self.compute.autocast():
+            z1, z2 = self.model(x).chunk(2)                             # (N, 128) each
+        scaler, optimizer = self.training.scaler, self.training.optimizer
+        scaler.scale(nt_xent(z1, z2, 0.07)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    def bare(self, view1: Tensor, view2: Tensor) -> None:
+        """The encoder's forward and backward pass alone, on the same images."""
+        x = torch.cat([view1, view2]).contiguous(memory_format=self.way.layout)
+        with self.compute.autocast():
+            features = self.training.net.encoder(x)
+        features.float().sum().backward()
+        self.training.optimizer.zero_grad(set_to_none=True)
+
+
+def noise(args: argparse.Namespace, pairs: int) -> tuple[Tensor, ...]:
+    """In place of both views of a batch, (N, 1, S, S) each."""
+    return torch.randn(2 * pairs, 1, args.size, args.size, device=DEVICE).chunk(2)
+
+
+def peak_gib() -> float:
+    """The most that PyTorch has had on the GPU since this was asked last; 0 without a GPU."""
+    if not CUDA:
+        return 0.0
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    torch.cuda.reset_peak_memory_stats()
+    return peak
 
 
 def bench_step(args: argparse.Namespace, folder: Path) -> None:
-    """Forward, loss and backward on noise, with the two memory layouts of a convolution."""
-    figures = {}
-    for name, layout in (("channels-last", torch.channels_last),
-                         ("contiguous", torch.contiguous_format)):
-        net = SimCLR(build_encoder(args.arch)).to(device=DEVICE)
-        net = net.to(memory_format=layout)      # pyright: ignore[reportCallIssue]
-        x = random_batch(args).contiguous(memory_format=layout)
+    """Whole steps on noise: precisions, compiled or not, optimizers, the bare encoder beside."""
+    steps = BATCHES if CUDA else 1          # a step takes seconds on a CPU
+    for pairs in (64, 256) if CUDA else (args.batch_size,):
+        views, speeds, memory = noise(args, pairs), {}, {}
+        for way in ways(args):
+            step = Step(args, folder, way, pairs)
+            contenders: dict[str, Callable] = {f"{way.name} ({step.compute.precision})": step}
+            if way.name == "default":
+                contenders["its encoder, bare"] = step.bare
+            for name, work in contenders.items():
+                peak_gib()
 
-        def step(net=net, x=x):
-            forward_backward(net, x)
-            net.zero_grad()
+                def several(work=work, views=views):
+                    for _ in range(steps):
+                        work(*views)
 
-        figures[f"{args.arch}, {name}"] = args.batch_size / median_seconds(step, args.repeats)
-    report("step", "images/s", figures)
-
-
-def simclr(args: argparse.Namespace) -> tuple[SimCLR, LARS]:
-    """A network and its optimizer, as pretrain.py makes them by default."""
-    net = SimCLR(build_encoder(args.arch)).to(device=DEVICE)
-    net = net.to(memory_format=torch.channels_last)     # pyright: ignore[reportCallIssue]
-    return net, LARS(net.parameters(), lr=0.1)
-
-
-def training_step(net: SimCLR, optimizer: LARS, view1: Tensor, view2: Tensor) -> None:
-    """Everything that pretrain.py does with a batch; view1, view2: (N, 1, S, S)."""
-    x = torch.cat([view1, view2])                                       # (2N, 1, S, S)
-    forward_backward(net, x.contiguous(memory_format=torch.channels_last))
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+                speeds[name] = steps * pairs / median_seconds(several, args.repeats)
+                memory[name] = peak_gib()
+            del step, contenders, work, several     # or the next way's memory would count theirs
+        report("step", f"pairs/s, {args.arch}, {pairs} pairs", speeds)
+        if CUDA:
+            report("step", f"GiB, {args.arch}, {pairs} pairs", memory)
 
 
 def bench_fed(args: argparse.Namespace, folder: Path) -> None:
     """Whole training steps, fed by the loader or by two views that are already there.
 
     Where both are equally fast, the loader keeps up and costs nothing."""
-    net, optimizer = simclr(args)
-    batches = iter(dali_loader(args, demo_folder(args, folder / "data")))
+    step = Step(args, folder / "run", Way("default"), args.batch_size)
+    batches = iter(dali_loader(args, demo_folder(args, folder / "data"),
+                               step.compute.dtype is not None))
     same1, same2, _ = next(batches)
-    steps = BATCHES if CUDA else 1          # a step takes seconds on a CPU
+    steps = BATCHES if CUDA else 1
 
     def fed():
         for _ in range(steps):
             view1, view2, _ = next(batches)
-            training_step(net, optimizer, view1, view2)
+            step(view1, view2)
 
     def unfed():
         for _ in range(steps):
-            training_step(net, optimizer, same1, same2)
+            step(same1, same2)
 
     contenders = {"fed by dali_pipeline.py": fed, "the same two views each time": unfed}
-    report("fed", "images/s", {
+    report("fed", "pairs/s", {
         name: steps * args.batch_size / median_seconds(work, args.repeats)
         for name, work in contenders.items()})
 
@@ -348,21 +395,20 @@ def computed_gib(args: argparse.Namespace) -> float:
     return (two + image * (2 * args.batch_size - 2) + 3 * 4 * parameters) / 2**30
 
 
-def measured_gib(args: argparse.Namespace) -> float:
+def measured_gib(args: argparse.Namespace, folder: Path) -> float:
     """The most that PyTorch had allocated on the GPU at any moment of three training steps."""
-    net, optimizer = simclr(args)
-    view1, view2 = random_batch(args).chunk(2)
-    torch.cuda.reset_peak_memory_stats()
+    step, views = Step(args, folder, Way("default"), args.batch_size), noise(args, args.batch_size)
+    peak_gib()
     for _ in range(3):
-        training_step(net, optimizer, view1, view2)
-    return torch.cuda.max_memory_allocated() / 2**30
+        step(*views)
+    return peak_gib()
 
 
 def bench_memory(args: argparse.Namespace, folder: Path) -> None:
     """What --batch-size pairs need on one GPU, in bf16; measured as well where there is one."""
     figures = {f"{args.arch}, {args.batch_size} pairs, computed": computed_gib(args)}
     if CUDA:
-        figures["measured"] = measured_gib(args)
+        figures["measured"] = measured_gib(args, folder)
     report("memory", "GiB", figures)
 
 
@@ -420,47 +466,70 @@ def bench_probe(args: argparse.Namespace, folder: Path) -> None:
 
 # --------------------------------------------------------------------------------------------------
 
-PARTS = {"prepare": bench_prepare, "loader": bench_loader, "loss": bench_loss, "step": bench_step,
-         "fed": bench_fed, "memory": bench_memory, "probe": bench_probe}
+class Part(NamedTuple):
+    """What a name on the command line runs."""
+    run: Callable[[argparse.Namespace, Path], None]
+    takes_minutes: bool = False
+
+
+PARTS = {
+    "prepare": Part(bench_prepare), "loader": Part(bench_loader), "loss": Part(bench_loss),
+    "memory": Part(bench_memory), "step": Part(bench_step, not CUDA),
+    "fed": Part(bench_fed, not CUDA), "probe": Part(bench_probe, True),
+    "manifest": Part(bench_manifest, True), "scaling": Part(bench_scaling, True)}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
-    positive = number_within(int, 1, 10**6)
+    positive = number_within(int, 1, 10**8)
+    slow = ", ".join(name for name, part in PARTS.items() if part.takes_minutes)
     parser.add_argument(
-        "parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
-    parser.add_argument(
-        "--size", type=positive, default=224, help="side of a view, pixels (default 224)")
-    parser.add_argument(
-        "--arch", choices=ARCHITECTURES, default="resnet50",
-        help="for step, fed and memory (default resnet50)")
-    parser.add_argument(
-        "--batch-size", type=positive, default=32, help="images, two views each (default 32)")
+        "parts", nargs="*", metavar="PART",
+        help=f"{', '.join(PARTS)} (default: all but {slow}, which take minutes)")
+    flags: list[tuple[str, Any, Any, str]] = [
+        ("--size", positive, 224, "side of a view, pixels"),
+        ("--batch-size", number_within(int, 2, 10**6), 32, "images, two views each"),
+        ("--threads", positive, None, "of the loaders (default: as pretrain.py)"),
+        ("--repeats", positive, 5, "of which the median counts"),
+        ("--images", positive, 10_000, "for probe"),
+        ("--rows", positive, 10**6, "for manifest"),
+        ("--step-ms", number_within(float, 0.1, 10**6), 25.6,
+         "for scaling: what a step takes on one GPU, if there are no others"),
+        ("--json", Path, None, "file for all figures, with hardware, versions and commit")]
+    for name, kind, default, text in flags:
+        shown = f" (default {default})" if default else ""
+        parser.add_argument(name, type=kind, default=default, help=text + shown)
     parser.add_argument(
         "--pairs", type=positive, nargs="+", default=[64, 256, 1024, 2048],
         help="for loss; 8192 takes the one written out 5 GB (default 64 256 1024 2048)")
-    parser.add_argument("--threads", type=positive, default=2, help="of the loaders (default 2)")
-    parser.add_argument(
-        "--images", type=positive, default=10_000, help="for probe (default 10000)")
-    parser.add_argument(
-        "--repeats", type=positive, default=5, help="of which the median counts (default 5)")
+    parser.add_argument("--arch", choices=ARCHITECTURES, default="resnet50",
+                        help="for step, fed, memory and scaling (default resnet50)")
+    parser.add_argument("--compile", action="store_true",
+                        help="for step: torch.compile on a CPU, too, which takes minutes")
     args = parser.parse_args(argv)
     for part in args.parts:
         if part not in PARTS:
             parser.error(f"{part!r} is none of {', '.join(PARTS)}")
+    if args.threads is None:
+        args.threads = run.start(pretrain.Config(), timedelta(minutes=1), run.Place()).threads
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.backends.cudnn.benchmark = True       # as in pre-training
-    device = torch.cuda.get_device_name() if CUDA else "CPU"
-    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads")
-    for part in args.parts or PARTS:
+    about = machine()
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    LINES.clear()
+    for name in args.parts or [name for name, part in PARTS.items() if not part.takes_minutes]:
         with tempfile.TemporaryDirectory() as folder:
-            PARTS[part](args, Path(folder))
+            PARTS[name].run(args, Path(folder))
+        if args.json:                           # after each part: a later one may be interrupted
+            flags = {key: str(value) for key, value in vars(args).items()}
+            lines = [line | about | {"flags": flags} for line in LINES]
+            write_text(args.json, json.dumps(lines, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -29,22 +29,21 @@ def blame_image(manifest: Manifest, in_flight: list, error: RuntimeError,
     These images are read again one by one; where all of them can be read this returns.
     load_alone(i) puts one image through DALI, and calls this for it."""
     images = [i for batch in in_flight for i in batch]
-    row = " (row {} of manifest.csv)" if manifest.listed else ""
     for i in images:
-        path = f"{manifest.folder / manifest.paths[i]}{row.format(i + 2)}"
         try:
-            with Image.open(manifest.file(i)) as image:
+            with Image.open(manifest.open(i)) as image:
                 if manifest.listed and image.format != "JPEG":
                     raise OSError(f"a {image.format}, where prepare.py writes JPEG")
                 image.load()
         except Exception as reason:         # a decoder may raise anything on a broken file
-            raise ImageError(f"{path} cannot be read: {reason}") from error
+            raise ImageError(f"{manifest.full_name(i)} cannot be read: {reason}") from error
 
     # Pillow reads some damaged files that DALI does not: ask DALI for each of them alone.
     if "decoders.image" not in str(error) and "peek_image_shape" not in str(error):
         return
     if len(images) == 1:
-        raise ImageError(f"{path} cannot be read: its data is damaged") from error
+        raise ImageError(f"{manifest.full_name(images[0])} cannot be read: its data is "
+                         "damaged") from error
     for i in images:
         load_alone(i)
 
@@ -74,19 +73,19 @@ class Watch:
     def _watch(self) -> None:
         while not self.closed.wait(PATIENCE / 10):
             if time.monotonic() - self.since > PATIENCE:
-                paths = [self.manifest.folder / self.manifest.paths[i]
-                         for batch in self.in_flight for i in batch]
-                silent = next((path for path in paths if _never_read(path)), "an image")
+                images = [i for batch in self.in_flight for i in batch]
+                silent = next((self.manifest.full_name(i) for i in images
+                               if _never_read(self.manifest, i)), "an image")
                 print(f"{Path(sys.argv[0]).name}: {silent} cannot be read: nothing has come of "
                       f"it for {PATIENCE:g} seconds", file=sys.stderr, flush=True)
                 os._exit(1)
 
 
-def _never_read(path: Path) -> bool:
-    """Whether a file cannot be read within a few seconds. The thread that tries is left behind."""
+def _never_read(manifest: Manifest, i: int) -> bool:
+    """Whether image i cannot be read within a few seconds. The thread that tries is left behind."""
     def read():
-        with contextlib.suppress(OSError):
-            path.read_bytes()
+        with contextlib.suppress(Exception):        # that it is broken is an answer, too
+            Image.open(manifest.open(i)).load()
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()

@@ -41,6 +41,7 @@ from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor
 
+from archive import Archive, Member
 from checkpoint import (
     MALFORMED, PREPROCESSING, CheckpointError, load_checkpoint, settings_of)
 from common import (
@@ -173,14 +174,15 @@ class Inputs(NamedTuple):
     paths: list[str]                    # relative to the folder
     passed_over: list[str]              # the folder's other files
     listed: bool                        # by the manifest of a data folder
+    archive: Archive | None = None      # where that has an images.tar
 
 
 def find_inputs(data: Path) -> Inputs:
     """The images of a data folder, those of another folder, or the one file; DataError if none."""
     # An image that the manifest lists and that is missing will cost one row, as a broken one does.
     if (data / "manifest.csv").exists():
-        paths = read_manifest(data, images_on_disk=False).paths
-        return Inputs(data, paths, [], listed=True)
+        manifest = read_manifest(data, images_on_disk=False)
+        return Inputs(data, manifest.paths, [], True, manifest.archive)
     if data.is_file():
         return Inputs(data.parent, [data.name], [], listed=False)
     if not data.is_dir():
@@ -247,6 +249,21 @@ def make_ready(path: str, conversion: Conversion, listed: bool) -> str:
     return convert(Item(path, name, "", "", ()), conversion)
 
 
+def unpack(member: Member, target: Path) -> str:
+    """The same for an image of an images.tar."""
+    file = target / jpeg_name(member.path)
+    try:
+        content = member.read_bytes()
+    except DataError as error:
+        return str(error)
+    file.write_bytes(content)           # OSError of a full disk ends the run
+    try:
+        is_made_already(file, ImageSettings(), listed=True)
+    except Exception as error:          # a decoder may raise anything on a broken file
+        return reason(error)
+    return ""
+
+
 def jpeg_name(path: str) -> str:
     """A name of its own for each path, whatever the path's length and letters. Its end is the
     path's, for messages about the file."""
@@ -305,9 +322,12 @@ def make_images(inputs: Inputs, config: Config, settings: ImageSettings, workers
     """Write the JPEGs of all inputs into the folder `target`; {path: reason} of those that fail."""
     read = functools.partial(read_any, modalities=config.modality)
     conversion = Conversion(read, inputs.folder, target, settings)
-    reasons = in_parallel(
-        functools.partial(make_ready, conversion=conversion, listed=inputs.listed),
-        inputs.paths, workers, "images")
+    make = functools.partial(make_ready, conversion=conversion, listed=inputs.listed)
+    items: list = inputs.paths
+    if inputs.archive:
+        make = functools.partial(unpack, target=target)
+        items = [inputs.archive.member(i) for i in range(len(inputs.paths))]
+    reasons = in_parallel(make, items, workers, "images")
     return {path: why for path, why in zip(inputs.paths, reasons) if why}
 
 

@@ -6,6 +6,7 @@
     python prepare.py chexpert --src CheXpert-v1.0-small --out data/chexpert
     python prepare.py mimic    --src MIMIC-CXR-JPG --out data/mimic
     python prepare.py dicom    --src archive --out data/hospital    # de-identified on the way
+    python prepare.py pack     data/nih                             # all images in one images.tar
     python prepare.py verify   data/nih                             # decode all of it once more
 
 A source says which image becomes which row of the manifest: patient, split and labels (sources.py,
@@ -37,8 +38,10 @@ from typing import Any, NamedTuple, TextIO
 from common import (                  # first: it answers Ctrl-C while the rest loads
     DataError, differing_flags, errors_in_one_sentence, lock, number_within, open_text,
     print_any_name, read_text, restart_in_utf8, whole_file, write_csv, write_text)
-from manifest import SPLITS, read_manifest
+import archive
+from manifest import SPLITS, encoded, read_manifest
 
+import numpy as np
 from PIL import Image
 
 from dicom import dicom_flags, dicom_items, read_dicom
@@ -298,7 +301,7 @@ def prepare(args: argparse.Namespace) -> None:
             images = args.out / "images"
             if images.is_symlink():
                 raise DataError(f"{images} is a link, behind which nothing is deleted: remove it")
-            for name in ("manifest.csv", "DATA.md", "rejected.csv", RECORD):
+            for name in ("manifest.csv", "DATA.md", "rejected.csv", RECORD, archive.NAME):
                 (args.out / name).unlink(missing_ok=True)
             if images.exists():
                 shutil.rmtree(images)
@@ -497,7 +500,31 @@ def label_cell(counts: Counter) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# A data folder, decoded once more.
+# A data folder, packed into one file, or decoded once more.
+
+def pack(args: argparse.Namespace) -> int:
+    """Write images.tar, from which the later stages read instead of images/; see archive.py.
+
+    DataError names an image that cannot be decoded: it would be packed for good."""
+    with lock_folder(args.folder):
+        manifest = read_manifest(args.folder, packed=False)
+        files = [args.folder / path for path in manifest.paths]
+        looks = in_parallel(partial(look_at, size=None), files, args.workers, "decode")
+        broken = [f"{path}: {look.problem}" for path, look in zip(manifest.paths, looks)
+                  if look.problem.startswith(("missing", "unreadable"))]
+        if broken:
+            raise DataError(f"{args.folder} has {len(broken):,} images that cannot be packed, "
+                            f"first {broken[0]}; `verify --drop` takes them out of the manifest")
+        file = archive.write_archive(args.folder, manifest.paths, manifest.names)
+        # What was written is read once more, from the file and by its index.
+        packed = read_manifest(args.folder).archive
+        assert packed is not None
+        for i in range(len(packed.paths)):
+            packed.member(i).read_bytes()
+    print(f"{file}: {len(files):,} images, {file.stat().st_size / 1e9:,.2f} GB. Every stage reads "
+          "it from now on; images/ may be deleted.")
+    return 0
+
 
 def verify(args: argparse.Namespace) -> int:
     """Decode every image of a data folder and print what is wrong.
@@ -529,8 +556,12 @@ def find_problems(folder: Path, split_of: dict[str, str], workers: int) -> dict[
     # Of two identical images keep test's, then val's: the test set must not shrink.
     order = {"test": 0, "val": 1}
     paths = sorted(split_of, key=lambda path: order.get(split_of[path], 2))
-    looks = in_parallel(partial(look_at, size=size), [folder / path for path in paths], workers,
-                        "verify")
+    rows = {path: i for i, path in enumerate(split_of)}
+    packed = archive.open_archive(folder, list(rows), encoded(rows))
+    if packed:
+        archive.check_against_folder(packed, folder, encoded(rows), np.arange(len(rows)))
+    files = [packed.member(rows[path]) if packed else folder / path for path in paths]
+    looks = in_parallel(partial(look_at, size=size), files, workers, "verify")
 
     problems, first = {}, {}            # first: the path with which each digest was met first
     for path, look in zip(paths, looks, strict=True):
@@ -551,15 +582,17 @@ class Look(NamedTuple):
     digest: bytes = b""                 # of its pixels; b"" where something is wrong
 
 
-def look_at(file: Path, size: int | None) -> Look:
+def look_at(file: Path | archive.Member, size: int | None) -> Look:
     """Decode an image of a data folder whose images were made with --size, if that is known."""
     try:
-        with Image.open(file) as image:
+        packed = isinstance(file, archive.Member)
+        with Image.open(io.BytesIO(file.read_bytes()) if packed else file) as image:
             image.load()
     except FileNotFoundError:
         return Look("missing")
     except Exception as error:          # a decoder may raise anything
-        return Look(f"unreadable: {reason(error, file)}")
+        on_disk = file.archive if isinstance(file, archive.Member) else file
+        return Look(f"unreadable: {reason(error, on_disk)}")
 
     # Whatever prepare.py wrote is gray, of the right size, and shows something.
     blank = blank_reason(image.convert("L"))
@@ -596,7 +629,7 @@ def drop(folder: Path, paths: set[str]) -> None:
 # The command line.
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags of one source, whose name is args.source, or of verify."""
+    """The flags of one source, whose name is args.source, or of pack or verify."""
     parser = argparse.ArgumentParser(
         description="Any source of radiographs -> one data folder.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
@@ -608,6 +641,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         source_flags(command.add_argument, kind)
         if kind.flags:
             kind.flags(command.add_argument)
+    command = commands.add_parser("pack", help="all images of a data folder in one images.tar",
+                                  allow_abbrev=False)
+    command.add_argument("folder", type=Path, help="the data folder")
+    workers_flag(command.add_argument)
     command = commands.add_parser("verify", help="decode a data folder once more",
                                   allow_abbrev=False)
     verify_flags(command.add_argument)
@@ -616,7 +653,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.source == "dicom" and not args.salt:
         args.salt = Path(f"{args.out}.salt")
-    if args.source != "verify":
+    if "out" in args:
         check_flags(args, commands.choices[args.source].error)
     return args
 
@@ -714,9 +751,9 @@ def main(argv: list[str] | None = None) -> int:
         restart_in_utf8()
     print_any_name()
     args = parse_args(argv)
-    if args.source == "verify":
+    if "folder" in args:
         with errors_in_one_sentence("prepare.py", args.folder):
-            return verify(args)
+            return verify(args) if args.source == "verify" else pack(args)
     with errors_in_one_sentence("prepare.py", args.out):
         prepare(args)
     return 0

@@ -1,24 +1,53 @@
 """bench.py runs, its contenders do the same work, and it counts memory as one would by hand."""
+import json
 import re
 
+import pytest
 import torch
 from torch import nn
 
 import bench
 
+TINY = ["--size", "32", "--arch", "resnet18", "--batch-size", "4", "--threads", "1",
+        "--repeats", "1", "--images", "300", "--rows", "3000", "--pairs", "256"]
 
-def test_every_part_reports_ours_and_a_ratio(capsys):
-    bench.main(["--size", "32", "--arch", "resnet18", "--batch-size", "4", "--threads", "1",
-                "--repeats", "1", "--images", "300", "--pairs", "256"])
+
+def test_every_part_reports_ours_and_a_ratio(capsys, tmp_path):
+    bench.main([*bench.PARTS, *TINY, "--json", str(tmp_path / "figures.json")])
     lines = capsys.readouterr().out.splitlines()[1:]
     assert {line.split()[0] for line in lines} == set(bench.PARTS)
-    contenders = len(bench.losses())    # of the loss, in time and in memory
-    assert len(lines) == 12 + 2 * contenders + torch.cuda.is_available()  # memory is measured, too
     for part in bench.PARTS:
         first = next(line for line in lines if line.startswith(part))
         assert first.endswith("1.00 x ours")
-    figures = [re.search(r"([\d.]+) (ms|images|GiB|MiB|s)\b", line)[1] for line in lines]
-    assert all(float(figure) > 0 for figure in figures)
+    units = "ms|images|pairs|GiB|MiB|s|MB|kB"
+    figures = [re.search(rf"([\d.]+) ({units})\b", line)[1] for line in lines]
+    assert len(figures) > 40 and all(float(figure) >= 0 for figure in figures)
+
+    # The same lines in the file, each with what it depends on.
+    entries = json.loads((tmp_path / "figures.json").read_text())
+    assert [entry["part"] for entry in entries] == [line.split()[0] for line in lines]
+    assert all(entry["torch"] == torch.__version__ and entry["commit"] and entry["processor"]
+               and entry["flags"]["size"] == "32" for entry in entries)
+
+    # Both sides of a comparison that must not differ, or must: bytes of the loss are known.
+    by_name = {(entry["part"], entry["unit"], entry["contender"]): entry["figure"]
+               for entry in entries}
+    received = [figure for (part, unit, _), figure in by_name.items()
+                if part == "scaling" and unit.startswith("kB") and "loss" in unit]
+    assert received[0] >= 2 * 4 * 128 * 4 / 1000    # the other process's projections
+    assert received[1] > 2 * received[0]
+
+
+def test_parts_that_take_minutes_run_only_where_they_are_named(capsys, monkeypatch):
+    ran = []
+    monkeypatch.setattr(bench, "PARTS", {
+        name: part._replace(run=lambda args, folder, name=name: ran.append(name))
+        for name, part in bench.PARTS.items()})
+    bench.main([])
+    assert ran == ["prepare", "loader", "loss", "memory"] + torch.cuda.is_available() * [
+        "step", "fed"]
+    with pytest.raises(SystemExit):
+        bench.main(["nothing"])
 
 
 def test_memory_is_what_a_convolution_a_norm_and_a_relu_keep():

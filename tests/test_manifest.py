@@ -1,18 +1,21 @@
 """The data folder's contract and what stands beside it: errors in one sentence, files that are
 whole, locks."""
+import contextlib
 import csv
+import io
 import math
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
 from common import (
     DataError, ImageError, differing_flags, errors_in_one_sentence, lock, whole_file, write_csv,
     write_text)
-from manifest import read_manifest
+from manifest import _table_at_once, _table_by_rows, read_manifest
 
 
 def edit(folder, row, column, value):
@@ -57,6 +60,55 @@ def test_manifest_that_is_no_table(folder, text, message):
     (folder / "manifest.csv").write_text(text)
     with pytest.raises(DataError, match=message):
         read_manifest(folder)
+
+
+CELLS = ["1", "0", "-1", "", "1.0", "0.0", "-1.0"]
+
+
+def written(rng, path):
+    """A table with one oddity at most, in one of the ways in which tables are written."""
+    header = ["path", "patient", "split", *("A", "b c", "Ä")[:rng.integers(4)]]
+    rows = [[f"images/胸{i}.jpg", f"p{i // 2}", ("train", "val", "test")[i // 2 % 3],
+             *rng.choice(CELLS, len(header) - 3)] for i in range(rng.integers(1, 9))]
+    odd = ["", " 1", "1 ", "2", "01", "-0", "1.00", "nan", "a,b", 'a"b', "a\nb", "a\rb", "..", "/a",
+           "a..b", "./a", "images/胸0.jpg", "p0", "train", "x\0y", "\ufeff", "\x85", "٣"]
+    line, column = rng.integers(len(rows)), rng.integers(len(header))
+    change = rng.integers(5)
+    if change == 0:
+        rows[line][column] = rng.choice(odd)
+    elif change == 1:
+        header[column] = rng.choice([*odd, "A", "path"])
+    elif change == 2:
+        rows[line] = [rows[line][:column], [*rows[line], "1"], []][rng.integers(3)]
+    text = io.StringIO()
+    csv.writer(text, lineterminator=rng.choice(["\n", "\r\n", "\r"], p=[0.6, 0.3, 0.1])).writerows(
+        [header, *rows])
+    text = text.getvalue() + rng.choice(["", "\n", "x"], p=[0.8, 0.1, 0.1])
+    text = text.removesuffix("\n") if rng.random() < 0.3 else text
+    path.write_bytes(text.encode(rng.choice(["utf-8", "utf-8-sig", "utf-16"], p=[0.8, 0.1, 0.1])))
+
+
+def test_both_ways_of_reading_a_table_agree(tmp_path):
+    """The fast way gives what the other one gives, or leaves the table to it."""
+    rng, file, fast = np.random.default_rng(0), tmp_path / "manifest.csv", 0
+    for _ in range(2000):
+        written(rng, file)
+        at_once = _table_at_once(file)
+        if at_once is None:
+            with contextlib.suppress(DataError):
+                _table_by_rows(file, tmp_path)
+            continue
+        fast += 1
+        by_rows = _table_by_rows(file, tmp_path)            # and does not refuse it
+        assert (at_once.paths, at_once.label_names) == (by_rows.paths, by_rows.label_names)
+        for one, other in zip(at_once[1:4], by_rows[1:4], strict=True):
+            assert one.dtype == other.dtype and one.shape == other.shape
+            np.testing.assert_array_equal(one, other)
+    assert fast > 700
+
+
+def test_sound_tables_take_the_fast_way(data):
+    assert _table_at_once(data / "manifest.csv") is not None
 
 
 def test_missing_folder_and_missing_split(tmp_path, folder):
