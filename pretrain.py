@@ -535,6 +535,8 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
         view1, view2, _ = next(batches)                                 # (N, 1, S, S) each
         progress.waited += time.perf_counter() - wait_start
         x = torch.cat([view1, view2])                                   # (2N, 1, S, S)
+        if step == start_step:
+            compute.rehearse(model, x)
         with compute.autocast():
             z = model(x.contiguous(memory_format=torch.channels_last))  # (2N, proj_dim)
 
