@@ -48,8 +48,8 @@ def _interrupt_later() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if signals:
-        signal.raise_signal(signal.SIGINT)
+        if signals:                     # also where the block has failed
+            signal.raise_signal(signal.SIGINT)
 
 
 def first_not_finite(net: nn.Module, optimizer: torch.optim.Optimizer) -> str:
