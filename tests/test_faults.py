@@ -7,6 +7,7 @@ What is drawn at random follows from --fault-seed (0), which is printed.
 """
 import contextlib
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -76,9 +77,18 @@ def rng(request):
 
 
 @pytest.fixture(scope="module")
-def report():
-    """Prints a row of the campaign's table: | fault | tried | seen |."""
-    return lambda row: print(f"\n{row}", flush=True)
+def report(request):
+    """Prints a row of the campaign's table, | fault | tried | seen |, and adds it to the file
+    --fault-table, in which the parts of a campaign meet."""
+    table = request.config.getoption("--fault-table")
+
+    def add(row):
+        print(f"\n{row}", flush=True)
+        if table:
+            with open(table, "a", encoding="utf-8") as file:
+                file.write(f"{row}\n")
+
+    return add
 
 
 @pytest.fixture(scope="module")
@@ -292,8 +302,8 @@ def strike(job, out, rng, seconds):
 
 
 @pytest.mark.parametrize("stage, processes, few, many", [
-    ("prepare", None, 4, 36), ("pretrain", None, 2, 16), ("pretrain", 2, 1, 10),
-    ("pretrain", 4, 0, 6), ("finetune", None, 0, 14), ("cluster_eval", None, 0, 10),
+    ("prepare", None, 4, 40), ("pretrain", None, 2, 16), ("pretrain", 2, 1, 10),
+    ("pretrain", 4, 0, 8), ("finetune", None, 0, 12), ("cluster_eval", None, 0, 8),
     ("predict", None, 1, 10)])
 def test_killed_again_and_again_ends_the_same(stage, processes, few, many, commands, undisturbed,
                                               rng, long, tmp_path, report):
@@ -328,6 +338,21 @@ def test_killed_again_and_again_ends_the_same(stage, processes, few, many, comma
               for word in ("SIGKILL", "SIGTERM", "SIGINT", "to all", "inside a write")]
     report(f"| {stage}, {processes or 1} processes, killed | {len(blows)} | "
            f"{', '.join(counts)}; {complete} times at the end, each time the same bits |")
+
+
+class InterruptedFailure:
+    """Ctrl-C comes while this is saved, and then there is no room for it."""
+    def __reduce__(self):
+        signal.raise_signal(signal.SIGINT)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_ctrl_c_in_a_save_that_fails_is_not_lost(tmp_path):
+    save_checkpoint(tmp_path / "last.pt", {"step": 1})
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path / "last.pt", {"step": InterruptedFailure()})
+    assert load_checkpoint(tmp_path / "last.pt") == {"step": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
 
 
 # --------------------------------------------------------------------------------------------------
