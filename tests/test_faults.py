@@ -912,7 +912,7 @@ def test_hostile_checkpoints(data, labelled, encoder, classifier, rng, long, tmp
     """Refused in a sentence by every stage that reads one, or with no effect on what comes out."""
     out = tmp_path / "run"
     pretrain.main([*SMALL, "--max-steps", "1", "--data", str(data), "--out", str(out)])
-    last, count, outcome = out / "last.pt", 150 if long else 12, Counter()
+    last, count, outcome = out / "last.pt", 99 if long else 12, Counter()
     readers = {
         encoder: ("finetune", ["--init", encoder, "--data", labelled, "--mode", "linear",
                                "--overwrite", "--out", tmp_path / "finetune/run"]),
