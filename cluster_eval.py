@@ -681,8 +681,8 @@ def open_run_folder(config: Config, inits: list[str], data: str, selection: Sele
     results_json, results_md = out / "results.json", out / "results.md"
     run.open_run(
         config, "cluster_eval", (results_json.name, results_md.name), resources,
-        contents={"init": [run.content_of_file(init) for init in inits],
-                  "data": run.content_of_data(selection.manifest)},
+        contents={"init": {init: run.content_of_file(init) for init in inits},
+                  "data": {data: run.content_of_data(selection.manifest)}},
         init=inits, data=data)
     exported = not config.export or Path(config.export).exists()
     if results_json.exists() and results_md.exists() and exported:

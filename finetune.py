@@ -232,7 +232,7 @@ def read_inits(config: Config) -> list[Init]:
         name = source
         if state.get("format") == FORMAT and "classifier" not in state:
             name = "SimCLR" if len(files) == 1 else f"SimCLR ({source})"
-        inits.append(Init(source, f"checkpoint {run.content_of_file(source).digest}", name,
+        inits.append(Init(source, f"checkpoint {run.content_of_file(source)}", name,
                           settings_of(state)))
     return inits
 
@@ -702,7 +702,9 @@ def finetune(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     file = study.out / "predictions.pt"
     if compute.rank == 0:
         run.open_run(config, "finetune", RESULTS, resources,
-                     contents={"data": run.content_of_data(study.manifest)}, **study.settings)
+                     contents={"data": {
+                         study.settings["data"]: run.content_of_data(study.manifest)}},
+                     **study.settings)
         if not file.exists():
             save_checkpoint(file, {})
     compute.barrier()

@@ -21,6 +21,7 @@ import operator
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +30,8 @@ import run  # first: it answers Ctrl-C while PyTorch loads
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import make_grid
 
 from checkpoint import (
@@ -96,10 +98,13 @@ class Config:
     epochs: int = flag(
         100, "passes over the train split", 1, section="optimisation")
     batch_size: int = flag(512, "images over all processes", 1)
+    micro_batch: int = flag(
+        0, "images that a process encodes at once, where its batch is too large for the GPU's "
+        "memory; the loss stays that of the whole batch; 0: all of them", 0)
     temperature: float = flag(0.07, "temperature of NT-Xent", 1e-6, 1e6)
     optimizer: str = flag(
         "lars", "optimizer; lars as published", choices=tuple(BASE_LR))
-    lr: float | None = flag(
+    lr: float = flag(
         None, "peak learning rate for a batch of 256 (default: lars 0.3, adam and adamw 5e-4)",
         1e-12, 1e30)
     weight_decay: float = flag(
@@ -162,6 +167,12 @@ class LARS(torch.optim.Optimizer):
         super().__init__(parameters, dict(
             lr=lr, weight_decay=weight_decay, momentum=momentum, trust=trust))
 
+    # Tells PyTorch's GradScaler that a step unscales its gradients and skips itself where one of
+    # them overflowed. Left to the scaler, the host would wait in every step to know.
+    _step_supports_amp_scaling = True
+    grad_scale: Tensor  # these two exist only while the scaler makes a step
+    found_inf: Tensor   # 1 where the step is to be skipped
+
     @torch.no_grad()
     def step(self):  # pyright: ignore[reportIncompatibleMethodOverride]
         """One step of all parameters, by operations on lists of tensors: on a GPU
@@ -171,6 +182,8 @@ class LARS(torch.optim.Optimizer):
             for p in trained:
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            if hasattr(self, "grad_scale"):
+                torch._foreach_div_([p.grad for p in trained], self.grad_scale)
             weights = [p for p in trained if p.ndim > 1]
             biases = [p for p in trained if p.ndim <= 1]
             if weights:
@@ -192,9 +205,17 @@ class LARS(torch.optim.Optimizer):
 
     def _update(self, parameters: list[Tensor], gradients: list, group: dict) -> None:
         momenta = [self.state[p]["momentum_buffer"] for p in parameters]
-        torch._foreach_mul_(momenta, group["momentum"])
-        torch._foreach_add_(momenta, gradients)
-        torch._foreach_add_(parameters, momenta, alpha=-group["lr"])
+        if not hasattr(self, "found_inf"):
+            torch._foreach_mul_(momenta, group["momentum"])
+            torch._foreach_add_(momenta, gradients)
+            torch._foreach_add_(parameters, momenta, alpha=-group["lr"])
+        else:
+            # The same, but that a step to be skipped adds nothing to momentum and parameters.
+            skip = self.found_inf > 0
+            torch._foreach_mul_(momenta, torch.where(skip, 1.0, group["momentum"]))
+            torch._foreach_add_(momenta, [torch.where(skip, 0.0, g) for g in gradients])
+            rate = torch.where(skip, 0.0, group["lr"])
+            torch._foreach_sub_(parameters, torch._foreach_mul(momenta, rate))
 
 
 class Training:
@@ -210,7 +231,7 @@ class Training:
         encoder = build_encoder(config.arch, "random" if goes_on else config.init, compute.say)
         net = SimCLR(encoder, config.proj_layers, config.proj_width, config.proj_dim)
         self.config, self.images = config, images
-        self.step = 0     # steps that were taken
+        self.step = 0     # steps taken
         self.probed = -1  # the step after which the features were last probed
         self.net = compute.place(net)
 
@@ -219,7 +240,6 @@ class Training:
         biases = [p for p in self.net.parameters() if p.ndim <= 1]  # and batch norm
         groups = [dict(params=weights, weight_decay=config.weight_decay),
                   dict(params=biases, weight_decay=0.0)]
-        assert config.lr is not None                                # Config sees to it
         self.peak_lr = config.lr * config.batch_size / 256
         if config.optimizer == "lars":
             self.optimizer: torch.optim.Optimizer = LARS(groups, self.peak_lr)
@@ -287,7 +307,7 @@ def diverged(what: str, config: Config) -> FloatingPointError:
                               "a lower --lr may help")
 
 
-def open_run_folder(training: Training, content: run.Content, config: Config, compute: Compute,
+def open_run_folder(training: Training, content: str, config: Config, compute: Compute,
                     resources: contextlib.ExitStack) -> None:
     """Lock the run folder for this run and bring `training` to where its last.pt left off.
 
@@ -297,14 +317,14 @@ def open_run_folder(training: Training, content: run.Content, config: Config, co
         if last.exists() and not (out / "config.json").exists() and not config.overwrite:
             # It was copied from another run. Does it fit? Then the folder is locked for this one.
             training.load(last)
-        contents = {"data": content}
+        contents = {"data": {config.data: content}}
         if Path(config.init).is_file():  # after the first checkpoint it may be gone
-            contents["init"] = run.content_of_file(config.init)
+            contents["init"] = {config.init: run.content_of_file(config.init)}
         run.open_run(config, "pretrain", RESULTS, resources, "last.pt", contents)
-        if (out / "encoder.pt").exists() and not last.exists():
-            raise DataError(f"{out} holds an encoder.pt and no last.pt to go on from; choose "
-                            "another --out, or give it up with --overwrite")
         if not last.exists():
+            if (out / "encoder.pt").exists():
+                raise DataError(f"{out} holds an encoder.pt and no last.pt to go on from; choose "
+                                "another --out, or give it up with --overwrite")
             # Curves of a run that was killed before its first checkpoint.
             for old in [*out.glob("log.jsonl"), *out.glob("events.out.tfevents.*")]:
                 old.unlink()
@@ -393,6 +413,13 @@ def probe(training: Training, compute: Compute, manifest: Manifest,
     return {"probe/auroc": mean} | by_label
 
 
+def probe_sentence(scores: dict[str, float]) -> str:
+    """What the terminal shows of a probe: the mean, and the first labels."""
+    labels = [f"{name.removeprefix('probe/')} {value:.3f}" for name, value in scores.items()][1:]
+    labels = labels[:15] + ["..."] * (len(labels) > 15)
+    return f"probe AUROC {scores['probe/auroc']:.4f} ({', '.join(labels)})"
+
+
 class Progress:
     """Loss and time since the last log line. The loss stays on the GPU until it is read there."""
 
@@ -405,11 +432,22 @@ class Progress:
 
     def _begin(self, step: int) -> None:
         self.loss_sum = torch.zeros((), device=self.compute.device)
-        self.step, self.clock, self.waited = step, time.perf_counter(), 0.0
+        self.step, self.start, self.waits = step, time.perf_counter(), []
 
-    def exclude(self, seconds: float) -> None:
-        """Do not count time that went into probes and checkpoints: speed is that of training."""
-        self.clock += seconds
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Probes and checkpoints do not count: speed is that of training."""
+        start = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What the loader lets the step wait. On a GPU it is the GPU that waits, while this
+        process goes on at once, so that the time is taken there."""
+        start = self.compute.now()
+        yield
+        self.waits.append((start, self.compute.now()))
 
     def add(self, loss: Tensor, step: int) -> None:
         """The loss of the step that led to `step`; whether it is finite is asked in `read`."""
@@ -427,11 +465,42 @@ class Progress:
         if first_bad < self.NEVER:
             raise diverged(f"the loss is not finite at step {first_bad}", self.config)
         averages = (averages / self.compute.world_size).tolist()
-        seconds, waited = time.perf_counter() - self.clock, self.waited
+        seconds = time.perf_counter() - self.start
+        waited = sum(self.compute.seconds(*wait) for wait in self.waits)
         self._begin(step)
         return dict(zip(scalars, averages)) | {
             "images_per_second": steps * self.config.batch_size / seconds,
             "wait_seconds": waited, "wait_share": waited / seconds}
+
+
+def backward_in_pieces(model: nn.Module, x: Tensor, size: int, temperature: float,
+                       scaler: torch.amp.GradScaler, compute: Compute) -> tuple[Tensor, Tensor]:
+    """Gradient caching (Gao et al. 2021): NT-Xent of a whole batch, with memory for a piece of it.
+
+    x: (2N, 1, S, S), encoded `size` views at a time. First without a graph, which gives
+    all projections, the loss, and its gradient with respect to each projection; then once
+    more with one, through which a piece's part of that gradient goes back. The sum is the
+    gradient of the whole batch, but that batch norm's statistics are those of a piece.
+
+    Adds up the gradients of the parameters; returns z (2N, D) and the loss."""
+    net = model.module if isinstance(model, DistributedDataParallel) else model
+    buffers = list(net.buffers())
+    before = [buffer.clone() for buffer in buffers]
+    pieces = x.contiguous(memory_format=torch.channels_last).split(size)
+    with torch.no_grad(), compute.autocast():
+        z = torch.cat([net(piece) for piece in pieces]).requires_grad_()    # (2N, D)
+    # Batch norm shall count each image once, in the second pass.
+    torch._foreach_copy_(buffers, before)
+    loss = nt_xent(*z.chunk(2), temperature)
+    gradient, = torch.autograd.grad(scaler.scale(loss), z)                  # (2N, D)
+    for i, (piece, of_piece) in enumerate(zip(pieces, gradient.split(size)), 1):
+        # The processes add up their gradients once, after the last piece.
+        alone = net is not model and i < len(pieces)
+        with model.no_sync() if alone else contextlib.nullcontext():
+            with compute.autocast():
+                z_piece = model(piece)
+            z_piece.backward(of_piece)
+    return z.detach(), loss.detach()
 
 
 def view_pairs(view1: Tensor, view2: Tensor) -> Tensor:
@@ -474,8 +543,7 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     # Network, optimizer and step, as the last.pt of the run folder left them.
     paths = "\n".join(manifest.paths[i] for i in train)
     training = Training(config, compute, hashlib.sha256(paths.encode()).hexdigest())
-    content = run.content_of_data(manifest, train)
-    open_run_folder(training, content, config, compute, resources)
+    open_run_folder(training, run.content_of_data(manifest, train), config, compute, resources)
     net, optimizer, scaler = training.net, training.optimizer, training.scaler
     start_step, encoder = training.step, Path(config.out) / "encoder.pt"
     if start_step >= schedule.end:
@@ -498,32 +566,29 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
         preprocessing, config.seed, **compute.loader_arguments()))
     model.train()
     while True:
-        step, pause_start = training.step, time.perf_counter()
+        step, stop_signal = training.step, stop.received(compute)
+        with progress.pause():
+            # Every few epochs: do the features get better, and not only the loss? When somebody
+            # wants the machine there is no time for that; the run that goes on will do it.
+            probe_due = step in schedule.probes
+            if probe_due and training.probed < step and not stop_signal:
+                scores = probe(training, compute, manifest, preprocessing)
+                training.probed, auroc = step, scores["probe/auroc"]
+                curves.add(step, schedule.epoch(step), scores)
+                say(f"{schedule.place(step)} | {probe_sentence(scores)}")
 
-        # Every few epochs: do the features get better, and not only the loss? When somebody wants
-        # the machine there is no time for that; the run that goes on will do it.
-        due = step in schedule.probes and training.probed < step
-        if due and not stop.received(compute):
-            scores = probe(training, compute, manifest, preprocessing)
-            training.probed, auroc = step, scores["probe/auroc"]
-            curves.add(step, schedule.epoch(step), scores)
-            labels = [f"{name} {scores[f'probe/{name}']:.3f}" for name in manifest.label_names]
-            labels = labels[:15] + ["..."] * (len(labels) > 15)
-            say(f"{schedule.place(step)} | probe AUROC {auroc:.4f} ({', '.join(labels)})")
-
-        # Every few steps, after a probe, at the end, and when somebody wants the machine: save.
-        stop_signal = stop.received(compute)
-        due = step % config.save_every == 0 or step in schedule.probes or step == schedule.end
-        if compute.rank == 0 and step > start_step and (due or stop_signal):
-            training.save()
+            # Every few steps, after a probe, at the end, and when somebody wants the machine: save.
+            due = probe_due or step % config.save_every == 0 or step == schedule.end
+            if compute.rank == 0 and step > start_step and (due or stop_signal):
+                training.save()
         if stop_signal:
+            compute.barrier()  # or torchrun might end the one that saves
             state = f"saved {config.out}/last.pt" if step else "nothing to save yet"
             command = "the same command" + (" without --overwrite" if config.overwrite else "")
             say(f"{signal.Signals(stop_signal).name} at step {step}: {state}; {command} goes on")
             sys.exit(128 + stop_signal)
         if step == schedule.end:
             break
-        progress.exclude(time.perf_counter() - pause_start)
 
         # Set the learning rate, which depends on the step alone.
         lr = run.learning_rate(step, schedule.total, schedule.warmup, training.peak_lr)
@@ -531,19 +596,25 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
             group["lr"] = lr
 
         # Load two views of each image, and encode them as one batch.
-        wait_start = time.perf_counter()
-        view1, view2, _ = next(batches)                                 # (N, 1, S, S) each
-        progress.waited += time.perf_counter() - wait_start
+        with progress.waiting():
+            view1, view2, _ = next(batches)                             # (N, 1, S, S) each
         x = torch.cat([view1, view2])                                   # (2N, 1, S, S)
         if step == start_step:
-            compute.rehearse(model, x)
-        with compute.autocast():
-            z = model(x.contiguous(memory_format=torch.channels_last))  # (2N, proj_dim)
+            compute.rehearse(model, x[:2 * config.micro_batch] if config.micro_batch else x)
+        if config.micro_batch:
+            z, batch_loss = backward_in_pieces(
+                model, x, 2 * config.micro_batch, config.temperature, scaler, compute)
+            z1, z2 = z.chunk(2)
+        else:
+            with compute.autocast():
+                z = model(x.contiguous(memory_format=torch.channels_last))  # (2N, proj_dim)
 
-        # Compare each projection with those of all processes, and step down the gradient.
-        z1, z2 = z.chunk(2)                                             # (N, proj_dim) each
-        batch_loss = nt_xent(z1, z2, config.temperature)
-        scaler.scale(batch_loss).backward()
+            # Compare each projection with those of all processes, and go back to the weights.
+            z1, z2 = z.chunk(2)                                         # (N, proj_dim) each
+            batch_loss = nt_xent(z1, z2, config.temperature)
+            scaler.scale(batch_loss).backward()
+
+        # Step down the gradient.
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -564,6 +635,7 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
                 f"eta {left // 3600}h{left // 60 % 60:02d}m")
 
     curves.close(config, {"loss": loss, "probe/auroc": auroc})
+    compute.barrier()  # the last save is done before any process leaves
     say(f"done: {encoder}")
 
 

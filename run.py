@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import typing
 from collections.abc import Callable
 from datetime import timedelta
@@ -87,16 +88,12 @@ def parse(config_class: type, argv: list[str] | None) -> Any:
     A Config may define `presets(args) -> dict`: other defaults that one of its flags
     asks for, as --demo does. A ValueError from its __post_init__ is reported as a wrong
     flag is."""
-    parser = argparse.ArgumentParser(
-        description=sys.modules[config_class.__module__].__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    group = parser
-    for field in dataclasses.fields(config_class):
-        if field.metadata.get("section"):
-            group = parser.add_argument_group(field.metadata["section"])
-        _add_argument(group, field)
+    presets = {}
     if hasattr(config_class, "presets"):
-        parser.set_defaults(**config_class.presets(parser.parse_known_args(argv)[0]))
+        # Without --help, which shall show the defaults that the other flags ask for.
+        first_look = _parser(config_class, presets, add_help=False)
+        presets = config_class.presets(first_look.parse_known_args(argv)[0])
+    parser = _parser(config_class, presets)
     args = vars(parser.parse_args(argv))
     try:
         return config_class(**{name: tuple(value) if isinstance(value, list) else value
@@ -105,17 +102,31 @@ def parse(config_class: type, argv: list[str] | None) -> Any:
         parser.error(str(error))
 
 
-def _add_argument(group, field: dataclasses.Field) -> None:
+def _parser(config_class: type, presets: dict, add_help: bool = True) -> argparse.ArgumentParser:
+    """The fields of a Config as flags, some with other defaults than their own."""
+    parser = argparse.ArgumentParser(
+        description=sys.modules[config_class.__module__].__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, add_help=add_help)
+    group = parser
+    for field in dataclasses.fields(config_class):
+        if field.metadata.get("section"):
+            group = parser.add_argument_group(field.metadata["section"])
+        _add_argument(group, field, presets.get(field.name, field.default))
+    return parser
+
+
+def _add_argument(group, field: dataclasses.Field, default: Any) -> None:
     """Make one field of a Config known to argparse, by its type and its metadata."""
     about, name = field.metadata, f"--{field.name.replace('_', '-')}"
     if about.get("positional"):
         group.add_argument(field.name, help=about["help"], metavar=about["metavar"])
         return
     if field.type is bool:
-        group.add_argument(name, action="store_true", help=about["help"])
+        group.add_argument(name, action="store_true", default=default, help=about["help"])
         return
     if field.type == bool | None:  # --clahe, --no-clahe, or neither: inherited
-        group.add_argument(name, action=argparse.BooleanOptionalAction, help=about["help"])
+        group.add_argument(name, action=argparse.BooleanOptionalAction, default=default,
+                           help=about["help"])
         return
     # The type is plain, as in `int`, or optional, as in `int | None`, or a tuple: of as many values
     # as the default has, or of one or more where it is written `tuple[str, ...]`.
@@ -123,9 +134,9 @@ def _add_argument(group, field: dataclasses.Field) -> None:
     kind, *rest = typing.get_args(field.type) or (field.type,)
     count = len(field.default) if isinstance(field.default, tuple) else None
     group.add_argument(
-        name, type=number_within(kind, about["low"], about["high"]), default=field.default,
+        name, type=number_within(kind, about["low"], about["high"]), default=default,
         nargs="+" if ... in rest else count, choices=about["choices"], metavar=about["metavar"],
-        help=about["help"] + _default_text(field.default))
+        help=about["help"] + _default_text(default))
 
 
 def _default_text(default: Any) -> str:
@@ -186,6 +197,18 @@ class Compute:
         """Print, once for all processes."""
         if self.rank == 0:
             print(*words, flush=True)
+
+    def now(self) -> Any:
+        """A moment on the GPU's own clock, which this process does not wait for; or on a CPU's."""
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: Any, end: Any) -> float:
+        """From one such moment to another, once the GPU has come there."""
+        return start.elapsed_time(end) / 1000 if self.cuda else end - start
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -360,6 +383,7 @@ class StopSignal:
 
     def __init__(self, resources: contextlib.ExitStack):
         self.number = 0
+        self.asked: tuple[Tensor, dist.Work] | None = None  # a question that is under way
         for number in (signal.SIGTERM, signal.SIGINT):
             before = signal.signal(number, self._remember)
             resources.callback(signal.signal, number, before)
@@ -368,41 +392,48 @@ class StopSignal:
         self.number = number
 
     def received(self, compute: Compute) -> int:
-        """The signal that any of the processes has received, or 0: all leave at the same step."""
-        return int(compute.reduce(torch.tensor(self.number), dist.ReduceOp.MAX))
+        """The signal that any of the processes has received, or 0: all leave at the same step.
+
+        The processes ask each other while they compute, so that nobody waits for the
+        answer: it is that of the call before."""
+        if compute.world_size == 1:
+            return self.number
+        answer = 0
+        if self.asked:
+            numbers, work = self.asked
+            work.wait()
+            answer = int(numbers)
+        numbers = torch.tensor(self.number)
+        work = dist.all_reduce(numbers, dist.ReduceOp.MAX, async_op=True)
+        self.asked = (numbers, work) if work else None
+        return answer
 
 
 # --------------------------------------------------------------------------------------------------
 # The run folder: config.json says which run it holds.
 
-class Content(NamedTuple):
-    """What a flag that names files stands for, wherever they lie and however that is spelled."""
-    digest: str      # must be the same when a run goes on
-    sizes: str = ""  # must be so, too, where the flag is spelled in another way
+def content_of_data(manifest: Manifest, images: np.ndarray | None = None) -> str:
+    """A digest of a data folder, or of these images of it without their labels.
 
-
-def content_of_data(manifest: Manifest, images: np.ndarray | None = None) -> Content:
-    """The content of a data folder, or of these images of it without their labels.
-
-    A folder of the same rows whose images were made with another --size differs by their sizes
-    in bytes. In the folder itself an image may be mended while a run rests."""
+    A folder of the same rows whose images were made with another --size differs by
+    their sizes in bytes."""
     if images is None:
-        return Content(manifest.rows_digest(),
-                       manifest.sizes_digest(np.arange(len(manifest.paths))))
-    return Content(manifest.paths_digest(images), manifest.sizes_digest(images))
+        sizes = manifest.sizes_digest(np.arange(len(manifest.paths)))
+        return f"{manifest.rows_digest()} {sizes}"
+    return f"{manifest.paths_digest(images)} {manifest.sizes_digest(images)}"
 
 
-def content_of_file(path: str | Path) -> Content:
-    """The content of a checkpoint; a name that is no file, such as `random`, stands for itself."""
+def content_of_file(path: str | Path) -> str:
+    """A digest of a checkpoint; a name that is no file, such as `random`, stands for itself."""
     if not os.path.isfile(path):
-        return Content(str(path))
+        return str(path)
     with open(path, "rb") as file:
-        return Content(hashlib.file_digest(file, "sha256").hexdigest()[:16])
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def open_run(config: RunConfig, stage: str, results: tuple[str, ...],
              resources: contextlib.ExitStack, starts_from: str = "",
-             contents: dict[str, Any] | None = None, **more) -> None:
+             contents: dict[str, dict[str, str]] | None = None, **more) -> None:
     """Make the run folder, or recognise the run in it, and keep it locked until the run ends.
 
     results: patterns of the files that the stage writes; a folder in which the first of
@@ -411,8 +442,8 @@ def open_run(config: RunConfig, stage: str, results: tuple[str, ...],
     deletes the results. A folder that holds anything but a run of this stage is refused
     in any case.
     starts_from: a file that alone may lie in a new run folder, for the run to start from.
-    contents: of flags that name files, by the flag's name: a Content, or a list of them. These
-    flags are compared by it, so that files may be moved or named by another path.
+    contents: for each flag that names files, {path: digest}. Such flags are compared by the
+    digests, so that files may be moved or named by another path.
     more: compared as flags are."""
     out = Path(config.out)
     if valid_unicode(config.out) != config.out:
@@ -457,41 +488,18 @@ def fixed_flags(config: RunConfig) -> dict[str, Any]:
 
 def _difference(before: dict, now: dict) -> str:
     """How two runs differ, or nothing: `with other flags: --epochs (2 there, 5 here)`."""
-    # A digest would say nothing to a user, so that what the flags stand for is compared here,
-    # and then left out. A run of an older version has no digests, but for its flags' spelling.
-    earlier = before.get("contents")
-    earlier = earlier if isinstance(earlier, dict) else {}
-    changed, left_out = [], {"contents": None, "manifest_digest": None}
-    for name, contents in now["contents"].items():
-        if name in earlier:
-            files = _changed_files(before.get(name), now[name], earlier[name], contents)
-            if files == [] or before.get(name) == now[name]:
-                left_out[name] = None
-                changed += files or []
-    if flags := differing_flags(before | left_out, now | left_out):
+    now, changed = dict(now), []
+    for name, files in now["contents"].items():
+        earlier = before.get("contents", {}).get(name)
+        if not isinstance(earlier, dict):  # an older version's
+            earlier = {}
+        if list(earlier.values()) == list(files.values()):  # the same, wherever they lie
+            now[name] = before.get(name)
+        changed += [path for path in files if earlier.get(path, files[path]) != files[path]]
+    now["contents"] = before.get("contents")  # a digest would say nothing to a user
+    if flags := differing_flags(before, now):
         return f"with other flags: {flags}"
-    if changed:
-        return f"on {' and '.join(changed)} as it was before it was changed"
-    return ""
-
-
-def _changed_files(spelled_before: Any, spelled: Any, before: Any, now: Any) -> list[str] | None:
-    """The files of a flag whose Content differs from an earlier one; None for other files.
-
-    A flag of several files has a list of each argument."""
-    if not isinstance(spelled, list):
-        spelled_before, spelled, before, now = [spelled_before], [spelled], [before], [now]
-    if not (isinstance(spelled_before, list) and isinstance(before, list)
-            and len(spelled_before) == len(before) == len(now)):
-        return None
-    changed = []
-    for path_before, path, content_before, content in zip(spelled_before, spelled, before, now):
-        same = content_before == content
-        if path == path_before and isinstance(content_before, list):
-            same = content_before[:1] == content[:1]
-        if not same:  # of a data folder in its place only the table is compared
-            changed.append(f"{path}/manifest.csv" if os.path.isdir(path) else str(path))
-    return changed
+    return f"on {' and '.join(changed)} as it was before it was changed" if changed else ""
 
 
 def _read_config(file) -> dict:

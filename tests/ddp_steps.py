@@ -15,6 +15,7 @@ from dali_pipeline import Augmentation, Preprocessing, train_loader
 from loss import diagnostics, nt_xent
 from manifest import read_manifest
 from model import SimCLR, build_encoder
+from pretrain import backward_in_pieces
 from run import Compute
 
 STEPS, RESUMED = 6, 5
@@ -33,7 +34,7 @@ def train(compute, data, live, first=0, state=None):
     if state:
         net.load_state_dict(state)
     model = compute.data_parallel(net)
-    optimizer = torch.optim.SGD(net.parameters(), lr)
+    optimizer, scaler = torch.optim.SGD(net.parameters(), lr), torch.amp.GradScaler(enabled=False)
     manifest, steps = read_manifest(data), []
     loader = train_loader(
         manifest, manifest.images("train"), 8, range(first, STEPS), 2, Augmentation(),
@@ -44,16 +45,25 @@ def train(compute, data, live, first=0, state=None):
         x = torch.cat([view1, view2]).to(precision)
         if step == first:
             compute.rehearse(model, x)
+        in_pieces = {}
+        if not live:                    # a piece has a batch norm of its own
+            backward_in_pieces(model, x, 3, 0.07, scaler, compute)
+            in_pieces = {"gradient in pieces": gradient_of(net)}
+            optimizer.zero_grad()
         z1, z2 = model(x).chunk(2)
         loss = nt_xent(z1, z2, 0.07)
-        optimizer.zero_grad()
         loss.backward()
         steps.append({"index": index, "views": torch.stack([view1, view2]), "loss": loss.detach(),
-                      "top1": diagnostics(z1, z2)["top1"],
-                      "gradient": torch.cat([p.grad.flatten() for p in net.parameters()]),
-                      "statistics": torch.cat([b.flatten().float() for b in net.buffers()])})
+                      "top1": diagnostics(z1, z2)["top1"], "gradient": gradient_of(net),
+                      "statistics": torch.cat([b.flatten().float() for b in net.buffers()])}
+                     | in_pieces)
         optimizer.step()
+        optimizer.zero_grad()
     return steps, state
+
+
+def gradient_of(net):
+    return torch.cat([p.grad.flatten() for p in net.parameters()])
 
 
 def steps_of_both(compute, data):

@@ -352,6 +352,44 @@ def test_lars_steps():
         assert torch.allclose(w, expected_w) and torch.allclose(b, expected_b)
 
 
+def test_a_run_in_pieces_goes_on_to_the_bit(data, tmp_path):
+    flags = [*SMALL, "--micro-batch", "3", "--data", str(data), "--out"]
+    pretrain.main([*flags, str(tmp_path / "whole"), "--max-steps", "4"])
+    for steps in ("2", "4"):
+        pretrain.main([*flags, str(tmp_path / "parts"), "--max-steps", steps])
+    ends = [load_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("whole", "parts")]
+    assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+    # Every image was counted once by batch norm: a batch of 8 is three pieces in both views.
+    assert ends[0]["encoder.bn1.num_batches_tracked"] == 4 * 3
+    assert scalars(tmp_path / "whole", "loss") == scalars(tmp_path / "parts", "loss")
+
+
+def test_lars_behind_a_scaler_skips_what_overflowed():
+    """The scaled steps are those without a scaler; one with an infinite gradient changes nothing,
+    and halves the scale."""
+    torch.manual_seed(0)
+    plain = [torch.randn(3, 2, requires_grad=True), torch.randn(4, requires_grad=True)]
+    scaled = [p.detach().clone().requires_grad_() for p in plain]
+    optimizers = [LARS([{"params": p, "weight_decay": 0.1}], lr=0.5) for p in (plain, scaled)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for spoiled in (None, None, torch.inf, None, torch.nan, None):
+        for p, q in zip(plain, scaled):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad * scaler.scale(torch.tensor(1.0))
+        before = [q.clone() for q in scaled]
+        if spoiled:
+            scaled[1].grad[2] = spoiled
+        scaler.step(optimizers[1])
+        scale = scaler.get_scale()
+        scaler.update()
+        if spoiled:
+            assert all(map(torch.equal, before, scaled)) and scaler.get_scale() == scale / 2
+        else:
+            optimizers[0].step()
+        for p, q in zip(plain, scaled):
+            assert torch.allclose(p, q, rtol=1e-5, atol=1e-7)
+
+
 def test_knn_auroc_against_a_direct_computation():
     rng = np.random.default_rng(0)
     bank, queries = rng.normal(size=(60, 8)), rng.normal(size=(30, 8))
