@@ -21,11 +21,13 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 import uuid
 from collections import Counter
+from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +49,7 @@ from dicom import read_dicom, read_identity
 from manifest import read_manifest
 from model import Classifier, build_encoder
 from predict import load_classifier
-from radiograph import ImageSettings, load_image, read_image
+from radiograph import ImageSettings, in_parallel, load_image, read_image
 
 SCRIPTS = {script.__name__: script for script in (prepare, pretrain, finetune, cluster_eval,
                                                   predict)}
@@ -344,6 +346,24 @@ def test_killed_again_and_again_ends_the_same(stage, processes, few, many, comma
               for word in ("SIGKILL", "SIGTERM", "SIGINT", "to all", "inside a write")]
     report(f"| {stage}, {processes or 1} processes, killed | {len(blows)} | "
            f"{', '.join(counts)}; {complete} times at the end, each time the same bits |")
+
+
+def dies_at_40(item):
+    if item == 40:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_dies_ends_all_workers():
+    """Also where its death is noticed in the midst of something else, so it is tried often."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(20):
+            with soon(), pytest.raises(DataError, match="a worker process died"):
+                in_parallel(dies_at_40, list(range(4000)), 2, "items")
+            assert not active_children()
+    finally:
+        sys.setswitchinterval(interval)
 
 
 class InterruptedFailure:
