@@ -1039,6 +1039,8 @@ def test_long_runs_hold_no_more(unit, few, many, data, labelled, encoder, long, 
         time.sleep(0.05)
     job.wait(10)
     assert job.code == 0, job.output
+    tenths = samples[::max(1, len(samples) // 10)]
+    print("MiB:", ", ".join(f"{memory / 1024:.0f} at {place}" for place, memory, *_ in tenths))
     place, memory, handles, threads = np.array(samples[len(samples) // 2:-1]).T
     memory, handles, threads = (np.polyfit(place, values, 1)[0] * (place[-1] - place[0])
                                 for values in (memory, handles, threads))
