@@ -9,6 +9,7 @@ other machines too.
 """
 import argparse
 import contextlib
+import ctypes
 import io
 import itertools
 import tempfile
@@ -47,16 +48,18 @@ BATCHES = 8                             # that a loader delivers between two loo
 # --------------------------------------------------------------------------------------------------
 # Timing and reporting.
 
+def seconds(work: Callable, clock: Callable = time.perf_counter) -> float:
+    """How long a call takes; the GPU's work is waited for."""
+    start = clock()
+    work()
+    if CUDA:
+        torch.cuda.synchronize()
+    return clock() - start
+
+
 def median_seconds(work: Callable, repeats: int, clock: Callable = time.perf_counter) -> float:
-    """Median of `repeats` calls, after one that warms up; the GPU's work is waited for."""
-    seconds = []
-    for _ in range(repeats + 1):
-        start = clock()
-        work()
-        if CUDA:
-            torch.cuda.synchronize()
-        seconds.append(clock() - start)
-    return float(np.median(seconds[1:]))
+    """Median of `repeats` calls, after one that warms up."""
+    return float(np.median([seconds(work, clock) for _ in range(repeats + 1)][1:]))
 
 
 def report(part: str, unit: str, figures: dict[str, float]) -> None:
@@ -154,34 +157,91 @@ def bench_loader(args: argparse.Namespace, folder: Path) -> None:
             for _ in range(BATCHES):
                 next(batches)
 
-        seconds = median_seconds(load, args.repeats)
-        figures[name] = BATCHES * args.batch_size / seconds
+        figures[name] = BATCHES * args.batch_size / median_seconds(load, args.repeats)
         del batches, load               # end these workers before the next ones are timed
     report("loader", "images/s", figures)
 
 
 # --------------------------------------------------------------------------------------------------
-# Loss and training step.
+# Loss.
 
-def written_out(z: Tensor) -> Tensor:
-    """Equation 1 of SimCLR as most people write it; z (2, N, D)."""
-    pairs = z.shape[1]
-    anchors = F.normalize(z.flatten(0, 1), dim=1)                       # (2N, D)
-    itself = torch.eye(2 * pairs, dtype=torch.bool, device=z.device)
-    logits = (anchors @ anchors.T / 0.07).masked_fill(itself, -torch.inf)
-    return F.cross_entropy(logits, torch.arange(2 * pairs, device=z.device).roll(pairs))
+TEMPERATURE = 0.07
+
+
+def ours(z1: Tensor, z2: Tensor) -> Tensor:
+    return nt_xent(z1, z2, TEMPERATURE)
+
+
+def ours_with_patients(z1: Tensor, z2: Tensor) -> Tensor:
+    """Every patient has two images in the batch, and the other one is no negative."""
+    return nt_xent(z1, z2, TEMPERATURE, torch.arange(len(z1), device=z1.device) // 2)
+
+
+def written_out(z1: Tensor, z2: Tensor) -> Tensor:
+    """Equation 1 of SimCLR as most people write it; z1, z2 (N, D)."""
+    anchors = F.normalize(torch.cat([z1, z2]), dim=1)                   # (2N, D)
+    logits = (anchors @ anchors.T / TEMPERATURE).fill_diagonal_(-torch.inf)
+    return F.cross_entropy(logits, torch.arange(len(anchors), device=z1.device).roll(len(z1)))
+
+
+def losses() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """The contenders. That of lightly is among them where lightly is installed."""
+    contenders = {"loss.py": ours, "loss.py, with patients": ours_with_patients,
+                  "cross-entropy, written out": written_out}
+    with contextlib.suppress(ImportError):
+        from lightly.loss import NTXentLoss
+        contenders["lightly's NTXentLoss"] = NTXentLoss(TEMPERATURE)
+    return contenders
+
+
+def peak_mib(work: Callable) -> float:
+    """The most memory that `work` needs at any moment, beyond what is in use before."""
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    ctypes.CDLL(None).malloc_trim(0)                    # what was freed goes back to Linux, ...
+    Path("/proc/self/clear_refs").write_text("5")       # ... which forgets the peak so far
+    before = resident_kib("VmRSS")
+    work()
+    return (resident_kib("VmHWM") - before) / 2**10
+
+
+def resident_kib(name: str) -> int:
+    """The process's memory by Linux: VmRSS is that of now, VmHWM the peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def bench_loss(args: argparse.Namespace, folder: Path) -> None:
-    """Forward and backward of NT-Xent, 128-d projections."""
-    for pairs in (256, 2048):
-        z = torch.randn(2, pairs, 128, device=DEVICE, requires_grad=True)
-        contenders = {
-            "loss.py": lambda z=z: nt_xent(z[0], z[1], 0.07).backward(),
-            "cross-entropy, written out": lambda z=z: written_out(z).backward()}
-        report("loss", f"ms, {pairs} pairs", {
-            name: 1000 * median_seconds(work, args.repeats) for name, work in contenders.items()})
+    """Forward and backward of NT-Xent, 128-d projections: time, on a CPU that of all its cores
+    together, and peak memory of the most pairs."""
+    contenders, order = losses(), np.random.default_rng(0)
+    clock = time.perf_counter if CUDA else time.process_time
+    for pairs in args.pairs:
+        z1, z2 = (torch.randn(pairs, 128, device=DEVICE, requires_grad=True) for _ in range(2))
 
+        def work(name, z1=z1, z2=z2):
+            z1.grad = z2.grad = None
+            contenders[name](z1, z2).backward()
+
+        # The contenders take turns, in an order that is drawn anew each time: what comes before
+        # leaves its traces in the caches. A small batch gets more turns; the first one warms
+        # up. A CPU's own clock stands still while it works for others.
+        turns = {name: [] for name in contenders}
+        for _ in range(1 + args.repeats * max(1, 2048 // pairs)):
+            for name in order.permutation(list(contenders)):
+                turns[name].append(seconds(lambda name=name: work(name), clock))
+        report("loss", f"ms, {pairs} pairs", {
+            name: 1000 * float(np.median(turn[1:])) for name, turn in turns.items()})
+        if pairs == max(args.pairs):
+            report("loss", f"MiB, {pairs} pairs", {
+                name: peak_mib(lambda name=name: work(name)) for name in contenders})
+
+
+# --------------------------------------------------------------------------------------------------
+# Training step.
 
 def forward_backward(net: SimCLR, x: Tensor) -> None:
     """The gradients of one batch x (2N, 1, S, S); bf16 on a GPU, float32 on a CPU."""
@@ -208,8 +268,7 @@ def bench_step(args: argparse.Namespace, folder: Path) -> None:
             forward_backward(net, x)
             net.zero_grad()
 
-        seconds = median_seconds(step, args.repeats)
-        figures[f"{args.arch}, {name}"] = args.batch_size / seconds
+        figures[f"{args.arch}, {name}"] = args.batch_size / median_seconds(step, args.repeats)
     report("step", "images/s", figures)
 
 
@@ -379,6 +438,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="for step, fed and memory (default resnet50)")
     parser.add_argument(
         "--batch-size", type=positive, default=32, help="images, two views each (default 32)")
+    parser.add_argument(
+        "--pairs", type=positive, nargs="+", default=[64, 256, 1024, 2048],
+        help="for loss; 8192 takes the one written out 5 GB (default 64 256 1024 2048)")
     parser.add_argument("--threads", type=positive, default=2, help="of the loaders (default 2)")
     parser.add_argument(
         "--images", type=positive, default=10_000, help="for probe (default 10000)")

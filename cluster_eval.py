@@ -20,7 +20,7 @@ import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, ClassVar, NamedTuple, TypedDict
 
 import run  # first: it answers Ctrl-C while PyTorch loads
 import numpy as np
@@ -41,18 +41,19 @@ from torchvision.utils import make_grid
 from checkpoint import load_checkpoint, settings_of
 from common import DataError, valid_unicode, whole_file, write_text
 from dali_pipeline import Preprocessing, eval_loader
+from labels import labels_required
 from manifest import SPLITS, Manifest, read_manifest
 from model import MEAN, STD, build_encoder, num_features
 from probe import cached_features, knn_class_shares
 from run import ENCODERS, Compute, flag
-from scores import FigureText, figure_text, legend_below, write_json
+from scores import FigureText, figure_text, legend_below, markdown_table, write_json
 
 # The table's columns and the keys of results.json.
 SCORES = ("accuracy", "balanced_accuracy", "NMI", "ARI", "purity", "silhouette",
           "cosine_within", "cosine_between", "kNN_accuracy", "kNN_AUROC")
-# Rows that need no checkpoint, and how many labelled images went into each.
-NO_CHECKPOINT = {"random": 0, "pixels": 0, "imagenet": 1_281_167}
-# What NIH and CheXpert call the column of images without any.
+# Rows that need no checkpoint.
+NO_CHECKPOINT = ("random", "pixels", "imagenet")
+# What NIH and CheXpert call the column of images without any; VinBigData has "No finding".
 NO_FINDING = "No Finding"
 
 # With more images than this, k-means works on batches of 4,096.
@@ -69,6 +70,8 @@ PIXELS, COMPONENTS = 32, 50
 @dataclass
 class Config:
     """The defaults compare the last pre-training with random weights and raw pixels."""
+    afterwards: ClassVar[str] = "begins anew, with the features that are kept"
+
     init: tuple[str, ...] = flag(
         (), "rows: random, imagenet, pixels, checkpoints (default: random, pixels and the "
         "last pre-training)", metavar="NAME|PATH", section="rows, images and classes")
@@ -154,20 +157,9 @@ def inherit(checkpoints: dict[str, dict[str, Any]]) -> tuple[list[Row], str]:
         preprocessing = {name: settings[name] for name in names if name in settings}
         if init == "pixels":
             arch, preprocessing["image_size"] = "PCA", PIXELS
-        rows.append(Row(init, arch, preprocessing, labels_required(init, state)))
+        needed = 0 if init == "pixels" else labels_required(init, state)
+        rows.append(Row(init, arch, preprocessing, needed))
     return rows, settings_of(first).get("data", "data/nih")
-
-
-def labels_required(init: str, state: dict[str, Any]) -> int | str:
-    """How many labelled images a row's training used, from its name and its checkpoint."""
-    start = init if init in NO_CHECKPOINT else str(state.get("config", {}).get("init"))
-    if "classifier" not in state:
-        return NO_CHECKPOINT.get(start, "unknown")
-    if not isinstance(state.get("n_train"), int):
-        return "unknown"
-    # A classifier, fine-tuned from ImageNet's labels or from an encoder that needed none.
-    earlier = NO_CHECKPOINT["imagenet"] if start == "imagenet" else 0
-    return state["n_train"] + earlier
 
 
 # --------------------------------------------------------------------------------------------------
@@ -257,12 +249,12 @@ def choose_classes(labels: np.ndarray, names: list[str], rule: str,
     The label "No Finding" is not a finding: with no_finding `keep`, images without a
     positive or uncertain finding are a class, or in `binary` belong to the rest.
     DataError: no such LABEL."""
-    findings = np.array([name != NO_FINDING for name in names], bool)
+    findings = np.array([name.casefold() != NO_FINDING.casefold() for name in names], bool)
     present = (labels == 1)[:, findings]                # (n, F)
     uncertain = (labels == -1)[:, findings]             # (n, F)
     # Healthy is who is said to be; where no column says so, who lacks some finding.
-    if NO_FINDING in names:
-        healthy = labels[:, names.index(NO_FINDING)] == 1
+    if not findings.all():
+        healthy = (labels[:, ~findings] == 1).any(1)
     else:
         healthy = (labels == 0).any(1)
     healthy = healthy & ~(present | uncertain).any(1)   # (n,)
@@ -285,7 +277,7 @@ def choose_classes(labels: np.ndarray, names: list[str], rule: str,
         chosen = present.any(1)
     else:
         chosen = (present.sum(1) == 1) & ~uncertain.any(1)
-    names = [name for name in names if name != NO_FINDING] + [NO_FINDING]
+    names = [name for name, finding in zip(names, findings) if finding] + [NO_FINDING]
     return np.where(chosen, rarest, -1), names
 
 
@@ -401,9 +393,10 @@ def evaluate(features: np.ndarray, truth: np.ndarray, patients: np.ndarray, k: i
     values = resampled_scores(once, truth, clusters, sample, shares)
     same_class = truth[sample][:, None] == truth[sample]
     pairs = ~np.eye(len(sample), dtype=bool)
+    within, between = cosine[same_class & pairs], cosine[~same_class]
     values |= {"silhouette": [clustering.silhouette for clustering in clusterings],
-               "cosine_within": [cosine[same_class & pairs].mean()],
-               "cosine_between": [cosine[~same_class].mean()]}
+               "cosine_within": [within.mean() if len(within) else math.nan],
+               "cosine_between": [between.mean() if len(between) else math.nan]}
 
     # Patients drawn with replacement, in the same draws for every row.
     rng, n = np.random.default_rng(0), patients.max() + 1
@@ -433,8 +426,11 @@ def resampled_scores(counts: np.ndarray, truth: np.ndarray, clusters: list[np.nd
     scores: dict[str, list] = {
         name: [table[name] for table in tables] for name in tables[0]}
 
+    # Without another patient nobody votes, and a draw may hold none of the sample's images.
     queries = np.repeat(np.arange(len(sample)), counts[sample])     # rows of `shares`
     classes, votes = truth[sample][queries], shares[queries]
+    if not len(votes) or np.isnan(votes).any():
+        return scores | {"kNN_accuracy": [math.nan], "kNN_AUROC": [math.nan]}
     areas = [metrics.roc_auc_score(classes == c, votes[:, c])
              for c in np.unique(classes)
              if (classes != c).any()]                   # a draw may hold one class only
@@ -615,11 +611,13 @@ def figures(title: str, tag: str, features: np.ndarray, best: Any, selection: Se
     writer.add_figure(tag, figure)
 
     # TensorBoard's projector turns the features themselves in three dimensions.
+    # Its table has a line for each image and tabs between the cells, whatever names hold.
     manifest, mapped = selection.manifest, images[on_map]
-    metadata = zip(clusters, np.array(selection.names)[truth[on_map]],
-                   manifest.patients[mapped], np.array(manifest.paths)[mapped])
+    columns = (clusters, np.array(selection.names)[truth[on_map]],
+               manifest.patients[mapped], np.array(manifest.paths)[mapped])
+    metadata = [[" ".join(str(cell).split()) for cell in line] for line in zip(*columns)]
     writer.add_embedding(
-        torch.from_numpy(features[on_map]), list(metadata),
+        torch.from_numpy(features[on_map]), metadata,
         thumbnails(manifest, mapped, PIXELS), tag=tag,
         metadata_header=["cluster", "class", "patient", "path"])
 
@@ -655,15 +653,14 @@ def cell(score: Estimate) -> str:
 
 def table(rows: dict[str, dict[str, Any]], selection: Selection) -> str:
     """results.md: rows as in results.json, and a paragraph that says what the numbers are."""
-    lines = [["init", "labels required", *(name.replace("_", " ") for name in SCORES)],
-             ["---"] * (len(SCORES) + 2)]
+    lines = [["init", "labels required", *(name.replace("_", " ") for name in SCORES)]]
     for init, row in rows.items():
         lines.append([init, str(row["labels_required"]),
                       *(cell(row["scores"][name]) for name in SCORES)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + (
-        f"\n\n{selection.description}; {selection.algorithm}, k = {selection.k}. "
+    return markdown_table(lines) + (
+        f"\n{selection.description}; {selection.algorithm}, k = {selection.k}. "
         "Mean ± standard deviation over the seeds [95 % interval over patients]. "
-        "Labels required: images whose labels the row's training used "
+        "Labels required: images whose labels the row's trainings used, one after the other "
         "(imagenet: photographs). "
         f"Silhouette, cosines, k-NN: among {len(selection.subset(SAMPLE)):,}.\n")
 
@@ -745,8 +742,10 @@ def cluster_eval(config: Config, compute: Compute, resources: contextlib.ExitSta
         if config.k == "sweep":
             curves[row.init] = sweep(features, selection)
 
-        # ... and figures. Two rows may end in the same name, so that a number comes first.
-        tag = valid_unicode(f"{number}_{row.init.replace('/', '_')}")
+        # ... and figures. The end of a path is shown, as file systems take 255 bytes, and two
+        # rows may end alike, so that a number comes first.
+        end = valid_unicode(row.init.replace("/", "_")).encode()[-200:].decode(errors="ignore")
+        tag = f"{number}_{end}"
         figures(for_figures.written[row.init], tag, features, evaluation.best, selection,
                 for_figures, writer)
 

@@ -12,6 +12,7 @@ import fcntl
 import gzip
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -31,13 +32,15 @@ class ImageError(DataError):
 
 
 @contextlib.contextmanager
-def errors_in_one_sentence(script: str, out: str | Path, speaks: bool = True) -> Iterator[None]:
+def errors_in_one_sentence(script: str, out: str | Path, speaks: bool = True,
+                           afterwards: str = "") -> Iterator[None]:
     """End the script with one sentence and a non-zero exit code where its user can mend the error.
 
     out: the folder being written; it is named where the operating system names no file.
     speaks: False on all processes of a job but the first. The same input is wrong for all of them
     and should be reported once; only an ImageError is always reported, because an image is read by
-    one process alone. Ctrl-C exits with 130, as shells expect. Other exceptions pass through."""
+    one process alone. Ctrl-C exits with 130, as shells expect. Other exceptions pass through.
+    afterwards: what the same command does after Ctrl-C, where it does not go on."""
     try:
         yield
     except DataError as error:
@@ -50,8 +53,8 @@ def errors_in_one_sentence(script: str, out: str | Path, speaks: bool = True) ->
                  "try again after `export PYTHONUTF8=1`")
     except KeyboardInterrupt:
         if speaks:
-            print(f"{script}: interrupted; the same command goes on from what is in {out}",
-                  file=sys.stderr)
+            afterwards = afterwards or f"goes on from what is in {out}"
+            print(f"{script}: interrupted; the same command {afterwards}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 
 
@@ -210,6 +213,12 @@ def csv_cell(text: str) -> str:
     if any(character in text for character in ',"\r\n'):
         return '"' + text.replace('"', '""') + '"'
     return text
+
+
+def plain_name(text: str, most: int = 200) -> str:
+    """Text as part of a file's name, the last `most` bytes of it: file systems take 255."""
+    plain = re.sub(r"[^\w.-]+", "-", text)
+    return plain.encode()[-most:].decode(errors="ignore")
 
 
 def valid_unicode(text: str) -> str:

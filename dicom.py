@@ -7,7 +7,6 @@ import argparse
 import hmac
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -22,11 +21,14 @@ from pydicom.pixels.utils import pixel_array
 from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from common import DataError
+from doubts import Doubt, pairs_alike, patient_key
 from radiograph import ImageSettings, Reading, eight_bits, in_parallel, reason
-from sources import Item, Source, read_labels, read_table
+from sources import Item, Source, label_flags, label_rules
+from tables import Table, read_labels, read_table, understand
 
 
 SUFFIXES = (".dcm", ".dicom", ".dic", ".ima")       # of DICOM files, if they have one
+NO_DICOM = "not a DICOM file"                       # the reason of most files that are not taken
 
 
 class Identity(NamedTuple):
@@ -86,9 +88,9 @@ def read_identity(file: Path, modalities: Sequence[str], max_megapixels: float,
                             "(--patient-from folder or file takes such files)")
         return identity
     except InvalidDicomError:
-        return "not a DICOM file"
+        return NO_DICOM
     except Exception as error:          # a damaged header may make pydicom raise anything
-        return reason(error)
+        return reason(error, file)
 
 
 def is_dicom(file: Path) -> bool:
@@ -140,7 +142,7 @@ def check_header(header, modalities: Sequence[str], max_megapixels: float) -> No
         raise DataError("FOR PROCESSING: raw data of the detector, in which bone may be black")
     if header.Rows * header.Columns > max_megapixels * 1e6:
         raise DataError(f"{header.Columns} x {header.Rows} pixels are more than --max-megapixels")
-    if header.get("BurnedInAnnotation") == "YES":
+    if str(header.get("BurnedInAnnotation") or "").strip().upper() == "YES":
         raise DataError("BurnedInAnnotation is YES: a name may be written into the image")
 
 
@@ -197,7 +199,7 @@ def read_dicom(file: Path, settings: ImageSettings) -> Reading:
       (MOST_WHITE and so on): it was made for other data.
     - MONOCHROME1 is stored bone black and is inverted. PresentationLUTShape does not count.
     - Pixels of PixelPaddingValue, or between it and PixelPaddingRangeLimit, become as black as the
-      darkest other pixel.
+      darkest other pixel, unless they lie inside the image and not around it.
 
     DataError where all is padding, or the Modality LUT cannot be applied. Other exceptions where
     the pixel data are damaged."""
@@ -209,7 +211,7 @@ def read_dicom(file: Path, settings: ImageSettings) -> Reading:
     # The pixels of the radiograph, without what else may lie in them.
     stored = pixel_array(dataset, correct_unused_bits=False)            # (H, W)
     raw = without_overlay(stored, dataset, notes)                       # (H, W)
-    padding = padding_of(stored, raw, dataset)                          # (H, W) bool
+    padding = padding_of(stored, raw, dataset, notes)                   # (H, W) bool
     if padding.all():
         raise DataError("all of it is padding")
 
@@ -226,7 +228,10 @@ def read_dicom(file: Path, settings: ImageSettings) -> Reading:
             windowed = apply(levels, dataset)
             if windowed is None:
                 continue
-            image = eight_bits(as_seen(windowed, inverse, padding), (0, 100))
+            seen = as_seen(windowed, inverse, padding)
+            if not seen.min() < seen.max():
+                raise DataError("it would have made all of the image one gray level")
+            image = eight_bits(seen, (0, 100))
             check_saturation(np.asarray(image), plain, padding)
             return Reading(image, tuple(notes))
         except DataError as error:
@@ -259,7 +264,7 @@ def roughness(levels: np.ndarray) -> float:
     return float(np.abs(np.diff(levels)).mean() + np.abs(np.diff(levels, axis=0)).mean())
 
 
-def padding_of(stored: np.ndarray, raw: np.ndarray, dataset) -> np.ndarray:
+def padding_of(stored: np.ndarray, raw: np.ndarray, dataset, notes: list[str]) -> np.ndarray:
     """Which pixels (H, W) are padding around the radiograph, by the header."""
     # One value, or all from one to another, whichever of them is written first.
     first = number(dataset, "PixelPaddingValue")
@@ -276,7 +281,19 @@ def padding_of(stored: np.ndarray, raw: np.ndarray, dataset) -> np.ndarray:
         ends = np.where(ends < 0, ends + 2**bits, ends)
     # A value that BitsStored bits cannot hold is one of the pixels as they are stored.
     pixels = raw if abs(ends).max() < 2 ** int(dataset.BitsStored) else stored
-    return (pixels >= ends.min()) & (pixels <= ends.max())
+    padding = (pixels >= ends.min()) & (pixels <= ends.max())
+    if padding.all() or not padding.any():
+        return padding
+    # What surrounds a radiograph has a larger share of the outermost pixels than of the others. A
+    # single level below or above all others is believed wherever it lies.
+    outer = np.concatenate([padding[[0, -1]].ravel(), padding[:, [0, -1]].ravel()]).mean()
+    inner = padding[1:-1, 1:-1].mean()
+    others = pixels[~padding]
+    at_an_end = low == high and (others.min() > ends.max() or others.max() < ends.min())
+    if outer > inner or at_an_end:
+        return padding
+    notes.append("padding not believed: it lies inside the image")
+    return np.zeros(raw.shape, bool)
 
 
 def rescaled(raw: np.ndarray, dataset, notes: list[str]) -> np.ndarray:
@@ -402,8 +419,7 @@ def dicom_flags(flag: Callable) -> None:
     flag("--key", choices=(*Identity._fields, "file"), default="PatientID",
          help="whose they are, by a header element or the file's name (default: PatientID)")
     flag("--key-column", metavar="COLUMN", help="its column of that (default: named as --key)")
-    flag("--label-columns", nargs="+", default=[], metavar="COLUMN",
-         help="its labels (default: all other columns)")
+    label_flags(flag, "all other columns, which must hold values then")
 
 
 def dicom_items(args: argparse.Namespace, files: list[str]) -> Source:
@@ -411,57 +427,155 @@ def dicom_items(args: argparse.Namespace, files: list[str]) -> Source:
 
     Nothing that names a person may enter the data folder: no header field, file name or path."""
     source, code = Source([]), coder(args.salt)
-
-    # The labels, by PatientID or another of the keys.
-    label_keys, labels = set(), {}
-    if args.labels:
-        table = read_table(args.labels, args.key_column or args.key, args.label_columns or None,
-                           normalise=without_suffix if args.key == "file" else str)
-        label_keys = set(table.rows)
-        if "" in label_keys:            # it would label every file without that key
-            raise DataError(f"{args.labels}, row {table.rows[''].number}: its key is empty")
-        source.label_names, labels = read_labels(table, table.columns)
-        if source.label_names != table.columns:         # a column of words might be one of names
-            raise DataError(f"{args.labels} must hold 1, 0, -1 or blanks: choose such columns "
-                            "by --label-columns")
+    table = read_label_table(args) if args.labels else None
 
     # The headers. A file that is not taken has a reason in place of an identity.
     identities = in_parallel(
         partial(read_identity, modalities=args.modality, max_megapixels=args.max_megapixels,
                 patient_from=args.patient_from),
         [args.src / file for file in files], args.workers, "headers")
-    images, keys, patients_of = set(), Counter(), {}    # patients_of: those of each PatientID
+    taken: dict[str, Identity] = {}                     # by the file
+    rejected: dict[str, str] = {}                       # {file: reason}
+    images = set()
     for file, identity in zip(files, identities, strict=True):
         if isinstance(identity, str):
-            source.rejected.append((file, identity))
+            rejected[file] = identity
             continue
         if identity.SOPInstanceUID in images:
             source.rejected.append((file, "SOPInstanceUID of an earlier file"))
             continue
         image = identity.SOPInstanceUID or f"file {file}"
         images.add(image)
-        key = without_suffix(file) if args.key == "file" else getattr(identity, args.key)
-        keys[key] += 1
+        taken[file] = identity
         patient = code(patient_text(identity, file, args.patient_from))
-        patients_of.setdefault(identity.PatientID, set()).add(patient)
         source.items.append(Item(
-            file, f"images/{patient}/{code(image)}.jpg", patient, split="",
-            labels=labels.get(key, ("",) * len(source.label_names))))
+            file, f"images/{patient}/{code(image)}.jpg", patient, split="", labels=()))
+    source.rejected += rejected.items()
+
+    if table:
+        label_items(source, args, table, taken, rejected)
+    if args.patient_from == "header":
+        source.doubts += similar_ids(taken, table if args.key == "PatientID" else None)
+    else:
+        source.notes.append(patient_note(taken, args.patient_from))
+    return source
+
+
+def read_label_table(args: argparse.Namespace) -> Table:
+    """--labels by its column of keys. DataError where a key is empty."""
+    columns = [*args.label_columns, *args.class_columns]
+    if columns and args.rater_column:
+        columns.append(args.rater_column)
+    table = read_table(args.labels, args.key_column or args.key,
+                       list(dict.fromkeys(columns)) or None,
+                       normalise=without_suffix if args.key == "file" else str,
+                       several=bool(args.several_rows),
+                       hint="; --several-rows says how several rows become one")
+    if "" in table.rows:                # it would label every file without that key
+        raise DataError(f"{args.labels}, row {table.rows[''].number}: its key is empty")
+    if args.rater_column and args.rater_column not in table.columns:
+        raise DataError(f"{args.labels} must have one column {args.rater_column!r}, "
+                        f"its header is {','.join(table.header)!r}")
+    return table
+
+
+def label_items(source: Source, args: argparse.Namespace, table: Table,
+                taken: dict[str, Identity], rejected: dict[str, str]) -> None:
+    """Give each item of the source the labels of its row in the table.
+
+    DataError where no row, or more than one file, is meant by a key."""
+    key_of = {file: without_suffix(file) if args.key == "file" else getattr(identity, args.key)
+              for file, identity in taken.items()}
+    files_of: dict[str, list[str]] = {}                 # by the key
+    for file, key in key_of.items():
+        files_of.setdefault(key, []).append(file)
 
     # Labels of images that are not there. If that is all of them, the key is the wrong one.
-    if label_keys and not keys.keys() & label_keys:
+    found = [key for key in table.rows if key in files_of]
+    if not found:
         raise DataError(f"{args.labels}: no {args.key} in it is that of a DICOM file in {args.src}")
     source.rejected += [(key, f"{args.key} in {args.labels.name}, in no DICOM file")
-                        for key in label_keys - keys.keys()]
-    # IM0001.dcm in every folder: the row of a table would be given to all of them.
+                        for key in table.rows if key not in files_of]
     if args.key == "file":
-        for key in sorted(label_keys):
-            if keys[key] > 1:
-                raise DataError(f"{args.labels}: {keys[key]:,} files in {args.src} are called "
-                                f"{key}: --key file needs names that differ")
-    if args.patient_from != "header":
-        source.notes.append(patient_note(patients_of, args.patient_from))
-    return source
+        refuse_namesakes(args, found, files_of, rejected)
+
+    # Without a word of the user a column of words might be one of names.
+    columns = [*args.label_columns, *args.class_columns]
+    if columns:
+        source.label_names, labels, notes = understand(table, columns, found, label_rules(args))
+        source.notes += notes
+        source.classes = not set(columns) & set(source.label_names)
+    else:
+        columns = [name for name in table.columns if name != args.rater_column]
+        source.label_names, labels = read_labels(table, columns, args.several_rows,
+                                                 args.rater_column)
+        if source.label_names != columns:
+            raise DataError(f"{args.labels} must hold 1, 0, -1 or blanks: choose such columns by "
+                            "--label-columns, or columns of classes by --class-columns")
+    nothing = ("",) * len(source.label_names)
+    for item in source.items:
+        item.labels = labels.get(key_of[item.source], nothing)
+    source.notes.append(rows_note(taken, key_of, set(found), args.key))
+
+
+def refuse_namesakes(args: argparse.Namespace, found: list[str], files_of: dict[str, list[str]],
+                     rejected: dict[str, str]) -> None:
+    """DataError where a row names two files by their name, as IM0001.dcm in every folder is.
+
+    files_of: those that are taken, by their name. Of the rejected ones those count that may be
+    meant as well: a CT of this name, say, or a damaged file, but no text file."""
+    others: dict[str, str] = {}
+    for file, why in rejected.items():
+        if why != NO_DICOM or file.lower().endswith(SUFFIXES):
+            others.setdefault(without_suffix(file), file)
+    for key in sorted(found):
+        count = len(files_of[key]) + (key in others)
+        if count > 1:
+            also = ""
+            if key in others:
+                also = f", also from {others[key]}, which is not taken: {rejected[others[key]]}"
+            raise DataError(f"{args.labels}: {count:,} files in {args.src} are called {key}: "
+                            f"--key file needs names that differ{also}")
+
+
+def rows_note(taken: dict[str, Identity], key_of: dict[str, str], found: set[str],
+              key: str) -> str:
+    """How many images have no row, and what rows label several images, for DATA.md."""
+    without = sum(key_of[file] not in found for file in taken)
+    note = f"Images without a row of labels: {without:,}; nothing is mentioned for them."
+    studies_of: dict[str, list[str]] = {}               # of the images of each row
+    for file, identity in taken.items():
+        if key_of[file] in found:
+            studies_of.setdefault(key_of[file], []).append(identity.StudyInstanceUID)
+    several = sum(len(studies) > 1 for studies in studies_of.values())
+    if several:
+        note += f" A row is of a {key} and labels all its images: {several:,} rows label several"
+        if key == "PatientID":
+            apart = sum(len(set(studies)) > 1 for studies in studies_of.values())
+            note += f", {apart:,} of them several studies, whose findings may differ"
+        note += "."
+    return note
+
+
+def similar_ids(taken: dict[str, Identity], table: Table | None) -> list[Doubt]:
+    """A doubt where PatientIDs, or those of a table of labels, differ in form only.
+
+    It names files and rows: an identity is not for a log."""
+    places: dict[str, str] = {}                         # by the PatientID
+    for file, identity in taken.items():
+        if identity.PatientID:
+            places.setdefault(identity.PatientID, file)
+    # Of the table's only those that may be meant for one of the files.
+    if table:
+        forms = set(map(patient_key, places))
+        for key, row in table.rows.items():
+            if patient_key(key) in forms:
+                places.setdefault(key, f"{table.file.name}, row {row.number}")
+    alike = pairs_alike(places, patient_key)
+    more = f", and {len(alike) - 1:,} more pairs" if len(alike) > 1 else ""
+    return [Doubt("similar-patients", f"the PatientIDs of {places[one]} and {places[other]} differ "
+                  f"in form only, as 7 and 007 do{more}: write each patient in one way")
+            for one, other in alike[:1]]
 
 
 def without_suffix(file: str) -> str:
@@ -481,8 +595,12 @@ def patient_text(identity: Identity, file: str, patient_from: str) -> str:
     return identity.PatientID or identity.StudyInstanceUID
 
 
-def patient_note(patients_of: dict[str, set[str]], patient_from: str) -> str:
-    """What --patient-from did, for DATA.md. patients_of: {PatientID: patients it became}."""
+def patient_note(taken: dict[str, Identity], patient_from: str) -> str:
+    """What --patient-from did, for DATA.md."""
+    patients_of: dict[str, set[str]] = {}               # by the PatientID
+    for file, identity in taken.items():
+        patient = patient_text(identity, file, patient_from)
+        patients_of.setdefault(identity.PatientID, set()).add(patient)
     parted = sum(len(patients) > 1 for name, patients in patients_of.items() if name)
     note = f"A patient is a {patient_from} (--patient-from {patient_from})"
     if parted:

@@ -1,7 +1,8 @@
 """What cannot be meant: counts and names that are almost always a mistake in the source.
 
 Each Doubt has a name, and `--allow NAME` is how a user says that it is meant. Splits and constant
-labels are not doubted where there are fewer than three images: counting says nothing there.
+labels are not doubted where there are fewer than three images, which cannot fill three splits;
+prepare.py says so.
 """
 import re
 from collections import Counter
@@ -18,8 +19,10 @@ ALLOW = {
     "similar-labels": "labels differ in case or blanks only",
     "many-classes": "a column holds more classes than its images can teach",
     "similar-patients": "patients differ in case, blanks or leading zeros only",
-    "masks": "images lie in folders of masks or segmentations",
+    "masks": "images seem to be masks, segmentations or other drawings",
     "other-folders": "images lie beside the split folders, and are left out",
+    "unknown-patients": "folders or columns seem to name patients, and are not used",
+    "unused-splits": "a column seems to name the splits, and is not used",
     "odd-classes": "class folders are named images, part1 and the like, or lie one in another"}
 FEW = 3                         # images; fewer are not doubted
 
@@ -107,7 +110,12 @@ def similar_patients(patients: Iterable[str]) -> list[Doubt]:
 
 
 def patient_key(patient: str) -> str:
-    """What is equal for 7, 007, 7. and 7.0, for P7, p07 and P 7."""
+    """What is equal for 7, 007, 7. and 7.0, for 1000, 1e3 and 1,000, for P7, p07 and P 7."""
+    # Large numbers as spreadsheets write them.
+    if re.fullmatch(r"\d+(\.\d+)?e\+?\d{1,3}", patient.casefold()):
+        patient = f"{float(patient):.0f}"
+    if re.fullmatch(r"\d{1,3}(,\d{3})+", patient):
+        patient = patient.replace(",", "")
     # A blank between a letter and a number, ".0" as spreadsheets append it, leading zeros.
     text = re.sub(r"(?<=[a-z]) (?=\d)", "", form_key(patient))
     text = re.sub(r"^(\d+)\.0*$", r"\1", text)

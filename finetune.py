@@ -21,7 +21,6 @@ import itertools
 import json
 import math
 import os
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -39,12 +38,12 @@ from torchvision.models import ResNet
 from checkpoint import (
     ARCHITECTURES, FORMAT, MALFORMED, CheckpointError, first_not_finite, load_checkpoint,
     save_checkpoint, settings_of)
-from common import DataError, write_text
+from common import DataError, plain_name, write_text
 from dali_pipeline import Augmentation, Preprocessing, eval_loader, train_loader
 from labels import (
-    Draw, Task, cell_weights, draw, make_task, masked_cross_entropy, policy_sentence,
-    to_probabilities)
-from manifest import SPLITS, Manifest, read_manifest
+    Draw, Task, add_labels, cell_weights, draw, labels_required, make_task, masked_cross_entropy,
+    policy_sentence, to_probabilities)
+from manifest import SPLITS, Manifest, image_flags, read_manifest
 from model import Classifier, build_encoder, extract_features, num_features
 from probe import STRENGTHS, cached_features, fit_logistic
 from run import ENCODERS, Compute, flag
@@ -58,8 +57,8 @@ INHERITED = {"data": "data/nih", "arch": "resnet50", "image_size": 224, "normali
 # Of full training: smaller crops than pre-training's, no blur, and brightness that varies less.
 AUGMENTATION = Augmentation(crop_area=(0.6, 1.0), blur=(0.0, 0.0), brightness=0.2, contrast=0.2)
 # What a run writes, and --overwrite deletes. The first of them is what a run goes on from.
-RESULTS = ("predictions.pt", "last.pt", "classifier.pt", "log.jsonl", "results.*", "*.png",
-           "tensorboard/*/events*")
+RESULTS = ("predictions.pt", "last.pt", "last-*.pt", "classifier.pt", "log.jsonl", "results.*",
+           "*.png", "tensorboard/*/events*")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -140,6 +139,7 @@ class Init(NamedTuple):
     key: str
     name: str                           # in tables
     settings: dict[str, Any]            # INHERITED, as far as the checkpoint names them
+    labels_required: int | str          # images whose labels it has used up to now, or "unknown"
 
     @property
     def is_file(self) -> bool:
@@ -182,8 +182,13 @@ class Study:
     def last_key(self) -> tuple | None:
         """The combination that last.pt is amid; None where there is none, or half of a file."""
         with contextlib.suppress(CheckpointError):
-            return load_checkpoint(self.last).get("key")
+            key = load_checkpoint(self.last).get("key")
+            return key if isinstance(key, tuple) else None
         return None
+
+    def put_aside(self, key: tuple) -> Path:
+        """Where a combination's last.pt waits while others are trained."""
+        return self.out / f"last-{plain_name('-'.join(map(str, key[1:])))}.pt"
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -195,6 +200,13 @@ class Study:
 
     def name(self, c: Combination) -> str:
         return f"{self.inits[c.init].name}, {c.mode}, {100 * c.fraction:g} %, seed {c.seed}"
+
+    def folder_name(self, c: Combination) -> str:
+        """The name as a folder can have it; two initialisations may come to the same one, and
+        then their keys tell them apart."""
+        names = [plain_name(self.name(c._replace(init=key))) for key in self.inits]
+        own = plain_name(self.name(c))
+        return own if names.count(own) == 1 else f"{own}-{plain_name(c.init)}"
 
     def sample(self, c: Combination) -> np.ndarray:
         """The images (m,) that a combination learns from."""
@@ -214,26 +226,31 @@ class Study:
         return "AUROC" if perfect > 0 else "minus the Brier score"
 
 
-def read_inits(config: Config) -> list[Init]:
-    """The initialisations of --init. DataError where there is none, CheckpointError
+def read_inits(config: Config, say: Callable) -> list[Init]:
+    """The initialisations of --init, each once. DataError where there is none, CheckpointError
     where a file cannot be read."""
     sources = config.init or [path for path in ENCODERS if os.path.exists(path)][:1]
     if not sources:
         raise DataError(f"{ENCODERS[0]} does not exist: pre-train first (`python pretrain.py "
                         "--demo` takes minutes), or name another encoder, random or imagenet "
                         "with --init")
-    files = [source for source in sources if source not in NAMES]
-    inits = []
+    # One file by two paths, or a copy of it, is the same initialisation.
+    source_of: dict[str, str] = {}      # by key
     for source in sources:
-        if source not in files:
-            inits.append(Init(source, source, NAMES[source], {}))
-            continue
-        state = load_checkpoint(source)
-        name = source
+        key = source
+        if source not in NAMES:
+            key = f"checkpoint {run.content_of_file(source)}"
+        if source_of.setdefault(key, source) != source:
+            say(f"{source} is the same as {source_of[key]}, and left out")
+
+    inits = []
+    files = [source for source in source_of.values() if source not in NAMES]
+    for key, source in source_of.items():
+        state = load_checkpoint(source) if source in files else {}
+        name = NAMES.get(source, source)
         if state.get("format") == FORMAT and "classifier" not in state:
             name = "SimCLR" if len(files) == 1 else f"SimCLR ({source})"
-        inits.append(Init(source, f"checkpoint {run.content_of_file(source)}", name,
-                          settings_of(state)))
+        inits.append(Init(source, key, name, settings_of(state), labels_required(source, state)))
     return inits
 
 
@@ -317,23 +334,47 @@ def check_truth(task: Task, label_names: list[str], manifest: Manifest,
                 "what is chosen there")
 
 
+def read_study(config: Config, compute: Compute) -> Study:
+    """What is compared, on what, and who is drawn. Whatever is wrong is found here,
+    before anything is written."""
+    say = compute.say
+    inits = read_inits(config, say)
+    setting = inherit(config, inits, say)
+
+    # The labels that train can teach. Fewer labels may be exclusive where all of them were not.
+    manifest = read_manifest(setting["data"])
+    splits = labelled_images(manifest)
+    train = splits["train"]
+    names = teachable_labels(manifest, train, config, say)
+    task = task_of(names, manifest, train, config)
+    check_truth(task, names, manifest, splits, say)
+    counts = ", ".join(f"{len(images)} {split}" for split, images in splits.items())
+    policy = policy_sentence(task.kind, config.uncertain, config.blank, config.balance)
+    say(f"{manifest.folder}: {counts} images with labels\n"
+        f"{len(names)} labels ({', '.join(names)}): {policy}; -1 is never scored")
+
+    # The patients that each combination learns from.
+    labels = task.training_labels[train]                                    # (n, L)
+    draws = {(fraction, seed): draw(manifest.patients[train], labels, fraction, seed)
+             for fraction, seed in itertools.product(config.fraction, config.seeds)}
+    if config.batch_size % compute.world_size:
+        raise DataError(f"--batch-size {config.batch_size} is global and must divide by the "
+                        f"{compute.world_size} processes")
+    settings = run.fixed_flags(config) | setting
+    return Study(config, compute, manifest, settings, {init.key: init for init in inits}, names,
+                 task, policy, splits, draws)
+
+
+# --------------------------------------------------------------------------------------------------
+# What a combination leaves in the run folder when it has ended.
+
 def finish(study: Study, c: Combination, outcome: Outcome) -> None:
     """Keep a combination's predictions and, if it is the best on val up to now, its classifier."""
-    task, sample = study.task, study.sample(c)
     score = study.val_score(outcome.val)
     if score > max((entry["val_score"] for entry in study.predictions.values()), default=-math.inf):
-        val_truth = study.truth("val")
-        save_checkpoint(study.out / "classifier.pt", {
-            "format": FORMAT, "arch": study.settings["arch"], "labels": study.label_names,
-            "kind": task.kind, "encoder": outcome.net.encoder.state_dict(),
-            "classifier": outcome.net.head.state_dict(),
-            "config": study.settings | {
-                "init": study.inits[c.init].source, "what": study.name(c)},
-            "thresholds": [youden(p, y) for p, y in zip(outcome.val.T, val_truth.T)],
-            # How many images' labels the encoder has learned from, for cluster_eval.py.
-            "n_train": 0 if c.mode == "linear" else len(sample)})
+        save_classifier(study, c, outcome)
 
-    labels = task.training_labels[sample]                                   # (m, L)
+    labels = study.task.training_labels[study.sample(c)]                    # (m, L)
     study.predictions[tuple(c)] = outcome.details | {
         "val": torch.from_numpy(outcome.val), "test": torch.from_numpy(outcome.test),
         "val_score": score, "n_train": (~np.isnan(labels)).sum(0).tolist(),
@@ -342,6 +383,24 @@ def finish(study: Study, c: Combination, outcome: Outcome) -> None:
     choice = ", ".join(f"{name} {value:g}" for name, value in outcome.details.items()
                        if name in ("strength", "epoch"))
     study.compute.say(f"{study.name(c)}: {study.measure} on val {score:.4f} ({choice})")
+
+
+def save_classifier(study: Study, c: Combination, outcome: Outcome) -> None:
+    """Write classifier.pt: the network, and all that predict.py and cluster_eval.py ask of it."""
+    init, val_truth = study.inits[c.init], study.truth("val")
+    # The labels that the encoder has learned from; the linear probe, which is epoch 0 of the full
+    # mode, leaves it as it came.
+    n_train = len(study.sample(c)) if outcome.details.get("epoch") else 0
+    save_checkpoint(study.out / "classifier.pt", {
+        "format": FORMAT, "arch": study.settings["arch"],
+        "labels": study.label_names, "kind": study.task.kind,
+        "encoder": outcome.net.encoder.state_dict(),
+        "classifier": outcome.net.head.state_dict(),
+        "config": study.settings | {
+            "init": init.source, "what": study.name(c),
+            "images": image_flags(study.manifest.folder)},
+        "thresholds": [youden(p, y) for p, y in zip(outcome.val.T, val_truth.T)],
+        "n_train": n_train, "labels_required": add_labels(init.labels_required, n_train)})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -418,10 +477,11 @@ class LinearProbe:
 def fit_probes(study: Study, missing: list[Combination]) -> dict[Combination, dict[str, Tensor]]:
     """Finish the linear combinations; return the heads that full ones start from."""
     heads = {}
-    last_key = study.last_key           # what goes on from last.pt has its head from there
+    # What goes on from a checkpoint has its head from there.
+    begun = {study.last_key, *(c for c in missing if study.put_aside(c).exists())}
     for init in study.inits.values():
         combinations = [c for c in missing if c.init == init.key and (
-            c.mode == "linear" or (c.starts_from_probe and c != last_key))]
+            c.mode == "linear" or (c.starts_from_probe and c not in begun))]
         if not combinations:
             continue
         linear_probe = LinearProbe(study, init)
@@ -445,25 +505,41 @@ def freeze_batch_norm(net: nn.Module) -> None:
 
 
 def probabilities(study: Study, net: nn.Module, split: str) -> np.ndarray:
-    """What a network says of the images of a split, (n, L); all processes share the work."""
+    """What a network says of the images of a split, (n, L); all processes share the work.
+
+    FloatingPointError where some of it is no number: as a score it would pass for one."""
     compute = study.compute
     loader = eval_loader(study.manifest, study.splits[split], study.config.batch_size,
                          study.preprocessing, **compute.loader_arguments())
     logits = extract_features(net, study.task.outputs, loader, compute.dtype)
+    if not logits.isfinite().all():
+        raise FloatingPointError(f"some predictions for {split} are not finite; --precision fp32 "
+                                 "may help")
     return to_probabilities(logits, study.task.kind)
 
 
 class FineTuning:
-    """A full combination in training: all that an epoch changes, which is all that last.pt keeps.
+    """A full combination in training: what its sample teaches, and all that an epoch changes,
+    which is all that last.pt keeps.
 
     history: a line of log.jsonl for each epoch. best: the epoch that is best on val up to now.
     peaks: with --peak, the probabilities (n_test, L) after each epoch."""
 
     def __init__(self, study: Study, c: Combination):
-        config, compute = study.config, study.compute
-        torch.manual_seed(c.seed)
         self.study, self.combination = study, c
-        net = Classifier(study.encoder(study.inits[c.init]), study.task.outputs)
+        config, compute, task = study.config, study.compute, study.task
+
+        # How much each label of the sample weighs, and 0 for all other images. Targets and weights
+        # live on the device, so that no step waits for them.
+        sample = study.sample(c)
+        weights = np.zeros(task.mask.shape, np.float32)
+        weights[sample] = cell_weights(task.targets[sample], task.mask[sample], config.balance)
+        self.targets = torch.from_numpy(task.targets).to(compute.device)    # (N, G, K)
+        self.weights = torch.from_numpy(weights).to(compute.device)         # (N, G)
+
+        # Network and optimizer, as before the first step.
+        torch.manual_seed(c.seed)
+        net = Classifier(study.encoder(study.inits[c.init]), task.outputs)
         self.net = compute.place(net)
         groups = [dict(params=self.net.encoder.parameters(), peak=config.lr_encoder),
                   dict(params=self.net.head.parameters(), peak=config.lr_head)]
@@ -481,7 +557,8 @@ class FineTuning:
         try:
             self.net.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
+            if state["scaler"]:         # empty where the precision was another one
+                self.scaler.load_state_dict(state["scaler"])
             self.history, self.best, self.peaks = state["history"], state["best"], state["peaks"]
         except MALFORMED as error:
             reason = (str(error) or repr(error)).splitlines()[-1].strip()
@@ -493,6 +570,12 @@ class FineTuning:
             "key": tuple(self.combination), "model": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
             "history": self.history, "best": self.best, "peaks": self.peaks})
+
+    def loss(self, logits: Tensor, index: Tensor) -> Tensor:
+        """Of a network's logits (B, G * K) for the images `index` (B,), on the CPU or not."""
+        index = index.to(self.targets.device, non_blocking=True)
+        targets, weights = self.targets[index], self.weights[index]
+        return masked_cross_entropy(logits.view(targets.shape), targets, weights)
 
     def compare(self, epoch: int, val: np.ndarray) -> float:
         """The score of the network as it is now, by its predictions for val (n_val, L).
@@ -513,7 +596,7 @@ class EpochLog:
 
     def __init__(self, training: FineTuning):
         self.training, study = training, training.study
-        folder = re.sub(r"[^\w.-]+", "-", study.name(training.combination))
+        folder = study.folder_name(training.combination)
         self.writer = None
         if study.compute.rank == 0:
             # Points of an epoch that was not kept as a whole belong to one that is repeated.
@@ -535,17 +618,32 @@ class EpochLog:
             self.writer.close()
 
 
+def claim_last(study: Study, c: Combination) -> None:
+    """See to it that last.pt is of the combination that is trained now.
+
+    What it holds of another one, which an earlier command has begun, is put aside until that
+    one is asked for again."""
+    key = study.last_key
+    if key is not None and key != c and key not in study.predictions:
+        os.replace(study.last, study.put_aside(key))
+    if study.put_aside(c).exists():
+        os.replace(study.put_aside(c), study.last)
+
+
 def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> Outcome:
     """Train encoder and head on one draw; the epoch that is best on val counts.
 
     head: weights that the linear layer starts from, on the first process; None for random
     ones. Raises FloatingPointError where the loss diverges."""
-    config, compute, task, say = study.config, study.compute, study.task, study.compute.say
+    config, compute, say = study.config, study.compute, study.compute.say
     sample, name = study.sample(c), study.name(c)
 
     # Network and optimizer, new or as the last whole epoch left them.
     training = FineTuning(study, c)
     net, optimizer, scaler = training.net, training.optimizer, training.scaler
+    if compute.rank == 0:
+        claim_last(study, c)
+    compute.barrier()
     if study.last_key == c:
         training.load()
         say(f"going on from {study.last}, epoch {len(training.history)} of {name}")
@@ -553,12 +651,6 @@ def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> O
         net.head.load_state_dict(head)
     first = len(training.history)
     model = compute.data_parallel(net)          # gives the first process's weights to the others
-
-    # What the sample teaches, and how much each of its labels weighs: 0 for all other images.
-    targets = torch.from_numpy(task.targets)                                # (N, G, K)
-    weights = torch.zeros(task.mask.shape)                                  # (N, G)
-    weights[sample] = torch.from_numpy(cell_weights(
-        task.targets[sample], task.mask[sample], config.balance)).float()
 
     # An epoch has ten steps at least, so that a small sample is shown several times in it.
     epoch_steps = max(10, math.ceil(len(sample) / config.batch_size))
@@ -585,15 +677,13 @@ def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> O
             for group in optimizer.param_groups:
                 group["lr"] = run.learning_rate(step, steps, steps // 10, group["peak"])
             # ... the network sees one view of each image of the batch ...
-            x, index = next(batches)                                        # (B, 1, S, S)
+            x, index = next(batches)                                        # (B, 1, S, S), (B,)
             if step == first * epoch_steps:
                 compute.rehearse(model, x)
             with compute.autocast():
                 logits = model(x.contiguous(memory_format=torch.channels_last))
             # ... and its answers are compared with the labels, as far as there are any.
-            loss = masked_cross_entropy(
-                logits.view(-1, *task.targets.shape[1:]),                   # (B, G, K)
-                targets[index].to(compute.device), weights[index].to(compute.device))
+            loss = training.loss(logits, index)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -638,37 +728,6 @@ def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> O
 
 # --------------------------------------------------------------------------------------------------
 # The stage.
-
-def read_study(config: Config, compute: Compute) -> Study:
-    """What is compared, on what, and who is drawn. Whatever is wrong is found here,
-    before anything is written."""
-    say = compute.say
-    inits = read_inits(config)
-    setting = inherit(config, inits, say)
-
-    # The labels that train can teach. Fewer labels may be exclusive where all of them were not.
-    manifest = read_manifest(setting["data"])
-    splits = labelled_images(manifest)
-    train = splits["train"]
-    names = teachable_labels(manifest, train, config, say)
-    task = task_of(names, manifest, train, config)
-    check_truth(task, names, manifest, splits, say)
-    counts = ", ".join(f"{len(images)} {split}" for split, images in splits.items())
-    policy = policy_sentence(task.kind, config.uncertain, config.blank, config.balance)
-    say(f"{manifest.folder}: {counts} images with labels\n"
-        f"{len(names)} labels ({', '.join(names)}): {policy}; -1 is never scored")
-
-    # The patients that each combination learns from.
-    labels = task.training_labels[train]                                    # (n, L)
-    draws = {(fraction, seed): draw(manifest.patients[train], labels, fraction, seed)
-             for fraction, seed in itertools.product(config.fraction, config.seeds)}
-    if config.batch_size % compute.world_size:
-        raise DataError(f"--batch-size {config.batch_size} is global and must divide by the "
-                        f"{compute.world_size} processes")
-    settings = run.fixed_flags(config) | setting
-    return Study(config, compute, manifest, settings, {init.key: init for init in inits}, names,
-                 task, policy, splits, draws)
-
 
 def draw_sentence(seed: int, sample: Draw) -> str:
     """Who was drawn, for the report."""
@@ -724,7 +783,9 @@ def finetune(config: Config, compute: Compute, resources: contextlib.ExitStack) 
 
     # All is trained and chosen, so that the test labels may come in.
     if compute.rank == 0:
-        study.last.unlink(missing_ok=True)
+        key = study.last_key
+        if key is None or key in study.predictions:     # and not begun by another command
+            study.last.unlink(missing_ok=True)
         write_report(study, combinations)
 
 

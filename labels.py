@@ -1,4 +1,4 @@
-"""What is asked of each image: labels read by a policy, a draw of the patients, weights.
+"""What is asked of each image: labels read by a policy, a draw of the patients, weights, loss.
 
 Pure functions of arrays. A task asks G questions of K answers each about N images; L
 probabilities, one for each label, are read from a network's G * K logits.
@@ -33,12 +33,16 @@ class Task:
 
     @property
     def training_labels(self) -> np.ndarray:
-        """Each label as training sees it, (N, L): 1, 0, or NaN for nothing."""
+        """Each label as training sees it, (N, L): 1, 0, or NaN for nothing; of a three-way task
+        also -1, which is a class to be learned and neither a positive nor a negative."""
         if self.kind == "exclusive":
-            presence = self.targets[:, 0]
+            values = self.targets[:, 0]
+        elif self.kind == "three-way":
+            _, present, uncertain = np.moveaxis(self.targets, 2, 0)         # (N, L) each
+            values = present - uncertain
         else:
-            presence = self.targets[:, :, 1 if self.kind == "three-way" else 0]
-        return np.where(self.mask, presence, np.nan)
+            values = self.targets[:, :, 0]
+        return np.where(self.mask, values, np.nan)
 
     @property
     def outputs(self) -> int:
@@ -77,16 +81,19 @@ def make_task(labels: np.ndarray, train: np.ndarray, uncertain: str, blank: str)
     return Task("binary", targets, ~np.isnan(labels), truth)
 
 
+# The same values of --uncertain and --blank in words.
+UNCERTAIN = {"ones": "counts as present", "zeros": "counts as absent", "ignore": "is left out",
+             "multiclass": "is a class of its own"}
+BLANK = {"zeros": "counts as absent", "ignore": "is left out"}
+
+
 def policy_sentence(kind: str, uncertain: str, blank: str, balance: bool) -> str:
     """How labels were read, for the log and the report."""
     if kind == "exclusive":
         sentence = "exclusive labels, softmax, AUROC one against the rest"
-    elif kind == "three-way":
-        sentence = ("independent labels, uncertain a class of its own; "
-                    f"blank counts as {blank}")
     else:
-        sentence = (f"independent labels; in training -1 counts as {uncertain}, "
-                    f"blank as {blank}")
+        sentence = (f"independent labels; in training uncertain (-1) {UNCERTAIN[uncertain]}, an "
+                    f"empty cell {BLANK[blank]}")
     return sentence + ("; classes balanced" if balance else "")
 
 
@@ -102,6 +109,24 @@ def cell_weights(targets: np.ndarray, mask: np.ndarray, balance: bool) -> np.nda
     for g, rows in enumerate(mask.T):
         weights[rows, g] = compute_sample_weight(class_weight, answers[rows, g])
     return weights / weights.mean()
+
+
+# --------------------------------------------------------------------------------------------------
+# From logits to the loss, and to probabilities.
+
+def masked_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """The loss of B images, for G questions of K answers each; scalar, float32.
+
+    logits, targets: (B, G, K). With K = 1 it is binary cross-entropy, one sigmoid a label;
+    otherwise the targets are one-hot and it is that of a softmax. weights: (B, G) of
+    cell_weights. The sum is divided by B * G and not by the weights, so that the mean over
+    processes is the loss of their common batch."""
+    logits = logits.float()
+    if logits.shape[2] == 1:
+        cells = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")[:, :, 0]
+    else:
+        cells = -(targets * logits.log_softmax(2)).sum(2)
+    return (weights * cells).mean()
 
 
 def to_probabilities(logits: Tensor, kind: str) -> np.ndarray:
@@ -130,7 +155,7 @@ class Draw(NamedTuple):
 def draw(patients: np.ndarray, labels: np.ndarray, fraction: float, seed: int) -> Draw:
     """Draw a fraction of the patients, with all of their images.
 
-    patients (n,), labels (n, L) of 1, 0 and NaN. The seed puts the patients in an
+    patients (n,), labels (n, L) of Task.training_labels. The seed puts the patients in an
     order, and a fraction is the front of it, so that the smaller fraction lies in the
     larger one. A label without a positive (or a negative) there gets the first
     patient in that order who has one, which keeps the nesting. DataError where the
@@ -149,18 +174,32 @@ def draw(patients: np.ndarray, labels: np.ndarray, fraction: float, seed: int) -
     return Draw(rows, len(extra))
 
 
-def masked_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """The loss of the labels, for N images and G questions of K answers each; scalar, float32.
+# --------------------------------------------------------------------------------------------------
+# How many labelled images the training of an encoder has used, by which tables compare encoders.
 
-    logits, targets: (N, G, K). With K = 1 it is binary cross-entropy, one
-    sigmoid a label; otherwise the targets are one-hot and it is that of a
-    softmax. weights: (N, G), 0 leaves a cell out. The sum is divided by N *
-    G and not by the weights, so that the mean over processes is the loss of
-    their common batch; scale the weights to a mean of 1 over the training
-    images."""
-    logits = logits.float()
-    if logits.shape[2] == 1:
-        cells = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")[:, :, 0]
-    else:
-        cells = -(targets * logits.log_softmax(2)).sum(2)
-    return (weights * cells).mean()
+LABELLED = {"random": 0, "imagenet": 1_281_167}     # images behind the names that --init knows
+
+
+def labels_required(init: str, checkpoint: dict) -> int | str:
+    """Images whose labels the trainings that led to an encoder used, or "unknown".
+
+    init: a name in LABELLED, or the path of the checkpoint, which is {} for a name. The trainings
+    of a chain, each from the one before it, are added up: an image that two of them used counts
+    twice."""
+    if init in LABELLED:
+        return LABELLED[init]
+    total = checkpoint.get("labels_required")
+    if total is None:
+        # An encoder.pt, whose own training used none, or a classifier.pt that only tells of its
+        # own. What either started from is known by name, and not by a path.
+        config = checkpoint.get("config", {})
+        own = checkpoint.get("n_train") if "classifier" in checkpoint else 0
+        return add_labels(LABELLED.get(str(config.get("init"))), own)
+    return add_labels(total, 0)
+
+
+def add_labels(earlier: object, own: object) -> int | str:
+    """The sum of two such numbers of images; "unknown" where one is."""
+    if type(earlier) is int and type(own) is int and min(earlier, own) >= 0:
+        return earlier + own
+    return "unknown"

@@ -31,11 +31,19 @@ LEVELS = ("split", "class", "patient", "*")
 
 # Names of folders that hold drawings of radiographs, and names that are no class.
 DRAWINGS = {"mask", "masks", "segmentation", "segmentations", "annotation", "annotations",
-            "contour", "contours", "heatmap", "heatmaps", "overlay", "overlays", "groundtruth"}
+            "contour", "contours", "heatmap", "heatmaps", "overlay", "overlays", "groundtruth",
+            "seg", "segs", "annot", "annots", "gt", "label", "labels", "roi", "rois", "bbox",
+            "bboxes", "outline", "outlines", "saliency", "gradcam", "drawing", "drawings"}
 NO_CLASSES = {"image", "images", "img", "imgs", "png", "jpg", "jpeg", "dicom", "data", "dataset",
               "batch", "part", "chunk", "fold", "folder", "file", "files", "patient", "study",
-              "series", "case", "subject", "subj", "sub", "scan", "scans", "pat"}
+              "series", "case", "subject", "subj", "sub", "scan", "scans", "pat", "unlabeled",
+              "unlabelled", "unsorted"}
 PERSONS = {"p", "s", "id"}      # with a number after them
+PERSON_WORDS = {"patient", "subject", "subj", "sub", "pat", "case"}
+# Columns of a table that seem to tell one patient from another, or the splits.
+PATIENT_COLUMN = re.compile(
+    r"(patient|subject|person|participant|pat|pt)( ?(id|nr|no|number|key|code))?|pid|mrn")
+SPLIT_COLUMN = re.compile(r"(data ?)?(split|subset|partition|set)( ?name)?|phase|usage")
 MANY = 10                       # more folders of one name and a number are no grades of a disease
 
 
@@ -157,24 +165,58 @@ def drawings(images: list[str]) -> list[str]:
     shared = os.path.commonprefix([PurePosixPath(image).parts[:-1] for image in images])
 
     def is_drawing(image: str) -> bool:
+        # masks2 is one of masks, but what stands between digits is a random name.
         parts = PurePosixPath(image).with_suffix("").parts[len(shared):]
-        words = {word for part in parts for word in re.split(r"[\W\d_]+", part.casefold())}
-        whole = {re.sub(r"[\W\d_]+", "", part.casefold()) for part in (*shared, *parts)}
+        words = {word.rstrip("0123456789") for part in parts
+                 for word in re.split(r"[\W_]+", part.casefold())}
+        whole = {re.sub(r"[\W_]+", "", part.casefold()) for part in (*shared, *parts)}
         return bool(DRAWINGS & (words | whole)) or any("mask" in word for word in words)
 
     return [image for image in images if is_drawing(image)]
 
 
 def names_without_meaning(classes: list[str]) -> list[str]:
-    """Those names of class folders that name a kind of file, a portion or a person.
+    """Those names of class folders that name a kind of file, a portion, a person or a day.
 
-    images_001 does, and p017, where there are many folders of that form."""
+    images_001 does, and p017; so do 00017, 2020-01-31, and JPCLN001 beside JPCLN002."""
     letters = {name: "".join(re.findall(r"[^\W\d_]+", name.casefold())) for name in classes}
     numbered = Counter(letters[name] for name in classes if re.search(r"\d", name))
     return [name for name in classes
-            if letters[name] in NO_CLASSES or letters[name].startswith(("image", "img"))
+            if {letters[name], letters[name].removesuffix("s")} & NO_CLASSES
+            or letters[name].startswith(("image", "img"))
             or letters[name] in PERSONS and name.casefold() not in PERSONS
-            or numbered[letters[name]] > MANY]
+            or numbered[letters[name]] > MANY or is_number_of(name, numbered[letters[name]])]
+
+
+def is_number_of(name: str, alike: int) -> bool:
+    """Whether a folder's name seems to be the number of a person, an examination or a day.
+
+    alike: how many folders have the same letters and a number."""
+    digits = len(re.findall(r"\d", name))
+    return digits >= 5 or digits >= 3 and (alike > 1 or not re.search(r"[^\W\d_]", name))
+
+
+def folders_of_persons(images: list[str], levels: list[str]) -> str:
+    """A folder of several images below those that `levels` tell of, whose name is a person's by its
+    form; "" where there is none. It may be of one level only, as NORMAL/p17."""
+    inner: dict[str, set[str]] = {}         # name of the folder: names of its siblings
+    counts: Counter[str] = Counter()
+    for image in images:
+        folders = PurePosixPath(image).parts[:-1]
+        if len(folders) > len(levels):
+            path = "/".join(folders[:len(levels) + 1])
+            inner.setdefault("/".join(folders[:len(levels)]), set()).add(folders[len(levels)])
+            counts[path] += 1
+    for above, names in sorted(inner.items()):
+        for name in sorted(names):
+            path = f"{above}/{name}".lstrip("/")
+            letters = "".join(re.findall(r"[^\W\d_]+", name.casefold()))
+            numbered = bool(re.search(r"\d", name))
+            person = numbered and (letters in PERSON_WORDS or letters in PERSONS
+                                   or is_number_of(name, len(names)))
+            if person and counts[path] > 1:
+                return path
+    return ""
 
 
 def repeated_below(images: list[str], levels: list[str]) -> tuple[str, str, str] | None:

@@ -10,10 +10,12 @@ import csv
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
@@ -86,10 +88,11 @@ class Manifest:
         return np.frombuffer(b"".join(paths), np.uint8), start
 
 
-def read_manifest(folder: str | Path) -> Manifest:
+def read_manifest(folder: str | Path, images_on_disk: bool = True) -> Manifest:
     """Read and check `folder`/manifest.csv, and that every image in it is on disk.
 
-    DataError names the file, the row (the header is row 1) and the column."""
+    DataError names the file, the row (the header is row 1) and the column. images_on_disk:
+    False leaves it to the caller to look for the images."""
     file = Path(folder) / "manifest.csv"
     if not file.is_file():
         raise DataError(f"{folder} is not a data folder: {file} is missing "
@@ -122,15 +125,28 @@ def read_manifest(folder: str | Path) -> Manifest:
                                 "1, 0, -1 or empty")
             labels[i, column] = LABEL_VALUES[cell]
 
-    # A folder or a pipe in an image's place is no image: nothing would come of reading it.
     paths = [row[0] for row in rows]
     patients, splits = (np.array([row[column] for row in rows]) for column in (1, 2))
     manifest = Manifest(Path(folder), paths, patients, splits, labels, label_names)
-    return dataclasses.replace(manifest, sizes=_image_sizes(manifest))
+    if images_on_disk:
+        manifest = dataclasses.replace(manifest, sizes=_image_sizes(manifest))
+    return manifest
+
+
+def image_flags(folder: str | Path) -> dict[str, Any]:
+    """The flags that shaped the images of a data folder, {name: value} as prepare.py wrote them;
+    {} where nothing says it: the folder was not made by prepare.py."""
+    try:
+        made = json.loads((Path(folder) / "prepare.json").read_text("utf-8"))
+        return {name: made[name] for name in ("size", "quality", "stretch")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _image_sizes(manifest: Manifest) -> np.ndarray:
-    """Bytes of each image's file, (N,) int64; DataError where one is missing or is no file."""
+    """Bytes of each image's file, (N,) int64; DataError where one is missing or is no file.
+
+    A folder or a pipe in an image's place is no image: nothing would come of reading it."""
     sizes, unusable = np.zeros(len(manifest.paths), np.int64), []
     for i in range(len(sizes)):
         try:

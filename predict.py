@@ -2,14 +2,15 @@
 
     python predict.py runs/finetune/classifier.pt data/new
     python predict.py runs/finetune/classifier.pt data/new --explain 8      and eight overlays
+    python predict.py runs/finetune/classifier.pt may/ june/ one.dcm        several at once
 
 DIR is a data folder made by prepare.py, any folder with images or DICOM files in it, at any
 depth, or one such file. Files are found, read and made smaller by the functions of prepare.py,
 written as the JPEGs that it would write, and only then given to the network, by the loader that
-stages 1 and 2 use: the network sees of a new image what it saw of those it learned from. The
-JPEGs need room in the output folder until the end. The images of a data folder are there
-already. Where that was made with other flags than --size (--stretch, --quality), make a data
-folder of the new images in the same way, and give that.
+stages 1 and 2 use: the network sees of a new image what it saw of those it learned from. How
+these were made (--size, --stretch, --quality of prepare.py) is in classifier.pt, if their data
+folder said it. The JPEGs need room in the output folder until the end; the images of a data
+folder are JPEGs already, and are taken as they are.
 
 The output folder (--out) gets predictions.csv, a row for each image and a column for each label;
 rejected.csv, a row for each file that could not be read, and the reason (its rows are in no other
@@ -19,18 +20,18 @@ classifier, so that the predictions of one do not replace those of another. File
 images are passed over and counted.
 """
 import contextlib
-import csv
+import dataclasses
 import functools
 import io
+import itertools
 import os
-import re
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import run  # first: it answers Ctrl-C while PyTorch loads
 import numpy as np
@@ -42,20 +43,21 @@ from torch import Tensor
 
 from checkpoint import (
     MALFORMED, PREPROCESSING, CheckpointError, load_checkpoint, settings_of)
-from common import DataError, whole_file, write_text
+from common import (
+    DataError, differing_flags, plain_name, restart_in_utf8, whole_file, write_csv)
 from dali_pipeline import Loader, Preprocessing, eval_loader
 from dicom import is_dicom, read_radiograph
 from labels import to_probabilities
-from manifest import Manifest, read_manifest
+from manifest import Manifest, image_flags, read_manifest
 from model import MEAN, STD, Classifier, build_encoder, extract_features
-from prepare import Conversion, convert, count_notes, write_csv
+from prepare import Conversion, convert, count_notes
 from radiograph import (
     EXTENSIONS, FORMATS, MIN_SIDE, ImageSettings, Reading, find_files, in_parallel, read_image,
     reason)
 from run import Compute, flag, positional
 from sources import Item
 
-# What a classifier.pt holds.
+# What a classifier.pt holds, at least.
 CLASSIFIER = {"arch", "encoder", "config", "classifier", "labels", "kind", "thresholds"}
 RESULTS = ("predictions.csv", "rejected.csv", "explained/*.png")
 
@@ -63,19 +65,25 @@ RESULTS = ("predictions.csv", "rejected.csv", "explained/*.png")
 @dataclass
 class Config:
     """Which classifier looks at what, and where its answers go."""
+    afterwards: ClassVar[str] = "begins anew"
+
     classifier: str = positional("made by finetune.py", "CLASSIFIER.pt")
-    data: str = positional("a data folder, any folder of images or DICOM files, or one such file",
-                           "DIR")
+    data: tuple[str, ...] = positional(
+        "a data folder, any folder of images or DICOM files, or one such file", "DIR")
     explain: int = flag(0, "overlay the first N images with their Grad-CAM", 0, metavar="N",
                         may_differ=True)
-    out: str = flag("", "output folder (default: predictions/ and the name of DIR, beside the "
-                    "classifier)", may_differ=True)
+    out: str = flag("", "output folder, of several DIR with a folder for each of them (default: "
+                    "predictions/ and the name of DIR, beside the classifier)", may_differ=True)
     overwrite: bool = flag(False, "replace the predictions of another classifier or folder",
                            may_differ=True)
 
     size: int | None = flag(None, "shorter side in pixels to which images are made smaller, as "
-                            "prepare.py --size (default: 256, or the classifier's image size "
-                            "where that is more)", MIN_SIDE, 9999, section="how files are read")
+                            "prepare.py --size (default: as the classifier's own were; if it "
+                            "does not know, 256, or its image size where that is more)",
+                            MIN_SIDE, 9999, section="how files are read")
+    stretch: tuple[float, ...] = flag(
+        (), "percentiles that become black and white, as prepare.py --stretch (default: as the "
+        "classifier's own)", 0, 100, metavar=("LOW", "HIGH"))
     modality: tuple[str, ...] = flag(("CR", "DX"), "of the DICOM files to take; none: files "
                                      "without one")
 
@@ -84,9 +92,25 @@ class Config:
     threads: int | None = flag(**run.THREADS)
 
     def __post_init__(self):
+        # An output folder is called as its DIR is. The same DIR twice is once.
+        self.data = tuple(dict.fromkeys(self.data))
+        names = [Path(data).resolve().name for data in self.data]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"two of DIR are called {twice.pop()}, as their output folders would "
+                             "be: give one at a time, with an --out of its own")
+        if self.stretch and not is_stretch(self.stretch):
+            raise ValueError("--stretch takes two percentiles, 0 <= LOW < HIGH <= 100")
         if not self.out:
-            name = Path(self.data).resolve().name
-            self.out = str(Path(self.classifier).parent / "predictions" / name)
+            folder = Path(self.classifier).parent / "predictions"
+            self.out = str(folder / names[0] if len(names) == 1 else folder)
+
+    def for_each(self) -> list["Config"]:
+        """The same for each DIR alone."""
+        if len(self.data) == 1:
+            return [self]
+        return [dataclasses.replace(self, data=(data,),
+                                    out=str(Path(self.out) / Path(data).resolve().name))
+                for data in self.data]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -96,6 +120,7 @@ def load_classifier(path: str | Path) -> tuple[Classifier, dict]:
     """The network of a classifier.pt, in evaluation mode, and the checkpoint.
 
     CheckpointError where the file is no classifier.pt."""
+    # What it says must be there, and of a kind that can be meant: the file may be anybody's.
     state = load_checkpoint(path)
     if not (CLASSIFIER <= state.keys() and PREPROCESSING <= state["config"].keys()):
         raise CheckpointError(f"{path} is not a classifier.pt of finetune.py")
@@ -103,10 +128,14 @@ def load_classifier(path: str | Path) -> tuple[Classifier, dict]:
     if not (isinstance(labels, list) and isinstance(thresholds, list)
             and len(labels) == len(thresholds) > 0
             and all(isinstance(name, str) for name in labels)
-            and all(isinstance(value, int | float) for value in thresholds)):
+            and all(isinstance(value, int | float) and 0 <= value <= 1 for value in thresholds)):
         raise CheckpointError(f"{path} has no threshold for each of its labels")
     if not PREPROCESSING <= settings_of(state).keys():
         raise CheckpointError(f"{path} says of no image size, normalize and clahe that can be")
+    if not are_image_flags(state["config"].get("images", {})):
+        raise CheckpointError(f"{path} says of no --size, --quality and --stretch that can be")
+
+    # The network itself. A three-way label has an output for absent, present and uncertain.
     try:
         encoder = build_encoder(state["arch"], str(path))
         outputs = len(labels) * {"binary": 1, "three-way": 3, "exclusive": 1}[state["kind"]]
@@ -116,6 +145,23 @@ def load_classifier(path: str | Path) -> tuple[Classifier, dict]:
         reason = str(error).splitlines()[-1].strip()
         raise CheckpointError(f"{path} holds a head that does not fit: {reason}") from None
     return net.eval(), state
+
+
+def are_image_flags(flags: Any) -> bool:
+    """Whether these can be flags of prepare.py as `image_flags` gives them, {} where unknown."""
+    if flags == {}:
+        return True
+    return (isinstance(flags, dict) and flags.keys() == {"size", "quality", "stretch"}
+            and type(flags["size"]) is int and MIN_SIDE <= flags["size"] <= 9999
+            and type(flags["quality"]) is int and 1 <= flags["quality"] <= 100
+            and (flags["stretch"] is None or is_stretch(flags["stretch"])))
+
+
+def is_stretch(percentiles: Any) -> bool:
+    """Whether these are two percentiles, the lower one first."""
+    return (isinstance(percentiles, list | tuple) and len(percentiles) == 2
+            and all(isinstance(value, int | float) for value in percentiles)
+            and 0 <= percentiles[0] < percentiles[1] <= 100)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -131,12 +177,15 @@ class Inputs(NamedTuple):
 
 def find_inputs(data: Path) -> Inputs:
     """The images of a data folder, those of another folder, or the one file; DataError if none."""
+    # An image that the manifest lists and that is missing will cost one row, as a broken one does.
     if (data / "manifest.csv").exists():
-        return Inputs(data, read_manifest(data).paths, [], listed=True)
+        paths = read_manifest(data, images_on_disk=False).paths
+        return Inputs(data, paths, [], listed=True)
     if data.is_file():
         return Inputs(data.parent, [data.name], [], listed=False)
     if not data.is_dir():
         raise DataError(f"{data} is not a folder or a file")
+    # Whatever claims to be an image is looked at; the rest is passed over.
     found = find_files(data)
     paths = [path for path in found.files if is_input(data / path)]
     if not paths:
@@ -149,6 +198,34 @@ def find_inputs(data: Path) -> Inputs:
 def is_input(file: Path) -> bool:
     """Whether a file of a folder claims to be an image. A DICOMDIR lists others."""
     return file.suffix.lower() in EXTENSIONS or file.name != "DICOMDIR" and is_dicom(file)
+
+
+def image_settings(config: Config, state: dict[str, Any]) -> ImageSettings:
+    """How files are read: by the flags, else as the images that the classifier learned from."""
+    flags = state["config"].get("images", {})
+    size = config.size or flags.get("size")
+    stretch = config.stretch or flags.get("stretch")
+    return ImageSettings(
+        # Where nothing is known, no smaller than the network's input.
+        size=size or max(ImageSettings.size, state["config"]["image_size"]),
+        quality=flags.get("quality", ImageSettings.quality),
+        stretch=(stretch[0], stretch[1]) if stretch else None)
+
+
+def say_how_read(inputs: Inputs, settings: ImageSettings, state: dict[str, Any],
+                 say: Callable) -> None:
+    """What is inherited from the classifier's own images, or what differs in a data folder."""
+    own = state["config"].get("images", {})
+    made = image_flags(inputs.folder) if inputs.listed else {}
+    if own and not inputs.listed:
+        stretch = ""
+        if settings.stretch:
+            stretch = ", --stretch {:g} {:g}".format(*settings.stretch)
+        say(f"images are read as the classifier's own: --size {settings.size}, --quality "
+            f"{settings.quality}{stretch}")
+    elif own and made and (difference := differing_flags(own, made)):
+        say(f"warning: the classifier's own images were made with other flags than those of "
+            f"{inputs.folder}, here: {difference}")
 
 
 def read_any(file: Path, settings: ImageSettings, modalities: Sequence[str]) -> Reading:
@@ -166,13 +243,15 @@ def make_ready(path: str, conversion: Conversion, listed: bool) -> str:
             (conversion.out / name).symlink_to(file.resolve())
             return ""
     except Exception as error:          # a decoder may raise anything on a broken file
-        return reason(error)
+        return reason(error, file)
     return convert(Item(path, name, "", "", ()), conversion)
 
 
 def jpeg_name(path: str) -> str:
-    """A name of its own for each path, whatever the path's length and letters."""
-    return f"{blake2b(os.fsencode(path), digest_size=16).hexdigest()}.jpg"
+    """A name of its own for each path, whatever the path's length and letters. Its end is the
+    path's, for messages about the file."""
+    digest = blake2b(os.fsencode(path), digest_size=16).hexdigest()
+    return f"{digest}-{plain_name(path, 100)}.jpg"
 
 
 def is_made_already(file: Path, settings: ImageSettings, listed: bool) -> bool:
@@ -181,13 +260,19 @@ def is_made_already(file: Path, settings: ImageSettings, listed: bool) -> bool:
 
     It is decoded, so that the loader meets no broken one. DataError, or whatever a decoder raises,
     where that is impossible."""
-    if not listed and (file.suffix.lower() not in (".jpg", ".jpeg") or not file.is_file()):
+    if listed and not file.is_file():
+        raise DataError("no file, but a folder, a named pipe, a socket or a device"
+                        if file.exists() else "missing on disk")
+    # An image does not say whether its gray levels were stretched.
+    if not listed and (file.suffix.lower() not in (".jpg", ".jpeg") or not file.is_file()
+                       or settings.stretch):
         return False
     try:
         image = Image.open(file, formats=FORMATS)
     except Image.UnidentifiedImageError:
         return False                    # convert will say what it is
     with image:
+        # Its quality is not written in a JPEG, but follows from its tables.
         if not listed:
             as_written = (
                 image.format == "JPEG" and image.mode == "L" and not image.getexif()
@@ -203,7 +288,7 @@ def is_made_already(file: Path, settings: ImageSettings, listed: bool) -> bool:
 
 
 def quantization(image: Any) -> dict[int, list[int]]:
-    """The tables of a JPEG, from which its quality is known."""
+    """The quantization tables of a JPEG."""
     return image.quantization
 
 
@@ -215,10 +300,9 @@ def tables_of(quality: int) -> dict[int, list[int]]:
     return quantization(Image.open(jpeg))
 
 
-def make_images(inputs: Inputs, config: Config, image_size: int, workers: int,
+def make_images(inputs: Inputs, config: Config, settings: ImageSettings, workers: int,
                 target: Path) -> dict[str, str]:
     """Write the JPEGs of all inputs into the folder `target`; {path: reason} of those that fail."""
-    settings = ImageSettings(config.size or max(ImageSettings.size, image_size))
     read = functools.partial(read_any, modalities=config.modality)
     conversion = Conversion(read, inputs.folder, target, settings)
     reasons = in_parallel(
@@ -238,22 +322,10 @@ def images_folder(out: Path, resources: contextlib.ExitStack) -> Path:
 
 def suffix_counts(paths: list[str]) -> str:
     """`3 files (2 .txt, 1 without a suffix)`."""
+    # A suffix may be in any letters, and a terminal in few.
     suffixes = [Path(path).suffix.lower() or "without a suffix" for path in paths]
     counts = Counter(suffix.encode("ascii", "backslashreplace").decode() for suffix in suffixes)
     return f"{len(paths):,} files ({', '.join(f'{n:,} {name}' for name, n in counts.items())})"
-
-
-# --------------------------------------------------------------------------------------------------
-# Results.
-
-def predictions_table(paths: list[str], labels: list[str], probabilities: np.ndarray) -> str:
-    """The text of predictions.csv: a row for each image, a column for each label."""
-    text = io.StringIO()
-    table = csv.writer(text)
-    table.writerow(["path", *labels])
-    for path, row in zip(paths, probabilities):
-        table.writerow([path, *(f"{p:.6f}" for p in row)])
-    return text.getvalue()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -265,7 +337,8 @@ def grad_cam(net: Classifier, x: Tensor, outputs: Tensor) -> Tensor:
 
     Returns (B, S, S), 0 to 1. The map is made of cells of 32 x 32 pixels, so that it
     is coarse below 224 pixels, and it is 0 where no cell speaks for the output."""
-    maps = []                           # the last feature maps, of which the map is a mean
+    # The map is a mean of the last feature maps, each by the output's mean gradient for it.
+    maps = []
     hook = net.encoder.layer4.register_forward_hook(
         lambda module, inputs, output: maps.append(output))
     logits = net(x)                                                         # (B, G * K)
@@ -293,19 +366,17 @@ def explain(net: Classifier, state: dict[str, Any], paths: list[str], probabilit
 
     Its file's name says for which label it is, and that label's probability."""
     folder.mkdir(exist_ok=True)
-    for old in folder.glob("*.png"):    # of another classifier, perhaps
-        old.unlink()
     # Of a three-way label's outputs absent, present and uncertain, the second one is explained.
     width, present = (3, 1) if state["kind"] == "three-way" else (1, 0)
     for x, index in loader:
+        # The label that lies most above its threshold, or least below it.
         i, x = int(index), x.float()                                        # (1, 1, S, S)
         label = int((probabilities[i] - state["thresholds"]).argmax())
         output = torch.tensor([label * width + present], device=x.device)
         picture = overlay(x[0], grad_cam(net, x, output)[0])
+        # A label may be called anything, a file's name may not.
         stem, probability = Path(paths[i]).stem, probabilities[i, label]
-        name = f"{stem}_{state['labels'][label]}_{probability:.2f}"
-        name = re.sub(r"[^\w.-]+", "-", name)
-        name = name.encode()[-200:].decode(errors="ignore")     # file systems take 255 bytes
+        name = plain_name(f"{stem}_{state['labels'][label]}_{probability:.2f}")
         with whole_file(folder / f"{i:06d}_{name}.png", sync=False) as file:
             picture.save(file, "PNG")
 
@@ -314,7 +385,7 @@ def explain(net: Classifier, state: dict[str, Any], paths: list[str], probabilit
 # The script.
 
 def predict(config: Config, compute: Compute, resources: contextlib.ExitStack) -> None:
-    """Probabilities of every image of a folder. One process does it.
+    """Probabilities of every image of each DIR. One process does it.
 
     DataError at the end where files could not be read; the others have their predictions."""
     if compute.rank > 0:
@@ -323,40 +394,78 @@ def predict(config: Config, compute: Compute, resources: contextlib.ExitStack) -
 
     # The classifier and the files: whatever is wrong with all is found before anything is written.
     net, state = load_classifier(config.classifier)
-    preprocessing = Preprocessing(**{name: state["config"][name] for name in PREPROCESSING})
-    data, out, labels = Path(config.data), Path(config.out), state["labels"]
-    inputs = find_inputs(data)
-    if not inputs.listed and data.resolve() in (out.resolve(), *out.resolve().parents):
-        raise DataError(f"--out {out} must not lie inside {data}: its overlays would be taken for "
-                        "radiographs the next time")
+    configs = config.for_each()
+    inputs = [find_inputs(Path(data)) for data in config.data]
+    check_outs(configs, inputs)
 
-    # The output folder remembers whose predictions it holds, and refuses those of others.
+    # One DIR after the other. What is wrong with one of them stops no other.
+    net, problems = compute.place(net), []
+    for config_of_one, inputs_of_one in zip(configs, inputs):
+        try:
+            with contextlib.ExitStack() as until_next:
+                predict_one(config_of_one, inputs_of_one, net, state, compute, until_next)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("; ".join(problems))
+
+
+def check_outs(configs: list[Config], inputs: list[Inputs]) -> None:
+    """DataError where an output folder lies in a folder that is searched for images."""
+    # Each output folder against each DIR; in a data folder only what the manifest lists counts.
+    for config, (folder_config, searched) in itertools.product(configs, zip(configs, inputs)):
+        out, data = Path(config.out), Path(folder_config.data[0])
+        if not searched.listed and data.resolve() in (out.resolve(), *out.resolve().parents):
+            raise DataError(f"--out {out} must not lie inside {data}: its overlays would be taken "
+                            "for radiographs the next time")
+
+
+def predict_one(config: Config, inputs: Inputs, net: Classifier, state: dict[str, Any],
+                compute: Compute, resources: contextlib.ExitStack) -> None:
+    """Predictions and overlays of one DIR, in its output folder; DataError as of `predict`."""
+    data, out, labels = Path(config.data[0]), Path(config.out), state["labels"]
+    settings = image_settings(config, state)
+    preprocessing = Preprocessing(**{name: state["config"][name] for name in PREPROCESSING})
+
+    # The output folder remembers whose predictions it holds, and refuses those of others. Which
+    # --stretch was inherited is the classifier's matter.
     run.open_run(config, "predict", RESULTS, resources,
                  classifier=str(Path(config.classifier).resolve()),
-                 data=str(data.resolve()))
+                 data=str(data.resolve()), stretch=list(config.stretch) or None)
 
     # The images as prepare.py makes them.
+    say_how_read(inputs, settings, state, compute.say)
     target = images_folder(out, resources)
-    rejected = make_images(inputs, config, preprocessing.image_size, compute.threads, target)
+    rejected = make_images(inputs, config, settings, compute.threads, target)
     write_csv(out / "rejected.csv", [("file", "reason"), *rejected.items()])
     paths = [path for path in inputs.paths if path not in rejected]
     if inputs.passed_over:
         compute.say(f"passed over, as no images: {suffix_counts(inputs.passed_over)}")
+
+    # Nothing stays of earlier predictions, perhaps by another training of the classifier, beside
+    # a new list of what was rejected.
+    for old in (*out.glob("predictions.csv"), *out.glob("explained/*.png")):
+        old.unlink()
     if not paths:
         raise DataError(f"no image of {data} can be read: {first_of(rejected)}")
     for sentence in count_notes([target / jpeg_name(path) for path in paths], compute.threads):
         compute.say(sentence)
 
     # Predict, and write the table once all of it is there.
-    net = compute.place(net)
     nothing, images = np.empty(0), np.arange(len(paths))
     manifest = Manifest(target, [jpeg_name(path) for path in paths], nothing, nothing, nothing, [],
                         listed=False)
     loader = eval_loader(manifest, images, config.batch_size, preprocessing,
                          **compute.loader_arguments())
     logits = extract_features(net, net.head.out_features, loader, compute.dtype)
+    bad = np.flatnonzero(~logits.isfinite().all(1).cpu().numpy())
+    if len(bad):
+        raise DataError(f"the predictions of {len(bad)} images are not finite, of "
+                        f"{paths[bad[0]]} first; --precision fp32 may help")
     probabilities = to_probabilities(logits, state["kind"])                 # (N, L)
-    write_text(out / "predictions.csv", predictions_table(paths, labels, probabilities))
+    write_csv(out / "predictions.csv", [
+        ("path", *labels),
+        *((path, *(f"{p:.6f}" for p in row)) for path, row in zip(paths, probabilities))])
     compute.say(f"{out / 'predictions.csv'}: {len(paths)} images, {', '.join(labels)}")
 
     # Explain the first images, one by one.
@@ -376,6 +485,8 @@ def first_of(rejected: dict[str, str]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    if argv is None:
+        restart_in_utf8()
     run.main(predict, Config, argv)
 
 

@@ -15,7 +15,8 @@ is refused, unless --allow names it (doubts.py). Then a pool of processes decode
 and makes it an 8-bit gray JPEG whose shorter side is --size (radiograph.py). What cannot be
 decoded, or has no sure label, is left out and listed in rejected.csv with the reason. manifest.csv
 is written last: a folder that has one is complete. An interrupted run is continued by the same
-command; --overwrite starts over, for example after the source's images have changed.
+command, which makes an image again where its file has another name, size or time than the one that
+it was made of (sources.csv); --overwrite starts over.
 """
 import argparse
 import csv
@@ -42,7 +43,7 @@ from PIL import Image
 
 from dicom import dicom_flags, dicom_items, read_dicom
 from doubts import (
-    Doubt, allow_flag, constant_labels, empty_splits, refuse_doubts, similar_labels,
+    FEW, Doubt, allow_flag, constant_labels, empty_splits, refuse_doubts, similar_labels,
     similar_patients)
 from radiograph import (
     MIN_SIDE, Found, ImageSettings, Reader, blank_reason, find_files, in_parallel, load_image,
@@ -137,6 +138,8 @@ def assign_splits(source: Source, args: argparse.Namespace) -> None:
 
 # Bytes of a file's name: file systems take 255, of which `.tmp` is needed while it is written.
 LONGEST_NAME = 251
+# Of which file each image was made, in --out: a run that goes on must not take it for another's.
+RECORD = "sources.csv"
 # Begins a line of a JPEG's comment that says what was decided about the image.
 NOTE = "prepare.py: "
 
@@ -195,7 +198,13 @@ def write_images(source: Source, args: argparse.Namespace) -> None:
     """Write the images that are not there yet, and the list of what was rejected.
 
     What cannot be converted leaves source.items. DataError where nothing is left."""
-    # An earlier run of the same command may have written a part of them.
+    # An earlier run of the same command may have written a part of them. What it made of another
+    # file, or of one that has changed since, goes before the new record says what it is made of.
+    made_from, now = read_record(args.out / RECORD), fingerprints(source, args)
+    for path, print_now in now.items():
+        if made_from.get(path) != print_now and is_written(args.out / path):
+            (args.out / path).unlink()
+    write_csv(args.out / RECORD, [("path", "made_from"), *now.items()])
     todo = [item for item in source.items if not is_written(args.out / item.path)]
     if len(todo) < len(source.items):
         print(f"{len(source.items) - len(todo):,} of {len(source.items):,} images "
@@ -228,7 +237,37 @@ def write_images(source: Source, args: argparse.Namespace) -> None:
 
 def is_written(file: Path) -> bool:
     """Whether an image is there: only a whole one gets its name, but a power cut may empty it."""
-    return file.exists() and file.stat().st_size > 0
+    try:
+        return file.stat().st_size > 0
+    except OSError:                 # it is missing, or its name is longer than names can be
+        return False
+
+
+def fingerprints(source: Source, args: argparse.Namespace) -> dict[str, str]:
+    """{path of each image: what changes where its file has another name, size or time of change}.
+
+    Of DICOM files it is keyed by the secret, as their names may name a person."""
+    key = args.salt.read_bytes()[:64] if args.source == "dicom" else b""
+    prints = {}
+    for item in source.items:
+        try:
+            found = os.stat(src_folder(args) / item.source)
+            state = f"{found.st_size} {found.st_mtime_ns}"
+        except OSError:             # a phantom has no file, and a link to nowhere will be told
+            state = ""
+        text = os.fsencode(f"{item.source}\0{state}")
+        prints[item.path] = hashlib.blake2b(text, digest_size=8, key=key).hexdigest()
+    return prints
+
+
+def read_record(file: Path) -> dict[str, str]:
+    """The fingerprints that an earlier run wrote; none where they cannot be read, after which
+    all images are made again."""
+    try:
+        with open_text(file) as f:
+            return {row[0]: row[1] for row in csv.reader(f)}
+    except (OSError, ValueError, IndexError, csv.Error):
+        return {}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -244,6 +283,9 @@ def prepare(args: argparse.Namespace) -> None:
         source = SOURCES[args.source].items(args, found.files)
         source.rejected += [(path, "a named pipe, a socket or a device") for path in found.special]
         check_source(source, args)
+        if len(source.items) < FEW:
+            source.notes.append(f"Fewer than {FEW} images: empty splits and labels that are the "
+                                "same for all were not refused.")
 
         # Say what was understood before any of it is refused: it shows best what went wrong.
         print_notes(source)
@@ -256,7 +298,7 @@ def prepare(args: argparse.Namespace) -> None:
             images = args.out / "images"
             if images.is_symlink():
                 raise DataError(f"{images} is a link, behind which nothing is deleted: remove it")
-            for name in ("manifest.csv", "DATA.md", "rejected.csv"):
+            for name in ("manifest.csv", "DATA.md", "rejected.csv", RECORD):
                 (args.out / name).unlink(missing_ok=True)
             if images.exists():
                 shutil.rmtree(images)
@@ -264,8 +306,8 @@ def prepare(args: argparse.Namespace) -> None:
         # Say what is being made, make it, and only then write the manifest.
         write_text(args.out / "prepare.json", json.dumps(settings_of(args), indent=1))
         write_images(source, args)
-        # All images of a split may have been rejected.
-        refuse_doubts(split_doubts(source, args), args.allow)
+        # All images of a split or of a class may have been rejected.
+        refuse_doubts(doubts_of(source, args), args.allow)
         card = data_card(source, args)
         write_text(args.out / "DATA.md", card)
         rows = [(item.path, item.patient, item.split, *item.labels) for item in source.items]
@@ -423,7 +465,8 @@ def data_card(source: Source, args: argparse.Namespace) -> str:
     # name: the folder may go to other machines.
     command = ["python", "prepare.py", args.source, "--out", args.out.resolve().name]
     for name, value in settings_of(args).items():
-        if name == "source" or value is None or value is False or value in ("", []):
+        if name == "source" or value is None or value is False or value == "" or (
+                value == [] and name != "not_mentioned"):
             continue
         command.append(f"--{name.replace('_', '-')}")
         path = vars(args)[name]
@@ -516,7 +559,7 @@ def look_at(file: Path, size: int | None) -> Look:
     except FileNotFoundError:
         return Look("missing")
     except Exception as error:          # a decoder may raise anything
-        return Look(f"unreadable: {reason(error)}")
+        return Look(f"unreadable: {reason(error, file)}")
 
     # Whatever prepare.py wrote is gray, of the right size, and shows something.
     blank = blank_reason(image.convert("L"))
@@ -644,9 +687,12 @@ def check_flags(args: argparse.Namespace, error: Callable[[str], Any]) -> None:
     if args.source == "dicom" and args.out.resolve() in args.salt.resolve().parents:
         error("--salt must not lie inside --out, which may be handed on")
     table = {"folder": "csv", "dicom": "labels"}.get(args.source)
-    for name in ("label_columns", "class_columns", "where", "several_rows", "rater_column"):
+    for name in ("label_columns", "class_columns", "label_separator", "not_mentioned", "where",
+                 "several_rows", "rater_column"):
         if table and getattr(args, name, None) and not getattr(args, table):
             error(f"--{name.replace('_', '-')} is about columns of --{table}, which is missing")
+    if getattr(args, "not_mentioned", None) is not None and not args.class_columns:
+        error("--not-mentioned is for --class-columns, which is missing")
     if getattr(args, "rater_column", "") and not args.several_rows:
         error("--rater-column is for --several-rows, which is missing")
 

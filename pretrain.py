@@ -51,6 +51,9 @@ RESULTS = ("last.pt", "encoder.pt", "log.jsonl", "events.out.tfevents.*")
 BASE_LR = {"lars": 0.3, "adam": 5e-4, "adamw": 5e-4}
 PUBLISHED = Augmentation()
 DEFAULT_DATA = "data/nih"
+# The probe's mean leaves out labels with fewer positives or negatives in val: an AUROC of one or
+# two images leaps about and would rule the curve.
+PROBE_CELLS = 10
 
 
 # --------------------------------------------------------------------------------------------------
@@ -115,6 +118,8 @@ class Config:
 
     probe_every: int = flag(5, "epochs from one probe to the next; 0 for none", 0,
                             section="probe: k nearest neighbours on val, where there are labels")
+    probe_data: str | None = flag(
+        None, "another data folder, with labels, to probe on (default: --data)")
     probe_images: int = flag(
         10_000, "images at most, of train and of val each", 1)
 
@@ -307,19 +312,18 @@ def diverged(what: str, config: Config) -> FloatingPointError:
                               "a lower --lr may help")
 
 
-def open_run_folder(training: Training, content: str, config: Config, compute: Compute,
-                    resources: contextlib.ExitStack) -> None:
+def open_run_folder(training: Training, contents: dict[str, dict[str, str]], config: Config,
+                    compute: Compute, resources: contextlib.ExitStack) -> None:
     """Lock the run folder for this run and bring `training` to where its last.pt left off.
 
-    content: of the train split, by which a data folder is the same wherever it lies."""
+    contents: of the data folders, which are the same wherever they lie."""
     out, last = Path(config.out), Path(config.out) / "last.pt"
     if compute.rank == 0:
         if last.exists() and not (out / "config.json").exists() and not config.overwrite:
             # It was copied from another run. Does it fit? Then the folder is locked for this one.
             training.load(last)
-        contents = {"data": {config.data: content}}
         if Path(config.init).is_file():  # after the first checkpoint it may be gone
-            contents["init"] = {config.init: run.content_of_file(config.init)}
+            contents |= {"init": {config.init: run.content_of_file(config.init)}}
         run.open_run(config, "pretrain", RESULTS, resources, "last.pt", contents)
         if not last.exists():
             if (out / "encoder.pt").exists():
@@ -360,6 +364,34 @@ def read_data(config: Config, compute: Compute) -> tuple[Manifest, np.ndarray]:
     return manifest, train
 
 
+class ProbeData(NamedTuple):
+    """Labelled images by which the features are judged; training never sees the labels."""
+    manifest: Manifest
+    bank: np.ndarray     # images (n,) of train
+    queries: np.ndarray  # images (m,) of val
+    counted: np.ndarray  # (L,) bool: labels that the mean is taken of
+
+
+def choose_probe(config: Config, manifest: Manifest) -> ProbeData | None:
+    """The images of --probe-data or of the data folder itself; None where it has no labels."""
+    if config.probe_data:
+        manifest = read_manifest(config.probe_data)
+        if not manifest.label_names:
+            raise DataError(f"--probe-data {config.probe_data} has no labels to probe by")
+        manifest.images("val")  # refuses a folder without
+    elif not manifest.label_names or "val" not in manifest.splits:
+        return None
+    if not config.probe_every:
+        return None
+    # The same random images every time, so that two points of the curve can be compared.
+    bank, queries = (np.sort(np.random.default_rng(config.seed).permutation(
+        manifest.images(split))[:config.probe_images]) for split in ("train", "val"))
+    labels = manifest.labels[queries]                                   # (m, L)
+    fewest = np.minimum((labels == 1).sum(0), ((labels == 0) | np.isnan(labels)).sum(0))
+    counted = fewest >= min(PROBE_CELLS, fewest.max())
+    return ProbeData(manifest, bank, queries, counted)
+
+
 class Schedule(NamedTuple):
     """When things happen, in steps. Batches run on from one epoch into the next."""
     images: int       # in the train split
@@ -377,40 +409,37 @@ class Schedule(NamedTuple):
                 f"step {step:05d}/{self.total}")
 
 
-def plan(config: Config, manifest: Manifest, images: int) -> Schedule:
+def plan(config: Config, probe_data: ProbeData | None, images: int) -> Schedule:
     total = config.epochs * images // config.batch_size
     warmup = config.warmup_epochs * images / config.batch_size
     probes = set()
-    if config.probe_every and manifest.label_names and "val" in manifest.splits:
+    if probe_data:
         epochs = range(0, config.epochs, config.probe_every)
         probes = {epoch * images // config.batch_size for epoch in epochs} | {total}
     end = min(total, config.max_steps or total)
     return Schedule(images, config.batch_size, total, warmup, end, probes)
 
 
-def probe(training: Training, compute: Compute, manifest: Manifest,
+def probe(training: Training, compute: Compute, data: ProbeData,
           preprocessing: Preprocessing) -> dict[str, float]:
     """Do the features get better, and not only the loss? {name: AUROC} on val.
 
     Each label of val is predicted by the nearest neighbours in train, see
-    `knn_auroc`; first comes the mean over the labels, as `probe/auroc`."""
-    config, encoder = training.config, training.net.encoder
-    features, labels = [], []
-    for split in ("train", "val"):
-        # The same random images every time, so that two points of the curve can be compared.
-        images = np.random.default_rng(config.seed).permutation(manifest.images(split))
-        images = np.sort(images[:config.probe_images])
+    `knn_auroc`; first comes the mean over the labels that count, as `probe/auroc`."""
+    config, encoder, manifest = training.config, training.net.encoder, data.manifest
+    features = []
+    for images in (data.bank, data.queries):
         loader = eval_loader(manifest, images, max(1, 2 * config.batch_size // compute.world_size),
                              preprocessing, **compute.loader_arguments())
         x = extract_features(encoder, num_features(encoder), loader, compute.dtype)  # (n, D)
         if not x.isfinite().all():
             raise diverged(f"the features are not finite after step {training.step}", config)
         features.append(x)
-        labels.append(manifest.labels[images])
-    auroc = knn_auroc(features[0], labels[0], features[1], labels[1])
-    mean = float(np.nanmean(auroc)) if not np.isnan(auroc).all() else math.nan
-    by_label = {f"probe/{name}": value for name, value in zip(manifest.label_names, auroc)}
-    return {"probe/auroc": mean} | by_label
+    auroc = np.array(knn_auroc(features[0], manifest.labels[data.bank],
+                               features[1], manifest.labels[data.queries]))
+    known = auroc[data.counted & ~np.isnan(auroc)]
+    by_label = {f"probe/{name}": float(value) for name, value in zip(manifest.label_names, auroc)}
+    return {"probe/auroc": float(known.mean()) if len(known) else math.nan} | by_label
 
 
 def probe_sentence(scores: dict[str, float]) -> str:
@@ -509,7 +538,8 @@ def view_pairs(view1: Tensor, view2: Tensor) -> Tensor:
     return make_grid(pairs.clamp(0, 1), nrow=len(view1[:8]))
 
 
-def introduce(training: Training, schedule: Schedule, compute: Compute) -> None:
+def introduce(training: Training, schedule: Schedule, probe_data: ProbeData | None,
+              compute: Compute) -> None:
     """Say what is about to be trained, on what, and how."""
     config, say = training.config, compute.say
     parameters = sum(p.numel() for p in training.net.parameters()) / 1e6
@@ -520,7 +550,12 @@ def introduce(training: Training, schedule: Schedule, compute: Compute) -> None:
         f"({config.batch_size // compute.world_size} a process)")
     say(f"{config.optimizer}, learning rate {training.peak_lr:.3g} = {config.lr:g} x "
         f"{config.batch_size} / 256")
-    if not schedule.probes:
+    if probe_data:
+        counted, labels = probe_data.counted.sum(), len(probe_data.counted)
+        rest = f"; the others have fewer than {PROBE_CELLS} positives or negatives in val"
+        say(f"probe on {len(probe_data.queries)} images of {probe_data.manifest.folder}: mean "
+            f"AUROC of {counted} of {labels} labels{rest if counted < labels else ''}")
+    else:
         say("no probe of the features: it needs --probe-every, labels and a val split")
     if training.step:
         say(f"going on from {config.out}/last.pt, step {training.step}")
@@ -535,7 +570,8 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     # The data, when what happens, and how views are made.
     say = compute.say
     manifest, train = read_data(config, compute)
-    schedule = plan(config, manifest, len(train))
+    probe_data = choose_probe(config, manifest)
+    schedule = plan(config, probe_data, len(train))
     preprocessing = Preprocessing(config.image_size, config.normalize, config.clahe)
     augmentation = Augmentation(config.crop_area, config.rotation, config.blur, config.flip,
                                 config.brightness, config.contrast)
@@ -543,7 +579,10 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     # Network, optimizer and step, as the last.pt of the run folder left them.
     paths = "\n".join(manifest.paths[i] for i in train)
     training = Training(config, compute, hashlib.sha256(paths.encode()).hexdigest())
-    open_run_folder(training, run.content_of_data(manifest, train), config, compute, resources)
+    contents = {"data": {config.data: run.content_of_data(manifest, train)}}
+    if config.probe_data and probe_data:
+        contents["probe_data"] = {config.probe_data: run.content_of_data(probe_data.manifest)}
+    open_run_folder(training, contents, config, compute, resources)
     net, optimizer, scaler = training.net, training.optimizer, training.scaler
     start_step, encoder = training.step, Path(config.out) / "encoder.pt"
     if start_step >= schedule.end:
@@ -556,7 +595,7 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
         return
 
     # Everything is known to fit: from here on the run writes.
-    introduce(training, schedule, compute)
+    introduce(training, schedule, probe_data, compute)
     model = compute.data_parallel(torch.compile(net) if config.compile else net)
     curves, stop = run.Curves(config, compute, start_step), run.StopSignal(resources)
     progress, chance = Progress(config, compute, start_step), chance_level(config.batch_size)
@@ -571,8 +610,8 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
             # Every few epochs: do the features get better, and not only the loss? When somebody
             # wants the machine there is no time for that; the run that goes on will do it.
             probe_due = step in schedule.probes
-            if probe_due and training.probed < step and not stop_signal:
-                scores = probe(training, compute, manifest, preprocessing)
+            if probe_data and probe_due and training.probed < step and not stop_signal:
+                scores = probe(training, compute, probe_data, preprocessing)
                 training.probed, auroc = step, scores["probe/auroc"]
                 curves.add(step, schedule.epoch(step), scores)
                 say(f"{schedule.place(step)} | {probe_sentence(scores)}")

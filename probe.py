@@ -1,10 +1,8 @@
-"""Frozen features judged by labels that training never saw: nearest
-neighbours, and logistic regression.
+"""Frozen features judged by labels that training never saw.
 
-Pre-training asks nearest neighbours every few epochs, because they need no
-fitting; the cluster stage asks them once more, among test images;
-fine-tuning fits logistic regressions, for all labels and all strengths of
-regularisation at once.
+Pre-training asks nearest neighbours every few epochs, because they need no fitting;
+the cluster stage asks them once more, among test images; fine-tuning fits logistic
+regressions, for all labels and all strengths of regularisation at once.
 """
 import contextlib
 import hashlib
@@ -24,8 +22,12 @@ from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from dali_pipeline import Loader
 from model import extract_features
 
-TEMPERATURE = 0.07                    # of the neighbours' votes
-STRENGTHS = 10.0 ** np.arange(-4, 3)  # of the regularisation, see fit_logistic
+# Of the neighbours' votes.
+TEMPERATURE = 0.07
+# Of the regularisation, see fit_logistic.
+STRENGTHS = 10.0 ** np.arange(-4, 3)
+# Bytes of kept features; NIH's 112,120 images of ResNet-50 take 0.9 GB.
+KEPT_FEATURES = 8 * 2**30
 
 
 # --------------------------------------------------------------------------------------------------
@@ -48,10 +50,9 @@ def knn_auroc(bank: Tensor, bank_labels: np.ndarray, queries: Tensor,
               query_labels: np.ndarray, k: int = 20) -> list[float]:
     """AUROC of each of L labels on M queries, scored by their k nearest of N in the bank.
 
-    bank (N, D), queries (M, D): features, of any norm. bank_labels (N, L),
-    query_labels (M, L): 1, 0, NaN for not mentioned, which counts as
-    absent, and -1 for uncertain, which neither votes nor is scored. NaN
-    where the queries have one class only."""
+    bank (N, D), queries (M, D): features, of any norm. bank_labels (N, L), query_labels
+    (M, L): 1, 0, NaN for not mentioned, which counts as absent, and -1 for uncertain,
+    which neither votes nor is scored. NaN where the queries have one class only."""
     neighbours = nearest(F.normalize(queries) @ F.normalize(bank).T, k)
     votes = np.nan_to_num(bank_labels)[neighbours.index]                # (M, k, L)
     weights = neighbours.weight[:, :, None] * (votes >= 0)              # (M, k, L)
@@ -60,8 +61,10 @@ def knn_auroc(bank: Tensor, bank_labels: np.ndarray, queries: Tensor,
     for score, label in zip(scores.T, np.nan_to_num(query_labels).T):
         certain = label >= 0
         score, label = score[certain], label[certain]
-        both_classes = 0 < label.sum() < len(label)
-        auroc.append(float(roc_auc_score(label, score)) if both_classes else math.nan)
+        area = math.nan
+        if 0 < label.sum() < len(label):
+            area = float(roc_auc_score(label, score))
+        auroc.append(area)
     return auroc
 
 
@@ -74,8 +77,11 @@ def knn_class_shares(cosine: np.ndarray, truth: np.ndarray, patients: np.ndarray
     the image's own class rarer among the voters than it is, and features that say
     nothing would fall below chance: votes are rescaled by how frequent their class is
     with and without the patient. On average that repairs it; a class of very few
-    patients still starts from an AUROC below 0.5."""
+    patients still starts from an AUROC below 0.5. NaN where all images are of one
+    patient, so that nobody votes."""
     others = patients[:, None] != patients    # (m, m)
+    if not others.any():
+        return np.full((len(truth), truth.max() + 1), np.nan)
     neighbours = nearest(torch.from_numpy(np.where(others, cosine, -np.inf)),
                          min(k, len(truth) - 1))
     one_hot = np.eye(truth.max() + 1)[truth]  # (m, C)
@@ -91,29 +97,29 @@ def fit_logistic(x: Tensor, targets: Tensor, weights: Tensor, strengths: Tensor,
                  tolerance: float = 1e-6, max_steps: int = 5000) -> tuple[Tensor, Tensor]:
     """Logistic regressions for G questions, each with R strengths of regularisation.
 
-    x (n, D) float64; targets (n, G, K), K = 1 for a sigmoid, one-hot for a
-    softmax of K answers; weights (n, G); strengths (R,). Each regression
-    minimises its weighted mean cross-entropy + strength / 2 * |w|^2 with a
-    free intercept, as scikit-learn's does with C = 1 / (n * strength).
-    Returns coefficients (D, R, G, K) and intercepts (R, G, K).
+    x (n, D) float64; targets (n, G, K), K = 1 for a sigmoid, one-hot for a softmax of K
+    answers; weights (n, G); strengths (R,). Each regression minimises its weighted mean
+    cross-entropy + strength / 2 * |w|^2 with a free intercept, as scikit-learn's does
+    with C = 1 / (n * strength). Returns coefficients (D, R, G, K) and intercepts
+    (R, G, K).
 
-    It stops when a step is no longer sure to lower any loss by `tolerance`;
-    weakly regularised ones on few rows may end about 1e-4 above their optimum.
+    It stops when a step is no longer sure to lower any loss by `tolerance`; weakly
+    regularised ones on few rows may end about 1e-4 above their optimum.
 
-    The method: in the rows' principal axes x'x is diagonal, and so is a
-    bound of the Hessian (Böhning 1992). The gradient divided by that bound
-    is sure to descend; Nesterov's momentum makes it fast, and a regression
-    whose momentum points uphill begins it anew (O'Donoghue and Candès
-    2015)."""
-    # Principal axes. With fewer rows than features those of the rows' span
-    # suffice, because the optimum lies in it.
+    The method: in the rows' principal axes x'x is diagonal, and so is a bound of the
+    Hessian (Böhning 1992). The gradient divided by that bound is sure to descend;
+    Nesterov's momentum makes it fast, and a regression whose momentum points uphill
+    begins it anew (O'Donoghue and Candès 2015)."""
+    # Principal axes. With fewer rows than features those of the rows' span suffice,
+    # because the optimum lies in it.
     center = x.mean(0)
     x = x - center
     few = len(x) < x.shape[1]
     squares, axes = torch.linalg.eigh(x @ x.T if few else x.T @ x)
     relevant = squares > 1e-10 * squares[-1]
     squares, axes = squares[relevant], axes[:, relevant]
-    axes = x.T @ axes / squares.sqrt() if few else axes              # (D, d)
+    if few:
+        axes = x.T @ axes / squares.sqrt()                           # (D, d)
     x = torch.cat([x @ axes, torch.ones_like(x[:, :1])], dim=1)      # (n, d + 1)
 
     # One problem for each strength, question and answer; the last row of a
@@ -122,21 +128,25 @@ def fit_logistic(x: Tensor, targets: Tensor, weights: Tensor, strengths: Tensor,
     sigmoid = shape[3] == 1
     weights = (weights / weights.sum(0))[:, None, :, None]           # (n, 1, G, 1)
     targets = targets[:, None]                                       # (n, 1, G, K)
-    penalty = strengths.view(1, -1, 1, 1).repeat(shape[0], 1, 1, 1)  # (d + 1, R, 1, 1)
+    penalty = strengths.view(1, -1, 1, 1)
+    penalty = penalty.repeat(shape[0], 1, 1, 1)                      # (d + 1, R, 1, 1)
     penalty[-1] = 0
     steepest = weights.amax(0, keepdim=True) * (0.25 if sigmoid else 0.5)
     squares = torch.cat([squares, squares.new_tensor([len(x)])])
     bound = squares.view(-1, 1, 1, 1) * steepest + penalty           # (d + 1, R, G, 1)
 
-    # Accelerated descent. `ahead` is where momentum carries a solution; `age` grows with the steps
-    # since that solution's momentum was last reset.
-    solution, ahead, age = x.new_zeros(shape), x.new_zeros(shape), x.new_ones(1)
+    # Accelerated descent. `ahead` is where momentum carries a solution; `age` grows with
+    # the steps since that solution's momentum was last reset.
+    solution, ahead = x.new_zeros(shape), x.new_zeros(shape)
+    age = x.new_ones(1)
     for _ in range(max_steps):
         logits = (x @ ahead.flatten(1)).view(len(x), *shape[1:])  # (n, R, G, K)
         answers = logits.sigmoid() if sigmoid else logits.softmax(3)
         error = weights * (answers - targets)
-        gradient = (x.T @ error.flatten(1)).view(shape) + penalty * ahead
-        if (gradient.square() / bound).sum((0, 3)).max() < 2 * tolerance:
+        gradient = (x.T @ error.flatten(1)).view(shape)
+        gradient = gradient + penalty * ahead
+        surely = gradient.square() / bound
+        if surely.sum((0, 3)).max() < 2 * tolerance:
             break
         before, solution = solution, ahead - gradient / bound
         uphill = (gradient * (solution - before)).sum((0, 3), keepdim=True) > 0
@@ -147,14 +157,12 @@ def fit_logistic(x: Tensor, targets: Tensor, weights: Tensor, strengths: Tensor,
 
     # Back to the features' own axes and origin.
     coefficients = (axes @ ahead[:-1].flatten(1)).view(-1, *shape[1:])
-    return coefficients, ahead[-1] - torch.tensordot(center, coefficients, 1)
+    shift = torch.tensordot(center, coefficients, 1)
+    return coefficients, ahead[-1] - shift
 
 
 # --------------------------------------------------------------------------------------------------
 # Features that are kept on disk, because the later stages ask for the same ones again and again.
-
-KEPT_FEATURES = 8 * 2**30           # bytes; NIH's 112,120 images of ResNet-50 take 0.9 GB
-
 
 def cached_features(net: nn.Module, width: int, loader: Loader, folder: Path,
                     dtype: torch.dtype | None = None) -> Tensor:
@@ -167,19 +175,21 @@ def cached_features(net: nn.Module, width: int, loader: Loader, folder: Path,
     for name, value in net.state_dict().items():
         digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
     file = folder / f"{digest.hexdigest()[:16]}.pt"
-    with contextlib.suppress(CheckpointError):          # not there, or cut short: extract
+    # Where it is not there, or was cut short, the features are extracted.
+    with contextlib.suppress(CheckpointError):
         features = load_checkpoint(file)["features"]
-        os.utime(file)                                  # the time of the last use
+        os.utime(file)                  # the time of the last use
         return features
     features = extract_features(net, width, loader, dtype).cpu()
     folder.mkdir(parents=True, exist_ok=True)
     # Another run may be keeping the same features, so that each writes under a name of its own.
     # What a killed one left half written is deleted by the next one on its machine.
-    for part in folder.glob(f"{platform.node()}-*.part*"):
-        process = part.name.removeprefix(f"{platform.node()}-").split(".")[0]
+    host = platform.node()
+    for part in folder.glob(f"{host}-*.part*"):
+        process = part.name.removeprefix(f"{host}-").split(".")[0]
         if not Path("/proc", process).exists():
             part.unlink(missing_ok=True)
-    own = folder / f"{platform.node()}-{os.getpid()}.part"
+    own = folder / f"{host}-{os.getpid()}.part"
     save_checkpoint(own, {"features": features})
     os.replace(own, file)
     _delete_oldest(folder, file)
@@ -188,7 +198,8 @@ def cached_features(net: nn.Module, width: int, loader: Loader, folder: Path,
 
 def _delete_oldest(folder: Path, newest: Path) -> None:
     """Keep the features in `folder` below KEPT_FEATURES bytes, but `newest` in any case."""
-    with contextlib.suppress(FileNotFoundError):        # another run deletes the same files
+    # Another run may delete the same files.
+    with contextlib.suppress(FileNotFoundError):
         files = sorted(folder.glob("*.pt"), key=lambda file: file.stat().st_mtime)
         excess = sum(file.stat().st_size for file in files) - KEPT_FEATURES
         for file in files:

@@ -10,6 +10,7 @@ Whatever the format, an image ends as Pillow's mode L, (H, W) of 0 to 255, whose
 `size` pixels at most. A smaller image keeps its size: enlarging adds bytes and no information.
 """
 import ctypes
+import errno
 import os
 import signal
 import warnings
@@ -35,6 +36,13 @@ TIFF_TAGS = {"BitsPerSample": 258, "PhotometricInterpretation": 262, "SampleForm
 
 MIN_SIDE = 32           # pixels; anything smaller is an icon
 MIN_RANGE = 16          # gray levels; an image with fewer is blank, or 12-bit data taken for 16
+
+# Errors of the operating system that say nothing against the file that was read.
+MACHINE_ERRORS = {
+    errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EBUSY, errno.EINTR,
+    errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNABORTED, errno.ECONNREFUSED,
+    errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
+    errno.ENOLINK, errno.EREMOTEIO, errno.ESHUTDOWN}
 
 # Percentiles that become black and white where 9 to 16 bits come without a window.
 DEEP_PERCENTILES = (0.5, 99.5)
@@ -88,13 +96,23 @@ def find_files(folder: Path) -> Found:
             below = sorted(entries, key=lambda entry: entry.name, reverse=True)
         for entry in below:
             path = os.path.join(parent, entry.name)
-            if entry.is_dir():
+            if leads_to_folder(entry):
                 if not entry.name.startswith((".", "__MACOSX")):
                     folders.append(path)
             elif not entry.name.startswith("."):
-                regular = entry.is_file() or not os.path.exists(entry.path)
+                regular = not os.path.exists(entry.path) or entry.is_file()
                 (files if regular else special).append(path)
     return Found(sorted(files), sorted(special))
+
+
+def leads_to_folder(entry: os.DirEntry) -> bool:
+    """Whether an entry is a folder, or a link to one. A link to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False
 
 
 def read_image(file: Path, settings: ImageSettings) -> Reading:
@@ -218,7 +236,8 @@ def blank_reason(image: Image.Image) -> str:
 def load_image(file: Path, read: Reader, settings: ImageSettings) -> Reading:
     """Read a file by `read` and finish its image. DataError says why a file cannot be used.
 
-    A decoder may raise anything on a broken file, and must not stop a run over 100,000 others."""
+    A decoder may raise anything on a broken file, and must not stop a run over 100,000 others.
+    OSError where the machine failed and not the file."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -229,12 +248,23 @@ def load_image(file: Path, read: Reader, settings: ImageSettings) -> Reading:
             reading = read(file, settings)
             return reading._replace(image=finish(reading.image, settings))
     except Exception as error:
-        raise DataError(reason(error)) from error
+        raise DataError(reason(error, file)) from error
 
 
-def reason(error: Exception) -> str:
-    """An exception in one line; the type is named unless its text was written for the user."""
+def reason(error: Exception, file: Path | None = None) -> str:
+    """Why a file cannot be used, in one line, from the exception that it raised.
+
+    The type is named unless the text was written for the user. OSError, with the file's name, where
+    the machine failed: for want of memory, or because storage does not answer. The file may be
+    good, and without it the data would be fewer for no reason."""
+    is_machine = isinstance(error, OSError) and error.errno in MACHINE_ERRORS
+    if is_machine or isinstance(error, MemoryError):
+        number = error.errno if isinstance(error, OSError) else errno.ENOMEM
+        raise OSError(number, f"{os.strerror(number or 0)} (once that is over, the same command "
+                      "goes on)", str(file) if file else None) from error
     text = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError) and error.strerror:       # without the path on this machine
+        text = error.strerror
     return " ".join(text.split())
 
 

@@ -66,7 +66,8 @@ def flag(default: Any, help: str, low: float = -math.inf, high: float = math.inf
 
 
 def positional(help: str, metavar: str) -> Any:
-    """A dataclass field that is an argument without a flag; such fields come first."""
+    """A dataclass field that is an argument without a flag, or one or more of them where its type
+    is `tuple[str, ...]`; such fields come first."""
     return dataclasses.field(metadata={
         "help": help, "metavar": metavar, "positional": True, "may_differ": True})
 
@@ -119,7 +120,9 @@ def _add_argument(group, field: dataclasses.Field, default: Any) -> None:
     """Make one field of a Config known to argparse, by its type and its metadata."""
     about, name = field.metadata, f"--{field.name.replace('_', '-')}"
     if about.get("positional"):
-        group.add_argument(field.name, help=about["help"], metavar=about["metavar"])
+        several = ... in typing.get_args(field.type)
+        group.add_argument(field.name, nargs="+" if several else None, help=about["help"],
+                           metavar=about["metavar"])
         return
     if field.type is bool:
         group.add_argument(name, action="store_true", default=default, help=about["help"])
@@ -341,15 +344,19 @@ def main(stage: Callable, config_class: type, argv: list[str] | None = None,
     """Run `stage(config, compute, resources)`; what its user can mend ends it in one sentence.
 
     resources: an ExitStack; what the stage enters there is closed however the run ends.
-    timeout: how long a process waits for another one in a collective call."""
+    timeout: how long a process waits for another one in a collective call.
+
+    A Config may say in `afterwards` what the same command does after Ctrl-C, where it does not
+    go on from what is in --out."""
     print_any_name()
     threading.excepthook = _but_for_tensorboard
     config, script = parse(config_class, argv), f"{stage.__name__}.py"
     with errors_in_one_sentence(script, config.out):
         place = read_place()
-    first = place.rank == 0
+    first, afterwards = place.rank == 0, getattr(config, "afterwards", "")
     try:
-        with contextlib.ExitStack() as resources, errors_in_one_sentence(script, config.out, first):
+        with (contextlib.ExitStack() as resources,
+              errors_in_one_sentence(script, config.out, first, afterwards)):
             stage(config, start(config, timeout, place), resources)
     except FloatingPointError as error:
         sys.exit(f"{script}: {error}" if first else 1)

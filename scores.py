@@ -15,7 +15,7 @@ import json
 import logging
 import math
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +25,7 @@ from matplotlib import font_manager, rc_context, rcParams
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from sklearn.calibration import CalibrationDisplay
-from sklearn.metrics import (
-    PrecisionRecallDisplay, RocCurveDisplay, average_precision_score, roc_curve)
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_curve
 from torch.utils.tensorboard import SummaryWriter
 
 from common import valid_unicode, write_text
@@ -67,8 +66,11 @@ def auroc(scores: np.ndarray, truth: np.ndarray, counts: np.ndarray | None = Non
 def patient_counts(patients: np.ndarray, replicates: int) -> np.ndarray:
     """How often each of n images counts in a bootstrap over patients, (1 + replicates, n).
 
-    The first row is the test set itself, every image once; then come the replicates."""
+    The first row is the test set itself, every image once; then come the replicates. A single
+    patient has none: its replicates would all be the test set, and their interval a point."""
     names, patient = np.unique(patients, return_inverse=True)
+    if len(names) < 2:
+        return np.ones((1, len(patients)), np.int16)
     uniform = np.full(len(names), 1 / len(names))
     drawn = np.random.default_rng(0).multinomial(len(names), uniform, replicates)
     counts = np.concatenate([np.ones((1, len(names)), int), drawn])         # of patients
@@ -174,12 +176,12 @@ OVERALL = ("average_precision", "accuracy", "majority", "sensitivity", "specific
 
 
 @dataclass(frozen=True)
-class Task:
+class GroundTruth:
     """What predictions are compared with."""
     names: list[str]                    # L labels
     exclusive: bool                     # whether they exclude each other
-    val_truth: np.ndarray               # (n_val, L)
-    truth: np.ndarray                   # (n, L), of test
+    val: np.ndarray                     # (n_val, L)
+    test: np.ndarray                    # (n, L)
     counts: np.ndarray                  # (1 + R, n), see patient_counts
 
 
@@ -193,17 +195,17 @@ class RunScores:
     probabilities: np.ndarray           # (n, L)
 
 
-def score_run(about: dict[str, Any], run: dict[str, Any], task: Task) -> RunScores:
+def score_run(about: dict[str, Any], run: dict[str, Any], truth: GroundTruth) -> RunScores:
     """All scores of one run on test.
 
     about: its init, mode, fraction and seed; run: what `report` is given of it."""
     val, test = run["val"].numpy(), run["test"].numpy()                     # (n_val, L), (n, L)
     epochs = run["peaks"].numpy() if "peaks" in run else None               # (E, n, L)
     rows, areas = [], []
-    for i, label in enumerate(task.names):
-        threshold = youden(val[:, i], task.val_truth[:, i])
-        result = score(test[:, i], task.truth[:, i], threshold, task.counts)
-        peak = math.nan if epochs is None else peak_accuracy(epochs[..., i], task.truth[:, i])
+    for i, label in enumerate(truth.names):
+        threshold = youden(val[:, i], truth.val[:, i])
+        result = score(test[:, i], truth.test[:, i], threshold, truth.counts)
+        peak = math.nan if epochs is None else peak_accuracy(epochs[..., i], truth.test[:, i])
         rows.append(about
                     | {"label": label, "n_train": run["n_train"][i],
                        "positives": run["positives"][i]}
@@ -213,8 +215,8 @@ def score_run(about: dict[str, Any], run: dict[str, Any], task: Task) -> RunScor
     # Labels that exclude each other are also one question with one answer: where that has a
     # score, it stands for the mean over the labels.
     means = {name: label_mean(rows, name) for name in (*OVERALL, "peak_accuracy")}
-    if task.exclusive:
-        means |= class_scores(test, epochs, task.truth)
+    if truth.exclusive:
+        means |= class_scores(test, epochs, truth.test)
     peaks = [*(row["peak_accuracy"] for row in rows), means.pop("peak_accuracy")]
     return RunScores(rows, with_mean(np.array(areas)), np.array(peaks), means, test)
 
@@ -332,14 +334,14 @@ class Comparison:
     p: float
 
 
-def score_blocks(runs: dict[tuple, dict], task: Task) -> list[Block]:
+def score_blocks(runs: dict[tuple, dict], truth: GroundTruth) -> list[Block]:
     """All runs in the order of the report; the keys are (mode, fraction, init, seed)."""
     modes, fractions, inits, seeds = (list(dict.fromkeys(axis)) for axis in zip(*runs))
 
     def row(mode, fraction, init):
         return Row(init, [
             score_run({"init": init, "mode": mode, "fraction": fraction, "seed": seed},
-                      runs[mode, fraction, init, seed], task)
+                      runs[mode, fraction, init, seed], truth)
             for seed in seeds])
 
     return [Block(mode, fraction, [row(mode, fraction, init) for init in inits])
@@ -389,55 +391,67 @@ def cells(values: np.ndarray, bold: bool = True) -> list[list[str]]:
     return texts.tolist()
 
 
-def markdown(heading: str, columns: list[str], inits: list[str], rows: list[list[str]]) -> str:
+def markdown_table(rows: Iterable[list[str]]) -> str:
+    """A table in Markdown, the header first. Names may hold what would end a cell or a line."""
+    header, *others = ([" ".join(cell.replace("|", r"\|").split()) for cell in row]
+                       for row in rows)
+    table = [header, ["---"] * len(header), *others]
+    return "".join(f"| {' | '.join(row)} |\n" for row in table)
+
+
+def block_table(heading: str, columns: list[str], inits: list[str],
+                rows: list[list[str]]) -> str:
     """A heading and a table, a row for each initialisation."""
-    table = [["", *columns],
-             ["---"] * (len(columns) + 1),
-             *([init, *row] for init, row in zip(inits, rows))]
-    return f"\n{heading}\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in table)
+    table = [["", *columns], *([init, *row] for init, row in zip(inits, rows))]
+    return f"\n{heading}\n\n{markdown_table(table)}"
 
 
-def preface(about: dict[str, Any], task: Task, patients: np.ndarray, complete: int) -> str:
+def preface(about: dict[str, Any], truth: GroundTruth, patients: np.ndarray,
+            complete: int) -> str:
     """What the numbers below it are; complete: replicates that have a mean over the labels."""
+    intervals = (
+        f"Intervals and p: the test patients drawn anew {REPLICATES} times, for all rows alike; of "
+        f"the mean, the {complete} times that every label had both classes.")
+    if len(truth.counts) == 1:
+        intervals = "One test patient has no intervals and no p."
     return (
         f"# What pre-training buys: {about['data']}\n\n"
-        f"{len(task.names)} labels: {about['labels']}; -1 is never scored. "
-        f"{len(task.truth)} test images of {len(set(patients))} patients. "
+        f"{len(truth.names)} labels: {about['labels']}; -1 is never scored. "
+        f"{len(truth.test)} test images of {len(set(patients))} patients. "
         "Epoch, regularisation and thresholds are chosen on val: "
-        f"{len(task.val_truth)} labelled images beyond the fraction. "
-        "Mean ± deviation over the draws. "
-        f"Intervals and p: the test patients drawn anew {REPLICATES} times, for all rows alike; of "
-        f"the mean, the {complete} times that every label had both classes.\n")
+        f"{len(truth.val)} labelled images beyond the fraction. "
+        f"Mean ± deviation over the draws. {intervals}\n")
 
 
-def block_text(block: Block, draws: list[str], task: Task) -> str:
+def block_text(block: Block, draws: list[str], truth: GroundTruth) -> str:
     """A block's tables and comparisons; draws: a sentence about each."""
-    labels = [*task.names, "mean"]
+    labels = [*truth.names, "mean"]
     text = f"\n## {block.mode}, {100 * block.fraction:g} % of the labels\n\n{'; '.join(draws)}\n"
 
     table = cells(np.stack([row.draws for row in block.rows]))
     for row, mean in zip(table, means(block)):
         row.append("–" if math.isnan(mean.low) else f"{mean.low:.3f} to {mean.high:.3f}")
-    text += markdown("AUROC on test", [*labels, "95 % interval"], block.inits, table)
+    text += block_table("AUROC on test", [*labels, "95 % interval"], block.inits, table)
 
     peaks = np.stack([row.peaks for row in block.rows])                     # (I, S, L + 1)
     if not np.isnan(peaks).all():
         heading = ("Peak test accuracy over the epochs, the published protocol: optimistic, as "
                    "test chooses the epoch")
-        text += markdown(heading, labels, block.inits, cells(peaks))
+        text += block_table(heading, labels, block.inits, cells(peaks))
 
     heading = "Means over the labels, thresholds chosen on val"
-    if task.exclusive:
+    if truth.exclusive:
         heading += ("; accuracy and majority of all classes together, the most probable one "
                     "called")
     overall = np.stack([row.overall for row in block.rows])                 # (I, S, 6)
-    text += markdown(heading, [name.replace("_", " ") for name in OVERALL], block.inits,
-                     cells(overall, bold=False)) + "\n"
+    text += block_table(heading, [name.replace("_", " ") for name in OVERALL], block.inits,
+                        cells(overall, bold=False)) + "\n"
 
-    for pair in comparisons(block, task.names):
-        if pair.label == labels[-1]:
-            text += (f"{pair.init} − {pair.against}: mean AUROC {pair.difference:+.3f} "
-                     f"(95 % {pair.low:+.3f} to {pair.high:+.3f}, p = {pair.p:.2g})\n")
+    # The last comparison of each pair is that of the mean; a label may be called "mean", too.
+    for pair in comparisons(block, truth.names)[len(truth.names)::len(labels)]:
+        text += f"{pair.init} − {pair.against}: mean AUROC {pair.difference:+.3f} "
+        text += ("(no interval)\n" if math.isnan(pair.low) else
+                 f"(95 % {pair.low:+.3f} to {pair.high:+.3f}, p = {pair.p:.2g})\n")
     return text
 
 
@@ -480,7 +494,7 @@ def figure_text(**names: list[str]) -> FigureText:
                 written[name] = f" {text}" if text.startswith("_") else text
             else:
                 written[name] = f"{what} {number}"
-                numbers.append(f"{what} {number} is {name}")
+                numbers.append(f"{what} {number} is {' '.join(words)}")
     legend = f"\nIn the figures {', '.join(numbers)}.\n" if numbers else ""
     return FigureText({"font.family": families}, written, legend)
 
@@ -516,12 +530,16 @@ def _characters(family: str | None) -> set[str]:
     return {chr(code) for code in FT2Font(file).get_charmap() if code < 0x110000}
 
 
+# A panel of more lines has no legend: nobody could read it, and no picture is that high.
+MOST_ENTRIES = 100
+
+
 def panels(rows: list[str], columns: list[str], entries: int,
            **style) -> tuple[Figure, np.ndarray]:
     """A figure and its axes (rows, columns), in the one style of all figures.
 
     entries: how many lines the legend below each panel will have."""
-    height = 5 + 0.18 * entries                                              # inches
+    height = 5 + 0.18 * min(entries, MOST_ENTRIES)                          # inches
     figure = Figure((5 * len(columns), height * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
     for ax, (row, column) in zip(axes.flat, itertools.product(rows, columns)):
@@ -532,7 +550,7 @@ def panels(rows: list[str], columns: list[str], entries: int,
 
 def legend_below(ax) -> None:
     """Where it hides nothing, however long the names: under the label of the x axis."""
-    if ax.lines:
+    if 0 < len(ax.lines) <= MOST_ENTRIES:
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=5, fontsize=8,
                   frameon=False)
 
@@ -585,13 +603,19 @@ def curves_figure(probabilities: np.ndarray, truth: np.ndarray, names: list[str]
 
     probabilities, truth (n, L)."""
     figure, axes = panels([""], ["ROC", "precision-recall"], len(names))
+    roc, precision_recall = axes[0]
     for p, y, name in zip(probabilities.T, truth.T, names):
         p, y = p[~np.isnan(y)], y[~np.isnan(y)]
         if 0 < y.sum() < len(y):
-            RocCurveDisplay.from_predictions(y, p, name=name, ax=axes[0, 0])
-            PrecisionRecallDisplay.from_predictions(y, p, name=name, ax=axes[0, 1])
+            false_rate, true_rate, _ = roc_curve(y, p)
+            roc.plot(false_rate, true_rate, label=f"{name}, area {auroc(p, y)[0]:.2f}")
+            precision, recall, _ = precision_recall_curve(y, p)
+            area = average_precision_score(y, p)
+            precision_recall.plot(recall, precision, drawstyle="steps-post",
+                                  label=f"{name}, area {area:.2f}")
+    roc.set(xlabel="false positive rate", ylabel="true positive rate")
+    precision_recall.set(xlabel="recall", ylabel="precision")
     for ax in axes.flat:
-        ax.set_aspect("auto")           # scikit-learn's square would push the legend off the page
         legend_below(ax)
     return figure
 
@@ -617,15 +641,16 @@ def report(out: Path, about: dict, runs: dict[tuple, dict], names: list[str],
     each epoch; and for each label `n_train` and `positives`, how many images it had.
     names: of the L labels. val_truth (n_val, L); truth (n, L) and patients (n,), of test."""
     # --- numbers
-    task = Task(names, about["kind"] == "exclusive", val_truth, truth,
-                patient_counts(patients, REPLICATES))
-    blocks = score_blocks(runs, task)
+    ground_truth = GroundTruth(names, about["kind"] == "exclusive", val_truth, truth,
+                               patient_counts(patients, REPLICATES))
+    blocks = score_blocks(runs, ground_truth)
     # Whether a replicate has a mean depends on the truth alone, so that any row tells.
     complete = int((~np.isnan(blocks[0].rows[0].pooled[-1, 1:])).sum())
 
     # --- text
-    text = preface(about, task, patients, complete)
-    text += "".join(block_text(block, about["draws"][block.fraction], task) for block in blocks)
+    text = preface(about, ground_truth, patients, complete)
+    text += "".join(block_text(block, about["draws"][block.fraction], ground_truth)
+                    for block in blocks)
     for_figures = figure_text(label=names, row=blocks[0].inits)
     text += for_figures.legend
     print("\n" + text)

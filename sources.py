@@ -10,7 +10,7 @@ import argparse
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -20,11 +20,12 @@ import phantom
 from common import DataError, number_within, read_text
 from doubts import Doubt, many_classes
 from layout import (
-    Place, drawings, excluder, find_layout, layout_text, levels_of, names_without_meaning,
-    outside_splits, place_of, repeated_below, split_name)
+    PATIENT_COLUMN, SPLIT_COLUMN, Place, drawings, excluder, find_layout, folders_of_persons,
+    layout_text, levels_of, names_without_meaning, outside_splits, place_of, repeated_below,
+    split_name)
 from radiograph import EXTENSIONS, ImageSettings, Reading
 from tables import (
-    LabelRules, Table, merged, read_labels, read_table, spellings, understand, value_of)
+    LabelRules, Table, form_key, merged, read_labels, read_table, spellings, understand, value_of)
 
 NIH_FINDINGS = [
     "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
@@ -142,11 +143,21 @@ def folder_flags(flag: Callable) -> None:
          help="its column of train, val, test (default: split, if there is one)")
     flag("--where", nargs="+", default=[], type=condition, metavar="COLUMN=VALUE,VALUE",
          help="take only rows in which a column has one of the values, such as Projection=PA,AP")
+    label_flags(flag, "the class folders are the labels")
+    flag("--patients-per-split", action="store_true",
+         help="the numbers of the patients restart in each split")
+
+
+def label_flags(flag: Callable, default: str) -> None:
+    """The flags on the labels of a table. default: what the labels are without any."""
     flag("--label-columns", nargs="+", default=[], metavar="COLUMN",
          help="its columns of values as listed below, or of class names "
-              "(default: the class folders are the labels)")
+              f"(default: {default})")
     flag("--class-columns", nargs="+", default=[], metavar="COLUMN",
          help="its columns of class names, whatever these look like: 0, 1, 2; yes, no, other")
+    flag("--not-mentioned", nargs="*", metavar="WORD",
+         help="words of --class-columns that name no class, as blank cells do "
+              "(default: nan, null, <na>, #n/a; none, na, n/a and - are refused)")
     flag("--label-separator", default="", metavar="TEXT",
          help="what separates the findings in one cell; none: a cell is one finding "
               "(default: | or ;, or a list in brackets)")
@@ -155,8 +166,13 @@ def folder_flags(flag: Callable) -> None:
               "than half do (default: an error)")
     flag("--rater-column", default="",
          help="its column that says whose a row is, for --several-rows (default: every row counts)")
-    flag("--patients-per-split", action="store_true",
-         help="the numbers of the patients restart in each split")
+
+
+def label_rules(args: argparse.Namespace) -> LabelRules:
+    """What label_flags and --allow say of the labels of a table."""
+    words = None if args.not_mentioned is None else tuple(args.not_mentioned)
+    return LabelRules(tuple(args.class_columns), words, args.label_separator, args.several_rows,
+                      args.rater_column, "many-classes" in args.allow)
 
 
 def condition(text: str) -> str:
@@ -202,6 +218,10 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
                         f"{' (recognised)' if args.layout is None else ''}.")
     doubt_folders(source, [file for file in images if splits[file] is not None], levels,
                   guessed=args.layout is None)
+    if not patients and args.layout is None:
+        doubt_unknown_patients(source, images, levels)
+    if table:
+        doubt_unused_columns(source, args, table, levels)
     for folder, count in outside_splits(images, levels).items():
         source.doubts.append(Doubt("other-folders", f"{count:,} images in {text_of(folder)} lie "
                                    "beside the split folders and would be left out: rename it, or "
@@ -209,10 +229,8 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
 
     # The labels.
     if table and columns:
-        rules = LabelRules(tuple(args.class_columns), args.label_separator, args.several_rows,
-                           args.rater_column, "many-classes" in args.allow)
         source.label_names, by_key, notes = understand(
-            table, columns, list(key_of.values()), rules)
+            table, columns, list(key_of.values()), label_rules(args))
         labels = {file: by_key[key] for file, key in key_of.items()}
         source.notes += notes
         source.classes = not set(columns) & set(source.label_names)
@@ -253,6 +271,10 @@ def class_folders(source: Source, places: dict[str, Place]) -> dict[str, tuple[s
     source.doubts += many_classes(len(source.label_names), len(places))
     if merged(spelling):
         source.notes.append(f"Class folders.{merged(spelling)}")
+    outside = sum(not name for name in names.values())
+    if source.label_names and outside:
+        source.notes.append(f"Images in no class folder: {outside:,}; nothing is mentioned for "
+                            "them.")
     return {file: one_hot(spelling.get(name, ""), source.label_names)
             for file, name in names.items()}
 
@@ -279,6 +301,36 @@ def doubt_folders(source: Source, images: list[str], levels: list[str], guessed:
         name, one, other = map(text_of, twice)
         source.doubts.append(Doubt("odd-classes", f"{name} lies both below {one} and below "
                                    f"{other}, and either may be the class: {ask}"))
+
+
+def doubt_unknown_patients(source: Source, images: list[str], levels: list[str]) -> None:
+    """Add a doubt for folders that seem to be patients, where every image would be one."""
+    folder = folders_of_persons(images, levels)
+    if folder:
+        layout = "/".join([*levels, "patient"])
+        source.doubts.append(Doubt(
+            "unknown-patients", f"the folder {text_of(folder)} seems to be of one patient, whose "
+            f"images would come into several splits: --layout {layout}"))
+
+
+def doubt_unused_columns(source: Source, args: argparse.Namespace, table: Table,
+                         levels: list[str]) -> None:
+    """Add doubts for columns that seem to name patients or splits, where none is used for that."""
+    used = {args.path_column, *args.label_columns, *args.class_columns, args.rater_column}
+    names = [name for name in table.header if name not in used]
+    if args.patient_column not in table.columns and "patient" not in levels:
+        for name in [name for name in names if PATIENT_COLUMN.fullmatch(form_key(name))][:1]:
+            source.doubts.append(Doubt(
+                "unknown-patients", f"column {name!r} of {table.file.name} seems to name the "
+                f"patients, whose images would come into several splits: --patient-column {name}"))
+    if args.split_column not in table.columns and "split" not in levels:
+        for name in [name for name in names if SPLIT_COLUMN.fullmatch(form_key(name))]:
+            cells = read_table(table.file, args.path_column, [name], several=True).column(name)
+            if any(cells.values()) and all(split_name(cell) or value_of(cell) == ""
+                                           for cell in cells.values()):
+                source.doubts.append(Doubt(
+                    "unused-splits", f"column {name!r} of {table.file.name} seems to name the "
+                    f"splits: --split-column {name} takes them"))
 
 
 def read_image_table(args: argparse.Namespace) -> Table:
@@ -347,6 +399,8 @@ def rows_of_files(table: Table, images: list[str], src: Path, source: Source) ->
             if os.path.realpath(src / key) in real:
                 file_of[key] = real[os.path.realpath(src / key)]
 
+    refuse_mixed_names(table, images, file_of)
+
     # By the name alone, if no row was found at all. A path beside it must not contradict.
     for way, plain in (("name", str), ("name without suffix", without_suffix)):
         if file_of:
@@ -378,6 +432,23 @@ def rows_of_files(table: Table, images: list[str], src: Path, source: Source) ->
     source.rejected += [(file, f"not in {table.file.name}")
                         for file in images if file not in key_of]
     return key_of
+
+
+def refuse_mixed_names(table: Table, images: list[str], file_of: dict[str, str]) -> None:
+    """DataError where a row names a file that is not there, and one of its name has no row.
+
+    file_of: the rows that were found by their path. Where there are none, names are as good."""
+    found = set(file_of.values())
+    by_name = {PurePosixPath(plain_path(file)).name.casefold(): file
+               for file in images if file not in found}
+    for key, row in table.rows.items() if file_of else ():
+        file = by_name.get(PurePosixPath(key).name.casefold(), "")
+        if key not in file_of and file and ends_alike(
+                key.casefold(), plain_path(file).casefold()):
+            other, known = next(iter(file_of.items()))
+            raise DataError(f"{table.file}, row {row.number}: there is no {key}, but {file}, and "
+                            f"row {table.rows[other].number} names {known} by its path: write all "
+                            "rows in one way")
 
 
 def unique(images: list[str], plain: Callable[[str], str]) -> dict[str, str]:
@@ -514,8 +585,11 @@ def mimic_items(args: argparse.Namespace, files: list[str]) -> Source:
                     lambda file: without_suffix(PurePosixPath(file).name))
     rows = read_table(split_file, "dicom_id", ["subject_id", "study_id", "split"])
     views = read_table(view_file, "dicom_id", ["ViewPosition"]).column("ViewPosition")
+    check_shared(rows, images.keys() & rows.rows.keys(), views, "dicom_id", view_file)
     table = read_table(label_file, "study_id", CHEXPERT_OBSERVATIONS)
     labels = observations(table)
+    studies = {rows.rows[image].cells[1] for image in images if image in rows.rows}
+    check_shared(rows, studies, labels, "study_id", label_file)
 
     source, laterals, unlabelled = Source(CHEXPERT_OBSERVATIONS, official_labels=True), 0, 0
     for image in in_table_and_on_disk(rows, images, source):
@@ -531,8 +605,21 @@ def mimic_items(args: argparse.Namespace, files: list[str]) -> Source:
             labels.get(study, ("",) * len(CHEXPERT_OBSERVATIONS))))
     source.notes.append(f"Lateral and unknown views left out: {laterals:,} (--all-views takes "
                         f"them). Images whose study is not in {label_file.name}: {unlabelled:,}; "
-                        "nothing is mentioned for them.")
+                        f"nothing is mentioned for them. Images not in {view_file.name}: "
+                        f"{len(images.keys() & rows.rows.keys() - views.keys()):,}. Studies of "
+                        f"{label_file.name} without an image: {len(labels.keys() - studies):,}.")
     return source
+
+
+def check_shared(rows: Table, ours: Collection[str], theirs: Collection[str], column: str,
+                 file: Path) -> None:
+    """DataError where another table has none of the ids of our images.
+
+    rows: the table that has both kinds of ids. ours: ids of the images on disk."""
+    ids = sorted(ours)
+    if ids and not any(id_ in theirs for id_ in ids):
+        raise DataError(f"{file}, column {column}: none of the {len(ids):,} ids of the images "
+                        f"is in it, such as {ids[0]} of {rows.file.name}")
 
 
 def one_file(folder: Path, pattern: str) -> Path:

@@ -9,7 +9,8 @@ Numbers are compared as numbers:
     not mentioned  blank, nan, none, null, n/a, na, n.a., #n/a, <na>, -, not mentioned
 
 A column of such cells is one label, by the column's name. A column of words is a
-column of classes: one label for each word. Words that differ in case, blanks, "-"
+column of classes: one label for each word. In one that is called a column of classes
+by its user, none may be one, too (OPEN). Words that differ in case, blanks, "-"
 and "_" only are one class, spelled as most cells spell it. A cell may hold a list
 of words, each of which is present then: `Mass|Nodule`, `Mass;Nodule`, `['Mass',
 'Nodule']`. An empty list is not mentioned. Everything else is a DataError that
@@ -23,6 +24,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,12 +36,19 @@ CELL_WORDS = {
     "0": ("no", "n", "false", "f", "negative", "neg", "absent"),
     "-1": ("uncertain", "u", "maybe", "unsure", "possible", "equivocal", "indeterminate"),
     "": ("", "nan", "none", "null", "n/a", "na", "n.a.", "#n/a", "<na>", "-", "not mentioned")}
+# Of the last ones, those that programs write for a cell without content. The others may be a class
+# in a column of classes: none, mild, severe.
+OPEN = ("", "nan", "null", "#n/a", "<na>")
 VALUES = {word: value for value, words in CELL_WORDS.items() for word in words}
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII)
+DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
 
 # Lists: what separates their words, and what may stand around them.
 SEPARATORS = "|;"
 SUSPECTS = ("/", "+", "&", " and ", "\n", "\t")         # separators that words may hold, too
+LIST_MARKS = re.compile("[,|;\uff0c\uff1b\uff5c\u3001]")      # the last ones as Chinese writes them
+OTHER_MARKS = re.compile(r"[^\w\s'().-]+")
+LONGEST_RUN = 5                 # words; longer names of classes are not searched for in others
 BRACKETS = {"[": "]", "(": ")", "{": "}"}
 QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
 
@@ -61,6 +70,7 @@ class Table:
     file: Path
     columns: list[str]              # without the key's
     rows: dict[str, Row]            # by the cell of the key's column
+    header: list[str]               # all columns of the file
     further: dict[str, list[Row]] = field(default_factory=dict)     # after a key's first
 
     def column(self, name: str) -> dict[str, str]:
@@ -85,12 +95,15 @@ def read_table(file: Path, key: str, columns: list[str] | None = None,
     columns: those to read; None for all but `key`. One that is `optional` may be missing.
     normalise: what a key passes through. A key comes once, or with `several` as often as it likes;
     `hint` is added to the message where it may not.
-    A byte-order mark, CRLF and blanks around a cell do not matter. DataError names the file, the
+    Commas, semicolons or tabs may stand between the cells. A byte-order mark, CRLF and blanks
+    around a cell do not matter. DataError names the file, the
     row and the column where a column is missing, a row is short, or a key comes twice."""
     rows, further = {}, {}
     try:
         with open_text(file) as f:
-            lines = csv.reader(f, strict=True)      # a quote that is never closed is an error
+            lines = csv.reader(                     # a quote that is never closed is an error
+                f, strict=True, delimiter=delimiter_of(f.readline(), key))
+            f.seek(0)
 
             # The header: where is each of the columns?
             header = [name.strip() for name in next(lines, [])]
@@ -98,7 +111,7 @@ def read_table(file: Path, key: str, columns: list[str] | None = None,
             for name in (key, *columns):
                 if header.count(name) != 1 and (name in header or name not in optional):
                     raise DataError(f"{file} must have one column {name!r}, "
-                                    f"its header is {','.join(header)!r}")
+                                    f"its header is {','.join(header)[:500]!r}")
             columns = [name for name in columns if name in header]      # without optional ones
             places = [header.index(name) for name in (key, *columns)]
 
@@ -123,7 +136,15 @@ def read_table(file: Path, key: str, columns: list[str] | None = None,
         if isinstance(error, OSError) and error.filename:               # it is not there
             raise
         raise DataError(f"{file} is not a CSV file in UTF-8 ({error})") from None
-    return Table(file, columns, rows, further)
+    return Table(file, columns, rows, header, further)
+
+
+def delimiter_of(first_line: str, key: str) -> str:
+    """What stands between the cells of a table in whose first line the column `key` must be."""
+    for mark in ",;\t":
+        if key in [name.strip() for name in next(csv.reader([first_line], delimiter=mark), [])]:
+            return mark
+    return ","
 
 
 # --------------------------------------------------------------------------------------------------
@@ -133,6 +154,7 @@ def read_table(file: Path, key: str, columns: list[str] | None = None,
 class LabelRules:
     """How the label columns of a table are to be understood, where its user has a say."""
     class_columns: tuple[str, ...] = ()     # whose cells are names, whatever they look like
+    not_mentioned: tuple[str, ...] | None = None    # their words that say nothing; None: see OPEN
     separator: str = ""             # of lists; "" finds it, "none" takes each cell whole
     several_rows: str = ""          # any or majority: how rows of one key become one
     rater_column: str = ""          # rows of one key and rater are one opinion
@@ -154,13 +176,15 @@ class Column(NamedTuple):
     note: str                                   # what its user should know
 
 
-def read_labels(table: Table, names: list[str]) -> tuple[list[str], dict[str, tuple[str, ...]]]:
+def read_labels(table: Table, names: list[str], several_rows: str = "",
+                rater_column: str = "") -> tuple[list[str], dict[str, tuple[str, ...]]]:
     """Columns `names` of a table as the manifest's label names, and {key: the manifest's cells}.
 
     For columns that are to hold values: where one holds words its label names
     are others than `names`. They are not searched for lists, so that no message
     repeats a person's name."""
-    rules = LabelRules(separator="none", many_classes=True, flags=False)
+    rules = LabelRules(separator="none", several_rows=several_rows, rater_column=rater_column,
+                       many_classes=True, flags=False)
     labels = understand(table, names, list(table.rows), rules)
     return labels.names, labels.cells
 
@@ -198,14 +222,17 @@ def any_of(opinions: list[tuple[str, ...]]) -> tuple[str, ...]:
 
 
 def majority_of(opinions: list[tuple[str, ...]]) -> tuple[str, ...]:
-    """What more than half of the opinions say that say anything; uncertain where none does."""
+    """What more than half of the opinions say, "not mentioned" being one of the things that can be
+    said; uncertain where no more than half agree.
+
+    A finding that one reader of three names and two pass over is so not mentioned, and not
+    present."""
     if len(opinions) == 1:
         return opinions[0]
     cells = []
     for votes in zip(*opinions):
-        counts = Counter(vote for vote in votes if vote)
-        value, count = counts.most_common(1)[0] if counts else ("", 0)
-        cells.append(value if 2 * count > counts.total() or not counts else "-1")
+        value, count = Counter(votes).most_common(1)[0]
+        cells.append(value if 2 * count > len(votes) else "-1")
     return tuple(cells)
 
 
@@ -223,19 +250,21 @@ def understand_column(table: Table, name: str, keys: list[str], rules: LabelRule
         for row in table.all_rows(key):
             counts[row.cells[place]] += 1
             first.setdefault(row.cells[place], row.number)
-    values = {cell: value_of(cell) for cell in counts}
+    where = {cell: f"{table.file}, row {row}, column {name}" for cell, row in first.items()}
 
     # A column of values, of words, or of both, which is an error.
-    words = [cell for cell, value in values.items() if value is None]
     classes = name in rules.class_columns
-    if classes:
-        words = [cell for cell, value in values.items() if value != ""]
+    meaning = partial(class_meaning, rules=rules) if classes else value_of
+    values = {cell: meaning(cell) for cell in counts}
+    if classes and rules.not_mentioned is None:
+        refuse_what_may_be_a_class(where)
+    words = [cell for cell, value in values.items() if value is None]
+    open_note = not_mentioned_note(name, counts, values)
     if not words:
-        return Column([name], {cell: (value or "",) for cell, value in values.items()}, "")
-    where = {cell: f"{table.file}, row {row}, column {name}" for cell, row in first.items()}
+        return Column([name], {cell: (value or "",) for cell, value in values.items()}, open_note)
     if not classes:
         refuse_what_is_no_class(values, where, words, rules)
-    lists = read_lists(words, where, rules)
+    lists = read_lists(words, where, rules, meaning)
     if not classes:
         for cell, parts in lists.items():
             if len(parts) > 1 and all(NUMBER.fullmatch(part.casefold()) for part in parts):
@@ -260,7 +289,8 @@ def understand_column(table: Table, name: str, keys: list[str], rules: LabelRule
         labels = [f"{name} {label}" for label in labels]
     kind = "lists of classes" if has_lists else "classes"
     count = f"{len(labels):,} label{'s' if len(labels) > 1 else ''}"
-    return Column(labels, cells, f"Column {name} holds {kind}: {count}.{merged(spelling)}")
+    note = f"Column {name} holds {kind}: {count}.{merged(spelling)}"
+    return Column(labels, cells, f"{note} {open_note}".strip())
 
 
 def value_of(cell: str) -> str | None:
@@ -271,12 +301,42 @@ def value_of(cell: str) -> str | None:
     return VALUES.get(text)
 
 
+def class_meaning(cell: str, rules: LabelRules) -> str | None:
+    """Empty where a cell of a column of classes says nothing, else None: it is a class."""
+    words = OPEN if rules.not_mentioned is None else ("", *rules.not_mentioned)
+    return "" if form_key(cell) in map(form_key, words) else None
+
+
+def refuse_what_may_be_a_class(where: dict[str, str]) -> None:
+    """DataError for a cell of a column of classes that may name one, or say that none is known.
+
+    where: file, row and column of each cell."""
+    for cell in where:
+        if value_of(cell) == "" and form_key(cell) not in map(form_key, OPEN):
+            raise DataError(f"{where[cell]}: {cell!r} may be a class, or say that none is known: "
+                            "--not-mentioned is followed by the words that say this, and by no "
+                            "word where all of them are classes")
+
+
+def not_mentioned_note(name: str, counts: Counter, values: dict[str, str | None]) -> str:
+    """A sentence on the words of a column that were taken to say nothing, or nothing."""
+    words = sorted(cell for cell, value in values.items() if value == "" and cell)
+    if not words:
+        return ""
+    count, shown = sum(counts[word] for word in words), ", ".join(map(repr, words[:5]))
+    return f"Not mentioned in column {name}: {count:,} cells that say {shown}."
+
+
 def refuse_what_is_no_class(values: dict[str, str | None], where: dict[str, str],
                             words: list[str], rules: LabelRules) -> None:
     """DataError for a word among values, or for a number that is no value.
 
     values: what each cell says, None for one of the words. where: file, row and column of each."""
     ask = "; --class-columns takes every cell for the name of a class" if rules.flags else ""
+    for word in words:
+        if DECIMAL_COMMA.fullmatch(word) and not rules.separator:
+            raise DataError(f"{where[word]}: {word!r} may be a number with a decimal comma: write "
+                            f"it with a point{ask}")
     others = [cell for cell, value in values.items() if value]
     if others:
         raise DataError(f"{where[words[0]]}: {words[0]!r} among values of 1, 0, -1 and blank, "
@@ -335,11 +395,12 @@ def merged(spelling: dict[str, str]) -> str:
     return f" Taken for one: {', '.join(pairs[:5])}{more}." if pairs else ""
 
 
-def read_lists(words: list[str], where: dict[str, str],
-               rules: LabelRules) -> dict[str, list[str]]:
+def read_lists(words: list[str], where: dict[str, str], rules: LabelRules,
+               meaning: Callable[[str], str | None]) -> dict[str, list[str]]:
     """{cell: the words it holds}, of cells that are words or lists of words.
 
-    DataError where it cannot be told how the lists are to be taken apart."""
+    meaning: empty for a word that says nothing. DataError where it cannot be told how the lists
+    are to be taken apart."""
     separator = rules.separator
     if separator == "none":
         return {word: [word] for word in words}
@@ -347,7 +408,8 @@ def read_lists(words: list[str], where: dict[str, str],
     # Lists in brackets, as Python, NumPy and JSON write them.
     bracketed = [word for word in words if BRACKETS.get(word[0]) == word[-1]]
     if bracketed and len(bracketed) == len(words):
-        return {word: mentioned(bracketed_list(word, where[word], separator)) for word in words}
+        return {word: mentioned(bracketed_list(word, where[word], separator), meaning)
+                for word in words}
 
     # Which separator?
     found = [mark for mark in SEPARATORS if any(mark in word for word in words)]
@@ -357,13 +419,14 @@ def read_lists(words: list[str], where: dict[str, str],
     if not separator:
         refuse_hidden_lists(words, where)
         return {word: [word] for word in words}
-    return {word: mentioned(word.split(separator)) for word in words}
+    return {word: mentioned(word.split(separator), meaning) for word in words}
 
 
-def mentioned(parts: Iterable[str]) -> list[str]:
-    """The words of a list, without the quotes and blanks around them and without empty ones."""
+def mentioned(parts: Iterable[str], meaning: Callable[[str], str | None]) -> list[str]:
+    """The words of a list, without the quotes and blanks around them and without those that say
+    nothing."""
     words = [part.strip().strip("'\"").strip() for part in parts]
-    return [" ".join(word.split()) for word in words if value_of(word) != ""]
+    return [" ".join(word.split()) for word in words if meaning(word) != ""]
 
 
 def bracketed_list(cell: str, where: str, separator: str) -> list[str]:
@@ -382,9 +445,10 @@ def bracketed_list(cell: str, where: str, separator: str) -> list[str]:
 def refuse_hidden_lists(words: list[str], where: dict[str, str]) -> None:
     """DataError for words that look like lists by a separator that is not taken unasked."""
     for word in words:
-        if "," in word or word[0] in BRACKETS and BRACKETS[word[0]] == word[-1]:
+        if LIST_MARKS.search(word) or word[0] in BRACKETS and BRACKETS[word[0]] == word[-1]:
             raise ask_for_separator(word, where)
     known = {form_key(word) for word in words}
+    # Mass, and Mass/Edema: by the usual marks one word that is found elsewhere is enough.
     for mark in SUSPECTS:
         parts_of = {word: [form_key(part) for part in word.split(mark)]
                     for word in words if mark in word}
@@ -392,11 +456,28 @@ def refuse_hidden_lists(words: list[str], where: dict[str, str]) -> None:
         for word, parts in parts_of.items():
             if any(part and (part in known or often[part] > 1) for part in parts):
                 raise ask_for_separator(word, where)
-    # Mass, Nodule, and Mass Nodule; a class of several words rarely has one for each of them.
+    # Mass, Nodule, and Mass#Nodule, Mass with Nodule, or whatever separates them. A class of
+    # several words rarely has two others in it.
     for word in words:
-        parts = form_key(word).split()
-        if len(parts) > 1 and known.issuperset(parts):
+        others = (known & runs(form_key(word))) - {form_key(word)}
+        if any(one not in other and other not in one for one in others for other in others):
             raise ask_for_separator(word, where)
+    # Mass#Nodule, Nodule#Edema, Edema#Mass: none of them stands alone.
+    parts_of = {word: [form_key(part) for part in OTHER_MARKS.split(word)] for word in words}
+    often = Counter(part for parts in parts_of.values() for part in set(parts))
+    for word, parts in parts_of.items():
+        if len(parts) > 1 and all(part and often[part] > 1 for part in parts):
+            raise ask_for_separator(word, where)
+
+
+def runs(text: str) -> set[str]:
+    """All runs of up to LONGEST_RUN words in a text, as form_key writes them. A text of more than
+    30 words is a report, and none are looked for."""
+    words = re.findall(r"\w+", text)
+    if len(words) > 30:
+        return set()
+    return {" ".join(words[start:end]) for start in range(len(words))
+            for end in range(start + 1, min(start + LONGEST_RUN, len(words)) + 1)}
 
 
 def ask_for_separator(word: str, where: dict[str, str]) -> DataError:

@@ -9,14 +9,15 @@ import bench
 
 def test_every_part_reports_ours_and_a_ratio(capsys):
     bench.main(["--size", "32", "--arch", "resnet18", "--batch-size", "4", "--threads", "1",
-                "--repeats", "1", "--images", "300"])
+                "--repeats", "1", "--images", "300", "--pairs", "256"])
     lines = capsys.readouterr().out.splitlines()[1:]
     assert {line.split()[0] for line in lines} == set(bench.PARTS)
-    assert len(lines) == 16 + torch.cuda.is_available()     # there memory is measured, too
+    contenders = len(bench.losses())    # of the loss, in time and in memory
+    assert len(lines) == 12 + 2 * contenders + torch.cuda.is_available()  # memory is measured, too
     for part in bench.PARTS:
         first = next(line for line in lines if line.startswith(part))
         assert first.endswith("1.00 x ours")
-    figures = [re.search(r"([\d.]+) (ms|images|GiB|s)\b", line)[1] for line in lines]
+    figures = [re.search(r"([\d.]+) (ms|images|GiB|MiB|s)\b", line)[1] for line in lines]
     assert all(float(figure) > 0 for figure in figures)
 
 

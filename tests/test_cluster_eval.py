@@ -156,6 +156,13 @@ def test_classes_from_findings():
     assert classes("binary:Edema", "drop")[0] == [0, 1, 1, 0, _, _, _, 0, _, 0]
     with pytest.raises(DataError, match="no label 'Oedema', only Mass, No Finding, Edema"):
         classes("binary:Oedema", "keep")
+    # However it is spelled.
+    for rule, no_finding in itertools.product(("single", "dominant", "binary:Mass"),
+                                              ("drop", "keep")):
+        names[1] = "No Finding"
+        expected = classes(rule, no_finding)
+        names[1] = "No finding"
+        assert classes(rule, no_finding) == expected
     # Without a column for it, healthy is who has a 0 and neither a 1 nor a -1.
     truth, _ = choose_classes(labels[:, [0, 2]], ["Mass", "Edema"], "single", "keep")
     assert truth.tolist() == [M, E, -1, M, -1, H, -1, -1, -1, H]
@@ -300,11 +307,15 @@ def test_labels_required(trained, tmp_path):
     save_checkpoint(tmp_path / "from_imagenet.pt", state | {
         "config": state["config"] | {"init": "imagenet"}})
     save_checkpoint(tmp_path / "plain.pt", state["encoder"])
-    inits = [str(tmp_path / f"{name}.pt") for name in ("plain", "classifier", "from_imagenet")]
+    # Fine-tuned once more, from that classifier: finetune.py adds both trainings up.
+    save_checkpoint(tmp_path / "again.pt", state | {
+        "classifier": {"weight": torch.zeros(3, 512)}, "n_train": 100, "labels_required": 1334})
+    inits = [str(tmp_path / f"{name}.pt")
+             for name in ("plain", "classifier", "from_imagenet", "again")]
     cluster_eval.main(["--init", *inits, "--seeds", "1", "--bootstrap", "5",
                        "--out", str(tmp_path / "out")])
     rows = list(results(tmp_path / "out")["rows"].values())
-    assert [row["labels_required"] for row in rows] == ["unknown", 1234, 1_281_167, 0]
+    assert [row["labels_required"] for row in rows] == ["unknown", 1234, 1_281_167, 1334, 0]
     assert rows[0]["image_size"] == 32                  # that of the first one that knows
     assert rows[0]["scores"] == rows[1]["scores"]       # the same weights
 
@@ -386,6 +397,7 @@ def test_control_c_is_one_sentence_and_the_same_command_completes(trained, tmp_p
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
     assert re.fullmatch(r"cluster_eval\.py: interrupted[^\n]*\n", error), error
+    assert moment == 1.0 or "begins anew, with the features that are kept" in error
     assert not (out / "results.json").exists()
     cluster_eval.main(arguments)
     assert list(results(out)["rows"]) == [encoder, "*majority class*"]

@@ -110,7 +110,8 @@ def replaced(old, new):
      4095 - SCAN, SCAN, "Window not used: 1, " + WHITE),
     ({"WindowCenter": 3000, "WindowWidth": 300, "photometric": "MONOCHROME1"}, SCAN, -SCAN,
      "Window not used: 1, " + WHITE),
-    ({"WindowCenter": 40000, "WindowWidth": 2000}, SCAN, SCAN, "Window not used: 1, blank"),
+    ({"WindowCenter": 40000, "WindowWidth": 2000}, SCAN, SCAN,
+     "Window not used: 1, it would have made all of the image one gray level."),
     ({"WindowCenter": 3100, "WindowWidth": 500}, SCAN, SCAN,
      "Window not used: 1, it would have made most of the image black"),
     (voi_table([min(i, 500) for i in range(4096)], 12), SCAN, SCAN,
@@ -156,6 +157,11 @@ def replaced(old, new):
      np.where(EDGE, 200, SCAN), "Bits outside"),
     ({"PixelRepresentation": 1, "stored": 16, "PixelPaddingValue": -2000},
      np.where(EDGE, 65536 - 2000, SCAN), np.where(EDGE, 200, SCAN), ""),
+    # Padding that is none: levels of the image itself.
+    ({"PixelPaddingValue": 800}, SCAN // 100 * 100, SCAN,
+     "Padding not believed: 1, it lies inside the image."),
+    ({"PixelPaddingValue": 900, "PixelPaddingRangeLimit": 1500}, SCAN, SCAN,
+     "Padding not believed: 1, it lies inside the image."),
     ({"PresentationLUTShape": "INVERSE"}, SCAN, SCAN, "PresentationLUTShape not used: 1"),
 ])
 def test_dicom_headers_that_are_wrong(tmp_path, elements, pixels, expected, note):
@@ -281,7 +287,7 @@ def test_dicom_that_is_not_taken(tmp_path):
     dataset = write_dicom(src / "header.dcm", RAMP)
     del dataset.PixelData
     dataset.save_as(src / "header.dcm", enforce_file_format=True)
-    write_dicom(src / "named.dcm", RAMP, BurnedInAnnotation="YES")
+    write_dicom(src / "named.dcm", RAMP, BurnedInAnnotation="yes ")
     write_dicom(src / "flat.dcm", np.full((64, 64), 7))
     write_dicom(src / "nobody.dcm", RAMP, patient="", StudyInstanceUID="")
     dataset = write_dicom(src / "plan.dcm", RAMP)
@@ -343,6 +349,100 @@ def test_dicom_labels(tmp_path):
     write_csv(table, [("PatientID", "Mass"), ("1", 1)])         # a spreadsheet ate the zeros
     with pytest.raises(SystemExit, match="no PatientID in it is that of a DICOM file"):
         dicom(tmp_path, "--labels", table, out="zeros")
+
+
+def test_dicom_labels_by_file_know_rejected_namesakes(tmp_path):
+    """Of two files of one name the row may mean either, also where one is a CT or damaged."""
+    for i in range(4):
+        write_dicom(tmp_path / f"src/a/{i}.dcm", SCAN + i, patient=f"P{i}")
+    write_csv(tmp_path / "rows.csv", [("file", "Mass"), *((i, i % 2) for i in range(4))])
+    flags = ("--labels", tmp_path / "rows.csv", "--key", "file")
+    (tmp_path / "src/b").mkdir()
+    (tmp_path / "src/b/1").write_text("notes")                  # is no image, and never was
+    (tmp_path / "src/b/2.dcm").write_bytes((tmp_path / "src/a/2.dcm").read_bytes())     # a copy
+    dicom(tmp_path, *flags)
+    for file, why in (("3.dcm", "modality CT"), ("0.dcm", "not a DICOM file")):
+        if why.endswith("CT"):
+            write_dicom(tmp_path / "src/b" / file, RAMP, Modality="CT")
+        else:
+            (tmp_path / "src/b" / file).write_text("<html>")
+        message = f"2 files in .* are called {file[0]}: --key file.*also from b/{file}, .*{why}"
+        with pytest.raises(SystemExit, match=message):
+            dicom(tmp_path, *flags, out="other")
+        (tmp_path / "src/b" / file).unlink()
+
+
+def test_dicom_takes_tables_of_several_rows_and_words(tmp_path):
+    """As VinBigData has them: three readers, each of whom may have drawn several boxes."""
+    said = {"a": ["R1 Mass", "R1 Mass", "R2 Mass", "R3 No finding"], "c": ["R1 Cyst", "R2 Cyst"],
+            "b": ["R1 No finding", "R2 No finding", "R3 Mass"], "d": ["R1 No finding"]}
+    for i, name in enumerate(said):
+        write_dicom(tmp_path / f"src/{name}.dicom", SCAN + i, patient=f"P{i}")
+    rows = [(name, *word.split(" ", 1)) for name, words in said.items() for word in words]
+    write_csv(tmp_path / "train.csv", [("image_id", "rad_id", "class_name"), *rows,
+                                       ("elsewhere", "R1", "Elsewhere")])
+    flags = ("--labels", tmp_path / "train.csv", "--key", "file", "--key-column", "image_id",
+             "--val-fraction", 0, "--test-fraction", 0)
+    by_name = (*flags, "--label-columns", "class_name")
+    with pytest.raises(SystemExit, match="row 3, .*a is already in row 2; --several-rows"):
+        dicom(tmp_path, *by_name)
+    with pytest.raises(SystemExit, match="must hold 1, 0, -1 or blanks: .* by --class-columns"):
+        dicom(tmp_path, *flags, "--several-rows", "any")
+    with pytest.raises(SystemExit, match="train.csv must have one column 'reader', its header is"):
+        dicom(tmp_path, *flags, "--several-rows", "any", "--rater-column", "reader")
+    for rule, mass in (("any", [0, 0, 1, 1]), ("majority", [0, 0, 0, 1])):
+        rater = ("--rater-column", "rad_id") if rule == "majority" else ()
+        dicom(tmp_path, *by_name, "--several-rows", rule, *rater, out=rule)
+        manifest = read_manifest(tmp_path / rule)
+        assert manifest.label_names == ["Cyst", "Mass", "No finding"]
+        assert sorted(manifest.labels[:, 1].tolist()) == mass
+    card = (tmp_path / "any/DATA.md").read_text()
+    assert "Images without a row of labels: 0" in card and "--several-rows any" in card
+    assert "elsewhere,\"file in train.csv" in (tmp_path / "any.rejected.csv").read_text()
+
+
+@pytest.mark.parametrize("ids, by_table", [
+    (("7", "007"), False), (("7", "7.0"), False), (("P7", "p 07"), False), (("8", "9"), True)])
+def test_patient_ids_that_differ_in_form_only(tmp_path, capsys, ids, by_table):
+    for i, patient in enumerate([*ids, "1", "2"]):
+        write_dicom(tmp_path / f"src/{i}.dcm", SCAN + i, patient=patient)
+    flags = ()
+    if by_table:                        # 8 is labelled, 9 is not, as its row says 09
+        write_csv(tmp_path / "rows.csv", [("PatientID", "Mass"), ("8", 1), ("09", 0), ("1", 0)])
+        flags = ("--labels", tmp_path / "rows.csv")
+    with pytest.raises(SystemExit) as caught:
+        dicom(tmp_path, *flags)
+    other = "rows.csv, row 3" if by_table else "1.dcm"
+    assert f"{'1' if by_table else '0'}.dcm and {other} differ in form only" in str(caught.value)
+    dicom(tmp_path, *flags, "--allow", "similar-patients")
+    dicom(tmp_path, "--patient-from", "file", out="by_file")
+
+
+def test_a_dicom_file_with_new_pixels_is_made_again(tmp_path, capsys):
+    for i in range(3):
+        write_dicom(tmp_path / f"src/{i}.dcm", SCAN + i, patient=f"P{i}")
+    dicom(tmp_path)
+    write_dicom(tmp_path / "src/1.dcm", SCAN[::-1], patient="P1")
+    before = {file: file.read_bytes() for file in (tmp_path / "out/images").rglob("*.jpg")}
+    capsys.readouterr()
+    dicom(tmp_path)
+    assert "2 of 3 images are there already" in capsys.readouterr().out
+    assert sum(file.read_bytes() != content for file, content in before.items()) == 1
+
+
+def test_labels_of_a_patient_are_those_of_all_images_and_that_is_said(tmp_path):
+    for i in range(8):                  # patients 0 and 1 have two studies, 2 and 3 one
+        write_dicom(tmp_path / f"src/{i}.dcm", SCAN + i, patient=f"P{i // 2}",
+                    StudyInstanceUID=f"1.2.{i if i < 4 else 10 + i // 2}")
+    write_csv(tmp_path / "rows.csv", [("PatientID", "y"), ("P0", 1), ("P1", 0), ("P2", 1)])
+    dicom(tmp_path, "--labels", tmp_path / "rows.csv")
+    card = (tmp_path / "out/DATA.md").read_text()
+    assert ("A row is of a PatientID and labels all its images: 3 rows label several, 2 of them "
+            "several studies, whose findings may differ." in card)
+    assert "Images without a row of labels: 2; nothing" in card
+    write_csv(tmp_path / "rows.csv", [("StudyInstanceUID", "y"), ("1.2.12", 1), ("1.2.3", 0)])
+    dicom(tmp_path, "--labels", tmp_path / "rows.csv", "--key", "StudyInstanceUID", out="study")
+    assert "1 rows label several" in (tmp_path / "study/DATA.md").read_text()
 
 
 def test_dicom_compressed(tmp_path):

@@ -169,6 +169,7 @@ def test_mixed_precision_learns_the_same(labelled, tmp_path, precision):
              "--out", tmp_path / name)
         losses.append([json.loads(line)["loss"] for line in open(tmp_path / name / "log.jsonl")])
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert load_checkpoint(tmp_path / "fp32/classifier.pt")["labels_required"] == 72
 
 
 def test_full_starts_from_the_linear_probe(table):
@@ -266,6 +267,58 @@ def test_a_run_takes_more_and_trains_only_that(table, encoder, capsys):
     assert len(rows(more)) == 16 and before <= {tuple(row.values()) for row in rows(more)}
 
 
+def test_what_another_command_has_begun_is_not_lost(labelled, tmp_path, capsys):
+    """Interrupted, asked for something else, and then for both."""
+    command = ["--epochs", "3", "--batch-size", "8", "--threads", "1", "--init", "random",
+               "--arch", "resnet18", "--image-size", "32", "--data", labelled, "--fraction", "0.2",
+               "--out", tmp_path / "run"]
+
+    def interrupt():
+        while not (tmp_path / "run/last.pt").exists():
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(SystemExit):
+        main(*command, "--seeds", 1)
+    begun = load_checkpoint(tmp_path / "run/last.pt")
+    assert 0 < len(begun["history"]) < 3
+    # Nothing to train: it stays. Something to train: it is put aside.
+    main(*command, "--mode", "linear")
+    assert load_checkpoint(tmp_path / "run/last.pt")["key"] == begun["key"]
+    main(*command)
+    assert not (tmp_path / "run/last.pt").exists()
+    aside, = (tmp_path / "run").glob("last-*.pt")
+    assert aside.name == "last-0.2-random-1.pt"
+    assert load_checkpoint(aside)["history"] == begun["history"]
+    capsys.readouterr()
+    main(*command, "--seeds", 0, 1)
+    output = capsys.readouterr().out
+    assert f"going on from {tmp_path}/run/last.pt, epoch {len(begun['history'])} of" in output
+    assert "seed 0 epoch" not in output and not list((tmp_path / "run").glob("last*"))
+
+
+def test_a_copy_is_the_same_initialisation_and_labels_add_up(encoder, tmp_path, capsys):
+    """The classifier says how many images' labels its encoder has learned from, earlier trainings
+    included."""
+    classifier = load_checkpoint(encoder) | {"classifier": {}, "labels_required": 100}
+    for name in ("a b.pt", "a-b.pt"):
+        save_checkpoint(tmp_path / name, classifier | {"name": name})
+    shutil.copy(tmp_path / "a b.pt", tmp_path / "copy.pt")
+    main(*FULL, "--init", tmp_path / "a b.pt", tmp_path / "copy.pt", tmp_path / "a-b.pt",
+         "--epochs", 1, "--fraction", 0.5, "--freeze-bn", "--out", tmp_path / "run")
+    output = capsys.readouterr().out
+    assert f"{tmp_path}/copy.pt is the same as {tmp_path}/a b.pt, and left out" in output
+    assert len(rows(tmp_path / "run")) == 4
+    last = load_checkpoint(tmp_path / "run/classifier.pt")
+    best = max(load_checkpoint(tmp_path / "run/predictions.pt").values(),
+               key=lambda entry: entry["val_score"])
+    assert last["n_train"] == 36 * best["epoch"]        # epoch 0 leaves the encoder as it came
+    assert last["labels_required"] == 100 + last["n_train"]
+    # Their curves are in folders of their own.
+    assert len(list((tmp_path / "run/tensorboard").glob("*a-b.pt-full*"))) == 2
+
+
 # --------------------------------------------------------------------------------------------------
 # Wrong input, and poor input.
 
@@ -298,6 +351,11 @@ def test_wrong_input_is_refused_in_a_sentence(capsys, tmp_path, monkeypatch, enc
     assert "only uncertain" in refused(*given, "--data", unsure)
     one = cells("one", "train", ["1", "0"])
     assert "no label has a positive and a negative" in refused(*given, "--data", one)
+    present = changed(labelled, tmp_path / "present", lambda lines: [
+        [cell.replace("0", "-1") if i > 2 and line[2] == "train" else cell
+         for i, cell in enumerate(line)] for line in lines])
+    assert "no label has a positive and a negative" in refused(
+        *given, "--data", present, "--uncertain", "multiclass")
     mute = cells("mute", "test", ["-1", "-1"])
     assert "the test split has only uncertain" in refused(*given, "--data", mute)
     bare = changed(labelled, tmp_path / "bare", lambda lines: [line[:3] for line in lines])
@@ -338,8 +396,8 @@ def test_uncertain_labels_and_a_class_missing_in_val(data, tmp_path, flags, caps
     main(*FULL, "--mode", "linear", "full", "--init", "random", "--arch", "resnet18",
          "--image-size", 32, "--data", poor, "--out", tmp_path / "run", *flags, "--epochs", 1)
     output, found = capsys.readouterr().out, rows(tmp_path / "run")
-    policy = ("a class of its own" if "multiclass" in flags else
-              "counts as ones, blank as ignore; classes balanced")
+    policy = ("is a class of its own, an empty cell counts as absent" if "multiclass" in flags else
+              "counts as present, an empty cell is left out; classes balanced")
     assert policy in output and "Mass has one class only in val" in output and "| – |" in output
     assert [r["auroc"] is None for r in found] == [False, True] * 2
     assert found[1]["threshold"] == 0.5

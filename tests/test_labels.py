@@ -5,7 +5,8 @@ import torch
 
 from common import DataError
 from labels import (
-    cell_weights, draw, make_task, masked_cross_entropy, policy_sentence, to_probabilities)
+    cell_weights, draw, labels_required, make_task, masked_cross_entropy, policy_sentence,
+    to_probabilities)
 
 
 def test_what_labels_mean():
@@ -26,6 +27,8 @@ def test_what_labels_mean():
     assert task.kind == "three-way" and task.mask.tolist() == [[1, 1], [1, 0], [0, 1]]
     assert task.targets[0].tolist() == [[0, 1, 0], [0, 0, 1]]
     assert task.targets[2].tolist() == [[0, 0, 0], [1, 0, 0]] and task.outputs == 6
+    # Uncertain is learned, and is no negative.
+    np.testing.assert_equal(task.training_labels, [[1, -1], [0, nan], [nan, 0]])
 
     classes = np.array([[1, 0], [0, 1], [1, 1]], np.float32)
     task = make_task(classes, np.arange(2), "ignore", "zeros")          # what train says counts
@@ -44,8 +47,10 @@ def test_logits_to_probabilities():
 
 def test_policy_is_told():
     assert policy_sentence("binary", "ones", "ignore", True) == (
-        "independent labels; in training -1 counts as ones, blank as ignore; classes balanced")
-    assert "blank counts as zeros" in policy_sentence("three-way", "multiclass", "zeros", False)
+        "independent labels; in training uncertain (-1) counts as present, an empty cell is left "
+        "out; classes balanced")
+    sentence = policy_sentence("three-way", "multiclass", "zeros", False)
+    assert "(-1) is a class of its own, an empty cell counts as absent" in sentence
     assert "balanced" not in policy_sentence("exclusive", "ignore", "zeros", False)
 
 
@@ -87,3 +92,30 @@ def test_draws_are_nested_whole_patients_of_train():
     assert again[0] == again[1] != again[2]
     with pytest.raises(DataError, match="--fraction 0.001 of .* is none"):
         draw(patients, truth, 0.001, 0)
+
+
+def test_a_draw_of_a_three_way_task_has_true_negatives():
+    """Uncertain ones do not stand for them."""
+    labels, patients = np.full((100, 1), -1.0), np.arange(100).astype(str)
+    labels[:30], labels[97] = 1, 0
+    task = make_task(labels, np.arange(100), "multiclass", "zeros")
+    for seed in range(5):
+        rows, _ = draw(patients, task.training_labels, 0.1, seed)
+        assert 97 in rows and 1 in labels[rows]
+
+
+def test_labels_that_an_encoder_required_add_up():
+    """From one training to the next, as far as each says what it started from."""
+    classifier = {"classifier": {}, "n_train": 30}
+    for init, checkpoint, expected in [
+            ("random", {}, 0), ("imagenet", {}, 1_281_167),
+            ("a.pt", {"conv1.weight": 0}, "unknown"),
+            ("encoder.pt", {"config": {"init": "random"}}, 0),
+            ("encoder.pt", {"config": {"init": "imagenet"}}, 1_281_167),
+            ("encoder.pt", {"config": {"init": "classifier.pt"}}, "unknown"),
+            ("classifier.pt", classifier | {"config": {"init": "random"}}, 30),
+            ("classifier.pt", classifier | {"config": {"init": "a.pt"}}, "unknown"),
+            ("classifier.pt", classifier | {"labels_required": 100}, 100),
+            ("classifier.pt", classifier | {"labels_required": "unknown"}, "unknown"),
+            ("classifier.pt", classifier | {"labels_required": [1]}, "unknown")]:
+        assert labels_required(init, checkpoint) == expected

@@ -3,6 +3,9 @@ import csv
 import json
 import os
 import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +17,9 @@ from PIL import Image
 import finetune
 import predict
 import prepare
-from checkpoint import load_checkpoint
-from manifest import read_manifest
+from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from dali_pipeline import Preprocessing, eval_loader
+from manifest import image_flags, read_manifest
 from model import Classifier, build_encoder
 from test_dicom import RAMP, write_dicom
 
@@ -53,7 +57,7 @@ def test_predictions_are_those_of_fine_tuning(classifier, labelled, tmp_path):
                key=lambda entry: entry["val_score"])
     manifest, predicted = read_manifest(labelled), table(out / "predictions.csv")
     np.testing.assert_allclose(predicted[manifest.images("test")], kept["test"], atol=1e-4)
-    assert (out / "predictions.csv").read_text().splitlines()[0] == "path,Mass,Effusion"
+    assert (out / "predictions.csv").read_bytes().startswith(b"path,Mass,Effusion\nimages/000.png,")
     names = {path.name for path in (out / "explained").glob("*_00[012]_*_?.??.png")}
     assert len(names) == 3 and Image.open(out / "explained" / min(names)).size == (32, 32)
 
@@ -103,6 +107,44 @@ def test_the_same_images_by_three_ways(classifier, prepared, tmp_path):
     np.testing.assert_allclose(np.array(row, float), np.array(expected, float), atol=1e-5)
 
 
+def test_images_are_read_as_the_classifiers_own_were_made(classifier, prepared, tmp_path, capsys):
+    """By --size, --quality and --stretch of its data folder, as far as no flag says otherwise."""
+    flags = ["--size", "40", "--quality", "80", "--stretch", "5", "90"]
+    prepare.main(["folder", "--src", str(prepared / "src"), "--out", str(tmp_path / "data"),
+                  "--workers", "1", *flags])
+    state = load_checkpoint(classifier)
+    assert state["config"]["images"] == {}              # that folder was not made by prepare.py
+    images = image_flags(tmp_path / "data")
+    assert images == {"size": 40, "quality": 80, "stretch": [5, 90]}
+
+    def predicted(folder, name, images, *arguments):
+        state["config"]["images"] = images
+        save_checkpoint(tmp_path / "classifier.pt", state)
+        main(tmp_path / "classifier.pt", folder, "--threads", 1, "--out", tmp_path / name,
+             *arguments)
+        return by_name(tmp_path / name / "predictions.csv")
+
+    expected = predicted(tmp_path / "data", "made", {})
+    assert predicted(prepared / "src", "raw", images) == expected
+    assert "as the classifier's own: --size 40, --quality 80, --stretch 5 90\n" \
+        in capsys.readouterr().out
+    # A data folder is taken as it is, and what differs is said.
+    assert predicted(tmp_path / "data", "as it is", images | {"stretch": None}) == expected
+    assert "here: --stretch (None there, [5.0, 90.0] here)" in capsys.readouterr().out
+    assert predicted(prepared / "src", "flags", images | {"size": 99, "stretch": None},
+                     "--size", 40, "--stretch", 5, 90) == expected
+    assert predicted(prepared / "src", "other", {}) != expected
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(classifier, prepared / "src", "--stretch", 90, 5)
+    assert "two percentiles, 0 <= LOW < HIGH <= 100" in capsys.readouterr().err
+    for wrong in ([1], {"size": 40}, images | {"size": -1}, images | {"stretch": [90, 5]}):
+        state["config"]["images"] = wrong
+        save_checkpoint(tmp_path / "classifier.pt", state)
+        with pytest.raises(CheckpointError, match="says of no --size, --quality and --stretch"):
+            predict.load_classifier(tmp_path / "classifier.pt")
+
+
 def test_one_bad_image_costs_one_row(classifier, prepared, tmp_path, capsys):
     """DICOM files too; links are followed, and what is no image is passed over and counted."""
     src = tmp_path / "src"
@@ -136,15 +178,21 @@ def test_one_bad_image_costs_one_row(classifier, prepared, tmp_path, capsys):
     assert reasons.keys() == words.keys()
     assert all(word in reasons[name] for name, word in words.items()), reasons
 
-    # One that is broken in a data folder, too.
+    # Those that are broken, missing, or no files in a data folder, too.
     data = tmp_path / "data"
     shutil.copytree(prepared / "data", data)
-    broken = data / read_manifest(data).paths[3]
+    broken, missing, pipe = (data / read_manifest(data).paths[i] for i in (3, 5, 7))
     broken.write_bytes(broken.read_bytes()[:500])
+    missing.unlink()
+    pipe.unlink()
+    os.mkfifo(pipe)
     sentence = refused(classifier, data, "--threads", 1, "--out", tmp_path / "broken")
-    assert "1 of 20 images cannot be read and have no row" in sentence and broken.name in sentence
+    assert "3 of 20 images cannot be read and have no row" in sentence and broken.name in sentence
     rows = by_name(tmp_path / "broken/predictions.csv")
-    assert len(rows) == 19 and broken.stem not in rows
+    assert len(rows) == 17 and not {broken.stem, missing.stem, pipe.stem} & rows.keys()
+    reasons = (tmp_path / "broken/rejected.csv").read_text()
+    assert f"{missing.name},missing on disk\n" in reasons
+    assert f'{pipe.name},"no file, but a folder, a named pipe' in reasons
 
 
 def test_each_folder_has_predictions_of_its_own(classifier, labelled, tmp_path):
@@ -157,8 +205,10 @@ def test_each_folder_has_predictions_of_its_own(classifier, labelled, tmp_path):
     file = classifier.parent / "predictions/scans/predictions.csv"
     before = file.read_bytes()
     assert len(table(file)) == 3
+    (file.parent / "explained").mkdir()
+    (file.parent / "explained/old.png").touch()
     main(classifier, tmp_path / "a/../a/scans/", "--threads", 1)        # the same one again
-    assert file.read_bytes() == before
+    assert file.read_bytes() == before and not list((file.parent / "explained").iterdir())
 
     sentence = refused(classifier, tmp_path / "b/scans", "--threads", 1)
     assert f"({tmp_path}/a/scans there, {tmp_path}/b/scans here); choose another --out" in sentence
@@ -168,6 +218,52 @@ def test_each_folder_has_predictions_of_its_own(classifier, labelled, tmp_path):
     main(classifier, tmp_path / "b/scans", "--threads", 1, "--overwrite")
     assert len(table(file)) == 4
     assert json.loads((file.parent / "config.json").read_text())["data"].endswith("b/scans")
+
+
+def test_several_folders_in_one_call(classifier, labelled, tmp_path, capsys):
+    """Each has an output folder of its own, and what is wrong with one stops no other."""
+    images = sorted((labelled / "images").iterdir())
+    for name, number in (("may", 3), ("june", 4), ("empty", 0)):
+        (tmp_path / name).mkdir()
+        for image in images[:number]:
+            shutil.copy(image, tmp_path / name)
+    Image.new("L", (40, 40), 9).save(tmp_path / "empty/blank.png")
+    (tmp_path / "june/short.png").write_bytes(images[9].read_bytes()[:300])
+    folders = [tmp_path / name for name in ("empty", "june", "may")]
+    sentence = refused(classifier, *folders, images[5], "--threads", 1, "--out", tmp_path / "out")
+    assert f"no image of {tmp_path}/empty can be read: blank.png" in sentence
+    assert "; 1 of 5 images cannot be read and have no row in" in sentence
+    assert "short.png: " in sentence and sentence.startswith("predict.py: ")
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {"empty", "june", "may", images[5].name}
+    assert [len((out / name / "predictions.csv").read_text().splitlines())
+            for name in ("june", "may", images[5].name)] == [5, 4, 2]
+
+    # Before anything is written: one that is not there, and two of one name.
+    assert "nowhere is not a folder" in refused(
+        classifier, tmp_path / "may", tmp_path / "nowhere", "--out", tmp_path / "new")
+    assert "new/may must not lie inside" in refused(
+        classifier, tmp_path / "may", tmp_path, "--out", tmp_path / "new")
+    capsys.readouterr()
+    assert refused(classifier, tmp_path / "may", tmp_path / "out/may") == "2"
+    assert "two of DIR are called may" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_control_c_says_what_the_same_command_does(classifier, labelled, tmp_path, capsys):
+    """It begins anew, and nothing half done stays."""
+    def interrupt():
+        while not any(tmp_path.glob("out/.images/*.jpg")):
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(SystemExit) as end:
+        main(classifier, labelled, "--threads", 1, "--out", tmp_path / "out")
+    assert end.value.code == 130
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == "predict.py: interrupted; the same command begins anew"
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= {"config.json", "rejected.csv"}
 
 
 def test_wrong_input_is_refused_in_a_sentence(classifier, encoder, labelled, tmp_path):
@@ -184,6 +280,12 @@ def test_wrong_input_is_refused_in_a_sentence(classifier, encoder, labelled, tmp
     assert "scan.png: cannot identify the image: unknown, none of PNG" in refused(classifier, deep)
     assert "must not lie inside" in refused(classifier, deep, "--out", deep / "out")
     assert not (classifier.parent / "predictions/deep/predictions.csv").exists()
+    state = load_checkpoint(classifier)
+    state["classifier"]["weight"][:] = 3e38
+    save_checkpoint(tmp_path / "huge.pt", state)
+    assert "predictions of 130 images are not finite, of images/000.png first; --precision fp32" \
+        in refused(tmp_path / "huge.pt", labelled, "--threads", 1)
+    assert not (tmp_path / "predictions" / labelled.name / "predictions.csv").exists()
 
 
 def test_grad_cam_is_the_class_activation_map():
@@ -199,6 +301,23 @@ def test_grad_cam_is_the_class_activation_map():
         cam /= cam.amax((1, 2), keepdim=True).clamp(min=1e-12)
     assert found.shape == (3, 64, 64) and found.max() == 1 and not found.requires_grad
     torch.testing.assert_close(found, cam, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind, output", [("three-way", 3 * 1 + 1), ("exclusive", 1)])
+def test_what_is_explained_is_that_a_label_is_present(labelled, tmp_path, kind, output):
+    """Of a three-way label's absent, present and uncertain the second; names of labels that no
+    file could have."""
+    torch.manual_seed(1)
+    net = Classifier(build_encoder("resnet18"), 6 if kind == "three-way" else 2).eval()
+    manifest, images = read_manifest(labelled), np.arange(2)
+    loader = eval_loader(manifest, images, 1, Preprocessing(64), "cpu")
+    state = {"kind": kind, "thresholds": [0.9, 0.1], "labels": ["a", "../肺/b\n*"]}
+    predict.explain(net, state, ["x/0.png", "y\n.png"], np.full((2, 2), 0.5), loader, tmp_path)
+    names = sorted(file.name for file in tmp_path.iterdir())
+    assert names == ["000000_0_..-肺-b-_0.50.png", "000001_y-_..-肺-b-_0.50.png"]
+    for name, (x, _) in zip(names, loader):
+        expected = predict.overlay(x[0], predict.grad_cam(net, x, torch.tensor([output]))[0])
+        np.testing.assert_array_equal(Image.open(tmp_path / name), expected)
 
 
 def test_help_and_two_processes(classifier, labelled):

@@ -1,5 +1,6 @@
 """Stage 0: what comes out of prepare.py, and what it does with what is wrong."""
 import csv
+import errno
 import os
 import resource
 import signal
@@ -667,6 +668,85 @@ def test_two_runs_at_once_are_refused(tmp_path):
         result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1 and "out is being written by another run" in result.stderr
     assert folder(tmp_path / "src", tmp_path / "out") == 0
+
+
+def pixels_of(file):
+    with Image.open(file) as image:
+        return np.asarray(image, float)
+
+
+def test_a_file_that_is_another_now_is_made_again(tmp_path, capsys):
+    """Its suffix changed, or its content: the picture and the label are its own."""
+    for i in range(6):
+        save(tmp_path / f"src/{i}.png", radiograph(i, 32, 32))
+    src, out = tmp_path / "src", tmp_path / "out"
+    write_csv(tmp_path / "rows.csv", [("path", "y"), *((f"{i}.png", i % 2) for i in range(6))])
+    flags = "--csv", tmp_path / "rows.csv", "--label-columns", "y"
+    folder(src, out, *flags)
+    for interrupted_run in (False, True):
+        if interrupted_run:
+            (out / "manifest.csv").unlink()
+        base = 20 if interrupted_run else 10
+        (src / "0.png").unlink(missing_ok=True)
+        save(src / "0.bmp", radiograph(base, 32, 32))
+        save(src / "1.png", radiograph(base + 1, 32, 32))
+        write_csv(tmp_path / "rows.csv", [("path", "y"), ("0.bmp", 1),
+                                          *((f"{i}.png", i % 2) for i in range(1, 6))])
+        capsys.readouterr()
+        folder(src, out, *flags)
+        assert "4 of 6 images are there already" in capsys.readouterr().out
+        for i, seed in enumerate([base, base + 1, 2, 3, 4, 5]):
+            assert np.abs(pixels_of(out / f"images/{i}.jpg") - radiograph(seed, 32, 32)).mean() < 5
+        assert labels_of(read_manifest(out))["images/0.jpg"] == {"y": 1}
+    # Without a record nothing is known of the images.
+    (out / "sources.csv").write_text("path\n")
+    folder(src, out, *flags)
+    assert "are there already" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error, words", [
+    (MemoryError(), "Cannot allocate memory"), (OSError(errno.ESTALE, "x"), "Stale file handle"),
+    (OSError(errno.ETIMEDOUT, "x"), "Connection timed out")])
+def test_a_machine_that_fails_rejects_no_image(tmp_path, monkeypatch, error, words):
+    for i in range(4):
+        save(tmp_path / f"src/{i}.png", radiograph(i))
+
+    def fail(image, settings):
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match=f"{words} .once that is "
+                                                       "over, the same command goes on.: .*.png"):
+        patch.setattr(radiograph_module, "finish", fail)
+        folder(tmp_path / "src", tmp_path / "out")
+    assert not (tmp_path / "out/manifest.csv").exists()
+    assert folder(tmp_path / "src", tmp_path / "out") == 0
+    assert len(read_manifest(tmp_path / "out").paths) == 4
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="a file whose reading fails")
+def test_a_disk_that_fails_rejects_and_drops_no_image(tmp_path):
+    """The first byte of /proc/self/mem cannot be read: EIO, as of a broken disk."""
+    for i in range(4):
+        save(tmp_path / f"src/{i}.png", radiograph(i))
+    folder(tmp_path / "src", tmp_path / "good")
+    os.symlink("/proc/self/mem", tmp_path / "src/5.png")
+    os.symlink("/proc/self/mem", tmp_path / "src/6.dcm")
+    for source in ("folder", "dicom"):
+        with pytest.raises(SystemExit, match="Input/output error .once that.*: .*src/[56]"):
+            run(source, "--src", tmp_path / "src", "--out", tmp_path / source, "--workers", 1)
+    image = tmp_path / "good/images/2.jpg"
+    image.unlink()
+    image.symlink_to("/proc/self/mem")
+    before = (tmp_path / "good/manifest.csv").read_bytes()
+    with pytest.raises(SystemExit, match="Input/output error .*images/2.jpg"):
+        run("verify", tmp_path / "good", "--drop", "--workers", 1)
+    assert (tmp_path / "good/manifest.csv").read_bytes() == before
+
+
+def test_few_images_are_not_doubted_and_that_is_said(tmp_path, capsys):
+    save(tmp_path / "src/a.png")
+    folder(tmp_path / "src", tmp_path / "out")
+    assert "Fewer than 3 images: empty splits and labels" in capsys.readouterr().out
 
 
 def test_a_worker_that_dies_is_told(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, SMALL, run, start
+from conftest import ROOT, SMALL, run, start, write_folder
 from sklearn.metrics import roc_auc_score
 
 import pretrain
@@ -362,6 +362,30 @@ def test_a_run_in_pieces_goes_on_to_the_bit(data, tmp_path):
     # Every image was counted once by batch norm: a batch of 8 is three pieces in both views.
     assert ends[0]["encoder.bn1.num_batches_tracked"] == 4 * 3
     assert scalars(tmp_path / "whole", "loss") == scalars(tmp_path / "parts", "loss")
+
+
+def test_probe_on_another_folder_counts_labels_with_enough_images(data, tmp_path, capsys):
+    """The pre-training's own folder has no labels. Of the other one's val images one has the
+    rare finding, which is no part of the mean."""
+    plain, other = tmp_path / "plain", write_folder(tmp_path / "other", 80, 1, ("Often", "Rare"))
+    shutil.copytree(data, plain)
+    lines = (plain / "manifest.csv").read_text().splitlines()
+    lines = [",".join(line.split(",")[:3]) for line in lines]
+    (plain / "manifest.csv").write_text("\n".join(lines) + "\n")
+    rows, finding = [], 0
+    for line in (other / "manifest.csv").read_text().splitlines()[1:]:
+        path, patient, split, *_ = line.split(",")
+        place = "val" if len(rows) % 3 else "train"
+        rows.append(f"{path},{patient},{place},{len(rows) % 2},{int(finding == 1)}")
+        finding += place == "val"
+    (other / "manifest.csv").write_text("\n".join(["path,patient,split,Often,Rare", *rows]) + "\n")
+    flags = ["--data", str(plain), "--probe-data", str(other), "--out", str(tmp_path / "run")]
+    pretrain.main([*SMALL, *flags, "--probe-every", "1", "--max-steps", "2"])
+    assert "mean AUROC of 1 of 2 labels; the others have fewer than 10" in capsys.readouterr().out
+    often, rare = (scalars(tmp_path / "run", f"probe/{name}")[0] for name in ("Often", "Rare"))
+    assert often == scalars(tmp_path / "run", "probe/auroc")[0] != rare
+    assert "--probe-data" in refused(capsys, "--data", data, "--probe-data", plain,
+                                     "--out", tmp_path / "new")
 
 
 def test_lars_behind_a_scaler_skips_what_overflowed():

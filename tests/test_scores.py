@@ -131,6 +131,32 @@ def test_exclusive_classes_have_one_accuracy(tmp_path):
     assert re.search(rf"Peak.*\n\n.*\n.*\n\| Scratch .*\| {peak:.3f} \|", text)
 
 
+def test_names_that_would_break_a_table_and_one_test_patient(tmp_path):
+    """A bar or a line end stays in its cell; a label is called as the mean is; one patient has no
+    interval; and more labels than a legend has room for are drawn without one."""
+    rng, count = np.random.default_rng(7), 102
+    names = ["a|b\nc", "mean", *(f"label {i}" for i in range(count - 2))]
+    truth = rng.integers(0, 2, (12, count)).astype(float)
+    runs = {("linear", 1.0, name, 0): {"val": p, "test": p, "n_train": [9] * count,
+                                       "positives": [3] * count}
+            for name, p in (("x|y", torch.tensor(rng.random((12, count)))),
+                            ("z", torch.tensor(rng.random((12, count)))))}
+    about = {"data": "here", "kind": "binary", "labels": "as they are", "draws": {1.0: ["all"]}}
+    report(tmp_path, about, runs, names, truth, truth, np.full(12, "p"))
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    header, _, first, second = lines[lines.index("AUROC on test") + 2:][:4]
+    for line in (header, first, second):
+        assert len(re.split(r"(?<!\\)\|", line)) == count + 5
+    assert r"| a\|b c | mean | label 0 |" in header and first.startswith(r"| x\|y | ")
+    assert first.endswith("| – |") and "One test patient has no intervals" in lines[2]
+    found = json.loads((tmp_path / "results.json").read_text())
+    mean, of_label = ([pair["difference"] for pair in found["comparisons"]
+                       if pair["label"] == "mean"][i] for i in (-1, 0))
+    assert mean != of_label and found["means"][0]["low"] is None
+    assert [line for line in lines if " − " in line] == [
+        f"z − x|y: mean AUROC {mean:+.3f} (no interval)"]
+
+
 def test_a_number_that_is_none_becomes_null_and_a_name_stays(tmp_path):
     """NaN is no JSON. A label, and a folder, may be called so all the same."""
     truth, patients = np.c_[np.arange(40) % 2, np.ones(40)].astype(float), np.arange(40).astype(str)

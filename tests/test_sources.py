@@ -102,6 +102,31 @@ def test_columns_that_need_a_flag(tmp_path, cells, flags, expected):
     assert column(tmp_path, cells, *flags) == expected
 
 
+GRADES = ["none", "mild", "severe", "None", "mild", "nan", "", "none"]
+
+
+@pytest.mark.parametrize("flags, none", [
+    (("--not-mentioned",), ["y nan", "y none"]),
+    (("--not-mentioned", "-"), ["y nan", "y none"]), (("--not-mentioned", "NAN"), ["y none"]),
+    (("--not-mentioned", "none", "nan"), [])])
+def test_none_may_be_a_class_or_say_nothing(tmp_path, capsys, flags, none):
+    with pytest.raises(SystemExit, match="row 2, column y: 'none' may be a class, or say that "
+                                         "none is known: --not-mentioned is followed by"):
+        column(tmp_path, GRADES, "--class-columns", "y")
+    labels = column(tmp_path, GRADES, "--class-columns", "y", *flags, "--allow", "many-classes")
+    assert sorted(labels) == sorted(["y mild", "y severe", *none] if none else ["mild", "severe"])
+    if none:
+        assert labels["y none"] == [1, 0, 0, 1, 0, 0 if "y nan" in labels else "", "", 1]
+    assert " ".join(flags) in (tmp_path / "out/DATA.md").read_text()
+    said = {0: "4 cells that say 'None', 'nan', 'none'.", 1: "1 cells that say 'nan'.", 2: ""}
+    assert said[len(none)] in capsys.readouterr().out
+
+
+def test_words_that_say_nothing_are_told(tmp_path, capsys):
+    assert column(tmp_path, ["none", "Mass", "Cyst", "none"])["Mass"] == ["", 1, 0, ""]
+    assert "Not mentioned in column y: 2 cells that say 'none'." in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("cells, message", [
     (["yes", "no", "ys"], "row 4, column y: 'ys' among values of 1, 0, -1 and blank, such as 'yes'"
                           "; --class-columns"),
@@ -189,8 +214,10 @@ def test_several_rows_an_image(tmp_path):
 
 
 def test_majority_of_values():
-    assert majority_of([("1", "", "0", ""), ("1", "1", "1", ""), ("0", "", "-1", "")]) == (
-        "1", "1", "-1", "")
+    """A blank cell is a reader who does not mention a finding, and no reader less."""
+    assert majority_of([("1", "", "0", "", "1"), ("1", "1", "1", "", "1"),
+                        ("0", "", "-1", "", "")]) == ("1", "", "-1", "", "1")
+    assert majority_of([("1", "1"), ("", "0")]) == ("-1", "-1")
 
 
 def test_rows_of_one_image_must_agree_in_the_patient(tmp_path):
@@ -598,11 +625,38 @@ def test_mimic(tmp_path, capsys):
     assert np.isnan(manifest.labels[0]).all()
     said = capsys.readouterr().out
     assert "views left out: 10" in said and "chexpert.csv.gz: 1;" in said
+    assert "metadata.csv: 0. Studies of mimic-cxr-2.0.0-chexpert.csv.gz without an image: 0" in said
     run("mimic", "--src", src, "--out", tmp_path / "all", "--workers", 2, "--all-views")
     assert len(read_manifest(tmp_path / "all").paths) == 20
     (src / "mimic-cxr-2.0.0-metadata.csv").unlink()
     with pytest.raises(SystemExit, match=r"must hold one mimic-cxr-\*-metadata.csv\*, it holds 0"):
         run("mimic", "--src", src, "--out", tmp_path / "none")
+
+
+@pytest.mark.parametrize("table, column", [("chexpert.csv.gz", "study_id"),
+                                           ("metadata.csv", "dicom_id")])
+def test_mimic_tables_that_do_not_fit(tmp_path, capsys, table, column):
+    """Ids as another program wrote them: of all rows they are refused, of some they are counted."""
+    rows = [(f"i{i}", f"5{i:03}", f"1{i:03}", ("train", "validate", "test")[i % 3], "PA")
+            for i in range(9)]
+    mimic(tmp_path / "src", rows)
+    file = tmp_path / f"src/mimic-cxr-2.0.0-{table}"
+    packed = table.endswith("gz")
+    text = (gzip.decompress if packed else bytes)(file.read_bytes()).decode()
+
+    def write(text):
+        file.write_bytes((gzip.compress if packed else bytes)(text.encode()))
+
+    write(text.replace(",500", ",s500").replace("\ni", "\nI"))
+    flags = ["mimic", "--src", tmp_path / "src", "--out", tmp_path / "out", "--workers", 1]
+    with pytest.raises(SystemExit, match=f"{table}, column {column}: none of the 9 ids of the "
+                                         "images is in it, such as .* of mimic-cxr-2.0.0-split"):
+        run(*flags)
+    write(text.replace(",5003", ",s5003").replace("\ni3", "\nI3"))
+    run(*flags)
+    said = capsys.readouterr().out
+    assert ("without an image: 1." if packed else "metadata.csv: 1.") in said
+    assert len(read_manifest(tmp_path / "out").paths) == (9 if packed else 8)
 
 
 def test_text_that_is_none(tmp_path):

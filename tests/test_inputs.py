@@ -1,0 +1,404 @@
+"""Inputs from the field, a table for each kind: what comes in, and what becomes of it.
+
+The table of docs/sources.md, "Inputs from the field", has the same kinds. What is expected is
+either a label's values, or the words of the refusal.
+"""
+import contextlib
+import csv
+import os
+import socket
+import subprocess
+import sys
+import unicodedata
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from checkpoint import FORMAT, save_checkpoint
+from common import DataError
+from dicom import read_dicom
+from manifest import read_manifest
+from model import Classifier, build_encoder
+from radiograph import ImageSettings, load_image, read_image
+from test_dicom import EDGE, SCAN, write_dicom
+from test_prepare import SCRIPT, folder, labels_of, radiograph, rejected, run, save
+from test_sources import column, splits_of, tree
+
+LEVELS = np.linspace(0, 1, 64 * 48).reshape(64, 48)         # dark above, bright below
+
+
+@contextlib.contextmanager
+def outcome(expected):
+    """A block that is refused in words like `expected`, where that is text."""
+    if isinstance(expected, str):
+        with pytest.raises(SystemExit, match=expected):
+            yield
+    else:
+        yield
+
+
+# --------------------------------------------------------------------------------------------------
+# A. Cells: values, words, lists.
+
+TWO, MAY_BE_A_LIST = ["Mass", "Nodule"] * 2, "row 2, column y: .* may be a list"
+LIST = {"Mass": [1, 1, 0], "Nodule": [1, 0, 1]}
+
+
+@pytest.mark.parametrize("cells, expected", [
+    (["Y", "N ", "y", "n"], {"y": [1, 0, 1, 0]}),
+    (["TRUE ", "F", "true", " false"], {"y": [1, 0, 1, 0]}),
+    (["Pos", "NEG", "equivocal", "#N/A"], {"y": [1, 0, -1, ""]}),
+    (["\u00a01", "01", "0.", "+0", "-1.0"], {"y": [1, 1, 0, 0, -1]}),
+    (['["Mass","Nodule"]', '["Mass"]', '["Nodule"]'], LIST),
+    (["('Mass', 'Nodule')", "('Mass',)", "('Nodule',)"], LIST),
+    (["'Mass'|'Nodule'", "'Mass'", "'Nodule'"], LIST),
+    (["Mass||Nodule|", "Mass", "Nodule"], LIST),
+    (["Effusion", "Pleural Effusion", "left Pleural Effusion"] * 2,
+     {"Effusion": [1, 0, 0] * 2, "Pleural Effusion": [0, 1, 0] * 2,
+      "left Pleural Effusion": [0, 0, 1] * 2}),
+    *((cells * 2, MAY_BE_A_LIST) for cells in (
+        ["Mass#Nodule", *TWO], ["Mass with Nodule", *TWO], ["Mass\uff1bNodule", *TWO],
+        ["Mass\u3001Nodule", *TWO], ["Mass - Nodule", *TWO], ["a~b", "b~c", "c~a"],
+        ["{'Mass', 'Nodule'}", "set()", *TWO])),
+    (["1,0", "0,0", "1,0"], "row 2, column y: '1,0' may be a number with a decimal comma"),
+    (["1", "-1,0", "0"], "row 3, column y: '-1,0' may be a number with a decimal comma"),
+    (["0", "1", "9", "1"], "row 4, column y: '9' among values"),
+    (["Present", "Absent", "Not present"], "row 4, column y: 'Not present' among values"),
+    ([f"report {i}" for i in range(60)], "60 classes are more than 60 images can teach")])
+def test_cells(tmp_path, cells, expected):
+    with outcome(expected):
+        assert column(tmp_path, cells) == expected
+
+
+# --------------------------------------------------------------------------------------------------
+# B. Layouts of folders, patients, splits.
+
+@pytest.mark.parametrize("pattern, classes, expected", [
+    ("{Split}/{name}/{i}.png", ("NORMAL", "TB"), "split/class"),
+    ("a/b/c/1_{split}/{name}/{i}.png", ("NORMAL", "TB"), "*/*/*/split/class"),
+    ("{split}_images/{name}/pngs/{i}.png", ("NORMAL", "TB"), "split/class"),
+    ("{name}/{Split}/{i}.png", ("0", "1"), "class/split"),
+    ("{name}/{i}_{split}.png", ("TB", "TB "), "label 'TB' is 1 for every image"),
+    ("{name}/{split}{i}.png", ("images", "masks"), "seem to be masks.*images does not look like"),
+    ("{name}/{split}{i}.png", ("TB", "TB/segmentations"), "seem to be masks"),
+    ("TB/{split}{i}{name}.png", ("", "_seg"), "seem to be masks"),
+    ("{name}/{split}{i}.png", ("TB", "gt"), "seem to be masks"),
+    ("{split}/{name}/{i}_3rh5gt.png", ("TB", "x0roi1"), "split/class"),
+    ("{name}/{split}{i}.png", ("00017", "00018"), "00017 does not look like a class"),
+    ("{name}/{split}{i}.png", ("2020-01-31", "2020-02-01"), "does not look like a class"),
+    ("{name}/{split}{i}.png", ("JPCLN001", "JPCLN002"), "does not look like a class"),
+    ("{split}/{name}/{i}.png", ("TB", "unlabeled"), "unlabeled does not look like a class"),
+    ("{split}/{name}/p{i}/a.png", ("NORMAL", "TB"), "split/class"),         # one image of each
+    ("{name}/p1/{split}{i}.png", ("NORMAL", "TB"), "NORMAL/p1 seems to be of one patient, .*"
+                                                   "--layout class/patient"),
+    ("seen_{split}/{name}/{i}.png", ("NORMAL", "TB"), "NORMAL lies both below seen_"),
+    ("{split}/x/{name}/{i}.png", ("TB", "../../holdout/x"), "images in holdout lie beside")])
+def test_layouts(tmp_path, capsys, pattern, classes, expected):
+    names = {"test": "Testing", "val": "Validation", "train": "Train"}
+    src, out = tree(tmp_path, *(
+        os.path.normpath(pattern.format(split=split, Split=names[split], name=name, i=i))
+        for split in names for name in classes for i in range(2)))
+    for litter in ("__MACOSX/x/1.png", ".hidden/2.png", "Thumbs.db", "desktop.ini"):
+        (src / litter).parent.mkdir(exist_ok=True, parents=True)
+        (src / litter).write_bytes(b"no image")
+    refused = " " in expected
+    with outcome(expected if refused else None):
+        folder(src, out)
+        assert f"Layout of the folders: {expected} (rec" in capsys.readouterr().out
+        manifest = read_manifest(out)
+        assert len(manifest.paths) == 6 * len(classes)
+        for path, split in splits_of(out).items():
+            assert "split" not in expected or split in path.lower() or names[split] in path
+
+
+@pytest.mark.parametrize("header, rows, expected", [
+    ("path,patient", ["1e3", "1000", "2", "3"], "'1e3' and '1000' differ in form only"),
+    ("path,patient", ["\uff11", "1", "2", "3"], "differ in form only"),
+    ("path,patient", ["1.0", "01", " 1", "3"], "'1.0' and '01' differ in form only"),
+    ("path,patient", ["1", "1", "1", "1"], "the val split is empty: 4 images of 1 patient"),
+    ("path,PatientID", ["1", "1", "2", "3"], "column 'PatientID' of l.csv seems to name the pat.*"
+                                             "--patient-column PatientID"),
+    ("path,subject_id", ["1", "1", "2", "3"], "--patient-column subject_id"),
+    ("path,Patient Age", ["1", "1", "2", "3"], {"test": 1, "train": 2, "val": 1}),
+    ("path,Split", ["Train", "TEST", "valid", "training"], "--split-column Split takes them"),
+    ("path,split", ["Train", "TEST", "dev", "training"], {"train": 2, "test": 1, "val": 1}),
+    ("path,split", ["0", "1", "0", "1"], "row 2, column split: '0' is no split"),
+    ("path,patient,split", ["1,train", "1,test", "2,train", "3,val"],
+     "patient 1 is in test and in train")])
+def test_columns_of_patients_and_splits(tmp_path, header, rows, expected):
+    src, out = tree(tmp_path, *(f"{i}.png" for i in range(4)))
+    (tmp_path / "l.csv").write_text("\n".join(
+        [header, *(f"{i}.png,{row}" for i, row in enumerate(rows))]))
+    with outcome(expected):
+        folder(src, out, "--csv", tmp_path / "l.csv")
+        splits = list(splits_of(out).values())
+        assert {split: splits.count(split) for split in splits} == expected
+
+
+def test_a_class_whose_images_are_all_bad_is_told(tmp_path):
+    src, out = tree(tmp_path, *(f"{name}/{i}.png" for name in "AB" for i in range(6)))
+    for i in range(6):
+        (src / f"A/{i}.png").write_text("<html>")
+    with pytest.raises(SystemExit, match="label 'A' is 0 for every image"):
+        folder(src, out, "--allow", "empty-split")
+    assert not (out / "manifest.csv").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# C and D. Gray levels, and headers that say of them what cannot be.
+
+def deep(top):
+    return Image.fromarray((top * LEVELS).astype(np.uint16))
+
+
+GRAY = Image.fromarray((255 * LEVELS).astype(np.uint8))
+TURNED = Image.Exif()
+TURNED[274] = 3
+
+
+@pytest.mark.parametrize("name, image, options", [
+    ("12 of 16 bits.png", deep(4095), {}), ("8 of 16 bits.png", deep(255), {}),
+    ("float.tif", Image.fromarray(LEVELS.astype(np.float32)), {}),
+    ("signed float.tif", Image.fromarray((2 * LEVELS - 1).astype(np.float32)), {}),
+    ("white is 0.tif", deep(65535).point(lambda level: 65535 - level), {"tiffinfo": {262: 0}}),
+    ("palette.png", GRAY.quantize(200), {}), ("cmyk.jpg", GRAY.convert("CMYK"), {}),
+    ("turned.jpg", GRAY.rotate(180), {"exif": TURNED, "quality": 95}),
+    ("turned.tif", GRAY.rotate(180), {"tiffinfo": {274: 3}}),
+    ("alpha.webp", GRAY.convert("RGBA"), {"lossless": True}),
+    ("pages.tif", GRAY, {"save_all": True, "append_images": [GRAY], "words": "2 frames"}),
+    ("moving.png", GRAY, {"save_all": True, "append_images": [GRAY.rotate(9)], "words": "frames"}),
+    ("zip.png", GRAY, {"words": "a zip file, none of PNG", "content": b"PK\3\4" + bytes(99)}),
+    ("page.jpg", GRAY, {"words": "a page of HTML", "content": b"<html>log in</html>"})])
+def test_pixels(tmp_path, name, image, options):
+    options = dict(options)
+    words, content = options.pop("words", ""), options.pop("content", None)
+    file = tmp_path / name
+    if content:
+        file.write_bytes(content)
+    else:
+        image.save(file, **options)
+    if words:
+        with pytest.raises(DataError, match=words):
+            load_image(file, read_image, ImageSettings())
+        return
+    levels = np.asarray(load_image(file, read_image, ImageSettings()).image, float)
+    assert np.abs(levels / 255 - LEVELS).max() < 0.02
+
+
+WHITE = "window not used: it would have made most of the image white"
+NO_NUMBER = "window not used: its centre or width is missing or no number"
+PAST = np.where(EDGE, 4095, SCAN)                           # columns of padding
+
+
+@pytest.mark.parametrize("elements, pixels, expected, notes", [
+    ({"WindowCenter": [1700, 40], "WindowWidth": [3200, 400]}, SCAN, SCAN, ()),
+    ({"WindowCenter": [40, 1700], "WindowWidth": [400, 3200]}, SCAN, SCAN, (WHITE,)),
+    ({"WindowCenter": 1700, "WindowWidth": "3200", "text": "1E-9"}, SCAN, SCAN,
+     ("window not used: its width is too small",)),
+    ({"WindowCenter": -9000, "WindowWidth": 3200}, SCAN, SCAN,
+     ("window not used: it would have made all of the image one gray level",)),
+    ({"WindowCenter": 1700, "WindowWidth": "3200", "text": "NaN "}, SCAN, SCAN, (NO_NUMBER,)),
+    ({"WindowCenter": 1700, "WindowWidth": "3200", "text": "\\3,2"}, SCAN, SCAN, (NO_NUMBER,)),
+    ({"WindowCenter": 1700, "WindowWidth": "3200.5", "text": "+3200,"}, SCAN, SCAN, ()),
+    ({"photometric": "MONOCHROME1", "PixelPaddingValue": 4095}, PAST, np.where(EDGE, -3200, -SCAN),
+     ()),
+    ({"photometric": "MONOCHROME1", "PixelPaddingValue": 0}, np.where(EDGE, 0, SCAN),
+     np.where(EDGE, -3200, -SCAN), ()),
+    ({"PixelPaddingValue": 900, "PixelPaddingRangeLimit": 1400}, SCAN, SCAN,
+     ("padding not believed: it lies inside the image",)),
+    ({"RescaleSlope": "1.25", "RescaleIntercept": 0, "text": "wide"}, SCAN, SCAN,
+     ("rescale not used: slope or intercept is no number, or the slope 0",))])
+def test_dicom_headers(tmp_path, elements, pixels, expected, notes):
+    elements = dict(elements)
+    text = elements.pop("text", "")
+    write_dicom(tmp_path / "x.dcm", pixels, **elements)
+    if text:
+        old = next(value for value in elements.values() if isinstance(value, str))[:len(text)]
+        content = (tmp_path / "x.dcm").read_bytes()
+        (tmp_path / "x.dcm").write_bytes(content.replace(old.encode(), text.encode()))
+    reading = load_image(tmp_path / "x.dcm", read_dicom, ImageSettings(64))
+    levels = np.asarray(reading.image, float)
+    assert reading.notes == notes
+    assert np.corrcoef(levels.ravel(), np.asarray(expected).ravel())[0, 1] > 0.99
+
+
+# --------------------------------------------------------------------------------------------------
+# E and F. Text: encodings, separators, line ends, names.
+
+TABLE = "path,y\n" + "".join(f"{i}.png,{i % 2}\n" for i in range(4))
+
+
+@pytest.mark.parametrize("content, expected", [
+    (TABLE.encode("utf-16"), None), (b"\xfe\xff" + TABLE.encode("utf-16-be"), None),
+    (TABLE.replace(",", ";").encode("utf-8-sig"), None), (TABLE.replace(",", "\t"), None),
+    (TABLE.replace("\n", "\r"), None), (TABLE.replace("\n", "\n\n"), None),
+    (TABLE.replace("\n", ",\r\n"), None), (TABLE.replace("path,y", '"path","y"'), None),
+    (TABLE.replace("path", ",path").replace("\n", "\n0,", 4), None),
+    (TABLE.replace(",1", ",\u200b1"), r"row 3, column y: '\\u200b1' among values"),
+    (TABLE.encode() + b"Befund M\xfcller,1\n", "l.csv is not a CSV file in UTF-8"),
+    (TABLE.encode("utf-32"), "l.csv must have one column 'path'"),
+    (TABLE.replace(",1", ",1\0"), r"row 3, column y: '1\\x00' among values"),
+    (b"PK\3\4" * 900, "must have one column 'path', its header is .{,3000}$"),
+    ("", "must have one column 'path', its header is ''")])
+def test_tables(tmp_path, content, expected):
+    src, out = tree(tmp_path, *(f"{i}.png" for i in range(4)))
+    (tmp_path / "l.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with outcome(expected):
+        folder(src, out, "--csv", tmp_path / "l.csv", "--label-columns", "y")
+        assert [label["y"] for _, label in sorted(labels_of(read_manifest(out)).items())] == [
+            0, 1, 0, 1]
+
+
+def test_names_are_read_back_in_any_locale(tmp_path):
+    names = ["a\nb", 'a"b', "a,b", "\x85", "x" * 200, "é" * 100, "e\u0301", "胸", "a\\b", "-x"]
+    files = [f"{part}/{name}.png" for name in names for part in "AB"]
+    tree(tmp_path, *files)
+    for locale in ({}, {"PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}):
+        out = tmp_path / f"out{len(locale)}"
+        result = subprocess.run(
+            [sys.executable, SCRIPT, "folder", "--src", tmp_path / "src", "--out", out],
+            capture_output=True, env={"PATH": os.environ["PATH"], "LC_ALL": "C"} | locale)
+        assert result.returncode == 0, result.stderr
+        assert sorted(read_manifest(out).paths) == sorted(
+            f"images/{file.removesuffix('.png')}.jpg" for file in files)
+        assert run("verify", out, "--workers", 1) == 0
+
+
+# --------------------------------------------------------------------------------------------------
+# I and J. One odd thing among many, and names of one file.
+
+def test_odd_files_stop_nothing(tmp_path):
+    src, out = tree(tmp_path, *(f"{part}/{i}.png" for part in "AB" for i in range(12)))
+    (src / "loop.png").symlink_to("loop.png")
+    (src / "A/again").symlink_to("../A")
+    (src / "B/gone.png").symlink_to("nowhere.png")
+    (src / "B/folder.png").mkdir()
+    os.mkfifo(src / "B/pipe.png")
+    save(src / "A" / ("x" * 250 + ".bmp"), radiograph(7))
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(src / "A/socket.png"))
+        folder(src, out)
+    assert len(read_manifest(out).paths) == 24
+    special = "a named pipe, a socket or a device"
+    assert rejected(out) == {
+        "loop.png": "Too many levels of symbolic links", "B/gone.png": "No such file or directory",
+        "A/" + "x" * 250 + ".bmp": "its name would be longer than 251 bytes",
+        "B/pipe.png": special, "A/socket.png": special}
+
+
+@pytest.mark.parametrize("files, rows, expected", [
+    (["a.png", "A.png", "b.png", "c.png"], ["a.png", "A.png", "b.png", "c.png"], [1, 0, 0, 1]),
+    (["é.png", "e\u0301.png", "b.png"], ["é.png", "b.png"], "have the same name, written in two"),
+    (["1.png", "1.png.png", "2.png", "3.png"], ["1.png", "1.png.png", "2.png", "3.png"],
+     [0, 1, 0, 1]),
+    (["x/1.PNG", "x/2.png", "x/3.png"],
+     ["C:\\x\\1.png", "C:\\x\\2.png", "C:\\x\\3.png"], [0, 1, 0]),
+    (["x/1.png", "x/2.png", "3.png"], ["1.png", "2.png", "3.png"],
+     "row 2: there is no 1.png, but x/1.png, and row 4 names 3.png by its path"),
+    (["a.b.png", "a.c.png", "d.png"], ["a.b", "a.c", "d"], [0, 1, 0]),
+    (["1/0.png", "2/0.png", "3.png"], ["0.jpg", "3.jpg"], "row 2: 0.jpg may be 1/0.png or 2/0.png"),
+    (["link/0.png", "z/1.png", "z/2.png"], ["z/0.png", "link/1.png", "z/2.png"], [0, 1, 0])])
+def test_rows_find_their_files(tmp_path, files, rows, expected):
+    if files[0].startswith("link"):
+        (tmp_path / "src/z").mkdir(parents=True)
+        (tmp_path / "src/link").symlink_to("z")
+    src, out = tree(tmp_path, *files)
+    with open(tmp_path / "l.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("path", "y"), *((row, i % 2) for i, row in enumerate(rows))])
+    with outcome(expected):
+        folder(src, out, "--csv", tmp_path / "l.csv", "--label-columns", "y")
+        labels = labels_of(read_manifest(out))
+        assert [labels[path]["y"] for path in sorted(labels)] == expected
+
+
+# --------------------------------------------------------------------------------------------------
+# K. Identity that is not in the header.
+
+@pytest.mark.parametrize("absent, flags, patients", [
+    (("PatientID", "SOPInstanceUID"), (), "6 files: SOPInstanceUID is missing, or both"),
+    (("PatientID",), (), 3), (("PatientID", "StudyInstanceUID"), ("--patient-from", "folder"), 2),
+    (("Modality",), (), "Modality is missing .--modality none takes such files"),
+    (("Modality", "SOPClassUID"), ("--modality", "None", "DX"), 3)])
+def test_identity(tmp_path, absent, flags, patients):
+    for i in range(6):
+        file = tmp_path / f"src/{'ab'[i % 2]}/{i}.dcm"
+        dataset = write_dicom(file, SCAN + i, patient=f"P{i // 2}", StudyInstanceUID=f"1.{i // 2}")
+        for name in absent:
+            delattr(dataset, name)
+        dataset.save_as(file, enforce_file_format=False)
+    command = ["dicom", "--src", tmp_path / "src", "--out", tmp_path / "out", "--workers", 1]
+    with outcome(patients):
+        run(*command, *flags, "--allow", "empty-split")
+        assert len(set(read_manifest(tmp_path / "out").patients)) == patients
+
+
+# --------------------------------------------------------------------------------------------------
+# G, H, L and M. The neighbours: predict, pretrain, cluster_eval.
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """A classifier.pt that was never trained."""
+    path = tmp_path_factory.mktemp("classifier") / "classifier.pt"
+    net = Classifier(build_encoder("resnet18"), 2)
+    save_checkpoint(path, {
+        "format": FORMAT, "arch": "resnet18", "labels": ["Mass", "Effusion"], "kind": "binary",
+        "encoder": net.encoder.state_dict(), "classifier": net.head.state_dict(),
+        "thresholds": [0.5, 0.5], "n_train": 0,
+        "config": {"data": "", "image_size": 32, "normalize": "image", "clahe": False}})
+    return path
+
+
+def test_predict_takes_what_prepare_takes(classifier, tmp_path, capsys):
+    import predict
+    src, _ = tree(tmp_path, "a.JPEG", "below/b.tif", "below/c.bmp", 'd "e",\nf.png')
+    write_dicom(src / "IM0001", SCAN, photometric="MONOCHROME1")
+    (src / "more").symlink_to(tmp_path / "elsewhere")
+    save(tmp_path / "elsewhere/g.webp")
+    for name, content in (("Thumbs.db", b""), ("._a.png", b"x"), ("half.png", b"\x89PNG\r\n\x1a\n"),
+                          ("page.jpg", b"<html>"), ("none.dcm", b"no DICOM")):
+        (src / "below" / name).write_bytes(content)
+    (src / "loop.png").symlink_to("loop.png")
+    with pytest.raises(SystemExit, match="4 of 10 images cannot be read.*all in rejected.csv"):
+        predict.main([str(classifier), str(src), "--threads", "1", "--out", str(tmp_path / "out")])
+    assert "passed over, as no images: 1 files (1 .db)" in capsys.readouterr().out
+    assert rejected(tmp_path / "out") == {
+        "below/half.png": "cannot identify the image: damaged, or of a kind of TIFF, PNG or JPEG "
+                          "that cannot be read",
+        "below/none.dcm": "not a DICOM file", "loop.png": "Too many levels of symbolic links",
+        "below/page.jpg": "cannot identify the image: a page of HTML or XML, none of PNG, JPEG, "
+                          "JPEG2000, TIFF, BMP, PPM, WEBP"}
+    with open(tmp_path / "out/predictions.csv", newline="") as file:
+        assert {row["path"] for row in csv.DictReader(file)} == {
+            "a.JPEG", "below/b.tif", "below/c.bmp", 'd "e",\nf.png', "IM0001", "more/g.webp"}
+
+
+@pytest.mark.parametrize("flags, environment, words", [
+    (("--batch-size", "1"), {}, "--batch-size 1 leaves nothing to learn"),
+    (("--batch-size", "0"), {}, "0 does not lie in"),
+    (("--batch-size", "4096"), {}, "4096"), ((), {"RANK": "0"}, "RANK but not "),
+    ((), {"LOCAL_RANK": "1"}, "LOCAL_RANK but not ")])
+def test_settings_that_cannot_work(data, tmp_path, monkeypatch, capsys, flags, environment, words):
+    import pretrain
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as caught:
+        pretrain.main(["--data", str(data), "--out", str(tmp_path / "out"), "--arch", "resnet18",
+                       "--image-size", "32", "--threads", "1", *flags])
+    assert caught.value.code not in (0, None)
+    assert words in str(caught.value) + capsys.readouterr().err
+
+
+def test_names_that_figures_cannot_write(tmp_path, recwarn):
+    """From right to left, and a sign that no font has."""
+    import cluster_eval
+    names = ["سليم", "\U0010fffd", "_TB $x$"]
+    tree(tmp_path, *(f"{unicodedata.normalize('NFC', name)}/{i}.png" for name in names
+                     for i in range(8)))
+    folder(tmp_path / "src", tmp_path / "data", "--allow", "empty-split")
+    cluster_eval.main(["--data", str(tmp_path / "data"), "--init", "pixels", "--split", "all",
+                       "--out", str(tmp_path / "out"), "--bootstrap", "5", "--seeds", "1",
+                       "--threads", "1"])
+    text = (tmp_path / "out/results.md").read_text()
+    assert f"is {names[0]}" in text and f"is {names[1]}" in text and "In the figures" in text
+    assert not any("Glyph" in str(warning.message) for warning in recwarn)
