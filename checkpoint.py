@@ -48,8 +48,8 @@ def _interrupt_later() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if signals:
-        signal.raise_signal(signal.SIGINT)
+        if signals:                     # also where the block has failed
+            signal.raise_signal(signal.SIGINT)
 
 
 def first_not_finite(net: nn.Module, optimizer: torch.optim.Optimizer) -> str:
@@ -131,6 +131,10 @@ def _damage(state: dict) -> str:
         entry = state.get(name, {})
         if not isinstance(entry, dict) or not all(isinstance(key, str) for key in entry):
             return f"its {name} is no table of names"
+    # Without these the defaults would be taken, and other features would come out.
+    missing = sorted(PREPROCESSING - state.get("config", {}).keys())
+    if state.get("format") == FORMAT and missing:
+        return f"its config has no {' and no '.join(missing)}"
     about = state.get("config", {}) | {key: state[key] for key in ("arch", "step") if key in state}
     kinds = {"image_size": int, "clahe": bool, "normalize": str, "data": str, "arch": str,
              "step": int}

@@ -678,6 +678,8 @@ def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> O
                 group["lr"] = run.learning_rate(step, steps, steps // 10, group["peak"])
             # ... the network sees one view of each image of the batch ...
             x, index = next(batches)                                        # (B, 1, S, S), (B,)
+            if step == first * epoch_steps:
+                compute.rehearse(model, x)
             with compute.autocast():
                 logits = model(x.contiguous(memory_format=torch.channels_last))
             # ... and its answers are compared with the labels, as far as there are any.

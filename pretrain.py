@@ -638,6 +638,8 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
         with progress.waiting():
             view1, view2, _ = next(batches)                             # (N, 1, S, S) each
         x = torch.cat([view1, view2])                                   # (2N, 1, S, S)
+        if step == start_step:
+            compute.rehearse(model, x[:2 * config.micro_batch] if config.micro_batch else x)
         if config.micro_batch:
             z, batch_loss = backward_in_pieces(
                 model, x, 2 * config.micro_batch, config.temperature, scaler, compute)

@@ -15,10 +15,10 @@ import os
 import signal
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -278,15 +278,25 @@ def in_parallel(function: Callable, items: list, workers: int, title: str) -> li
     dies. The function and the results are pickled."""
     tqdm.monitor_interval = 0       # no thread: fork, which shares what is imported, wants none
     pool = ProcessPoolExecutor(workers, get_context("fork"), die_with_parent)
+    pieces, results = [items[i:i + 8] for i in range(0, len(items), 8)], []
     try:
         # Ctrl-C reaches all processes of a terminal and is for this one only. A signal that is
         # blocked here when the workers are started stays blocked in them.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        with tqdm(pool.map(function, items, chunksize=8), title, len(items),
-                  unit=" images", dynamic_ncols=True) as results:
+        with tqdm(None, title, len(items), unit=" images", dynamic_ncols=True) as bar:
+            # Not pool.map, which cancels what waits where a worker has died. That may stop the
+            # thread by which Python 3.11 then ends the other workers.
+            futures = [pool.submit(_of_each, function, piece) for piece in pieces]
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-            return list(results)
+            for future in futures:
+                of_piece = _result(future, workers)
+                results += of_piece
+                bar.update(len(of_piece))
+        return results
     except BrokenProcessPool:
+        for worker in active_children():        # nothing waits for those that are left
+            worker.kill()
+            worker.join()
         raise DataError("a worker process died, most likely for want of memory; the same command "
                         "goes on where this one stopped, with fewer --workers if it happens "
                         "again") from None
@@ -294,6 +304,21 @@ def in_parallel(function: Callable, items: list, workers: int, title: str) -> li
         # However the loop ended, the workers finish the few images that they have begun.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         pool.shutdown(cancel_futures=True)
+
+
+def _of_each(function: Callable, items: list) -> list:
+    return [function(item) for item in items]
+
+
+def _result(future: Future, workers: int) -> list:
+    """Of a piece; BrokenProcessPool where a worker has died, also where Python 3.11 misses it: its
+    thread that would see that stops where pieces are added at this moment."""
+    while True:
+        try:
+            return future.result(timeout=1)
+        except TimeoutError:
+            if not future.done() and len(active_children()) < workers:
+                raise BrokenProcessPool from None
 
 
 def die_with_parent() -> None:

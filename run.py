@@ -243,6 +243,23 @@ class Compute:
         return DistributedDataParallel(net, device_ids=[self.device.index] if self.cuda else None,
                                        gradient_as_bucket_view=True, **KEEP_BUFFERS)
 
+    def rehearse(self, model: nn.Module, x: Tensor) -> None:
+        """A backward pass that changes nothing, before a run's first step and before that with
+        which it goes on. x: what the network sees in that step.
+
+        After its first backward pass DistributedDataParallel lays out the gradients in another
+        order, in which all later steps sum them. Three summands or more round differently in
+        another layout, so that without this a run that goes on would end with other bits."""
+        if self.world_size == 1:
+            return
+        statistics = [buffer.clone() for buffer in model.buffers()]
+        with self.autocast():
+            y = model(x.contiguous(memory_format=torch.channels_last))
+        y.float().sum().backward()
+        model.zero_grad(set_to_none=True)
+        for buffer, before in zip(model.buffers(), statistics):
+            buffer.copy_(before)
+
 
 class Place(NamedTuple):
     """A process among those that torchrun started: of all machines, and of its own."""

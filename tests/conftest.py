@@ -33,6 +33,7 @@ def pytest_configure(config):
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="test_faults.py: the whole campaign")
     parser.addoption("--fault-seed", type=int, default=0, help="test_faults.py: of what is drawn")
+    parser.addoption("--fault-table", metavar="FILE", help="test_faults.py: rows are added to it")
 
 
 def pytest_collection_modifyitems(items):

@@ -1,9 +1,8 @@
-"""Run under torchrun by test_distributed.py: training steps, and everything they saw.
+"""Training steps, and everything they saw. test_distributed.py starts this under torchrun:
 
-    torchrun --nproc_per_node=W tests/ddp_steps.py DATA OUT frozen|live
+    torchrun --nproc_per_node=W tests/ddp_steps.py DATA OUT
 
-writes OUT/rank.pt, a list of steps, on each process. Batch norm is frozen, by its running
-statistics, or live, by the statistics of the batch of all processes.
+On each process it writes OUT/rank.pt: what `steps_of_both` returns.
 """
 import sys
 from pathlib import Path
@@ -19,40 +18,68 @@ from model import SimCLR, build_encoder
 from pretrain import backward_in_pieces
 from run import Compute
 
-dist.init_process_group("gloo")
-rank, world_size = dist.get_rank(), dist.get_world_size()
-torch.manual_seed(0)
-compute = Compute(rank, world_size, torch.device("cpu"), "fp32", 1)
-net = compute.place(SimCLR(build_encoder("resnet18"))).train(sys.argv[3] == "live")
-# Live batch norm of small images amplifies rounding errors from step to step, so that equality
-# shows in double precision, and in weights that stay as they are.
-precision, lr = (torch.float64, 0.0) if net.training else (torch.float32, 1e-3)
-net.to(precision)
-model = compute.data_parallel(net)
-optimizer, scaler = torch.optim.SGD(net.parameters(), lr), torch.amp.GradScaler(enabled=False)
-manifest, steps = read_manifest(sys.argv[1]), []
-loader = train_loader(manifest, manifest.images("train"), 8, range(6), 2, Augmentation(),
-                      Preprocessing(32), 0, "cpu", rank, world_size)
+STEPS, RESUMED = 6, 5
 
 
-def gradient():
+def train(compute, data, live, first=0, state=None):
+    """The steps from `first` on, each a dict, and the network's state before step RESUMED.
+
+    Batch norm is frozen, by its running statistics, or live, by the statistics of the batch of
+    all processes. Live batch norm of small images amplifies rounding errors from step to step,
+    so that equality shows in double precision, and in weights that stay as they are."""
+    torch.manual_seed(0)
+    encoder = build_encoder("resnet18")
+    encoder.layer4, encoder.num_features = torch.nn.Identity(), 256     # a quarter of the weights
+    net = compute.place(SimCLR(encoder)).train(live)
+    precision, lr = (torch.float64, 0.0) if live else (torch.float32, 1e-3)
+    net.to(precision)
+    if state:
+        net.load_state_dict(state)
+    model = compute.data_parallel(net)
+    optimizer, scaler = torch.optim.SGD(net.parameters(), lr), torch.amp.GradScaler(enabled=False)
+    manifest, steps = read_manifest(data), []
+    loader = train_loader(
+        manifest, manifest.images("train"), 8, range(first, STEPS), 2, Augmentation(),
+        Preprocessing(32), 0, "cpu", compute.rank, compute.world_size)
+    for step, (view1, view2, index) in enumerate(loader, first):
+        if step == RESUMED:
+            state = {name: value.clone() for name, value in net.state_dict().items()}
+        x = torch.cat([view1, view2]).to(precision)
+        if step == first:
+            compute.rehearse(model, x)
+        in_pieces = {}
+        if not live:                    # a piece has a batch norm of its own
+            backward_in_pieces(model, x, 3, 0.07, scaler, compute)
+            in_pieces = {"gradient in pieces": gradient_of(net)}
+            optimizer.zero_grad()
+        z1, z2 = model(x).chunk(2)
+        loss = nt_xent(z1, z2, 0.07)
+        loss.backward()
+        steps.append({"index": index, "views": torch.stack([view1, view2]), "loss": loss.detach(),
+                      "top1": diagnostics(z1, z2)["top1"], "gradient": gradient_of(net),
+                      "statistics": torch.cat([b.flatten().float() for b in net.buffers()])}
+                     | in_pieces)
+        optimizer.step()
+        optimizer.zero_grad()
+    return steps, state
+
+
+def gradient_of(net):
     return torch.cat([p.grad.flatten() for p in net.parameters()])
 
 
-for view1, view2, index in loader:
-    x, in_pieces = torch.cat([view1, view2]).to(precision), None
-    optimizer.zero_grad()
-    if not net.training:        # pieces have a batch norm of their own
-        backward_in_pieces(model, x, 3, 0.07, scaler, compute)
-        in_pieces = gradient()
-    z1, z2 = model(x).chunk(2)
-    loss = nt_xent(z1, z2, 0.07)
-    optimizer.zero_grad()
-    loss.backward()
-    steps.append({"index": index, "views": torch.stack([view1, view2]), "loss": loss.detach(),
-                  "top1": diagnostics(z1, z2)["top1"],
-                  "gradient": gradient(), "gradient in pieces": in_pieces,
-                  "statistics": torch.cat([b.flatten().float() for b in net.buffers()])})
-    optimizer.step()
-torch.save(steps, Path(sys.argv[2]) / f"{rank}.pt")
-dist.destroy_process_group()
+def steps_of_both(compute, data):
+    """{"frozen" and "live": all steps; and the same with " resumed": those after a resume}."""
+    recorded = {}
+    for name, live in (("frozen", False), ("live", True)):
+        recorded[name], state = train(compute, data, live)
+        recorded[f"{name} resumed"], _ = train(compute, data, live, RESUMED, state)
+    return recorded
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    compute = Compute(rank, dist.get_world_size(), torch.device("cpu"), "fp32", 1)
+    torch.save(steps_of_both(compute, sys.argv[1]), Path(sys.argv[2]) / f"{rank}.pt")
+    dist.destroy_process_group()

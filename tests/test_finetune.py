@@ -19,7 +19,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import finetune
-from checkpoint import FORMAT, load_checkpoint, save_checkpoint
+from checkpoint import load_checkpoint, save_checkpoint
 from labels import draw
 from manifest import read_manifest
 from predict import load_classifier
@@ -361,9 +361,9 @@ def test_wrong_input_is_refused_in_a_sentence(capsys, tmp_path, monkeypatch, enc
     bare = changed(labelled, tmp_path / "bare", lambda lines: [line[:3] for line in lines])
     assert "has no label column" in refused(*given, "--data", bare)
     assert not (tmp_path / "runs").exists()
-    weights = load_checkpoint(encoder)["encoder"]
-    weights["conv1.weight"][0] = torch.nan
-    torch.save({"format": FORMAT, "arch": "resnet18", "encoder": weights}, tmp_path / "nan.pt")
+    state = load_checkpoint(encoder)
+    state["encoder"]["conv1.weight"][0] = torch.nan
+    torch.save(state, tmp_path / "nan.pt")
     assert "weights are not finite" in refused("--init", tmp_path / "nan.pt", "--data", labelled)
 
 

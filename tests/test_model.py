@@ -68,7 +68,8 @@ def test_projection_head():
 def test_encoder_file_round_trip(tmp_path):
     encoder = build_encoder("resnet18")
     save_checkpoint(tmp_path / "encoder.pt", {
-        "format": FORMAT, "arch": "resnet18", "config": {}, "encoder": encoder.state_dict()})
+        "format": FORMAT, "arch": "resnet18", "encoder": encoder.state_dict(),
+        "config": {"image_size": 224, "normalize": "fixed", "clahe": False}})
     again = build_encoder("resnet18", str(tmp_path / "encoder.pt"))
     for key, value in encoder.state_dict().items():
         assert torch.equal(again.state_dict()[key], value)

@@ -59,6 +59,19 @@ def shell(environment, *command, cwd=ROOT):
     return process.returncode, process.stdout.decode(errors="replace")
 
 
+def shell_of_several(environment, *commands):
+    """Stages one after another in one process, which saves the start of the others: the output of
+    each. All have to end well."""
+    code = ("import importlib, json, sys\n"
+            "for stage, *arguments in json.loads(sys.argv[1]):\n"
+            "    importlib.import_module(stage).main(arguments)\n"
+            "    print(chr(12), flush=True)\n")
+    commands = json.dumps([[*map(str, command)] for command in commands])
+    code, output = shell(environment, "-c", code, commands)
+    assert code == 0, output
+    return output.split("\f")[:-1]
+
+
 # --------------------------------------------------------------------------------------------------
 # Storage.
 
@@ -175,18 +188,17 @@ LATIN1 = {"PYTHONIOENCODING": "latin-1"}
 def test_a_terminal_that_lacks_a_character_ends_no_run(tmp_path, environment):
     folder = write_folder(tmp_path / "data", patients=10, images_per_patient=4,
                           labels=("Lungenentzündung", "肺炎"))
-    code, output = shell(environment, "finetune.py", "--init", "random", "--arch", "resnet18",
-                         "--image-size", 32, "--mode", "linear", "--threads", 1, "--data", folder,
-                         "--out", tmp_path / "runs/f")
-    assert code == 0 and "done:" in output, output
+    clusters = ["cluster_eval", "--init", "pixels", "--split", "all", "--data", folder, "--out",
+                tmp_path / "runs/c", "--seeds", 1, "--bootstrap", 5]
+    output, *of_clusters = shell_of_several(
+        environment, ["finetune", "--init", "random", "--arch", "resnet18", "--image-size", 32,
+                      "--mode", "linear", "--threads", 1, "--data", folder, "--out",
+                      tmp_path / "runs/f"], clusters, clusters)
+    assert "done:" in output
     assert "\\u80ba\\u708e" in output
     text = (tmp_path / "runs/f/results.md").read_text("utf-8")
     assert "肺炎" in text and "Lungenentzündung" in text and "−" not in output
-    for complete in (False, True):
-        code, output = shell(environment, "cluster_eval.py", "--init", "pixels", "--split", "all",
-                             "--data", folder, "--out", tmp_path / "runs/c", "--seeds", 1,
-                             "--bootstrap", 5)
-        assert code == 0 and ("is complete" in output) == complete, output
+    assert ["is complete" in output for output in of_clusters] == [False, True]
 
 
 def test_folders_whose_names_are_no_utf8(labelled, tmp_path):
@@ -198,16 +210,14 @@ def test_folders_whose_names_are_no_utf8(labelled, tmp_path):
     encoder, runs = f"{home}/encoder.pt", tmp_path / "runs"
     code, output = shell({}, "pretrain.py", *STEPS, "--data", labelled, "--out", f"{home}/runs")
     assert code == 1 and r"R\udcf6ntgen/runs is not in UTF-8" in output, output
-    for script, *arguments in [
-            ("pretrain.py", *STEPS, "--data", f"{home}/data", "--out", runs / "p"),
-            ("finetune.py", "--init", "random", encoder, "--mode", "linear", "--threads", 1,
-             "--out", runs / "f"),
-            ("cluster_eval.py", "--init", "pixels", encoder, "--seeds", 1, "--bootstrap", 5,
-             "--classes", "dominant", "--out", runs / "c")]:
-        code, output = shell({}, script, *arguments)
-        assert code == 0 and "done:" in output and r"R\udcf6ntgen" in output, output
-        if script == "pretrain.py":
-            shutil.copy(runs / "p/encoder.pt", encoder)
+    os.symlink(runs / "p/encoder.pt", encoder)
+    for output in shell_of_several(
+            {}, ["pretrain", *STEPS, "--data", f"{home}/data", "--out", runs / "p"],
+            ["finetune", "--init", "random", encoder, "--mode", "linear", "--threads", 1,
+             "--out", runs / "f"],
+            ["cluster_eval", "--init", "pixels", encoder, "--seeds", 1, "--bootstrap", 5,
+             "--classes", "dominant", "--out", runs / "c"]):
+        assert "done:" in output and r"R\udcf6ntgen" in output, output
 
 
 def test_a_data_folder_of_other_names_is_read_in_any_locale(tmp_path):
