@@ -274,13 +274,6 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float, patients: Tensor | None 
         return loss
 
 
-def chance_level(global_batch_size: int, decoupled: bool = False) -> float:
-    """NT-Xent where all projections are the same, for WN images of as many patients:
-    ln(2WN - 1), or ln(2WN - 2) if decoupled. Temperature, hardness and prior do not
-    change it. `diagnostics` tells it of a batch whose images share patients."""
-    return math.log(2 * global_batch_size - 2 + (not decoupled))
-
-
 @torch.no_grad()
 def diagnostics(z1: Tensor, z2: Tensor, patients: Tensor | None = None,
                 weights: Tensor | None = None, decoupled: bool = False) -> dict[str, Tensor]:

@@ -85,6 +85,10 @@ class Manifest:
             raise DataError(f"{self.folder / 'manifest.csv'} has no image in the {split} split")
         return index
 
+    def patient_numbers(self) -> np.ndarray:
+        """A number for each image, (N,) int64, the same for images of one patient."""
+        return np.unique(self.patients, return_inverse=True)[1]
+
     def files(self, images: np.ndarray) -> list[np.ndarray]:
         """What DALI gets of some images, uint8: from images.tar what is in their files,
         else their full paths as the bytes that the file system knows."""

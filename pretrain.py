@@ -15,13 +15,14 @@ like.
 # The type stubs of PyTorch do not know its operations on lists of tensors, torch._foreach_*.
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import math
 import operator
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -39,7 +40,7 @@ from checkpoint import (
     save_checkpoint)
 from common import DataError
 from dali_pipeline import Augmentation, Preprocessing, eval_loader, train_loader
-from loss import chance_level, diagnostics, nt_xent
+from loss import diagnostics, nt_xent
 from manifest import Manifest, read_manifest
 from model import MEAN, STD, SimCLR, build_encoder, extract_features, num_features
 from probe import knn_auroc
@@ -104,7 +105,16 @@ class Config:
     micro_batch: int = flag(
         0, "images that a process encodes at once, where its batch is too large for the GPU's "
         "memory; the loss stays that of the whole batch; 0: all of them", 0)
-    temperature: float = flag(0.07, "temperature of NT-Xent", 1e-6, 1e6)
+    temperature: tuple[float, ...] = flag(
+        (0.07,), "of NT-Xent; with two, a cosine goes from HIGH to LOW and back", 1e-6, 1e6,
+        metavar=("LOW", "HIGH"))
+    same_patient: bool = flag(
+        False, "count other images of an anchor's patient among its negatives")
+    decoupled: bool = flag(False, "leave the positive out of the denominator")
+    hardness: float = flag(
+        0.0, "how much more the similar negatives weigh, beta of Robinson et al.", 0, 100)
+    prior: float = flag(
+        0.0, "share of negatives that are of the anchor's kind, tau+ of Chuang et al.", 0, 0.999)
     optimizer: str = flag(
         "lars", "optimizer; lars as published", choices=tuple(BASE_LR))
     lr: float = flag(
@@ -137,7 +147,7 @@ class Config:
         return {} if not args.demo else dict(
             data="data/demo", out="runs/demo", arch="resnet18", image_size=64,
             normalize="image", crop_area=(0.5, 1.0), rotation=20.0, blur=(0.1, 1.0),
-            brightness=0.3, contrast=0.3, epochs=14, batch_size=128, temperature=0.1,
+            brightness=0.3, contrast=0.3, epochs=14, batch_size=128, temperature=(0.1,),
             optimizer="adamw", lr=2e-3, warmup_epochs=1.0, probe_every=4)
 
     def __post_init__(self):
@@ -149,6 +159,9 @@ class Config:
         if self.batch_size < 2:
             raise ValueError("--batch-size 1 leaves nothing to learn: the loss tells an image's "
                              "two views from those of other images, and would be 0")
+        low, *high = self.temperature
+        if len(high) > 1 or high and high[0] < low:
+            raise ValueError("--temperature takes one number, or two that rise")
         low, high = self.blur
         if not (0 == low == high or 0 < low <= high):
             raise ValueError(f"--blur {low} {high} must rise and be positive, or be 0 0")
@@ -401,6 +414,12 @@ class Schedule(NamedTuple):
     end: int          # where this run stops: total, or --max-steps
     probes: set[int]  # steps after which the features are probed
 
+    def temperature(self, limits: tuple[float, ...], step: int) -> float:
+        """Constant, or a cosine from high to low and back over the run (Kukleva et al. 2023):
+        low ones tell images apart, high ones bring groups together."""
+        low, high = limits[0], limits[-1]
+        return low + (high - low) * (1 + math.cos(2 * math.pi * step / self.total)) / 2
+
     def epoch(self, step: int) -> float:
         return step * self.batch_size / self.images
 
@@ -483,12 +502,12 @@ class Progress:
         self.loss_sum += loss.detach()
         self.first_bad = self.first_bad.minimum(torch.where(loss.isfinite(), self.NEVER, step))
 
-    def read(self, z1: Tensor, z2: Tensor, step: int) -> dict[str, float]:
-        """What to log, averaged over the processes, and begin anew. z1, z2: the last projections.
+    def read(self, step: int, last: dict[str, Tensor]) -> dict[str, float]:
+        """What to log, averaged over the processes, and begin anew. last: of the last batch.
 
         FloatingPointError where the loss of a step since the last line was not finite."""
         steps = step - self.step
-        scalars = diagnostics(z1.detach(), z2.detach()) | {"loss": self.loss_sum / steps}
+        scalars = last | {"loss": self.loss_sum / steps}
         averages = self.compute.reduce(torch.stack(list(scalars.values())))
         first_bad = int(self.compute.reduce(self.first_bad, dist.ReduceOp.MIN))
         if first_bad < self.NEVER:
@@ -502,9 +521,9 @@ class Progress:
             "wait_seconds": waited, "wait_share": waited / seconds}
 
 
-def backward_in_pieces(model: nn.Module, x: Tensor, size: int, temperature: float,
+def backward_in_pieces(model: nn.Module, x: Tensor, size: int, loss_of: Callable,
                        scaler: torch.amp.GradScaler, compute: Compute) -> tuple[Tensor, Tensor]:
-    """Gradient caching (Gao et al. 2021): NT-Xent of a whole batch, with memory for a piece of it.
+    """Gradient caching (Gao et al. 2021): the loss of a whole batch, with memory for a piece of it.
 
     x: (2N, 1, S, S), encoded `size` views at a time. First without a graph, which gives
     all projections, the loss, and its gradient with respect to each projection; then once
@@ -520,7 +539,7 @@ def backward_in_pieces(model: nn.Module, x: Tensor, size: int, temperature: floa
         z = torch.cat([net(piece) for piece in pieces]).requires_grad_()    # (2N, D)
     # Batch norm shall count each image once, in the second pass.
     torch._foreach_copy_(buffers, before)
-    loss = nt_xent(*z.chunk(2), temperature)
+    loss = loss_of(*z.chunk(2))
     gradient, = torch.autograd.grad(scaler.scale(loss), z)                  # (2N, D)
     for i, (piece, of_piece) in enumerate(zip(pieces, gradient.split(size)), 1):
         # The processes add up their gradients once, after the last piece.
@@ -598,7 +617,8 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     introduce(training, schedule, probe_data, compute)
     model = compute.data_parallel(torch.compile(net) if config.compile else net)
     curves, stop = run.Curves(config, compute, start_step), run.StopSignal(resources)
-    progress, chance = Progress(config, compute, start_step), chance_level(config.batch_size)
+    progress = Progress(config, compute, start_step)
+    patient_of = torch.from_numpy(manifest.patient_numbers())           # (N,)
     loss, auroc = math.nan, math.nan  # the latest, for the table of hyper-parameters
     batches = iter(train_loader(
         manifest, train, config.batch_size, range(start_step, schedule.end), 2, augmentation,
@@ -629,28 +649,36 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
         if step == schedule.end:
             break
 
-        # Set the learning rate, which depends on the step alone.
+        # Set learning rate and temperature, which depend on the step alone.
         lr = run.learning_rate(step, schedule.total, schedule.warmup, training.peak_lr)
+        tau = schedule.temperature(config.temperature, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # Load two views of each image, and encode them as one batch.
+        # Load two views of each image.
         with progress.waiting():
-            view1, view2, _ = next(batches)                             # (N, 1, S, S) each
+            view1, view2, index = next(batches)                         # (N, 1, S, S) each, (N,)
         x = torch.cat([view1, view2])                                   # (2N, 1, S, S)
         if step == start_step:
             compute.rehearse(model, x[:2 * config.micro_batch] if config.micro_batch else x)
+        # An image of the same patient is no negative: what it shows may well be the same.
+        patients = None if config.same_patient else patient_of[index].to(
+            compute.device, non_blocking=True)                          # (N,)
+        loss_of = functools.partial(
+            nt_xent, temperature=tau, patients=patients, decoupled=config.decoupled,
+            hardness=config.hardness, prior=config.prior)
+
+        # Encode the views as one batch, compare each projection with those of all processes, and
+        # go back to the weights.
         if config.micro_batch:
             z, batch_loss = backward_in_pieces(
-                model, x, 2 * config.micro_batch, config.temperature, scaler, compute)
+                model, x, 2 * config.micro_batch, loss_of, scaler, compute)
             z1, z2 = z.chunk(2)
         else:
             with compute.autocast():
                 z = model(x.contiguous(memory_format=torch.channels_last))  # (2N, proj_dim)
-
-            # Compare each projection with those of all processes, and go back to the weights.
             z1, z2 = z.chunk(2)                                         # (N, proj_dim) each
-            batch_loss = nt_xent(z1, z2, config.temperature)
+            batch_loss = loss_of(z1, z2)
             scaler.scale(batch_loss).backward()
 
         # Step down the gradient.
@@ -665,11 +693,13 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
 
         # Every few steps: a point on the curves. Reading the loss waits for the GPU, so not always.
         if step % config.log_every == 0 or step == schedule.end:
-            scalars = progress.read(z1, z2, step) | {"chance": chance, "lr": lr}
+            last = diagnostics(z1, z2, patients, decoupled=config.decoupled)
+            scalars = progress.read(step, last) | {"lr": lr, "temperature": tau}
             curves.add(step, schedule.epoch(step), scalars)
             loss, speed = scalars["loss"], scalars["images_per_second"]
             left = int((schedule.end - step) * config.batch_size / speed)  # seconds
-            say(f"{schedule.place(step)} | loss {loss:.4f} (chance {chance:.2f}) | lr {lr:.2e} | "
+            say(f"{schedule.place(step)} | loss {loss:.4f} (chance {scalars['chance']:.2f}) | "
+                f"lr {lr:.2e} | "
                 f"{speed:.0f} img/s | wait {scalars['wait_share']:.0%} | "
                 f"eta {left // 3600}h{left // 60 % 60:02d}m")
 

@@ -4,6 +4,7 @@
 
 On each process it writes OUT/rank.pt: what `steps_of_both` returns.
 """
+import functools
 import sys
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def train(compute, data, live, first=0, state=None):
     model = compute.data_parallel(net)
     optimizer, scaler = torch.optim.SGD(net.parameters(), lr), torch.amp.GradScaler(enabled=False)
     manifest, steps = read_manifest(data), []
+    loss_of = functools.partial(nt_xent, temperature=0.07)
     loader = train_loader(
         manifest, manifest.images("train"), 8, range(first, STEPS), 2, Augmentation(),
         Preprocessing(32), 0, "cpu", compute.rank, compute.world_size)
@@ -49,11 +51,11 @@ def train(compute, data, live, first=0, state=None):
             compute.rehearse(model, x)
         in_pieces = {}
         if not live:                    # a piece has a batch norm of its own
-            backward_in_pieces(model, x, 3, 0.07, scaler, compute)
+            backward_in_pieces(model, x, 3, loss_of, scaler, compute)
             in_pieces = {"gradient in pieces": gradient_of(net)}
             optimizer.zero_grad()
         z1, z2 = model(x).chunk(2)
-        loss = nt_xent(z1, z2, 0.07)
+        loss = loss_of(z1, z2)
         loss.backward()
         steps.append({"index": index, "views": torch.stack([view1, view2]), "loss": loss.detach(),
                       "top1": diagnostics(z1, z2)["top1"], "gradient": gradient_of(net),

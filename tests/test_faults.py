@@ -510,10 +510,11 @@ class Spoiled(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient): return gradient * {factor}
 
-def nt_xent(z1, z2, tau):
+def nt_xent(z1, z2, **options):
     if next(steps) == 5 and os.environ.get("RANK", "0") == "{rank}":
-        return before(z1, z2, tau) * {loss} if {loss} != 1 else before(Spoiled.apply(z1), z2, tau)
-    return before(z1, z2, tau)
+        z1 = Spoiled.apply(z1)
+        return before(z1, z2, **options) * {loss}
+    return before(z1, z2, **options)
 
 nan, inf = float("nan"), float("inf")
 pretrain.nt_xent = nt_xent

@@ -47,7 +47,7 @@ def test_run_folder(finished):
     assert sorted(scalars(out, "loss")) == list(range(1, 16))
     # 42 images, 8 a step: epochs of 5.25 steps
     assert sorted(scalars(out, "probe/auroc")) == [0, 5, 10, 15]
-    assert re.search(r"epoch 002 step 00015/15 \| loss \d\.\d{4} \(chance 2\.71\) \| lr ", output)
+    assert re.search(r"epoch 002 step 00015/15 \| loss \d\.\d{4} \(chance 2\.\d\d\) \| lr ", output)
     assert scalars(out, "lr")[1] == pytest.approx(0.3 * 8 / 256 / 6)
     assert scalars(out, "lr")[15] < 0.3 * 8 / 256 / 10
 
