@@ -3,6 +3,7 @@
     python -m pytest tests/test_faults.py               minutes: a few of each fault
     python -m pytest tests/test_faults.py --long -s     the campaign, and its table
 
+The campaign takes hours. Its parts, chosen by -k, add their rows to one file, --fault-table.
 What is drawn at random follows from --fault-seed (0), which is printed.
 """
 import contextlib
