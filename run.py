@@ -498,11 +498,12 @@ def _difference(before: dict, now: dict) -> str:
     now, changed = dict(now), []
     for name, files in now["contents"].items():
         earlier = before.get("contents", {}).get(name)
-        if not isinstance(earlier, dict):  # an older version's
-            earlier = {}
-        if list(earlier.values()) == list(files.values()):  # the same, wherever they lie
+        if not isinstance(earlier, dict):  # of an older version, which compared the flags alone
+            continue
+        digests = list(earlier.values())
+        if digests == list(files.values()):  # the same, wherever they lie
             now[name] = before.get(name)
-        changed += [path for path in files if earlier.get(path, files[path]) != files[path]]
+        changed += [path for path, digest in files.items() if digest not in digests]
     now["contents"] = before.get("contents")  # a digest would say nothing to a user
     if flags := differing_flags(before, now):
         return f"with other flags: {flags}"

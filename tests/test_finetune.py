@@ -382,7 +382,7 @@ def test_another_run_is_refused(table, labelled, tmp_path):
     run_folder = shutil.copytree(table[0], tmp_path / "run")
     config = json.loads((run_folder / "config.json").read_text())
     (run_folder / "config.json").write_text(json.dumps(config | {"data": str(shorter)}))
-    with pytest.raises(SystemExit, match=f"run on {shorter}/manifest.csv as it was before it was"):
+    with pytest.raises(SystemExit, match=f"run on {shorter} as it was before it was"):
         main(*table[1], run_folder, "--data", shorter)
 
 
