@@ -39,8 +39,9 @@ import pretrain
 from archive import write_archive
 from bench_growth import bench_manifest, bench_scaling
 from checkpoint import ARCHITECTURES
-from common import number_within, write_text
+from common import write_text
 from dali_pipeline import Augmentation, Loader, Preprocessing, train_loader
+from flags import number_within
 from labels import draw
 from loss import nt_xent
 from manifest import Manifest, read_manifest

@@ -38,14 +38,17 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 
+import run_folder
 from checkpoint import load_checkpoint, settings_of
 from common import DataError, valid_unicode, whole_file, write_text
 from dali_pipeline import Preprocessing, eval_loader
 from labels import labels_required
-from manifest import SPLITS, Manifest, read_manifest
+from manifest import Manifest, read_manifest
+from manifest_csv import SPLITS
 from model import MEAN, STD, build_encoder, num_features
 from probe import cached_features, knn_class_shares
-from run import ENCODERS, Compute, flag
+from flags import ENCODERS, PRECISION, THREADS, flag
+from run import Compute
 from scores import FigureText, figure_text, legend_below, markdown_table, write_json
 
 # The table's columns and the keys of results.json.
@@ -98,8 +101,8 @@ class Config:
     overwrite: bool = flag(False, "give up the results that the run folder holds",
                            may_differ=True)
 
-    precision: str = flag(**run.PRECISION, section="how it computes")
-    threads: int | None = flag(**run.THREADS)
+    precision: str = flag(**PRECISION, section="how it computes")
+    threads: int | None = flag(**THREADS)
 
     def __post_init__(self):
         binary = self.classes.startswith("binary:")
@@ -676,10 +679,10 @@ def open_run_folder(config: Config, inits: list[str], data: str, selection: Sele
     same path may hold another training."""
     out = Path(config.out)
     results_json, results_md = out / "results.json", out / "results.md"
-    run.open_run(
+    run_folder.open_run(
         config, "cluster_eval", (results_json.name, results_md.name), resources,
-        contents={"init": {init: run.content_of_file(init) for init in inits},
-                  "data": {data: run.content_of_data(selection.manifest)}},
+        contents={"init": {init: run_folder.content_of_file(init) for init in inits},
+                  "data": {data: run_folder.content_of_data(selection.manifest)}},
         init=inits, data=data)
     exported = not config.export or Path(config.export).exists()
     if results_json.exists() and results_md.exists() and exported:

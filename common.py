@@ -1,9 +1,8 @@
-"""What all scripts share without PyTorch: errors in one sentence, flags, files written whole.
+"""What all scripts share without PyTorch: errors in one sentence, files written whole.
 
 prepare.py, which needs no PyTorch, starts in half a second because of that.
 """
 import _thread
-import argparse
 import codecs
 import contextlib
 import ctypes
@@ -16,7 +15,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO, cast
 
@@ -120,27 +119,6 @@ def restart_in_utf8() -> None:
     if sys.getfilesystemencoding().lower() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def differing_flags(before: dict, now: dict) -> str:
-    """`--seed (0 there, 5 here), …` for all settings that two runs do not share, or nothing."""
-    return ", ".join(
-        f"--{name.replace('_', '-')} ({before.get(name, 'not given')} there, "
-        f"{now.get(name, 'not given')} here)"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name))
-
-
-def number_within(kind: Callable, low: float, high: float) -> Callable:
-    """A type for argparse: `kind` of the text, which if it is a number lies in `low` to `high`."""
-    def convert(text):
-        value = kind(text)
-        if kind is not str and not low <= value <= high:        # NaN lies nowhere
-            raise argparse.ArgumentTypeError(f"{text} does not lie in {low:g} to {high:g}")
-        return value
-
-    convert.__name__ = kind.__name__        # argparse writes "invalid int value" from this
-    return convert
 
 
 # --------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from common import DataError
-from manifest import SPLITS
+from manifest_csv import SPLITS
 from tables import form_key, most_classes
 
 ALLOW = {

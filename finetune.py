@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.models import ResNet
 
+import run_folder
 from checkpoint import (
     ARCHITECTURES, FORMAT, MALFORMED, CheckpointError, first_not_finite, load_checkpoint,
     save_checkpoint, settings_of)
@@ -43,10 +44,12 @@ from dali_pipeline import Augmentation, Preprocessing, eval_loader, train_loader
 from labels import (
     Draw, Task, add_labels, cell_weights, draw, labels_required, make_task, masked_cross_entropy,
     policy_sentence, to_probabilities)
-from manifest import SPLITS, Manifest, image_flags, read_manifest
+from manifest import Manifest, image_flags, read_manifest
+from manifest_csv import SPLITS
 from model import Classifier, build_encoder, extract_features, num_features
 from probe import STRENGTHS, cached_features, fit_logistic
-from run import ENCODERS, Compute, flag
+from flags import ENCODERS, PRECISION, THREADS, flag
+from run import Compute
 from scores import report, val_score, youden
 
 # Initialisations that are no file, and their names in tables.
@@ -104,8 +107,8 @@ class Config:
     freeze_bn: bool = flag(False, "keep the batch norm statistics of the initialisation")
     peak: bool = flag(False, "add the best test accuracy over epochs (optimistic)")
 
-    precision: str = flag(**run.PRECISION, section="how it computes")
-    threads: int | None = flag(**run.THREADS)
+    precision: str = flag(**PRECISION, section="how it computes")
+    threads: int | None = flag(**THREADS)
 
     def __post_init__(self):
         for name in ("init", "mode", "fraction", "seeds", "labels"):
@@ -239,7 +242,7 @@ def read_inits(config: Config, say: Callable) -> list[Init]:
     for source in sources:
         key = source
         if source not in NAMES:
-            key = f"checkpoint {run.content_of_file(source)}"
+            key = f"checkpoint {run_folder.content_of_file(source)}"
         if source_of.setdefault(key, source) != source:
             say(f"{source} is the same as {source_of[key]}, and left out")
 
@@ -360,7 +363,7 @@ def read_study(config: Config, compute: Compute) -> Study:
     if config.batch_size % compute.world_size:
         raise DataError(f"--batch-size {config.batch_size} is global and must divide by the "
                         f"{compute.world_size} processes")
-    settings = run.fixed_flags(config) | setting
+    settings = run_folder.fixed_flags(config) | setting
     return Study(config, compute, manifest, settings, {init.key: init for init in inits}, names,
                  task, policy, splits, draws)
 
@@ -760,9 +763,9 @@ def finetune(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     # The run folder, and what it holds already.
     file = study.out / "predictions.pt"
     if compute.rank == 0:
-        run.open_run(config, "finetune", RESULTS, resources,
+        run_folder.open_run(config, "finetune", RESULTS, resources,
                      contents={"data": {
-                         study.settings["data"]: run.content_of_data(study.manifest)}},
+                         study.settings["data"]: run_folder.content_of_data(study.manifest)}},
                      **study.settings)
         if not file.exists():
             save_checkpoint(file, {})

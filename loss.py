@@ -6,6 +6,13 @@ projections of these. The keys that an anchor is compared with are the 2WN of al
 processes. DistributedDataParallel averages gradients over the processes, and so the
 loss of a process is made such that the average over the processes is the mean over
 all anchors.
+
+The loss of anchor i is ln(exp(l_ip) + sum_k exp(l_ik)) - l_ip, with l the cosine
+similarity over the temperature, p the positive, which is the other view of the image,
+and k the negatives. Its gradient is written out below, because one pass over a block of
+similarities can then give loss and gradient, and forget them: with autograd all of
+them, (2N, 2WN), would have to stay in memory. tests/test_loss.py has the reference that
+autograd differentiates.
 """
 import contextlib
 import math
@@ -31,7 +38,7 @@ class Batch(NamedTuple):
     keys: Tensor              # (W, 2, N, D) projections of all processes, of length 1
     rank: int                 # of this process among the W
     patients: Tensor | None   # (W, N) of all processes' images
-    negatives: Tensor         # (N, 1) how many an image's anchors have, 1 where none
+    count: Tensor             # (N, 1) of the negatives of an image's anchors, 1 where none
     weights: Tensor           # (N, 1) of its anchors' losses in the sum, 0 where no negatives
 
 
@@ -55,19 +62,19 @@ def _batch(z1: Tensor, z2: Tensor, patients: Tensor | None, weights: Tensor | No
     keys = _gather(anchors)
     rank, images = dist.get_rank() if len(keys) > 1 else 0, len(keys) * len(z1)
     if patients is None:
-        negatives = z.new_full((len(z1), 1), 2 * images - 2)
+        count = z.new_full((len(z1), 1), 2 * images - 2)
     else:
         patients = _gather(patients)  # (W, N)
         # How many images are of the same patient is how far apart the first and the last of
         # them lie in a sorted list.
         ordered, own = patients.flatten().sort().values, patients[rank]
         last, first = (torch.searchsorted(ordered, own, right=right) for right in (True, False))
-        negatives = 2.0 * (images - (last - first))[:, None]
+        count = 2.0 * (images - (last - first))[:, None]
     weights = _weights(weights, z)
     if patients is not None or images == 1:
         # An anchor without negatives has nothing to be told apart from: its loss is 0.
-        weights, negatives = weights * (negatives > 0), negatives.clamp_min(1)
-    return Batch(anchors, lengths, keys, rank, patients, negatives, weights)
+        weights, count = weights * (count > 0), count.clamp_min(1)
+    return Batch(anchors, lengths, keys, rank, patients, count, weights)
 
 
 def _weights(weights: Tensor | None, z: Tensor) -> Tensor:
@@ -188,26 +195,27 @@ class NTXent(torch.autograd.Function):
         batch, losses = _batch(z1, z2, patients, weights), []
         keys, scaled = batch.keys.flatten(0, 2), batch.anchors / temperature
         positive = (scaled[0] * batch.anchors[1]).sum(1, keepdim=True)  # (N, 1)
-        # This process's part of the gradient; its own anchors are some of the keys.
+        # This process's part of the gradient, and two views of it: for all keys, of which its own
+        # anchors are some.
         gradient = torch.zeros_like(batch.keys)  # (W, 2, N, D)
         for_keys, for_anchors = gradient.flatten(0, 2), gradient[batch.rank]
         for block in _blocks(batch):
-            anchors, count = scaled[:, block], batch.negatives[block]  # (2, n, D), (n, 1)
-            logits = _similarities(batch, anchors, block)  # (2n, K)
+            scaled_anchors, count = scaled[:, block], batch.count[block]  # (2, n, D), (n, 1)
+            logits = _similarities(batch, scaled_anchors, block)  # (2n, K)
             negatives = _negatives(logits, count, hardness)
             contrast = _contrast(negatives.log.view(2, -1, 1), positive[block], count,
                                  batch.weights[block], temperature, decoupled, prior)
             losses.append(contrast.loss.sum())
             # Anchors and negatives push each other away, ...
             push = contrast.push / negatives.divisor.view(2, -1, 1)  # (2, n, 1)
-            for_keys.addmm_(negatives.slopes.T, (anchors * push).flatten(0, 1))
-            away = negatives.slopes.mm(keys).view(anchors.shape)  # (2, n, D)
+            for_keys.addmm_(negatives.slopes.T, (scaled_anchors * push).flatten(0, 1))
+            away = negatives.slopes.mm(keys).view(scaled_anchors.shape)  # (2, n, D)
             for_anchors[:, block].addcmul_(away, push, value=1 / temperature)
             # ... and the two views of an image pull each other, each by its own loss and by
             # that of the other.
             pull = contrast.pull.sum(0)  # (n, 1)
-            for_anchors[0, block].addcmul_(anchors[1], pull, value=-1)
-            for_anchors[1, block].addcmul_(anchors[0], pull, value=-1)
+            for_anchors[0, block].addcmul_(scaled_anchors[1], pull, value=-1)
+            for_anchors[1, block].addcmul_(scaled_anchors[0], pull, value=-1)
         ctx.batch, ctx.gradient = batch, gradient
         return sum(losses[1:], losses[0])
 
@@ -295,7 +303,7 @@ def diagnostics(z1: Tensor, z2: Tensor, patients: Tensor | None = None,
             nearest = _similarities(batch, batch.anchors[:, block], block).amax(1)  # (2n,)
             found.append(positive[block].repeat(2) > nearest + 1e-6)
         potentials = [torch.pdist(z).square().mul(-2).exp().mean().log() for z in (z1, z2)]
-        parts = batch.negatives + (not decoupled)  # (N, 1)
+        parts = batch.count + (not decoupled)  # (N, 1)
         return {
             "top1": torch.cat(found).float().mean(),
             "alignment": (z1 - z2).square().sum(1).mean(),

@@ -41,11 +41,11 @@ from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor
 
+import run_folder
 from archive import Archive, Member
 from checkpoint import (
     MALFORMED, PREPROCESSING, CheckpointError, load_checkpoint, settings_of)
-from common import (
-    DataError, differing_flags, plain_name, restart_in_utf8, whole_file, write_csv)
+from common import DataError, plain_name, restart_in_utf8, whole_file, write_csv
 from dali_pipeline import Loader, Preprocessing, eval_loader
 from dicom import is_dicom, read_radiograph
 from labels import to_probabilities
@@ -55,7 +55,8 @@ from prepare import Conversion, convert, count_notes
 from radiograph import (
     EXTENSIONS, FORMATS, MIN_SIDE, ImageSettings, Reading, find_files, in_parallel, read_image,
     reason)
-from run import Compute, flag, positional
+from flags import PRECISION, THREADS, differing_flags, flag, positional
+from run import Compute
 from sources import Item
 
 # What a classifier.pt holds, at least.
@@ -89,8 +90,8 @@ class Config:
                                      "without one")
 
     batch_size: int = flag(64, "images", 1, 2**16, section="how it computes", may_differ=True)
-    precision: str = flag(**run.PRECISION)
-    threads: int | None = flag(**run.THREADS)
+    precision: str = flag(**PRECISION)
+    threads: int | None = flag(**THREADS)
 
     def __post_init__(self):
         # An output folder is called as its DIR is. The same DIR twice is once.
@@ -449,7 +450,7 @@ def predict_one(config: Config, inputs: Inputs, net: Classifier, state: dict[str
 
     # The output folder remembers whose predictions it holds, and refuses those of others. Which
     # --stretch was inherited is the classifier's matter.
-    run.open_run(config, "predict", RESULTS, resources,
+    run_folder.open_run(config, "predict", RESULTS, resources,
                  classifier=str(Path(config.classifier).resolve()),
                  data=str(data.resolve()), stretch=list(config.stretch) or None)
 

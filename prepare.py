@@ -36,10 +36,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from common import (                  # first: it answers Ctrl-C while the rest loads
-    DataError, differing_flags, errors_in_one_sentence, lock, number_within, open_text,
-    print_any_name, read_text, restart_in_utf8, whole_file, write_csv, write_text)
+    DataError, errors_in_one_sentence, lock, open_text, print_any_name, read_text,
+    restart_in_utf8, whole_file, write_csv, write_text)
 import archive
-from manifest import SPLITS, encoded, read_manifest
+from manifest import encoded, read_manifest
+from manifest_csv import SPLITS
 
 import numpy as np
 from PIL import Image
@@ -48,6 +49,7 @@ from dicom import dicom_flags, dicom_items, read_dicom
 from doubts import (
     FEW, Doubt, allow_flag, constant_labels, empty_splits, refuse_doubts, similar_labels,
     similar_patients)
+from flags import differing_flags, number_within
 from radiograph import (
     MIN_SIDE, Found, ImageSettings, Reader, blank_reason, find_files, in_parallel, load_image,
     read_image, reason)

@@ -35,16 +35,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import make_grid
 
+import run_folder
 from checkpoint import (
     ARCHITECTURES, FORMAT, MALFORMED, CheckpointError, first_not_finite, load_checkpoint,
     save_checkpoint)
 from common import DataError
-from dali_pipeline import Augmentation, Preprocessing, eval_loader, train_loader
+from dali_pipeline import Augmentation, Preprocessing, train_loader
 from loss import diagnostics, nt_xent
 from manifest import Manifest, read_manifest
-from model import MEAN, STD, SimCLR, build_encoder, extract_features, num_features
-from probe import knn_auroc
-from run import Compute, flag
+from model import MEAN, STD, SimCLR, build_encoder
+from probe import Probe, probe_sentence
+from flags import PRECISION, THREADS, flag
+from run import Compute
 
 # What a run writes, and --overwrite deletes. The first of them is what a run goes on from.
 RESULTS = ("last.pt", "encoder.pt", "log.jsonl", "events.out.tfevents.*")
@@ -52,9 +54,6 @@ RESULTS = ("last.pt", "encoder.pt", "log.jsonl", "events.out.tfevents.*")
 BASE_LR = {"lars": 0.3, "adam": 5e-4, "adamw": 5e-4}
 PUBLISHED = Augmentation()
 DEFAULT_DATA = "data/nih"
-# The probe's mean leaves out labels with fewer positives or negatives in val: an AUROC of one or
-# two images leaps about and would rule the curve.
-PROBE_CELLS = 10
 
 
 # --------------------------------------------------------------------------------------------------
@@ -117,7 +116,7 @@ class Config:
         0.0, "share of negatives that are of the anchor's kind, tau+ of Chuang et al.", 0, 0.999)
     optimizer: str = flag(
         "lars", "optimizer; lars as published", choices=tuple(BASE_LR))
-    lr: float = flag(
+    lr: float = flag(  # None until __post_init__
         None, "peak learning rate for a batch of 256 (default: lars 0.3, adam and adamw 5e-4)",
         1e-12, 1e30)
     weight_decay: float = flag(
@@ -133,9 +132,9 @@ class Config:
     probe_images: int = flag(
         10_000, "images at most, of train and of val each", 1)
 
-    precision: str = flag(**run.PRECISION, section="how it computes")
+    precision: str = flag(**PRECISION, section="how it computes")
     compile: bool = flag(False, "torch.compile the network", may_differ=True)
-    threads: int | None = flag(**run.THREADS)
+    threads: int | None = flag(**THREADS)
     log_every: int = flag(
         10, "steps from one log line to the next", 1, may_differ=True)
     save_every: int = flag(
@@ -223,17 +222,15 @@ class LARS(torch.optim.Optimizer):
 
     def _update(self, parameters: list[Tensor], gradients: list, group: dict) -> None:
         momenta = [self.state[p]["momentum_buffer"] for p in parameters]
-        if not hasattr(self, "found_inf"):
-            torch._foreach_mul_(momenta, group["momentum"])
-            torch._foreach_add_(momenta, gradients)
-            torch._foreach_add_(parameters, momenta, alpha=-group["lr"])
-        else:
-            # The same, but that a step to be skipped adds nothing to momentum and parameters.
+        decay, lr = group["momentum"], group["lr"]
+        if hasattr(self, "found_inf"):
+            # A step to be skipped leaves momenta and parameters as they are.
             skip = self.found_inf > 0
-            torch._foreach_mul_(momenta, torch.where(skip, 1.0, group["momentum"]))
-            torch._foreach_add_(momenta, [torch.where(skip, 0.0, g) for g in gradients])
-            rate = torch.where(skip, 0.0, group["lr"])
-            torch._foreach_sub_(parameters, torch._foreach_mul(momenta, rate))
+            decay, lr = torch.where(skip, 1.0, decay), torch.where(skip, 0.0, lr)
+            gradients = [torch.where(skip, 0.0, gradient) for gradient in gradients]
+        torch._foreach_mul_(momenta, decay)
+        torch._foreach_add_(momenta, gradients)
+        torch._foreach_sub_(parameters, torch._foreach_mul(momenta, lr))
 
 
 class Training:
@@ -251,7 +248,7 @@ class Training:
         self.config, self.images = config, images
         self.step = 0     # steps taken
         self.probed = -1  # the step after which the features were last probed
-        self.net = compute.place(net)
+        self.net, self.cuda = compute.place(net), compute.cuda
 
         # Decay shrinks what multiplies features, not what shifts or scales them.
         weights = [p for p in self.net.parameters() if p.ndim > 1]
@@ -285,6 +282,9 @@ class Training:
                             f"when {file} was saved")
         # PyTorch itself compares the widths and the number of the layers.
         try:
+            for group in state["optimizer"]["param_groups"]:
+                if "fused" in group:  # Adam computes as this machine can, not as the last one did
+                    group["fused"] = self.cuda
             self.net.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             if state["scaler"]:  # empty where the run computed without one until now
@@ -297,6 +297,12 @@ class Training:
             raise CheckpointError(f"{file} does not fit these flags: {reason}") from None
         # load_state_dict took the weight decay from the file; a copied last.pt may have another.
         self.optimizer.param_groups[0]["weight_decay"] = self.config.weight_decay
+
+    def encoder_is_whole(self) -> bool:
+        """Whether encoder.pt is of this step: it may be older than last.pt, damaged or deleted."""
+        with contextlib.suppress(CheckpointError):
+            return load_checkpoint(Path(self.config.out) / "encoder.pt").get("step") == self.step
+        return False
 
     def save(self) -> None:
         """Write last.pt, then encoder.pt; FloatingPointError where a weight, or
@@ -325,8 +331,8 @@ def diverged(what: str, config: Config) -> FloatingPointError:
                               "a lower --lr may help")
 
 
-def open_run_folder(training: Training, contents: dict[str, dict[str, str]], config: Config,
-                    compute: Compute, resources: contextlib.ExitStack) -> None:
+def begin_or_go_on(training: Training, contents: dict[str, dict[str, str]], config: Config,
+                   compute: Compute, resources: contextlib.ExitStack) -> None:
     """Lock the run folder for this run and bring `training` to where its last.pt left off.
 
     contents: of the data folders, which are the same wherever they lie."""
@@ -336,8 +342,8 @@ def open_run_folder(training: Training, contents: dict[str, dict[str, str]], con
             # It was copied from another run. Does it fit? Then the folder is locked for this one.
             training.load(last)
         if Path(config.init).is_file():  # after the first checkpoint it may be gone
-            contents |= {"init": {config.init: run.content_of_file(config.init)}}
-        run.open_run(config, "pretrain", RESULTS, resources, "last.pt", contents)
+            contents = contents | {"init": {config.init: run_folder.content_of_file(config.init)}}
+        run_folder.open_run(config, "pretrain", RESULTS, resources, "last.pt", contents)
         if not last.exists():
             if (out / "encoder.pt").exists():
                 raise DataError(f"{out} holds an encoder.pt and no last.pt to go on from; choose "
@@ -377,32 +383,16 @@ def read_data(config: Config, compute: Compute) -> tuple[Manifest, np.ndarray]:
     return manifest, train
 
 
-class ProbeData(NamedTuple):
-    """Labelled images by which the features are judged; training never sees the labels."""
-    manifest: Manifest
-    bank: np.ndarray     # images (n,) of train
-    queries: np.ndarray  # images (m,) of val
-    counted: np.ndarray  # (L,) bool: labels that the mean is taken of
-
-
-def choose_probe(config: Config, manifest: Manifest) -> ProbeData | None:
-    """The images of --probe-data or of the data folder itself; None where it has no labels."""
+def choose_probe(config: Config, manifest: Manifest) -> Probe | None:
+    """On --probe-data or the data folder itself; None where it has no labels."""
     if config.probe_data:
         manifest = read_manifest(config.probe_data)
-        if not manifest.label_names:
-            raise DataError(f"--probe-data {config.probe_data} has no labels to probe by")
-        manifest.images("val")  # refuses a folder without
-    elif not manifest.label_names or "val" not in manifest.splits:
+        if not manifest.label_names or "val" not in manifest.splits:
+            raise DataError(f"--probe-data {config.probe_data} has no labels or no val split to "
+                            "probe by")
+    if not (config.probe_every and manifest.label_names and "val" in manifest.splits):
         return None
-    if not config.probe_every:
-        return None
-    # The same random images every time, so that two points of the curve can be compared.
-    bank, queries = (np.sort(np.random.default_rng(config.seed).permutation(
-        manifest.images(split))[:config.probe_images]) for split in ("train", "val"))
-    labels = manifest.labels[queries]                                   # (m, L)
-    fewest = np.minimum((labels == 1).sum(0), ((labels == 0) | np.isnan(labels)).sum(0))
-    counted = fewest >= min(PROBE_CELLS, fewest.max())
-    return ProbeData(manifest, bank, queries, counted)
+    return Probe(manifest, config.probe_images, config.seed)
 
 
 class Schedule(NamedTuple):
@@ -428,44 +418,15 @@ class Schedule(NamedTuple):
                 f"step {step:05d}/{self.total}")
 
 
-def plan(config: Config, probe_data: ProbeData | None, images: int) -> Schedule:
+def plan(config: Config, probe: Probe | None, images: int) -> Schedule:
     total = config.epochs * images // config.batch_size
     warmup = config.warmup_epochs * images / config.batch_size
     probes = set()
-    if probe_data:
+    if probe:
         epochs = range(0, config.epochs, config.probe_every)
         probes = {epoch * images // config.batch_size for epoch in epochs} | {total}
     end = min(total, config.max_steps or total)
     return Schedule(images, config.batch_size, total, warmup, end, probes)
-
-
-def probe(training: Training, compute: Compute, data: ProbeData,
-          preprocessing: Preprocessing) -> dict[str, float]:
-    """Do the features get better, and not only the loss? {name: AUROC} on val.
-
-    Each label of val is predicted by the nearest neighbours in train, see
-    `knn_auroc`; first comes the mean over the labels that count, as `probe/auroc`."""
-    config, encoder, manifest = training.config, training.net.encoder, data.manifest
-    features = []
-    for images in (data.bank, data.queries):
-        loader = eval_loader(manifest, images, max(1, 2 * config.batch_size // compute.world_size),
-                             preprocessing, **compute.loader_arguments())
-        x = extract_features(encoder, num_features(encoder), loader, compute.dtype)  # (n, D)
-        if not x.isfinite().all():
-            raise diverged(f"the features are not finite after step {training.step}", config)
-        features.append(x)
-    auroc = np.array(knn_auroc(features[0], manifest.labels[data.bank],
-                               features[1], manifest.labels[data.queries]))
-    known = auroc[data.counted & ~np.isnan(auroc)]
-    by_label = {f"probe/{name}": float(value) for name, value in zip(manifest.label_names, auroc)}
-    return {"probe/auroc": float(known.mean()) if len(known) else math.nan} | by_label
-
-
-def probe_sentence(scores: dict[str, float]) -> str:
-    """What the terminal shows of a probe: the mean, and the first labels."""
-    labels = [f"{name.removeprefix('probe/')} {value:.3f}" for name, value in scores.items()][1:]
-    labels = labels[:15] + ["..."] * (len(labels) > 15)
-    return f"probe AUROC {scores['probe/auroc']:.4f} ({', '.join(labels)})"
 
 
 class Progress:
@@ -557,7 +518,7 @@ def view_pairs(view1: Tensor, view2: Tensor) -> Tensor:
     return make_grid(pairs.clamp(0, 1), nrow=len(view1[:8]))
 
 
-def introduce(training: Training, schedule: Schedule, probe_data: ProbeData | None,
+def introduce(training: Training, schedule: Schedule, probe: Probe | None,
               compute: Compute) -> None:
     """Say what is about to be trained, on what, and how."""
     config, say = training.config, compute.say
@@ -569,13 +530,7 @@ def introduce(training: Training, schedule: Schedule, probe_data: ProbeData | No
         f"({config.batch_size // compute.world_size} a process)")
     say(f"{config.optimizer}, learning rate {training.peak_lr:.3g} = {config.lr:g} x "
         f"{config.batch_size} / 256")
-    if probe_data:
-        counted, labels = probe_data.counted.sum(), len(probe_data.counted)
-        rest = f"; the others have fewer than {PROBE_CELLS} positives or negatives in val"
-        say(f"probe on {len(probe_data.queries)} images of {probe_data.manifest.folder}: mean "
-            f"AUROC of {counted} of {labels} labels{rest if counted < labels else ''}")
-    else:
-        say("no probe of the features: it needs --probe-every, labels and a val split")
+    say(probe or "no probe of the features: it needs --probe-every, labels and a val split")
     if training.step:
         say(f"going on from {config.out}/last.pt, step {training.step}")
 
@@ -589,8 +544,8 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     # The data, when what happens, and how views are made.
     say = compute.say
     manifest, train = read_data(config, compute)
-    probe_data = choose_probe(config, manifest)
-    schedule = plan(config, probe_data, len(train))
+    probe = choose_probe(config, manifest)
+    schedule = plan(config, probe, len(train))
     preprocessing = Preprocessing(config.image_size, config.normalize, config.clahe)
     augmentation = Augmentation(config.crop_area, config.rotation, config.blur, config.flip,
                                 config.brightness, config.contrast)
@@ -598,26 +553,24 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     # Network, optimizer and step, as the last.pt of the run folder left them.
     paths = "\n".join(manifest.paths[i] for i in train)
     training = Training(config, compute, hashlib.sha256(paths.encode()).hexdigest())
-    contents = {"data": {config.data: run.content_of_data(manifest, train)}}
-    if config.probe_data and probe_data:
-        contents["probe_data"] = {config.probe_data: run.content_of_data(probe_data.manifest)}
-    open_run_folder(training, contents, config, compute, resources)
+    contents = {"data": {config.data: run_folder.content_of_data(manifest, train)}}
+    if config.probe_data and probe:
+        content = run_folder.content_of_data(probe.manifest)
+        contents["probe_data"] = {config.probe_data: content}
+    begin_or_go_on(training, contents, config, compute, resources)
     net, optimizer, scaler = training.net, training.optimizer, training.scaler
     start_step, encoder = training.step, Path(config.out) / "encoder.pt"
     if start_step >= schedule.end:
-        # Nothing is left to do, but encoder.pt may be older than last.pt, or deleted.
-        stale = not encoder.exists() or load_checkpoint(encoder).get("step") != start_step
-        if compute.rank == 0 and stale:
+        if compute.rank == 0 and not training.encoder_is_whole():
             training.save()
         what = "is complete" if start_step >= schedule.total else "has reached --max-steps"
         say(f"{config.out} {what}: step {start_step} of {schedule.total}, encoder in {encoder}")
         return
 
-    # Everything is known to fit: from here on the run writes.
-    introduce(training, schedule, probe_data, compute)
+    introduce(training, schedule, probe, compute)
     model = compute.data_parallel(torch.compile(net) if config.compile else net)
-    curves, stop = run.Curves(config, compute, start_step), run.StopSignal(resources)
-    progress = Progress(config, compute, start_step)
+    curves = run_folder.Curves(config, compute.rank == 0, start_step)
+    stop, progress = run.StopSignal(resources), Progress(config, compute, start_step)
     patient_of = torch.from_numpy(manifest.patient_numbers())           # (N,)
     loss, auroc = math.nan, math.nan  # the latest, for the table of hyper-parameters
     batches = iter(train_loader(
@@ -626,28 +579,31 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     model.train()
     while True:
         step, stop_signal = training.step, stop.received(compute)
+        at_end = step == schedule.end
         with progress.pause():
             # Every few epochs: do the features get better, and not only the loss? When somebody
             # wants the machine there is no time for that; the run that goes on will do it.
-            probe_due = step in schedule.probes
-            if probe_data and probe_due and training.probed < step and not stop_signal:
-                scores = probe(training, compute, probe_data, preprocessing)
+            if probe and step in schedule.probes and training.probed < step and (
+                    at_end or not stop_signal):
+                scores = probe.scores(net.encoder, config.batch_size, preprocessing, compute)
+                if not scores:
+                    raise diverged(f"the features are not finite after step {step}", config)
                 training.probed, auroc = step, scores["probe/auroc"]
                 curves.add(step, schedule.epoch(step), scores)
                 say(f"{schedule.place(step)} | {probe_sentence(scores)}")
 
             # Every few steps, after a probe, at the end, and when somebody wants the machine: save.
-            due = probe_due or step % config.save_every == 0 or step == schedule.end
-            if compute.rank == 0 and step > start_step and (due or stop_signal):
+            due = step % config.save_every == 0 or step in schedule.probes or at_end or stop_signal
+            if compute.rank == 0 and step > start_step and due:
                 training.save()
+        if at_end:
+            break
         if stop_signal:
             compute.barrier()  # or torchrun might end the one that saves
             state = f"saved {config.out}/last.pt" if step else "nothing to save yet"
             command = "the same command" + (" without --overwrite" if config.overwrite else "")
             say(f"{signal.Signals(stop_signal).name} at step {step}: {state}; {command} goes on")
             sys.exit(128 + stop_signal)
-        if step == schedule.end:
-            break
 
         # Set learning rate and temperature, which depend on the step alone.
         lr = run.learning_rate(step, schedule.total, schedule.warmup, training.peak_lr)

@@ -17,10 +17,13 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
+from torchvision.models import ResNet
 
 from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from dali_pipeline import Loader
-from model import extract_features
+from dali_pipeline import Loader, Preprocessing, eval_loader
+from manifest import Manifest
+from model import extract_features, num_features
+from run import Compute
 
 # Of the neighbours' votes.
 TEMPERATURE = 0.07
@@ -88,6 +91,62 @@ def knn_class_shares(cosine: np.ndarray, truth: np.ndarray, patients: np.ndarray
     votes = (neighbours.weight[:, :, None] * one_hot[neighbours.index]).sum(1)
     votes *= one_hot.sum(0) / (others @ one_hot).clip(1)
     return votes / votes.sum(1, keepdims=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# The probe of a pre-training that is under way.
+
+# The probe's mean leaves out labels with fewer positives or negatives in val: an AUROC of one or
+# two images leaps about and would rule the curve.
+PROBE_CELLS = 10
+
+
+class Probe:
+    """Labelled images by which features are judged while they are learned without labels."""
+
+    def __init__(self, manifest: Manifest, most: int, seed: int):
+        """most: images of train, by which others are judged, and of val, which are."""
+        # The same random images every time, so that two points of the curve can be compared.
+        self.manifest, self.bank, self.queries = manifest, *(
+            np.sort(np.random.default_rng(seed).permutation(manifest.images(split))[:most])
+            for split in ("train", "val"))
+        labels = manifest.labels[self.queries]                              # (m, L)
+        fewest = np.minimum((labels == 1).sum(0), ((labels == 0) | np.isnan(labels)).sum(0))
+        self.counted = fewest >= min(PROBE_CELLS, fewest.max())             # (L,) of the mean
+
+    def scores(self, encoder: ResNet, batch_size: int, preprocessing: Preprocessing,
+               compute: Compute) -> dict[str, float]:
+        """{name: AUROC} on val, or {} where a feature is not finite.
+
+        Each label is predicted by the nearest neighbours in train, see `knn_auroc`; first
+        comes the mean over the labels that count, as `probe/auroc`."""
+        features = []
+        for images in (self.bank, self.queries):
+            loader = eval_loader(self.manifest, images, batch_size, preprocessing,
+                                 **compute.loader_arguments())
+            features.append(extract_features(
+                encoder, num_features(encoder), loader, compute.dtype))     # (n, D)
+            if not features[-1].isfinite().all():
+                return {}
+        auroc = np.array(knn_auroc(features[0], self.manifest.labels[self.bank],
+                                   features[1], self.manifest.labels[self.queries]))
+        known = auroc[self.counted & ~np.isnan(auroc)]
+        mean = {"probe/auroc": float(known.mean()) if len(known) else math.nan}
+        names = [f"probe/{name}" for name in self.manifest.label_names]
+        return mean | dict(zip(names, auroc.tolist())) | mean   # whatever a label is called
+
+    def __str__(self) -> str:
+        counted, labels = self.counted.sum(), len(self.counted)
+        rest = f"; the others have fewer than {PROBE_CELLS} positives or negatives in val"
+        return (f"probe on {len(self.queries)} images of {self.manifest.folder}: mean AUROC of "
+                f"{counted} of {labels} labels{rest if counted < labels else ''}")
+
+
+def probe_sentence(scores: dict[str, float]) -> str:
+    """What the terminal shows of a probe: the mean, and the first labels."""
+    labels = [f"{name.removeprefix('probe/')} {value:.3f}" for name, value in scores.items()][1:]
+    labels = labels[:15] + ["..."] * (len(labels) > 15)
+    return f"probe AUROC {scores['probe/auroc']:.4f} ({', '.join(labels)})"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -17,8 +17,9 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 import phantom
-from common import DataError, number_within, read_text
+from common import DataError, read_text
 from doubts import Doubt, many_classes
+from flags import number_within
 from layout import (
     PATIENT_COLUMN, SPLIT_COLUMN, Place, drawings, excluder, find_layout, folders_of_persons,
     layout_text, levels_of, names_without_meaning, outside_splits, place_of, repeated_below,

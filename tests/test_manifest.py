@@ -13,9 +13,10 @@ import pytest
 from conftest import ROOT
 
 from common import (
-    DataError, ImageError, differing_flags, errors_in_one_sentence, lock, whole_file, write_csv,
-    write_text)
-from manifest import _table_at_once, _table_by_rows, read_manifest
+    DataError, ImageError, errors_in_one_sentence, lock, whole_file, write_csv, write_text)
+from flags import differing_flags
+from manifest import read_manifest
+from manifest_csv import table_at_once, table_by_rows
 
 
 def edit(folder, row, column, value):
@@ -93,13 +94,13 @@ def test_both_ways_of_reading_a_table_agree(tmp_path):
     rng, file, fast = np.random.default_rng(0), tmp_path / "manifest.csv", 0
     for _ in range(2000):
         written(rng, file)
-        at_once = _table_at_once(file)
+        at_once = table_at_once(file)
         if at_once is None:
             with contextlib.suppress(DataError):
-                _table_by_rows(file, tmp_path)
+                table_by_rows(file, tmp_path)
             continue
         fast += 1
-        by_rows = _table_by_rows(file, tmp_path)            # and does not refuse it
+        by_rows = table_by_rows(file, tmp_path)            # and does not refuse it
         assert (at_once.paths, at_once.label_names) == (by_rows.paths, by_rows.label_names)
         for one, other in zip(at_once[1:4], by_rows[1:4], strict=True):
             assert one.dtype == other.dtype and one.shape == other.shape
@@ -108,7 +109,7 @@ def test_both_ways_of_reading_a_table_agree(tmp_path):
 
 
 def test_sound_tables_take_the_fast_way(data):
-    assert _table_at_once(data / "manifest.csv") is not None
+    assert table_at_once(data / "manifest.csv") is not None
 
 
 def test_missing_folder_and_missing_split(tmp_path, folder):

@@ -1,0 +1,171 @@
+"""The run folder (--out): which run it holds, and its curves.
+
+config.json says which run that is. A run goes on in its own folder and is refused by another's.
+"""
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from checkpoint import CheckpointError
+from common import lock, valid_unicode, write_text
+from flags import RunConfig, differing_flags
+from manifest import Manifest
+
+
+def content_of_data(manifest: Manifest, images: np.ndarray | None = None) -> str:
+    """A digest of a data folder, or of these images of it without their labels.
+
+    A folder of the same rows whose images were made with another --size differs by
+    their sizes in bytes."""
+    if images is None:
+        sizes = manifest.sizes_digest(np.arange(len(manifest.paths)))
+        return f"{manifest.rows_digest()} {sizes}"
+    return f"{manifest.paths_digest(images)} {manifest.sizes_digest(images)}"
+
+
+def content_of_file(path: str | Path) -> str:
+    """A digest of a checkpoint; a name that is no file, such as `random`, stands for itself."""
+    if not os.path.isfile(path):
+        return str(path)
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def open_run(config: RunConfig, stage: str, results: tuple[str, ...],
+             resources: contextlib.ExitStack, starts_from: str = "",
+             contents: dict[str, dict[str, str]] | None = None, **more) -> None:
+    """Make the run folder, or recognise the run in it, and keep it locked until the run ends.
+
+    results: patterns of the files that the stage writes; a folder in which the first of
+    them exists holds something that could be lost. CheckpointError says which flags
+    differ from those of the run that made it, unless --overwrite is given, which
+    deletes the results. A folder that holds anything but a run of this stage is refused
+    in any case.
+    starts_from: a file that alone may lie in a new run folder, for the run to start from.
+    contents: for each flag that names files, {path: digest}. Such flags are compared by the
+    digests, so that files may be moved or named by another path.
+    more: compared as flags are."""
+    out = Path(config.out)
+    if valid_unicode(config.out) != config.out:
+        raise CheckpointError(f"--out {out} is not in UTF-8, and TensorBoard cannot write there: "
+                              "choose another --out, or `export PYTHONUTF8=1` if it is only the "
+                              "locale")
+    names = {file.name for file in out.iterdir()} if out.is_dir() else set()
+    if names - {starts_from} and "config.json" not in names:
+        raise CheckpointError(f"{out} is not empty and holds no run; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    file = resources.enter_context(open(out / "config.json", "a+", encoding="utf-8"))
+    if not lock(file):
+        raise CheckpointError(f"another process is at work in {out}; choose another --out")
+    before = _read_config(file)
+    if before and before.get("stage") != stage:
+        raise CheckpointError(f"{out} holds something else than a run of {stage}.py; "
+                              "choose another --out")
+    now = {"stage": stage} | fixed_flags(config) | more | {"contents": contents or {}}
+    now = json.loads(json.dumps(now))  # tuples are lists in a file
+    difference = _difference(before, now)
+    if config.overwrite:
+        for pattern in results:
+            for old in out.glob(pattern):
+                old.unlink()
+    goes_on = bool(before) and (out / results[0]).exists()
+    if goes_on and difference:
+        raise CheckpointError(f"{out} holds a run {difference}; choose another --out, or give up "
+                              "that run with --overwrite")
+    if before != now and not goes_on:
+        # The file is rewritten in place because its lock would not follow a new one. Nothing is
+        # lost if that is cut short: the next run with the same flags writes it again.
+        file.truncate(0)
+        file.write(json.dumps(now, indent=1) + "\n")
+        file.flush()
+
+
+def fixed_flags(config: RunConfig) -> dict[str, Any]:
+    """The flags that must be the same when a run goes on, by name."""
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)
+            if not field.metadata["may_differ"]}
+
+
+def _difference(before: dict, now: dict) -> str:
+    """How two runs differ, or nothing: `with other flags: --epochs (2 there, 5 here)`."""
+    now, changed = dict(now), []
+    for name, files in now["contents"].items():
+        earlier = before.get("contents", {}).get(name)
+        if not isinstance(earlier, dict):  # of an older version, which compared the flags alone
+            continue
+        digests = list(earlier.values())
+        if digests == list(files.values()):  # the same, wherever they lie
+            now[name] = before.get(name)
+        changed += [path for path, digest in files.items() if digest not in digests]
+    now["contents"] = before.get("contents")  # a digest would say nothing to a user
+    if flags := differing_flags(before, now):
+        return f"with other flags: {flags}"
+    return f"on {' and '.join(changed)} as it was before it was changed" if changed else ""
+
+
+def _read_config(file) -> dict:
+    """What an open config.json says; {} for an empty file."""
+    file.seek(0)
+    try:
+        config = json.loads(file.read() or "{}")
+    except ValueError:
+        config = None
+    return config if isinstance(config, dict) else {"stage": "unknown"}
+
+
+class Curves:
+    """log.jsonl and TensorBoard's files in the run folder, written by the first process."""
+
+    def __init__(self, config: RunConfig, first: bool, step: int):
+        """Go on after `step`; lines and points after it belong to steps that will be repeated."""
+        self.writer = None
+        if not first:
+            return
+        path = Path(config.out) / "log.jsonl"
+        if path.exists():
+            lines = [line for line in path.read_text("utf-8").splitlines(keepends=True)
+                     if line.endswith("\n") and json.loads(line)["step"] <= step]
+            write_text(path, "".join(lines))
+        self.file = open(path, "a", encoding="utf-8")
+        self.writer = SummaryWriter(config.out, purge_step=step + 1 if step else None)
+        if not step:
+            settings = dataclasses.asdict(config).items()
+            text = "\n".join(f"    {k} = {v}" for k, v in settings)
+            self.writer.add_text("config", valid_unicode(text))
+
+    def add(self, step: int, epoch: float, scalars: dict[str, float]) -> None:
+        """One line of log.jsonl and one point on each curve. JSON has no NaN: it becomes null."""
+        if self.writer:
+            finite = {name: value if math.isfinite(value) else None
+                      for name, value in scalars.items()}
+            line = {"step": step, "epoch": round(epoch, 3)} | finite
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, step)
+
+    def add_image(self, name: str, pixels: Tensor, step: int) -> None:
+        """pixels: (3, H, W) in [0, 1]."""
+        if self.writer:
+            self.writer.add_image(name, pixels, step)
+
+    def close(self, config: RunConfig, results: dict[str, float]) -> None:
+        """End with the flags and the results in TensorBoard's table of hyper-parameters."""
+        if self.writer:
+            flags = {name: value if isinstance(value, int | float) else valid_unicode(str(value))
+                     for name, value in dataclasses.asdict(config).items()}
+            for summary in hparams(flags, results):
+                self.writer._get_file_writer().add_summary(summary)
+            self.writer.flush()  # close() alone would not say that the disk is full
+            self.writer.close()
+            self.file.close()
