@@ -167,8 +167,9 @@ def _contrast(log_r: Tensor, positive: Tensor, count: Tensor, weight: Tensor,
     floor = count.log() - 1 / temperature - positive
     loss, slope = _loss_and_slope(debiased.maximum(floor), weight, decoupled)
     # What is taken off moves with the positive. On the floor the negatives move nothing.
-    above, steeper = debiased > floor, slope / share
-    return Contrast(loss, steeper.where(above, 0), steeper.where(above, slope))
+    above, debiased_slope = debiased > floor, slope / share
+    return Contrast(
+        loss, debiased_slope.where(above, 0), debiased_slope.where(above, slope))
 
 
 def _loss_and_slope(
@@ -199,6 +200,8 @@ class NTXent(torch.autograd.Function):
         # anchors are some.
         gradient = torch.zeros_like(batch.keys)  # (W, 2, N, D)
         for_keys, for_anchors = gradient.flatten(0, 2), gradient[batch.rank]
+        # With R the sum of exp(l_ik), an anchor's loss moves by push = d loss / d ln R, spread over
+        # its negatives by their shares of R, and by -pull = d loss / d l_ip.
         for block in _blocks(batch):
             scaled_anchors, count = scaled[:, block], batch.count[block]  # (2, n, D), (n, 1)
             logits = _similarities(batch, scaled_anchors, block)  # (2n, K)

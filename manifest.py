@@ -62,11 +62,11 @@ class Manifest:
                          for column in columns), self.labels.tobytes())
 
     def paths_digest(self, images: np.ndarray) -> str:
-        """The same for nothing but which images these are, and in which order."""
+        """Changes with which images these are, and with their order."""
         return _digest(*(self.paths[i].encode("utf-8", "surrogateescape") for i in images))
 
     def sizes_digest(self, images: np.ndarray) -> str:
-        """Changes where one of the images was written anew, if not to the same number of bytes."""
+        """Changes where an image's file got another size; misses rewrites of the same size."""
         return _digest(b"" if self.sizes is None else self.sizes[images].tobytes())
 
     def images(self, split: str) -> np.ndarray:
@@ -117,11 +117,11 @@ def read_manifest(folder: str | Path, packed: bool = True, images_on_disk: bool 
     if not file.is_file():
         raise DataError(f"{folder} is not a data folder: {file} is missing "
                         "(python prepare.py --help makes one; --data names another)")
-    # The second way is slow, and says what the first one has doubts about.
+    # The slow way is taken where the fast one has doubts; it says which row and column is wrong.
     table = table_at_once(file) or table_by_rows(file, folder)
     manifest = Manifest(Path(folder), *table)
     if archive := packed and open_archive(manifest.folder, manifest.paths, manifest.names):
-        # A hundred of the images tell whether all of them were made anew since.
+        # A sample of a hundred finds a tar that is older than the images.
         sample = np.unique(np.linspace(0, len(manifest.paths) - 1, 100).astype(int))
         check_against_folder(archive, manifest.folder, manifest.names, sample)
         return dataclasses.replace(manifest, archive=archive, sizes=archive.table["size"])

@@ -8,8 +8,8 @@
 The run folder (--out) gets encoder.pt, which is all that the later stages need;
 last.pt, from which the same command goes on after any interruption as though there
 had been none; and log.jsonl, config.json and TensorBoard's event files. A last.pt
-that is copied into a new run folder starts the run there, with other flags if you
-like.
+that is copied into a new run folder starts the run there, with another learning
+rate, say.
 """
 # pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportArgumentType=false
 # The type stubs of PyTorch do not know its operations on lists of tensors, torch._foreach_*.
@@ -241,7 +241,7 @@ class Training:
 
     def __init__(self, config: Config, compute: Compute, images: str):
         torch.manual_seed(config.seed)
-        # A run that goes on needs the file or the download of its first weights no more.
+        # A run that goes on takes its weights from last.pt, and does not read or download --init.
         goes_on = Path(config.out, "last.pt").exists() and not config.overwrite
         encoder = build_encoder(config.arch, "random" if goes_on else config.init, compute.say)
         net = SimCLR(encoder, config.proj_layers, config.proj_width, config.proj_dim)
@@ -271,7 +271,7 @@ class Training:
         state = load_checkpoint(file)
         if not {"model", "optimizer", "scaler", "step", "config", "images", "rng"} <= state.keys():
             raise CheckpointError(f"{file} is no last.pt of a pre-training run")
-        # A step means so many images, so that a run cannot go on with another batch size.
+        # Other shapes do not fit, and a step means so many images: batch_size stays, too.
         for name in ("arch", "optimizer", "batch_size"):
             in_file, flag_value = state["config"].get(name), getattr(self.config, name)
             if in_file != flag_value:
@@ -339,9 +339,9 @@ def begin_or_go_on(training: Training, contents: dict[str, dict[str, str]], conf
     out, last = Path(config.out), Path(config.out) / "last.pt"
     if compute.rank == 0:
         if last.exists() and not (out / "config.json").exists() and not config.overwrite:
-            # It was copied from another run. Does it fit? Then the folder is locked for this one.
+            # It was copied from another run: what does not fit is refused before anything is written.
             training.load(last)
-        if Path(config.init).is_file():  # after the first checkpoint it may be gone
+        if Path(config.init).is_file():  # it is not needed once there is a last.pt
             contents = contents | {"init": {config.init: run_folder.content_of_file(config.init)}}
         run_folder.open_run(config, "pretrain", RESULTS, resources, "last.pt", contents)
         if not last.exists():
@@ -495,6 +495,7 @@ def backward_in_pieces(model: nn.Module, x: Tensor, size: int, loss_of: Callable
     net = model.module if isinstance(model, DistributedDataParallel) else model
     buffers = list(net.buffers())
     before = [buffer.clone() for buffer in buffers]
+    # The first pass goes past DistributedDataParallel, which would prepare for a backward pass.
     pieces = x.contiguous(memory_format=torch.channels_last).split(size)
     with torch.no_grad(), compute.autocast():
         z = torch.cat([net(piece) for piece in pieces]).requires_grad_()    # (2N, D)
@@ -504,8 +505,8 @@ def backward_in_pieces(model: nn.Module, x: Tensor, size: int, loss_of: Callable
     gradient, = torch.autograd.grad(scaler.scale(loss), z)                  # (2N, D)
     for i, (piece, of_piece) in enumerate(zip(pieces, gradient.split(size)), 1):
         # The processes add up their gradients once, after the last piece.
-        alone = net is not model and i < len(pieces)
-        with model.no_sync() if alone else contextlib.nullcontext():
+        defer_sync = net is not model and i < len(pieces)
+        with model.no_sync() if defer_sync else contextlib.nullcontext():
             with compute.autocast():
                 z_piece = model(piece)
             z_piece.backward(of_piece)
@@ -552,7 +553,8 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
 
     # Network, optimizer and step, as the last.pt of the run folder left them.
     paths = "\n".join(manifest.paths[i] for i in train)
-    training = Training(config, compute, hashlib.sha256(paths.encode()).hexdigest())
+    digest = hashlib.sha256(paths.encode(errors="surrogateescape")).hexdigest()
+    training = Training(config, compute, digest)
     contents = {"data": {config.data: run_folder.content_of_data(manifest, train)}}
     if config.probe_data and probe:
         content = run_folder.content_of_data(probe.manifest)
@@ -643,8 +645,7 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
         optimizer.zero_grad(set_to_none=True)
         if step == start_step:
             curves.add_image("views", view_pairs(view1, view2), step)
-        step += 1
-        training.step = step
+        training.step = step = step + 1  # steps taken
         progress.add(batch_loss, step)
 
         # Every few steps: a point on the curves. Reading the loss waits for the GPU, so not always.

@@ -34,7 +34,7 @@ from syncbn import SyncBatchNorm
 # Batch norm's statistics are the same on all processes, so that nobody has to send them. The
 # argument that says so has got another name in newer versions of PyTorch.
 BUFFERS = inspect.signature(DistributedDataParallel).parameters.keys() & {"forward_sync_buffers"}
-KEEP_BUFFERS: dict[str, Any] = dict.fromkeys(BUFFERS or {"broadcast_buffers"}, False)
+NO_BROADCAST: dict[str, Any] = dict.fromkeys(BUFFERS or {"broadcast_buffers"}, False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,15 +119,14 @@ class Compute:
         if self.world_size == 1:
             return net
         return DistributedDataParallel(net, device_ids=[self.device.index] if self.cuda else None,
-                                       gradient_as_bucket_view=True, **KEEP_BUFFERS)
+                                       gradient_as_bucket_view=True, **NO_BROADCAST)
 
     def rehearse(self, model: nn.Module, x: Tensor) -> None:
-        """A backward pass that changes nothing, before a run's first step and before that with
-        which it goes on. x: what the network sees in that step.
+        """A forward and backward pass that changes nothing, before the first step of every start.
 
-        After its first backward pass DistributedDataParallel lays out the gradients in another
-        order, in which all later steps sum them. Three summands or more round differently in
-        another layout, so that without this a run that goes on would end with other bits."""
+        DistributedDataParallel lays out its gradients anew after its first backward pass, and
+        sums of three or more round differently in another layout. Without this, a run that goes
+        on would take one step in the first layout and end with other bits. x: a batch."""
         if self.world_size == 1:
             return
         statistics = [buffer.clone() for buffer in model.buffers()]
@@ -239,8 +238,8 @@ def main(stage: Callable, config_class: type, argv: list[str] | None = None,
     except FloatingPointError as error:
         sys.exit(f"{script}: {error}" if first else 1)
     except torch.OutOfMemoryError:
-        sys.exit(f"{script}: the GPU has too little memory: lower --batch-size or --image-size, or "
-                 "take more GPUs")
+        sys.exit(f"{script}: the GPU has too little memory: lower --batch-size, or with "
+                 "pretrain.py set --micro-batch, or take more GPUs")
     except RuntimeError as error:
         # Connection closed by peer, or reset by it, or a broken pipe.
         if "gloo/transport" not in str(error) and "closed by peer" not in str(error):
@@ -268,7 +267,7 @@ class StopSignal:
 
     def __init__(self, resources: contextlib.ExitStack):
         self.number = 0
-        self.asked: tuple[Tensor, dist.Work] | None = None  # a question that is under way
+        self.pending: tuple[Tensor, dist.Work] | None = None  # a question that is under way
         for number in (signal.SIGTERM, signal.SIGINT):
             before = signal.signal(number, self._remember)
             resources.callback(signal.signal, number, before)
@@ -280,15 +279,15 @@ class StopSignal:
         """The signal that any of the processes has received, or 0: all leave at the same step.
 
         The processes ask each other while they compute, so that nobody waits for the
-        answer: it is that of the call before."""
+        answer: it comes with the next call, one step late."""
         if compute.world_size == 1:
             return self.number
         answer = 0
-        if self.asked:
-            numbers, work = self.asked
+        if self.pending:
+            numbers, work = self.pending
             work.wait()
             answer = int(numbers)
         numbers = torch.tensor(self.number)
         work = dist.all_reduce(numbers, dist.ReduceOp.MAX, async_op=True)
-        self.asked = (numbers, work) if work else None
+        self.pending = (numbers, work) if work else None
         return answer
