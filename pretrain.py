@@ -339,7 +339,7 @@ def begin_or_go_on(training: Training, contents: dict[str, dict[str, str]], conf
     out, last = Path(config.out), Path(config.out) / "last.pt"
     if compute.rank == 0:
         if last.exists() and not (out / "config.json").exists() and not config.overwrite:
-            # It was copied from another run: what does not fit is refused before anything is written.
+            # It was copied from another run: what does not fit is refused before it is taken.
             training.load(last)
         if Path(config.init).is_file():  # it is not needed once there is a last.pt
             contents = contents | {"init": {config.init: run_folder.content_of_file(config.init)}}
