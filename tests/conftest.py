@@ -36,8 +36,10 @@ def pytest_addoption(parser):
     parser.addoption("--fault-table", metavar="FILE", help="test_faults.py: rows are added to it")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     for item in items:
+        if "long" in item.keywords and not config.getoption("--long"):
+            item.add_marker(pytest.mark.skip(reason="--long only"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device, or not asked for with -m gpu"))
 

@@ -25,6 +25,8 @@ from pretrain import LARS
 from probe import knn_auroc
 from run import Compute, learning_rate
 
+LONG = pytest.mark.long     # what test_faults.py tries as well, at other moments
+
 
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory):
@@ -64,7 +66,8 @@ def test_encoder_loads_into_torchvision_strictly(data, tmp_path):
     assert {"normalize", "clahe", "mean", "std", "data"} <= checkpoint["config"].keys()
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=LONG),
+                                 pytest.param(signal.SIGINT, marks=LONG)])
 def test_killed_at_any_step_and_started_again_ends_the_same(finished, data, tmp_path, how):
     whole, _ = finished
     command = ["pretrain.py", *SMALL, "--probe-every", "1", "--data", data,
@@ -110,7 +113,9 @@ def interrupted(command, moment):
     return process.returncode, error
 
 
-@pytest.mark.parametrize("moment", [0.5, 1.5, 2.5, 3.5, 5.0, "learning rate", "step 00010/"])
+@pytest.mark.parametrize("moment", [
+    1.5, "learning rate", "step 00010/",
+    *(pytest.param(seconds, marks=LONG) for seconds in (0.5, 2.5, 3.5, 5.0))])
 def test_control_c_at_any_moment_is_one_sentence(data, tmp_path, moment):
     """While PyTorch loads, while the run is set up, while it probes, while it trains."""
     command = ["pretrain.py", *SMALL, "--probe-every", "1", "--data", data, "--epochs", "900",
