@@ -173,7 +173,8 @@ def label_rules(args: argparse.Namespace) -> LabelRules:
     """What label_flags and --allow say of the labels of a table."""
     words = None if args.not_mentioned is None else tuple(args.not_mentioned)
     return LabelRules(tuple(args.class_columns), words, args.label_separator, args.several_rows,
-                      args.rater_column, "many-classes" in args.allow)
+                      args.rater_column, "many-classes" in args.allow,
+                      "mixed-letters" in args.allow)
 
 
 def condition(text: str) -> str:
@@ -484,13 +485,21 @@ def check_patients_and_splits(table: Table, keys: list[str], args: argparse.Name
         for key in keys:
             for row in table.all_rows(key):
                 cell, where = row.cells[place], f"{table.file}, row {row.number}, column {name}"
-                if name == args.patient_column and value_of(cell) == "":
-                    raise DataError(f"{where}: " + (f"{cell!r} is no patient" if cell else "empty"))
+                if name == args.patient_column:
+                    check_patient(cell, where)
                 if name == args.split_column and not split_name(cell) and value_of(cell) != "":
                     raise DataError(f"{where}: {cell!r} is no split")
                 if cell != table.rows[key].cells[place]:
                     raise DataError(f"{where}: {cell!r}, but {table.rows[key].cells[place]!r} in "
                                     f"row {table.rows[key].number} of the same image")
+
+
+def check_patient(cell: str, where: str) -> None:
+    """DataError where a cell names no patient: all images without one would be of one person.
+
+    where: file, row and column of the cell."""
+    if value_of(cell) == "":
+        raise DataError(f"{where}: {cell!r} is no patient" if cell else f"{where}: empty")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -520,6 +529,7 @@ def nih_items(args: argparse.Namespace, files: list[str]) -> Source:
     source = Source(NIH_FINDINGS, official_labels=True)
     for image in in_table_and_on_disk(table, images, source):
         number, (findings, patient) = table.rows[image]
+        check_patient(patient, f"{table.file}, row {number}, column Patient ID")
         present = set(findings.split("|"))
         if not present <= set(NIH_FINDINGS):
             raise DataError(f"{table.file}, row {number}, column Finding Labels: {findings!r} "
@@ -550,7 +560,7 @@ def chexpert_items(args: argparse.Namespace, files: list[str]) -> Source:
         # CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg: the first part is --src.
         table = read_table(args.src / f"{part}.csv", "Path",
                            ["Frontal/Lateral", *CHEXPERT_OBSERVATIONS],
-                           normalise=lambda path: path.partition("/")[2])
+                           normalise=lambda path: path.replace("\\", "/").partition("/")[2])
         views = table.column("Frontal/Lateral")
         labels = observations(table)
         for image in in_table_and_on_disk(table, images, source):
@@ -595,6 +605,7 @@ def mimic_items(args: argparse.Namespace, files: list[str]) -> Source:
     source, laterals, unlabelled = Source(CHEXPERT_OBSERVATIONS, official_labels=True), 0, 0
     for image in in_table_and_on_disk(rows, images, source):
         number, (patient, study, split) = rows.rows[image]
+        check_patient(patient, f"{split_file}, row {number}, column subject_id")
         if not split_name(split):
             raise DataError(f"{split_file}, row {number}, column split: {split!r} is no split")
         if not args.all_views and views.get(image) not in ("PA", "AP"):
