@@ -22,9 +22,11 @@ ALLOW = {
     "similar-patients": "patients differ in case, blanks or leading zeros only",
     "masks": "images seem to be masks, segmentations or other drawings",
     "other-folders": "images lie beside the split folders, and are left out",
+    "untrained-class": "a class stands in the given val or test split, and not in train",
     "unknown-patients": "folders or columns seem to name patients, and are not used",
     "unused-splits": "a column seems to name the splits, and is not used",
-    "odd-classes": "class folders are named images, part1 and the like, or lie one in another"}
+    "odd-classes": "class folders are named images, part1, normal_train and the like, or lie one "
+                   "in another"}
 FEW = 3                         # images; fewer are not doubted
 
 
@@ -85,6 +87,23 @@ def constant_labels(names: list[str], rows: list[tuple[str, ...]], classes: bool
                 f", {blank:,} say nothing of it (absent is 0, blank is not mentioned)")
         doubts.append(Doubt("constant-label", f"label {name!r} {says} and teaches nothing"))
     return doubts
+
+
+def untrained_classes(names: list[str], splits: list[str],
+                      rows: list[tuple[str, ...]]) -> list[Doubt]:
+    """A doubt for each class that stands in the val or test split of a source, but not in train.
+
+    splits: as the source gives them; "" may become train."""
+    places: dict[str, set[str]] = {}                    # the splits in which each class stands
+    for split, row in zip(splits, rows):
+        for name, value in zip(names, row):
+            if value == "1":
+                places.setdefault(name, set()).add(split or "train")
+    if not {"", "train"} & set(splits):
+        return []
+    return [Doubt("untrained-class", f"class {name!r} stands in {' and '.join(sorted(found))} and "
+                  "not in train, where it would have to be learned")
+            for name, found in sorted(places.items()) if "train" not in found]
 
 
 def many_classes(classes: int, images: int) -> list[Doubt]:

@@ -18,12 +18,12 @@ from PIL import Image
 
 import phantom
 from common import DataError, read_text
-from doubts import Doubt, many_classes
+from doubts import Doubt, many_classes, untrained_classes
 from flags import number_within
 from layout import (
-    PATIENT_COLUMN, SPLIT_COLUMN, Place, drawings, excluder, find_layout, folders_of_persons,
-    layout_text, levels_of, names_without_meaning, outside_splits, place_of, repeated_below,
-    split_name)
+    PATIENT_COLUMN, SPLIT_COLUMN, Place, classes_of_splits, drawings, excluder, find_layout,
+    folders_of_persons, layout_text, levels_of, may_name_patients, names_without_meaning,
+    outside_splits, place_of, repeated_below, seem_patients, split_name)
 from radiograph import EXTENSIONS, ImageSettings, Reading
 from tables import (
     LabelRules, Table, form_key, merged, read_labels, read_table, spellings, understand, value_of)
@@ -223,7 +223,7 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
     if not patients and args.layout is None:
         doubt_unknown_patients(source, images, levels)
     if table:
-        doubt_unused_columns(source, args, table, levels)
+        doubt_unused_columns(source, args, table, levels, list(key_of.values()))
     for folder, count in outside_splits(images, levels).items():
         source.doubts.append(Doubt("other-folders", f"{count:,} images in {text_of(folder)} lie "
                                    "beside the split folders and would be left out: rename it, or "
@@ -252,6 +252,18 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
         if args.patients_per_split and split:
             patient = f"{split}-{patient}"
         source.items.append(Item(file, path, text_of(patient), split, labels[file]))
+
+    # Splits in the names of classes, and classes that no image of train shows.
+    twins = classes_of_splits(source.label_names) if source.classes else None
+    if twins and (columns or args.layout is None):
+        one, other = twins
+        source.doubts.append(Doubt(
+            "odd-classes", f"the names of the classes {one} and {other} hold those of splits: "
+            "sort the images into folders such as train/NORMAL, or name the splits in a column"))
+    if source.classes:
+        source.doubts += untrained_classes(
+            source.label_names, [item.split for item in source.items],
+            [item.labels for item in source.items])
 
     # What the user has to know.
     source.patients_known = bool(patients)
@@ -316,20 +328,27 @@ def doubt_unknown_patients(source: Source, images: list[str], levels: list[str])
 
 
 def doubt_unused_columns(source: Source, args: argparse.Namespace, table: Table,
-                         levels: list[str]) -> None:
-    """Add doubts for columns that seem to name patients or splits, where none is used for that."""
-    used = {args.path_column, *args.label_columns, *args.class_columns, args.rater_column}
-    names = [name for name in table.header if name not in used]
+                         levels: list[str], keys: list[str]) -> None:
+    """Add doubts for columns that seem to name patients or splits, where none is used for that.
+
+    keys: the rows of the images. Columns are judged by their cells in these."""
+    used = {args.path_column, *args.label_columns, *args.class_columns, args.rater_column,
+            *(text.partition("=")[0] for text in args.where)}
+    names = [name for name in table.header if name not in used and table.header.count(name) == 1]
+    further = read_table(table.file, args.path_column, names, normalise=plain_path, several=True)
+    columns = {name: [cell for cell in map(further.column(name).get, keys)
+                      if cell and value_of(cell) != ""] for name in names}
     if args.patient_column not in table.columns and "patient" not in levels:
-        for name in [name for name in names if PATIENT_COLUMN.fullmatch(form_key(name))][:1]:
+        for name in [name for name in names if PATIENT_COLUMN.fullmatch(form_key(name))
+                     or may_name_patients(name) and seem_patients(columns[name])][:1]:
             source.doubts.append(Doubt(
                 "unknown-patients", f"column {name!r} of {table.file.name} seems to name the "
                 f"patients, whose images would come into several splits: --patient-column {name}"))
     if args.split_column not in table.columns and "split" not in levels:
-        for name in [name for name in names if SPLIT_COLUMN.fullmatch(form_key(name))]:
-            cells = read_table(table.file, args.path_column, [name], several=True).column(name)
-            if any(cells.values()) and all(split_name(cell) or value_of(cell) == ""
-                                           for cell in cells.values()):
+        for name, cells in columns.items():
+            splits = set(map(split_name, cells))
+            named = bool(SPLIT_COLUMN.fullmatch(form_key(name)))
+            if splits and "" not in splits and (named or len(splits) > 1):
                 source.doubts.append(Doubt(
                     "unused-splits", f"column {name!r} of {table.file.name} seems to name the "
                     f"splits: --split-column {name} takes them"))

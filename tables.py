@@ -519,6 +519,14 @@ def refuse_hidden_lists(words: list[str], where: dict[str, str]) -> None:
         others = (known & runs(form_key(word))) - {form_key(word)}
         if any(one not in other and other not in one for one in others for other in others):
             raise ask_for_separator(word, where)
+    # Mass - Nodule, and Nodule - Edema: what ends one word begins another. Left effusion and right
+    # effusion are no lists by this, nor are effusion and pleural effusion.
+    ends: set[str] = set()
+    for word in words:
+        ends |= edges(form_key(word), last=True)
+    for word in words:
+        if ends & edges(form_key(word), last=False):
+            raise ask_for_separator(word, where)
     # Mass#Nodule, Nodule#Edema, Edema#Mass: none of them stands alone.
     parts_of = {word: [form_key(part) for part in OTHER_MARKS.split(word)] for word in words}
     often = Counter(part for parts in parts_of.values() for part in set(parts))
@@ -535,6 +543,18 @@ def runs(text: str) -> set[str]:
         return set()
     return {" ".join(words[start:end]) for start in range(len(words))
             for end in range(start + 1, min(start + LONGEST_RUN, len(words)) + 1)}
+
+
+def edges(text: str, last: bool) -> set[str]:
+    """The runs of up to LONGEST_RUN words that begin a text, or end it, and are not all of it.
+
+    Numbers alone do not count, nor do texts of more than 30 words."""
+    words = re.findall(r"\w+", text)
+    if len(words) > 30:
+        return set()
+    lengths = range(1, min(LONGEST_RUN + 1, len(words)))
+    found = {" ".join(words[-n:] if last else words[:n]) for n in lengths}
+    return {run for run in found if re.search(r"[^\W\d]", run)}
 
 
 def ask_for_separator(word: str, where: dict[str, str]) -> DataError:
