@@ -82,10 +82,11 @@ def constant_labels(names: list[str], rows: list[tuple[str, ...]], classes: bool
             continue
         value = "".join(counts)
         says = f"is {value} for every image" if value else "is not mentioned for any image"
+        why = ""
         if value and blank:
-            says += (" that has a class" if classes else " that mentions it") + (
-                f", {blank:,} say nothing of it (absent is 0, blank is not mentioned)")
-        doubts.append(Doubt("constant-label", f"label {name!r} {says} and teaches nothing"))
+            says += " that has a class" if classes else " that mentions it"
+            why = f" ({blank:,} are blank, which does not mean absent: write 0 for that)"
+        doubts.append(Doubt("constant-label", f"label {name!r} {says} and teaches nothing{why}"))
     return doubts
 
 

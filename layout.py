@@ -244,9 +244,11 @@ def seem_patients(cells: list[str]) -> bool:
     return 2 <= len(set(cells)) < len(cells) <= 50 * len(set(cells))
 
 
-def folders_of_persons(images: list[str], levels: list[str]) -> str:
+def folders_of_persons(images: list[str], levels: list[str], by_word: bool = False) -> str:
     """A folder of several images below those that `levels` tell of, whose name is a person's by its
-    form; "" where there is none. It may be of one level only, as NORMAL/p17."""
+    form, or its place; "" where there is none. It may be of one level only, as NORMAL/p17.
+
+    by_word: only those of a few images that have a word such as patient, or p, and a number."""
     inner: dict[str, set[str]] = {}         # name of the folder: names of its siblings
     counts: Counter[str] = Counter()
     for image in images:
@@ -255,16 +257,17 @@ def folders_of_persons(images: list[str], levels: list[str]) -> str:
             path = "/".join(folders[:len(levels) + 1])
             inner.setdefault("/".join(folders[:len(levels)]), set()).add(folders[len(levels)])
             counts[path] += 1
+    few = counts.total() <= MOST_OF_A_PATIENT * len(counts)
     for above, names in sorted(inner.items()):
         for name in sorted(names):
             path = f"{above}/{name}".lstrip("/")
             letters = "".join(re.findall(r"[^\W\d_]+", name.casefold()))
             numbered = bool(re.search(r"\d", name))
             person = numbered and (letters in PERSON_WORDS or letters in PERSONS
-                                   or is_number_of(name, len(names)))
-            if person and counts[path] > 1:
+                                   or not by_word and is_number_of(name, len(names)))
+            if person and 1 < counts[path] and (not by_word or few):
                 return path
-    return small_folders(images, levels)
+    return "" if by_word else small_folders(images, levels)
 
 
 def small_folders(images: list[str], levels: list[str]) -> str:

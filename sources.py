@@ -190,8 +190,11 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
     source, excluded = Source([]), excluder(args.exclude)
     images = [file for file in files
               if file.lower().endswith(EXTENSIONS) and not excluded(file)]
-    others = Counter("excluded" if excluded(file) else PurePosixPath(file).suffix
-                     or "without suffix" for file in set(files) - set(images))
+    others = Counter("excluded" if excluded(file) else suffix_of(file)
+                     for file in set(files) - set(images))
+
+    if not images:
+        raise no_image(args.src, others)
 
     # What the table says: of which images, of which patients, in which splits.
     patients, splits, table, key_of = {}, {}, None, {}
@@ -210,6 +213,7 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
     if splits:
         levels = ["*" if level == "split" else level for level in levels]
     columns = [*args.label_columns, *args.class_columns]
+    named = levels                  # as the folders' names say, whether that is used or not
     if columns:
         levels = ["*" if level == "class" else level for level in levels]
     places = {file: place_of(file, levels) for file in images}
@@ -221,7 +225,7 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
     doubt_folders(source, [file for file in images if splits[file] is not None], levels,
                   guessed=args.layout is None)
     if not patients and args.layout is None:
-        doubt_unknown_patients(source, images, levels)
+        doubt_unknown_patients(source, images, named, labelled=bool(columns))
     if table:
         doubt_unused_columns(source, args, table, levels, list(key_of.values()))
     for folder, count in outside_splits(images, levels).items():
@@ -269,9 +273,33 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
     source.patients_known = bool(patients)
     if not patients:
         source.notes.append("No patient is known: every image counts as a patient of its own.")
-    counts = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(others.items()))
-    source.notes.append(f"Files passed over: {text_of(counts) or 'none'}.")
+    source.notes.append(f"Files passed over: {passed_over(others) or 'none'}.")
     return source
+
+
+def passed_over(others: Counter) -> str:
+    """How many files of each suffix were passed over, as text."""
+    texts = [f"{count:,} {suffix}" for suffix, count in sorted(others.items())]
+    more = f", and {len(texts) - 20:,} suffixes more" if len(texts) > 20 else ""
+    return text_of(", ".join(texts[:20]) + more)
+
+
+def suffix_of(file: str) -> str:
+    """The suffix of a file, in words if it has none: the last part of 1.2.840.17 is none."""
+    suffix = PurePosixPath(file).suffix
+    return "without suffix" if not suffix or suffix[1:].isdigit() else suffix
+
+
+def no_image(src: Path, others: Counter) -> DataError:
+    """The error for a folder without images.
+
+    others: its files by their suffix."""
+    dicom = sum(count for suffix, count in others.items()
+                if suffix.lower() in (".dcm", ".dicom", ".dic", ".ima", "without suffix"))
+    return DataError(f"no image found in {src}"
+                     + (f"; files passed over: {passed_over(others)}" if others else "")
+                     + ("; `prepare.py dicom` reads DICOM files, with a suffix or without"
+                        if dicom else ""))
 
 
 def class_folders(source: Source, places: dict[str, Place]) -> dict[str, tuple[str, ...]]:
@@ -317,11 +345,19 @@ def doubt_folders(source: Source, images: list[str], levels: list[str], guessed:
                                    f"{other}, and either may be the class: {ask}"))
 
 
-def doubt_unknown_patients(source: Source, images: list[str], levels: list[str]) -> None:
-    """Add a doubt for folders that seem to be patients, where every image would be one."""
+def doubt_unknown_patients(source: Source, images: list[str], levels: list[str],
+                           labelled: bool) -> None:
+    """Add a doubt for folders that seem to be patients, where every image would be one.
+
+    labelled: the labels come from a table, and what would be class folders may be patients."""
     folder = folders_of_persons(images, levels)
+    if labelled and "class" in levels:
+        above = levels[:levels.index("class")]
+        folder = folders_of_persons(images, above, by_word=True) or folder
+        levels = ["*" if level == "class" else level for level in levels]
     if folder:
-        layout = "/".join([*levels, "patient"])
+        between = folder.count("/") - len(levels)
+        layout = "/".join([*levels[:folder.count("/")], *["*"] * between, "patient"])
         source.doubts.append(Doubt(
             "unknown-patients", f"the folder {text_of(folder)} seems to be of one patient, whose "
             f"images would come into several splits: --layout {layout}"))
@@ -588,8 +624,16 @@ def chexpert_items(args: argparse.Namespace, files: list[str]) -> Source:
                 continue
             patient = image.split("/")[1]
             source.items.append(Item(image, jpeg_path(image), patient, split, labels[image]))
+    check_views(source, args.src, laterals)
     source.notes.append(f"Lateral views left out: {laterals:,} (--all-views takes them).")
     return source
+
+
+def check_views(source: Source, src: Path, left_out: int) -> None:
+    """DataError where no image is left because of its view."""
+    if left_out and not source.items:
+        raise DataError(f"no image found in {src} is a frontal view: {left_out:,} lateral or "
+                        "unknown views are left out (--all-views takes them)")
 
 
 def observations(table: Table) -> dict[str, tuple[str, ...]]:
@@ -634,6 +678,7 @@ def mimic_items(args: argparse.Namespace, files: list[str]) -> Source:
         source.items.append(Item(
             images[image], jpeg_path(images[image]), patient, split_name(split),
             labels.get(study, ("",) * len(CHEXPERT_OBSERVATIONS))))
+    check_views(source, args.src, laterals)
     source.notes.append(f"Lateral and unknown views left out: {laterals:,} (--all-views takes "
                         f"them). Images whose study is not in {label_file.name}: {unlabelled:,}; "
                         f"nothing is mentioned for them. Images not in {view_file.name}: "
