@@ -193,9 +193,6 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
     others = Counter("excluded" if excluded(file) else suffix_of(file)
                      for file in set(files) - set(images))
 
-    if not images:
-        raise no_image(args.src, others)
-
     # What the table says: of which images, of which patients, in which splits.
     patients, splits, table, key_of = {}, {}, None, {}
     if args.csv:
@@ -290,18 +287,6 @@ def suffix_of(file: str) -> str:
     return "without suffix" if not suffix or suffix[1:].isdigit() else suffix
 
 
-def no_image(src: Path, others: Counter) -> DataError:
-    """The error for a folder without images.
-
-    others: its files by their suffix."""
-    dicom = sum(count for suffix, count in others.items()
-                if suffix.lower() in (".dcm", ".dicom", ".dic", ".ima", "without suffix"))
-    return DataError(f"no image found in {src}"
-                     + (f"; files passed over: {passed_over(others)}" if others else "")
-                     + ("; `prepare.py dicom` reads DICOM files, with a suffix or without"
-                        if dicom else ""))
-
-
 def class_folders(source: Source, places: dict[str, Place]) -> dict[str, tuple[str, ...]]:
     """The labels of each file by the class folder it lies in; their names go to the source.
 
@@ -382,9 +367,9 @@ def doubt_unused_columns(source: Source, args: argparse.Namespace, table: Table,
                 f"patients, whose images would come into several splits: --patient-column {name}"))
     if args.split_column not in table.columns and "split" not in levels:
         for name, cells in columns.items():
-            splits = set(map(split_name, cells))
-            named = bool(SPLIT_COLUMN.fullmatch(form_key(name)))
-            if splits and "" not in splits and (named or len(splits) > 1):
+            # A cell of another word, such as holdout, is refused once the column is used.
+            splits = set(map(split_name, cells)) - {""}
+            if len(splits) > (0 if SPLIT_COLUMN.fullmatch(form_key(name)) else 1):
                 source.doubts.append(Doubt(
                     "unused-splits", f"column {name!r} of {table.file.name} seems to name the "
                     f"splits: --split-column {name} takes them"))
@@ -624,16 +609,8 @@ def chexpert_items(args: argparse.Namespace, files: list[str]) -> Source:
                 continue
             patient = image.split("/")[1]
             source.items.append(Item(image, jpeg_path(image), patient, split, labels[image]))
-    check_views(source, args.src, laterals)
     source.notes.append(f"Lateral views left out: {laterals:,} (--all-views takes them).")
     return source
-
-
-def check_views(source: Source, src: Path, left_out: int) -> None:
-    """DataError where no image is left because of its view."""
-    if left_out and not source.items:
-        raise DataError(f"no image found in {src} is a frontal view: {left_out:,} lateral or "
-                        "unknown views are left out (--all-views takes them)")
 
 
 def observations(table: Table) -> dict[str, tuple[str, ...]]:
@@ -678,7 +655,6 @@ def mimic_items(args: argparse.Namespace, files: list[str]) -> Source:
         source.items.append(Item(
             images[image], jpeg_path(images[image]), patient, split_name(split),
             labels.get(study, ("",) * len(CHEXPERT_OBSERVATIONS))))
-    check_views(source, args.src, laterals)
     source.notes.append(f"Lateral and unknown views left out: {laterals:,} (--all-views takes "
                         f"them). Images whose study is not in {label_file.name}: {unlabelled:,}; "
                         f"nothing is mentioned for them. Images not in {view_file.name}: "

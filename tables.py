@@ -3,8 +3,10 @@
 A cell of a label says one of four things, whether in capital or small letters.
 Numbers are compared as numbers:
 
-    present        1, 1.0, +1, 1e0, yes, y, true, t, positive, pos, pos., present, ja, oui, +
-    absent         0, 0.00, no, n, false, f, negative, neg, neg., absent, nein, non
+    present        1, 1.0, +1, 1e0, yes, y, true, t, positive, pos, pos., present, ja, oui,
+                   +, (+), +ve
+    absent         0, 0.00, no, n, false, f, negative, neg, neg., absent, nein, non,
+                   (-), -ve
     uncertain      -1, -1.0, uncertain, u, maybe, unsure, possible, equivocal, indeterminate
     not mentioned  blank, nan, none, null, n/a, na, n.a., #n/a, <na>, -, not mentioned,
                    unknown, ?
@@ -34,8 +36,10 @@ from common import DataError, open_text
 
 # What a cell says -> as the manifest has it. Numbers are not listed: see value_of.
 CELL_WORDS = {
-    "1": ("yes", "y", "true", "t", "positive", "pos", "pos.", "present", "ja", "oui", "+"),
-    "0": ("no", "n", "false", "f", "negative", "neg", "neg.", "absent", "nein", "non"),
+    "1": ("yes", "y", "true", "t", "positive", "pos", "pos.", "present", "ja", "oui", "+",
+          "(+)", "+ve"),
+    "0": ("no", "n", "false", "f", "negative", "neg", "neg.", "absent", "nein", "non",
+          "(-)", "-ve"),
     "-1": ("uncertain", "u", "maybe", "unsure", "possible", "equivocal", "indeterminate"),
     "": ("", "nan", "none", "null", "n/a", "na", "n.a.", "#n/a", "<na>", "-", "not mentioned",
          "unknown", "?")}
@@ -141,17 +145,13 @@ def read_table(file: Path, key: str, columns: list[str] | None = None,
     except (UnicodeError, EOFError, OSError, csv.Error) as error:
         if isinstance(error, OSError) and error.filename:               # it is not there
             raise
-        raise DataError(f"{file} is not a CSV file in UTF-8 ({csv_fault(file, number, error)})"
+        raise DataError(f"{file} is not a CSV file in UTF-8 ({csv_fault(number, error)})"
                         ) from None
     return Table(file, columns, rows, header, further)
 
 
-def csv_fault(file: Path, number: int, error: Exception) -> str:
+def csv_fault(number: int, error: Exception) -> str:
     """What is wrong with a table of which row `number` was the last that could be read."""
-    if isinstance(error, UnicodeError) and file.is_file():
-        with open(file, "rb") as content:
-            if content.read(2) == b"\x1f\x8b":
-                return "it is packed by gzip: its name must end in .gz"
     if not isinstance(error, csv.Error):
         return str(error)
     quote = ", as a quote that opens there is never closed"
