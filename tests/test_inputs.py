@@ -16,11 +16,12 @@ import pytest
 from PIL import Image
 
 from checkpoint import FORMAT, save_checkpoint
-from common import DataError
+from common import DataError, write_csv
 from dicom import read_dicom
 from manifest import read_manifest
 from model import Classifier, build_encoder
 from radiograph import ImageSettings, load_image, read_image
+from sources import CHEXPERT_OBSERVATIONS
 from test_dicom import EDGE, SCAN, write_dicom
 from test_prepare import SCRIPT, folder, labels_of, radiograph, rejected, run, save
 from test_sources import column, mimic, splits_of, tree
@@ -230,6 +231,17 @@ def test_folders_of_patients_beside_a_table(tmp_path):
         folder(src, out, *flags)
     folder(src, out, *flags, "--layout", "*/patient")
     assert len(set(read_manifest(out).patients)) == 4
+
+
+def test_chexpert_as_windows_writes_it(tmp_path):
+    src, out = tree(tmp_path, *(f"train/patient{i}/study1/view1_frontal.jpg" for i in range(3)))
+    for part, images in (("train", range(3)), ("valid", ())):
+        write_csv(src / f"{part}.csv", [
+            ("Path", "Frontal/Lateral", *CHEXPERT_OBSERVATIONS),
+            *((f"x\\train\\patient{i}\\study1\\view1_frontal.jpg", "Frontal", *[""] * 14)
+              for i in images)])
+    run("chexpert", "--src", src, "--out", out, "--workers", 1, "--allow", "empty-split")
+    assert sorted(read_manifest(out).patients) == ["patient0", "patient1", "patient2"]
 
 
 def test_a_class_whose_images_are_all_bad_is_told(tmp_path):
