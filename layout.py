@@ -218,19 +218,32 @@ def split_in_name(name: str) -> tuple[str, str]:
 
 def classes_of_splits(names: list[str]) -> tuple[str, str] | None:
     """Two classes that differ by the name of a split only, as normal_train and normal_test do, or
-    by that among other things where all classes have one; None where there are none."""
+    normal and normal_test; or by that among other things, where all classes have one. None where
+    there are none."""
+    first: dict[str, tuple[str, str]] = {}              # by what is left of a name: name, split
     found = {name: split_in_name(name) for name in names}
-    pairs = [(one, other) for one in names for other in names
-             if found[one][1] and found[other][1] and found[one][1] != found[other][1]]
-    alike = [pair for pair in pairs if found[pair[0]][0] == found[pair[1]][0]]
-    return next(iter(alike or (pairs if all(split for _, split in found.values()) else [])), None)
+    for name, (rest, split) in found.items():
+        other, known = first.setdefault(rest, (name, split))
+        if known != split:
+            return other, name
+    # By a word of its own: a device and a contest are of no split.
+    separate = [name for name in names if SPLIT_NAMES.keys() & set(words_of(name))]
+    for name in separate if len(separate) == len(names) else ():
+        if found[name][1] != found[names[0]][1]:
+            return names[0], name
+    return None
+
+
+def words_of(name: str) -> list[str]:
+    """The words of a name in small letters: of patient_hash, MRN-anon, PatientName, trainA."""
+    words = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name))
+    return [word.casefold() for word in words]
 
 
 def may_name_patients(column: str) -> bool:
     """Whether a column's name has a word for a patient in it, and none for what a patient has:
     PatientName, id_patient, Case ID and MRN_anon do, Patient Age does not."""
-    words = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", column))
-    words = [word.casefold() for word in words]
+    words = words_of(column)
     words += [word.removeprefix("patient") for word in words]
     return not ATTRIBUTES & set(words) and any(
         word.startswith(("patient", "subject", "participant"))

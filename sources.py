@@ -259,8 +259,9 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
     if twins and (columns or args.layout is None):
         one, other = twins
         source.doubts.append(Doubt(
-            "odd-classes", f"the names of the classes {one} and {other} hold those of splits: "
-            "sort the images into folders such as train/NORMAL, or name the splits in a column"))
+            "odd-classes", f"the classes {one} and {other} seem to be of two splits by their "
+            "names: sort the images into folders such as train/NORMAL, or name the splits in a "
+            "column"))
     if source.classes:
         source.doubts += untrained_classes(
             source.label_names, [item.split for item in source.items],

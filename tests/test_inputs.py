@@ -136,8 +136,11 @@ def test_blanks_and_marks_are_told(tmp_path, capsys, columns, rows, expected):
     ("{name}/{split}{i}.png", ("A17", "B03", "C22"), "A17 does not look like a class"),
     ("{name}/{split}{i}.png", ("TB", "unknown"), "unknown does not look like a class"),
     ("{name}_{split}/{i}.png", ("normal", "tb"),
-     "classes normal_test and normal_train hold those of splits.*--allow odd-classes"),
-    ("{split}{name}/{i}.png", ("A", "B"), "classes testA and trainA hold those of splits"),
+     "classes normal_test and normal_train seem to be of two splits by .*--allow odd-classes"),
+    ("{split}{name}/{i}.png", ("A", "B"), "classes testA and trainA seem to be of two"),
+    ("{name}/{split}{i}.png", ("TB", "TB_test"), "classes TB and TB_test seem to be of two"),
+    ("{name}/{split}{i}.png", ("train_NORMAL", "test_TB"), "test_TB and train_NORMAL seem to be"),
+    ("{name}/{split}{i}.png", ("train_NORMAL", "protest", "Device"), "class"),
     ("{split}/{name}{i}.png", ("COVID19/", "COVID-19/"), "differ in form only"),
     ("seen_{split}/{name}/{i}.png", ("NORMAL", "TB"), "NORMAL lies both below seen_"),
     ("{split}/x/{name}/{i}.png", ("TB", "../../holdout/x"), "images in holdout lie beside")])
