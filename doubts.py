@@ -16,14 +16,17 @@ from tables import form_key, most_classes
 ALLOW = {
     "empty-split": "train, val or test is empty",
     "constant-label": "a label is the same for every image",
+    "mixed-letters": "a column holds y or n beside t or f",
     "similar-labels": "labels differ in case or blanks only",
     "many-classes": "a column holds more classes than its images can teach",
     "similar-patients": "patients differ in case, blanks or leading zeros only",
     "masks": "images seem to be masks, segmentations or other drawings",
     "other-folders": "images lie beside the split folders, and are left out",
+    "untrained-class": "a class stands in the given val or test split, and not in train",
     "unknown-patients": "folders or columns seem to name patients, and are not used",
     "unused-splits": "a column seems to name the splits, and is not used",
-    "odd-classes": "class folders are named images, part1 and the like, or lie one in another"}
+    "odd-classes": "class folders are named images, part1, normal_train and the like, or lie one "
+                   "in another"}
 FEW = 3                         # images; fewer are not doubted
 
 
@@ -67,22 +70,41 @@ def empty_splits(splits: list[str], patients: int, fractions: dict[str, float]) 
 
 
 def constant_labels(names: list[str], rows: list[tuple[str, ...]], classes: bool) -> list[Doubt]:
-    """Doubts for labels that say the same of every image, or nothing of any.
+    """Doubts for labels that say the same of every image of which they say anything.
 
-    rows: the labels of each image. classes: whether the labels are names of classes. Then an image
-    without any counts for nothing: the one class there is tells it from no other."""
+    rows: the labels of each image. classes: whether the labels are names of classes."""
     doubts = []
     for place, name in enumerate(names) if len(rows) >= FEW else ():
-        # Of a single class only those that have it count, or it would seem to vary.
-        values = {row[place] for row in rows}
-        if classes and len(names) == 1:
-            values.discard("")
-        if len(values) == 1:
-            value = values.pop()
-            says = f"is {value} for every image" if value else "is not mentioned for any image"
-            says += " that has a class" if value and any(row[place] == "" for row in rows) else ""
-            doubts.append(Doubt("constant-label", f"label {name!r} {says} and teaches nothing"))
+        # A blank cell is no negative: x and blank, or positive and blank, teach nothing.
+        counts = Counter(row[place] for row in rows)
+        blank = counts.pop("", 0)
+        if len(counts) > 1:
+            continue
+        value = "".join(counts)
+        says = f"is {value} for every image" if value else "is not mentioned for any image"
+        why = ""
+        if value and blank:
+            says += " that has a class" if classes else " that mentions it"
+            why = f" ({blank:,} are blank, which does not mean absent: write 0 for that)"
+        doubts.append(Doubt("constant-label", f"label {name!r} {says} and teaches nothing{why}"))
     return doubts
+
+
+def untrained_classes(names: list[str], splits: list[str],
+                      rows: list[tuple[str, ...]]) -> list[Doubt]:
+    """A doubt for each class that stands in the val or test split of a source, but not in train.
+
+    splits: as the source gives them; "" may become train."""
+    places: dict[str, set[str]] = {}                    # the splits in which each class stands
+    for split, row in zip(splits, rows):
+        for name, value in zip(names, row):
+            if value == "1":
+                places.setdefault(name, set()).add(split or "train")
+    if not {"", "train"} & set(splits):
+        return []
+    return [Doubt("untrained-class", f"class {name!r} stands in {' and '.join(sorted(found))} and "
+                  "not in train, where it would have to be learned")
+            for name, found in sorted(places.items()) if "train" not in found]
 
 
 def many_classes(classes: int, images: int) -> list[Doubt]:
@@ -94,9 +116,9 @@ def many_classes(classes: int, images: int) -> list[Doubt]:
 
 
 def similar_labels(names: list[str]) -> list[Doubt]:
-    """Doubts for labels that differ in case, blanks, "-" and "_" only."""
+    """Doubts for labels that differ in case, blanks, "-" and "_" only, as COVID19 and COVID-19."""
     return [Doubt("similar-labels", f"labels {one!r} and {other!r} differ in form only")
-            for one, other in pairs_alike(names, form_key)]
+            for one, other in pairs_alike(names, lambda name: form_key(name).replace(" ", ""))]
 
 
 def similar_patients(patients: Iterable[str]) -> list[Doubt]:

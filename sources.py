@@ -18,12 +18,12 @@ from PIL import Image
 
 import phantom
 from common import DataError, read_text
-from doubts import Doubt, many_classes
+from doubts import Doubt, many_classes, untrained_classes
 from flags import number_within
 from layout import (
-    PATIENT_COLUMN, SPLIT_COLUMN, Place, drawings, excluder, find_layout, folders_of_persons,
-    layout_text, levels_of, names_without_meaning, outside_splits, place_of, repeated_below,
-    split_name)
+    PATIENT_COLUMN, SPLIT_COLUMN, Place, classes_of_splits, drawings, excluder, find_layout,
+    folders_of_persons, layout_text, levels_of, may_name_patients, names_without_meaning,
+    outside_splits, place_of, repeated_below, seem_patients, split_name)
 from radiograph import EXTENSIONS, ImageSettings, Reading
 from tables import (
     LabelRules, Table, form_key, merged, read_labels, read_table, spellings, understand, value_of)
@@ -173,7 +173,8 @@ def label_rules(args: argparse.Namespace) -> LabelRules:
     """What label_flags and --allow say of the labels of a table."""
     words = None if args.not_mentioned is None else tuple(args.not_mentioned)
     return LabelRules(tuple(args.class_columns), words, args.label_separator, args.several_rows,
-                      args.rater_column, "many-classes" in args.allow)
+                      args.rater_column, "many-classes" in args.allow,
+                      "mixed-letters" in args.allow)
 
 
 def condition(text: str) -> str:
@@ -189,8 +190,8 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
     source, excluded = Source([]), excluder(args.exclude)
     images = [file for file in files
               if file.lower().endswith(EXTENSIONS) and not excluded(file)]
-    others = Counter("excluded" if excluded(file) else PurePosixPath(file).suffix
-                     or "without suffix" for file in set(files) - set(images))
+    others = Counter("excluded" if excluded(file) else suffix_of(file)
+                     for file in set(files) - set(images))
 
     # What the table says: of which images, of which patients, in which splits.
     patients, splits, table, key_of = {}, {}, None, {}
@@ -209,6 +210,7 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
     if splits:
         levels = ["*" if level == "split" else level for level in levels]
     columns = [*args.label_columns, *args.class_columns]
+    named = levels                  # as the folders' names say, whether that is used or not
     if columns:
         levels = ["*" if level == "class" else level for level in levels]
     places = {file: place_of(file, levels) for file in images}
@@ -220,9 +222,9 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
     doubt_folders(source, [file for file in images if splits[file] is not None], levels,
                   guessed=args.layout is None)
     if not patients and args.layout is None:
-        doubt_unknown_patients(source, images, levels)
+        doubt_unknown_patients(source, images, named, labelled=bool(columns))
     if table:
-        doubt_unused_columns(source, args, table, levels)
+        doubt_unused_columns(source, args, table, levels, list(key_of.values()))
     for folder, count in outside_splits(images, levels).items():
         source.doubts.append(Doubt("other-folders", f"{count:,} images in {text_of(folder)} lie "
                                    "beside the split folders and would be left out: rename it, or "
@@ -252,13 +254,38 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
             patient = f"{split}-{patient}"
         source.items.append(Item(file, path, text_of(patient), split, labels[file]))
 
+    # Splits in the names of classes, and classes that no image of train shows.
+    twins = classes_of_splits(source.label_names) if source.classes else None
+    if twins and (columns or args.layout is None):
+        one, other = twins
+        source.doubts.append(Doubt(
+            "odd-classes", f"the classes {one} and {other} seem to be of two splits by their "
+            "names: sort the images into folders such as train/NORMAL, or name the splits in a "
+            "column"))
+    if source.classes:
+        source.doubts += untrained_classes(
+            source.label_names, [item.split for item in source.items],
+            [item.labels for item in source.items])
+
     # What the user has to know.
     source.patients_known = bool(patients)
     if not patients:
         source.notes.append("No patient is known: every image counts as a patient of its own.")
-    counts = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(others.items()))
-    source.notes.append(f"Files passed over: {text_of(counts) or 'none'}.")
+    source.notes.append(f"Files passed over: {passed_over(others) or 'none'}.")
     return source
+
+
+def passed_over(others: Counter) -> str:
+    """How many files of each suffix were passed over, as text."""
+    texts = [f"{count:,} {suffix}" for suffix, count in sorted(others.items())]
+    more = f", and {len(texts) - 20:,} suffixes more" if len(texts) > 20 else ""
+    return text_of(", ".join(texts[:20]) + more)
+
+
+def suffix_of(file: str) -> str:
+    """The suffix of a file, in words if it has none: the last part of 1.2.840.17 is none."""
+    suffix = PurePosixPath(file).suffix
+    return "without suffix" if not suffix or suffix[1:].isdigit() else suffix
 
 
 def class_folders(source: Source, places: dict[str, Place]) -> dict[str, tuple[str, ...]]:
@@ -304,31 +331,46 @@ def doubt_folders(source: Source, images: list[str], levels: list[str], guessed:
                                    f"{other}, and either may be the class: {ask}"))
 
 
-def doubt_unknown_patients(source: Source, images: list[str], levels: list[str]) -> None:
-    """Add a doubt for folders that seem to be patients, where every image would be one."""
+def doubt_unknown_patients(source: Source, images: list[str], levels: list[str],
+                           labelled: bool) -> None:
+    """Add a doubt for folders that seem to be patients, where every image would be one.
+
+    labelled: the labels come from a table, and what would be class folders may be patients."""
     folder = folders_of_persons(images, levels)
+    if labelled and "class" in levels:
+        above = levels[:levels.index("class")]
+        folder = folders_of_persons(images, above, by_word=True) or folder
+        levels = ["*" if level == "class" else level for level in levels]
     if folder:
-        layout = "/".join([*levels, "patient"])
+        between = folder.count("/") - len(levels)
+        layout = "/".join([*levels[:folder.count("/")], *["*"] * between, "patient"])
         source.doubts.append(Doubt(
             "unknown-patients", f"the folder {text_of(folder)} seems to be of one patient, whose "
             f"images would come into several splits: --layout {layout}"))
 
 
 def doubt_unused_columns(source: Source, args: argparse.Namespace, table: Table,
-                         levels: list[str]) -> None:
-    """Add doubts for columns that seem to name patients or splits, where none is used for that."""
-    used = {args.path_column, *args.label_columns, *args.class_columns, args.rater_column}
-    names = [name for name in table.header if name not in used]
+                         levels: list[str], keys: list[str]) -> None:
+    """Add doubts for columns that seem to name patients or splits, where none is used for that.
+
+    keys: the rows of the images. Columns are judged by their cells in these."""
+    used = {args.path_column, *args.label_columns, *args.class_columns, args.rater_column,
+            *(text.partition("=")[0] for text in args.where)}
+    names = [name for name in table.header if name not in used and table.header.count(name) == 1]
+    further = read_table(table.file, args.path_column, names, normalise=plain_path, several=True)
+    columns = {name: [cell for cell in map(further.column(name).get, keys)
+                      if cell and value_of(cell) != ""] for name in names}
     if args.patient_column not in table.columns and "patient" not in levels:
-        for name in [name for name in names if PATIENT_COLUMN.fullmatch(form_key(name))][:1]:
+        for name in [name for name in names if PATIENT_COLUMN.fullmatch(form_key(name))
+                     or may_name_patients(name) and seem_patients(columns[name])][:1]:
             source.doubts.append(Doubt(
                 "unknown-patients", f"column {name!r} of {table.file.name} seems to name the "
                 f"patients, whose images would come into several splits: --patient-column {name}"))
     if args.split_column not in table.columns and "split" not in levels:
-        for name in [name for name in names if SPLIT_COLUMN.fullmatch(form_key(name))]:
-            cells = read_table(table.file, args.path_column, [name], several=True).column(name)
-            if any(cells.values()) and all(split_name(cell) or value_of(cell) == ""
-                                           for cell in cells.values()):
+        for name, cells in columns.items():
+            # A cell of another word, such as holdout, is refused once the column is used.
+            splits = set(map(split_name, cells)) - {""}
+            if len(splits) > (0 if SPLIT_COLUMN.fullmatch(form_key(name)) else 1):
                 source.doubts.append(Doubt(
                     "unused-splits", f"column {name!r} of {table.file.name} seems to name the "
                     f"splits: --split-column {name} takes them"))
@@ -484,13 +526,21 @@ def check_patients_and_splits(table: Table, keys: list[str], args: argparse.Name
         for key in keys:
             for row in table.all_rows(key):
                 cell, where = row.cells[place], f"{table.file}, row {row.number}, column {name}"
-                if name == args.patient_column and value_of(cell) == "":
-                    raise DataError(f"{where}: " + (f"{cell!r} is no patient" if cell else "empty"))
+                if name == args.patient_column:
+                    check_patient(cell, where)
                 if name == args.split_column and not split_name(cell) and value_of(cell) != "":
                     raise DataError(f"{where}: {cell!r} is no split")
                 if cell != table.rows[key].cells[place]:
                     raise DataError(f"{where}: {cell!r}, but {table.rows[key].cells[place]!r} in "
                                     f"row {table.rows[key].number} of the same image")
+
+
+def check_patient(cell: str, where: str) -> None:
+    """DataError where a cell names no patient: all images without one would be of one person.
+
+    where: file, row and column of the cell."""
+    if value_of(cell) == "":
+        raise DataError(f"{where}: {cell!r} is no patient" if cell else f"{where}: empty")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -520,6 +570,7 @@ def nih_items(args: argparse.Namespace, files: list[str]) -> Source:
     source = Source(NIH_FINDINGS, official_labels=True)
     for image in in_table_and_on_disk(table, images, source):
         number, (findings, patient) = table.rows[image]
+        check_patient(patient, f"{table.file}, row {number}, column Patient ID")
         present = set(findings.split("|"))
         if not present <= set(NIH_FINDINGS):
             raise DataError(f"{table.file}, row {number}, column Finding Labels: {findings!r} "
@@ -550,7 +601,7 @@ def chexpert_items(args: argparse.Namespace, files: list[str]) -> Source:
         # CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg: the first part is --src.
         table = read_table(args.src / f"{part}.csv", "Path",
                            ["Frontal/Lateral", *CHEXPERT_OBSERVATIONS],
-                           normalise=lambda path: path.partition("/")[2])
+                           normalise=lambda path: path.replace("\\", "/").partition("/")[2])
         views = table.column("Frontal/Lateral")
         labels = observations(table)
         for image in in_table_and_on_disk(table, images, source):
@@ -595,6 +646,7 @@ def mimic_items(args: argparse.Namespace, files: list[str]) -> Source:
     source, laterals, unlabelled = Source(CHEXPERT_OBSERVATIONS, official_labels=True), 0, 0
     for image in in_table_and_on_disk(rows, images, source):
         number, (patient, study, split) = rows.rows[image]
+        check_patient(patient, f"{split_file}, row {number}, column subject_id")
         if not split_name(split):
             raise DataError(f"{split_file}, row {number}, column split: {split!r} is no split")
         if not args.all_views and views.get(image) not in ("PA", "AP"):

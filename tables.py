@@ -3,17 +3,21 @@
 A cell of a label says one of four things, whether in capital or small letters.
 Numbers are compared as numbers:
 
-    present        1, 1.0, +1, 1e0, yes, y, true, t, positive, pos, present
-    absent         0, 0.00, no, n, false, f, negative, neg, absent
+    present        1, 1.0, +1, 1e0, yes, y, true, t, positive, pos, pos., present, ja, oui,
+                   +, (+), +ve
+    absent         0, 0.00, no, n, false, f, negative, neg, neg., absent, nein, non,
+                   (-), -ve
     uncertain      -1, -1.0, uncertain, u, maybe, unsure, possible, equivocal, indeterminate
-    not mentioned  blank, nan, none, null, n/a, na, n.a., #n/a, <na>, -, not mentioned
+    not mentioned  blank, nan, none, null, n/a, na, n.a., #n/a, <na>, -, not mentioned,
+                   unknown, ?
 
+In a column in which + stands, - is absent. What was read as a value is told, with counts.
 A column of such cells is one label, by the column's name. A column of words is a
 column of classes: one label for each word. In one that is called a column of classes
-by its user, none may be one, too (OPEN). Words that differ in case, blanks, "-"
-and "_" only are one class, spelled as most cells spell it. A cell may hold a list
-of words, each of which is present then: `Mass|Nodule`, `Mass;Nodule`, `['Mass',
-'Nodule']`. An empty list is not mentioned. Everything else is a DataError that
+by its user, none may be one, too (OPEN). Words that differ in case, blanks,
+dashes, "_" and a last point only are one class, spelled as most cells spell it. A cell
+may hold a list of words, each of which is present then: `Mass|Nodule`, `Mass;Nodule`,
+`['Mass', 'Nodule']`. An empty list is not mentioned. Everything else is a DataError that
 names file, row and column: a column in which values and words are mixed, numbers
 that are no value, and cells that look like a list of another kind.
 """
@@ -32,15 +36,19 @@ from common import DataError, open_text
 
 # What a cell says -> as the manifest has it. Numbers are not listed: see value_of.
 CELL_WORDS = {
-    "1": ("yes", "y", "true", "t", "positive", "pos", "present"),
-    "0": ("no", "n", "false", "f", "negative", "neg", "absent"),
+    "1": ("yes", "y", "true", "t", "positive", "pos", "pos.", "present", "ja", "oui", "+",
+          "(+)", "+ve"),
+    "0": ("no", "n", "false", "f", "negative", "neg", "neg.", "absent", "nein", "non",
+          "(-)", "-ve"),
     "-1": ("uncertain", "u", "maybe", "unsure", "possible", "equivocal", "indeterminate"),
-    "": ("", "nan", "none", "null", "n/a", "na", "n.a.", "#n/a", "<na>", "-", "not mentioned")}
+    "": ("", "nan", "none", "null", "n/a", "na", "n.a.", "#n/a", "<na>", "-", "not mentioned",
+         "unknown", "?")}
 # Of the last ones, those that programs write for a cell without content. The others may be a class
 # in a column of classes: none, mild, severe.
 OPEN = ("", "nan", "null", "#n/a", "<na>")
 VALUES = {word: value for value, words in CELL_WORDS.items() for word in words}
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII)
+DASHES = re.compile("[\u2010-\u2015\u2212]")      # hyphens, en and em dashes, the minus sign
 DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
 
 # Lists: what separates their words, and what may stand around them.
@@ -98,7 +106,7 @@ def read_table(file: Path, key: str, columns: list[str] | None = None,
     Commas, semicolons or tabs may stand between the cells. A byte-order mark, CRLF and blanks
     around a cell do not matter. DataError names the file, the
     row and the column where a column is missing, a row is short, or a key comes twice."""
-    rows, further = {}, {}
+    rows, further, number = {}, {}, 0
     try:
         with open_text(file) as f:
             lines = csv.reader(                     # a quote that is never closed is an error
@@ -117,13 +125,15 @@ def read_table(file: Path, key: str, columns: list[str] | None = None,
 
             # The rows, by their keys.
             for number, line in enumerate(lines, 2):
-                if not line:                                            # a blank line
+                if not any(map(str.strip, line)):       # a blank line, or commas alone
                     continue
                 if len(line) != len(header):
                     raise DataError(f"{file}, row {number}: {len(line)} cells where the header "
                                     f"has {len(header)}")
                 # The same few words fill most columns: interned, each is in memory once.
                 value, *cells = [sys.intern(line[place].strip()) for place in places]
+                if not value:
+                    raise DataError(f"{file}, row {number}: its key is empty (column {key})")
                 value = normalise(value)
                 row = Row(number, cells)
                 if rows.setdefault(value, row) is row:
@@ -135,8 +145,18 @@ def read_table(file: Path, key: str, columns: list[str] | None = None,
     except (UnicodeError, EOFError, OSError, csv.Error) as error:
         if isinstance(error, OSError) and error.filename:               # it is not there
             raise
-        raise DataError(f"{file} is not a CSV file in UTF-8 ({error})") from None
+        raise DataError(f"{file} is not a CSV file in UTF-8 ({csv_fault(number, error)})"
+                        ) from None
     return Table(file, columns, rows, header, further)
+
+
+def csv_fault(number: int, error: Exception) -> str:
+    """What is wrong with a table of which row `number` was the last that could be read."""
+    if not isinstance(error, csv.Error):
+        return str(error)
+    quote = ", as a quote that opens there is never closed"
+    unclosed = "end of data" in str(error) or "field limit" in str(error)
+    return f"row {max(number, 1) + 1}: {error}{quote if unclosed else ''}"
 
 
 def delimiter_of(first_line: str, key: str) -> str:
@@ -159,6 +179,7 @@ class LabelRules:
     several_rows: str = ""          # any or majority: how rows of one key become one
     rater_column: str = ""          # rows of one key and rater are one opinion
     many_classes: bool = False      # may a column hold more than images can teach?
+    letters: bool = False           # may y or n stand beside t or f?
     flags: bool = True              # may messages name the flags for all this?
 
 
@@ -256,12 +277,18 @@ def understand_column(table: Table, name: str, keys: list[str], rules: LabelRule
     classes = name in rules.class_columns
     meaning = partial(class_meaning, rules=rules) if classes else value_of
     values = {cell: meaning(cell) for cell in counts}
+    if not classes:
+        if "+" in counts:               # beside present, a dash is absent
+            values |= {cell: "0" for cell in counts if DASHES.sub("-", cell) == "-"}
+        refuse_letters_of_two_kinds(where, rules)
     if classes and rules.not_mentioned is None:
         refuse_what_may_be_a_class(where)
     words = [cell for cell, value in values.items() if value is None]
     open_note = not_mentioned_note(name, counts, values)
+    value_note = values_note(name, counts, values)
     if not words:
-        return Column([name], {cell: (value or "",) for cell, value in values.items()}, open_note)
+        return Column([name], {cell: (value or "",) for cell, value in values.items()},
+                      f"{value_note} {open_note}".strip())
     if not classes:
         refuse_what_is_no_class(values, where, words, rules)
     lists = read_lists(words, where, rules, meaning)
@@ -295,7 +322,7 @@ def understand_column(table: Table, name: str, keys: list[str], rules: LabelRule
 
 def value_of(cell: str) -> str | None:
     """1, 0, -1 or empty, as the manifest has it; None where a cell is no value of a label."""
-    text = " ".join(cell.casefold().replace("\u2212", "-").split())
+    text = " ".join(DASHES.sub("-", cell.casefold()).split())
     if NUMBER.fullmatch(text):
         return {1.0: "1", 0.0: "0", -1.0: "-1"}.get(float(text))
     return VALUES.get(text)
@@ -327,6 +354,32 @@ def not_mentioned_note(name: str, counts: Counter, values: dict[str, str | None]
     return f"Not mentioned in column {name}: {count:,} cells that say {shown}."
 
 
+def values_note(name: str, counts: Counter, values: dict[str, str | None]) -> str:
+    """A sentence on the words of a column that were read as values, and how often, or nothing:
+    `Column dx: N read as 0 (3), T as 1 (4).`"""
+    words = sorted(cell for cell, value in values.items()
+                   if value and not NUMBER.fullmatch(DASHES.sub("-", cell.casefold())))
+    texts = [f"{word} {'as' if i else 'read as'} {values[word]} ({counts[word]:,})"
+             for i, word in enumerate(words[:8])]
+    more = f", and {len(words) - 8:,} more words" if len(words) > 8 else ""
+    return f"Column {name}: {', '.join(texts)}{more}." if words else ""
+
+
+def refuse_letters_of_two_kinds(where: dict[str, str], rules: LabelRules) -> None:
+    """DataError for a column of letters such as N, F and T, which may be normal, fibrosis, TB.
+
+    y and n are one pair, t and f the other; whoever means values writes one of them."""
+    pairs = [[cell for cell in where if cell.casefold() in pair]
+             for pair in (("y", "n"), ("t", "f"))]
+    if all(pairs) and not rules.letters:
+        one, other = pairs[0][0], pairs[1][0]
+        ask = ("; --class-columns takes every cell for the name of a class, --allow "
+               "mixed-letters these for values" if rules.flags else "")
+        raise DataError(f"{where[other]}: {other!r} beside {one!r}, which are letters of two kinds "
+                        f"(y, n; t, f) and may be names: {one!r} would be {value_of(one)}, "
+                        f"{other!r} {value_of(other)}{ask}")
+
+
 def refuse_what_is_no_class(values: dict[str, str | None], where: dict[str, str],
                             words: list[str], rules: LabelRules) -> None:
     """DataError for a word among values, or for a number that is no value.
@@ -342,7 +395,7 @@ def refuse_what_is_no_class(values: dict[str, str | None], where: dict[str, str]
         raise DataError(f"{where[words[0]]}: {words[0]!r} among values of 1, 0, -1 and blank, "
                         f"such as {others[0]!r}{ask}")
     for word in words if rules.flags else ():
-        if NUMBER.fullmatch(word.casefold()):
+        if NUMBER.fullmatch(word.casefold().strip('=%"')):      # 100%, or ="1" as Excel writes it
             raise DataError(f"{where[word]}: the number {word!r} is none of 1, 0, -1{ask}")
 
 
@@ -372,9 +425,13 @@ def most_classes(images: int) -> int:
 # Words.
 
 def form_key(text: str) -> str:
-    """What is equal for two names that differ in case, blanks, "-" and "_" only."""
-    text = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(re.sub(r"[\s_-]+", " ", text).split())
+    """What is equal for two names that differ in case, blanks, dashes, "_", a last point, and
+    characters without width only."""
+    text = DASHES.sub("-", unicodedata.normalize("NFKC", text).casefold())
+    if not text.isascii():
+        text = "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
+    text = " ".join(re.sub(r"[\s_-]+", " ", text).split())
+    return text.rstrip(" .") or text
 
 
 def spellings(counts: Counter) -> dict[str, str]:
@@ -462,6 +519,14 @@ def refuse_hidden_lists(words: list[str], where: dict[str, str]) -> None:
         others = (known & runs(form_key(word))) - {form_key(word)}
         if any(one not in other and other not in one for one in others for other in others):
             raise ask_for_separator(word, where)
+    # Mass - Nodule, and Nodule - Edema: what ends one word begins another. Left effusion and right
+    # effusion are no lists by this, nor are effusion and pleural effusion.
+    ends: set[str] = set()
+    for word in words:
+        ends |= edges(form_key(word), last=True)
+    for word in words:
+        if ends & edges(form_key(word), last=False):
+            raise ask_for_separator(word, where)
     # Mass#Nodule, Nodule#Edema, Edema#Mass: none of them stands alone.
     parts_of = {word: [form_key(part) for part in OTHER_MARKS.split(word)] for word in words}
     often = Counter(part for parts in parts_of.values() for part in set(parts))
@@ -478,6 +543,18 @@ def runs(text: str) -> set[str]:
         return set()
     return {" ".join(words[start:end]) for start in range(len(words))
             for end in range(start + 1, min(start + LONGEST_RUN, len(words)) + 1)}
+
+
+def edges(text: str, last: bool) -> set[str]:
+    """The runs of up to LONGEST_RUN words that begin a text, or end it, and are not all of it.
+
+    Numbers alone do not count, nor do texts of more than 30 words."""
+    words = re.findall(r"\w+", text)
+    if len(words) > 30:
+        return set()
+    lengths = range(1, min(LONGEST_RUN + 1, len(words)))
+    found = {" ".join(words[-n:] if last else words[:n]) for n in lengths}
+    return {run for run in found if re.search(r"[^\W\d]", run)}
 
 
 def ask_for_separator(word: str, where: dict[str, str]) -> DataError:

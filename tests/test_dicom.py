@@ -328,14 +328,14 @@ def test_dicom_labels(tmp_path):
     table = tmp_path / "rows.csv"
     write_csv(table, [("PatientID", "Edema", "Mass"),
                       ("001", 1, ""), ("002", 0, -1), ("009", 1, 1)])
-    dicom(tmp_path, "--labels", tmp_path / "rows.csv")
+    dicom(tmp_path, "--labels", tmp_path / "rows.csv", "--allow", "constant-label")
     lines = (tmp_path / "out/manifest.csv").read_text().splitlines()
     assert lines[0] == "path,patient,split,Edema,Mass"
     cells = sorted(line.split(",")[3:] for line in lines[1:])
     assert cells == [["", ""], ["", ""], ["0", "-1"], ["1", ""]]
     assert "009,\"PatientID in rows.csv" in (tmp_path / "out.rejected.csv").read_text()
     write_csv(table, [("SOPInstanceUID", "PatientName", "Mass"), ("1.2.3", "Miller", 1)])
-    by_image = ("--labels", table, "--key", "SOPInstanceUID")
+    by_image = ("--labels", table, "--key", "SOPInstanceUID", "--allow", "constant-label")
     dicom(tmp_path, *by_image, "--label-columns", "Mass", out="by_image")
     lines = (tmp_path / "by_image/manifest.csv").read_text().splitlines()
     assert sorted(line.split(",")[3] for line in lines) == ["", "", "", "1", "Mass"]

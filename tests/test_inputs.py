@@ -16,14 +16,15 @@ import pytest
 from PIL import Image
 
 from checkpoint import FORMAT, save_checkpoint
-from common import DataError
+from common import DataError, write_csv
 from dicom import read_dicom
 from manifest import read_manifest
 from model import Classifier, build_encoder
 from radiograph import ImageSettings, load_image, read_image
+from sources import CHEXPERT_OBSERVATIONS
 from test_dicom import EDGE, SCAN, write_dicom
 from test_prepare import SCRIPT, folder, labels_of, radiograph, rejected, run, save
-from test_sources import column, splits_of, tree
+from test_sources import column, mimic, splits_of, tree
 
 LEVELS = np.linspace(0, 1, 64 * 48).reshape(64, 48)         # dark above, bright below
 
@@ -61,6 +62,21 @@ LIST = {"Mass": [1, 1, 0], "Nodule": [1, 0, 1]}
         ["Mass#Nodule", *TWO], ["Mass with Nodule", *TWO], ["Mass\uff1bNodule", *TWO],
         ["Mass\u3001Nodule", *TWO], ["Mass - Nodule", *TWO], ["a~b", "b~c", "c~a"],
         ["{'Mass', 'Nodule'}", "set()", *TWO])),
+    *((cells * 2, "row [234], column y: .* may be a list") for cells in (
+        ["Mass - Nodule", "Infiltrate - Edema", "Edema - Effusion", "Normal"], ["A B", "B C"],
+        ["Mass-Nodule", "Nodule-Edema", "Mass"], ["Mass_Nodule", "Nodule_Edema"])),
+    (["left effusion", "right effusion", "effusion"] * 2, {
+        "effusion": [0, 0, 1] * 2, "left effusion": [1, 0, 0] * 2,
+        "right effusion": [0, 1, 0] * 2}),
+    # Marks, letters, and words for nothing.
+    (["+", "-", "", "\u2013"], {"y": [1, 0, "", 0]}), (["ja", "nein", "?"], {"y": [1, 0, ""]}),
+    (["pos.", "neg.", "unknown"], {"y": [1, 0, ""]}), (["(+)", "(-)", ""], {"y": [1, 0, ""]}),
+    (["N", "F", "T"], "row 3, column y: 'F' beside 'N', which are letters .* 'N' would be 0, 'F' 0;"
+                      " --class-columns takes .* --allow mixed-letters"),
+    (["y", "f", "t"], "'f' beside 'y'"), (["0%", "100%"], "the number '0%' is none of 1, 0, -1"),
+    (["=1", "=0"], "the number '=1' is none of"),
+    (["COVID\u201319", "COVID-19", "Normal", "Normal.", "Nor\u200bmal", "?", "COVID-19"],
+     {"COVID-19": [1, 1, 0, 0, 0, "", 1], "Normal": [0, 0, 1, 1, 1, "", 0]}),
     (["1,0", "0,0", "1,0"], "row 2, column y: '1,0' may be a number with a decimal comma"),
     (["1", "-1,0", "0"], "row 3, column y: '-1,0' may be a number with a decimal comma"),
     (["0", "1", "9", "1"], "row 4, column y: '9' among values"),
@@ -69,6 +85,24 @@ LIST = {"Mass": [1, 1, 0], "Nodule": [1, 0, 1]}
 def test_cells(tmp_path, cells, expected):
     with outcome(expected):
         assert column(tmp_path, cells) == expected
+
+
+@pytest.mark.parametrize("columns, rows, expected", [
+    ("covid", ["positive", "", "positive", ""], "label 'covid' is 1 for every image that mentions "
+     "it and teaches nothing .2 are blank, which does not mean absent: write 0 for that"),
+    ("Mass,Nodule", ["x,", ",x", "x,x", ","], "'Mass x' is 1 .* 'Nodule x' is 1 for every image"),
+    ("dx", ["N", "T", "N", "T"], "row 3, column dx: 'T' beside 'N'"),
+    ("Mass,dx", ["+,Y", "-,N", "-,no", "-,N"],
+     "Column Mass: + read as 1 (1), - as 0 (3).\n"
+     "Column dx: N read as 0 (2), Y as 1 (1), no as 0 (1).")])
+def test_blanks_and_marks_are_told(tmp_path, capsys, columns, rows, expected):
+    src, out = tree(tmp_path, *(f"{i}.png" for i in range(4)))
+    (tmp_path / "l.csv").write_text("\n".join(
+        [f"path,{columns}", *(f"{i}.png,{row}" for i, row in enumerate(rows))]))
+    told = expected.startswith("Column")
+    with outcome(None if told else expected):
+        folder(src, out, "--csv", tmp_path / "l.csv", "--label-columns", *columns.split(","))
+    assert not told or expected in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------
@@ -92,6 +126,22 @@ def test_cells(tmp_path, cells, expected):
     ("{split}/{name}/p{i}/a.png", ("NORMAL", "TB"), "split/class"),         # one image of each
     ("{name}/p1/{split}{i}.png", ("NORMAL", "TB"), "NORMAL/p1 seems to be of one patient, .*"
                                                    "--layout class/patient"),
+    ("{name}/{split}{i}.png", ("NORMAL/pt01", "NORMAL/pt02", "TB/pt03", "TB/pt04"),
+     "NORMAL/pt01 seems to be of one patient, .*--layout class/patient"),
+    ("{name}/{split}{i}.png", ("NORMAL/Smith_John", "NORMAL/A17", "TB/Doe"), "seems to be of one"),
+    ("x/{name}/a/{i}{split}.png", ("NORMAL/imgs/A1", "TB/imgs/A2", "TB/imgs/B"),
+     r"x/NORMAL/imgs/A1 seems to be of one patient.*--layout \*/class/\*/patient"),
+    ("{name}/{split}{i}.png", ("TB/active", "TB/latent", "NORMAL"), "class"),
+    ("{name}/{split}{i}.png", ("pt01", "pt02", "pt03"), "pt01 does not look like a class"),
+    ("{name}/{split}{i}.png", ("A17", "B03", "C22"), "A17 does not look like a class"),
+    ("{name}/{split}{i}.png", ("TB", "unknown"), "unknown does not look like a class"),
+    ("{name}_{split}/{i}.png", ("normal", "tb"),
+     "classes normal_test and normal_train seem to be of two splits by .*--allow odd-classes"),
+    ("{split}{name}/{i}.png", ("A", "B"), "classes testA and trainA seem to be of two"),
+    ("{name}/{split}{i}.png", ("TB", "TB_test"), "classes TB and TB_test seem to be of two"),
+    ("{name}/{split}{i}.png", ("train_NORMAL", "test_TB"), "test_TB and train_NORMAL seem to be"),
+    ("{name}/{split}{i}.png", ("train_NORMAL", "protest", "Device"), "class"),
+    ("{split}/{name}{i}.png", ("COVID19/", "COVID-19/"), "differ in form only"),
     ("seen_{split}/{name}/{i}.png", ("NORMAL", "TB"), "NORMAL lies both below seen_"),
     ("{split}/x/{name}/{i}.png", ("TB", "../../holdout/x"), "images in holdout lie beside")])
 def test_layouts(tmp_path, capsys, pattern, classes, expected):
@@ -120,6 +170,16 @@ def test_layouts(tmp_path, capsys, pattern, classes, expected):
     ("path,PatientID", ["1", "1", "2", "3"], "column 'PatientID' of l.csv seems to name the pat.*"
                                              "--patient-column PatientID"),
     ("path,subject_id", ["1", "1", "2", "3"], "--patient-column subject_id"),
+    *((f"path,{name}", ["1", "1", "2", "3"], f"--patient-column {name} ") for name in (
+        "patient.id", "PatientName", "id_patient", "patient_hash", "Case ID", "MRN_anon", "SUBJ")),
+    *((f"path,{name}", ["1", "1", "2", "3"], {"test": 1, "train": 2, "val": 1}) for name in (
+        "Patient_Sex", "inpatient", "case type", "PatientAge", "patientage", "spatial")),
+    ("path,Case ID", ["1", "2", "3", "4"], {"test": 1, "train": 2, "val": 1}),  # one image each
+    *((f"path,{name}", ["Train", "TEST", "", "training"], f"--split-column {name} takes them")
+      for name in ("Dataset_type", "group", "fold", "cohort")),
+    ("path,partition", ["train", "eval", "holdout", ""], "--split-column partition takes them"),
+    ("path,group", ["train", "train", "train", "train"], {"test": 1, "train": 2, "val": 1}),
+    ("path,patient", ["1", "", "2", "3"], "row 3, column patient: empty"),
     ("path,Patient Age", ["1", "1", "2", "3"], {"test": 1, "train": 2, "val": 1}),
     ("path,Split", ["Train", "TEST", "valid", "training"], "--split-column Split takes them"),
     ("path,split", ["Train", "TEST", "dev", "training"], {"train": 2, "test": 1, "val": 1}),
@@ -134,6 +194,57 @@ def test_columns_of_patients_and_splits(tmp_path, header, rows, expected):
         folder(src, out, "--csv", tmp_path / "l.csv")
         splits = list(splits_of(out).values())
         assert {split: splits.count(split) for split in splits} == expected
+
+
+def test_a_class_that_stands_in_test_only(tmp_path):
+    names = {"train": ("TB", "NORMAL"), "val": ("TB", "normal"), "test": ("TBC", "NORMAL")}
+    src, out = tree(tmp_path, *(f"{split}/{name}/{i}.png" for split in names
+                                for name in names[split] for i in range(2)))
+    with pytest.raises(SystemExit, match="class 'TBC' stands in test and not in train.*"
+                                         "--allow untrained-class"):
+        folder(src, out)
+    folder(src, out, "--allow", "untrained-class")
+
+
+@pytest.mark.parametrize("source, table, row", [
+    ("nih", "Data_Entry_2017.csv", "row 3, column Patient ID: empty"),
+    ("mimic", "mimic-cxr-2.0.0-split.csv", "row 3, column subject_id: empty")])
+def test_a_patient_is_missing_in_an_official_table(tmp_path, source, table, row):
+    src = tmp_path / "src"
+    if source == "mimic":
+        mimic(src, [(f"i{i}", f"5{i}", f"1{i}", "train", "PA") for i in range(4)])
+    else:
+        tree(tmp_path, *(f"{i}.png" for i in range(4)))
+        (src / "train_val_list.txt").write_text("0.png 1.png 2.png")
+        (src / "test_list.txt").write_text("3.png")
+        (src / table).write_text("Image Index,Finding Labels,Patient ID\n" + "".join(
+            f"{i}.png,Mass,1{i}\n" for i in range(4)))
+    text = (src / table).read_text()
+    (src / table).write_text(text.replace(",11", ","))
+    with pytest.raises(SystemExit, match=f"{table}, {row}"):
+        run(source, "--src", src, "--out", tmp_path / "out", "--workers", 1)
+
+
+def test_folders_of_patients_beside_a_table(tmp_path):
+    src, out = tree(tmp_path, *(f"x/pt{i // 3}/{i}.png" for i in range(12)))
+    flags = ["--csv", tmp_path / "l.csv", "--label-columns", "y"]
+    (tmp_path / "l.csv").write_text("path,y\n" + "".join(
+        f"x/pt{i // 3}/{i}.png,{i % 2}\n" for i in range(12)))
+    with pytest.raises(SystemExit, match=r"x/pt0 seems to be of one .*--layout \*/patient"):
+        folder(src, out, *flags)
+    folder(src, out, *flags, "--layout", "*/patient")
+    assert len(set(read_manifest(out).patients)) == 4
+
+
+def test_chexpert_as_windows_writes_it(tmp_path):
+    src, out = tree(tmp_path, *(f"train/patient{i}/study1/view1_frontal.jpg" for i in range(3)))
+    for part, images in (("train", range(3)), ("valid", ())):
+        write_csv(src / f"{part}.csv", [
+            ("Path", "Frontal/Lateral", *CHEXPERT_OBSERVATIONS),
+            *((f"x\\train\\patient{i}\\study1\\view1_frontal.jpg", "Frontal", *[""] * 14)
+              for i in images)])
+    run("chexpert", "--src", src, "--out", out, "--workers", 1, "--allow", "empty-split")
+    assert sorted(read_manifest(out).patients) == ["patient0", "patient1", "patient2"]
 
 
 def test_a_class_whose_images_are_all_bad_is_told(tmp_path):
@@ -239,6 +350,8 @@ TABLE = "path,y\n" + "".join(f"{i}.png,{i % 2}\n" for i in range(4))
     (TABLE.encode() + b"Befund M\xfcller,1\n", "l.csv is not a CSV file in UTF-8"),
     (TABLE.encode("utf-32"), "l.csv must have one column 'path'"),
     (TABLE.replace(",1", ",1\0"), r"row 3, column y: '1\\x00' among values"),
+    (TABLE + ",\n,\n", None), (TABLE + ",1\n", "row 6: its key is empty .column path"),
+    (TABLE.replace("2.png,0", '2.png,"0'), "row 4: .*, as a quote that opens there is"),
     (b"PK\3\4" * 900, "must have one column 'path', its header is .{,3000}$"),
     ("", "must have one column 'path', its header is ''")])
 def test_tables(tmp_path, content, expected):

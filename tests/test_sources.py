@@ -58,11 +58,13 @@ def splits_of(out):
 
 @pytest.mark.parametrize("value, cells", [
     ("1", ["1", "1.0", "1.00", "+1", "1e0", "01", "Yes", "y", "TRUE", "T", "Positive", "pos",
-           "Present", " yes "]),
+           "Present", " yes ", "ja", "pos."]),
     ("0", ["0", "0.0", "0.00", "-0", "NO", "n", "False", "f", "negative", "Neg", "ABSENT"]),
-    ("-1", ["-1", "-1.00", "\u22121", "uncertain", "U", "Maybe", "possible", "equivocal"]),
-    ("", ["", "  ", "NaN", "None", "null", "N/A", "na", "-", "#N/A", "<NA>", "Not  mentioned"]),
-    (None, ["2", "0.5", "1.5e3", "yess", "Mass", "inf", "1,0", "0x1", "ja", "\u0661"])])
+    ("-1", ["-1", "-1.00", "\u22121", "\u20131", "uncertain", "U", "Maybe", "possible",
+            "equivocal"]),
+    ("", ["", "  ", "NaN", "None", "null", "N/A", "na", "-", "#N/A", "<NA>", "Not  mentioned",
+          "?"]),
+    (None, ["2", "0.5", "1.5e3", "yess", "Mass", "inf", "1,0", "0x1", "100%", "\u0661"])])
 def test_what_a_cell_says(value, cells):
     assert {cell: value_of(cell) for cell in cells} == dict.fromkeys(cells, value)
 
