@@ -4,6 +4,7 @@ Nothing of a header goes on into a data folder but a keyed hash of who and which
 that touches an identity stands in this file.
 """
 import argparse
+import hashlib
 import hmac
 import math
 import os
@@ -22,13 +23,18 @@ from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, Implic
 
 from common import DataError
 from doubts import Doubt, pairs_alike, patient_key
-from radiograph import ImageSettings, Reading, eight_bits, in_parallel, reason
+from radiograph import ImageSettings, Reading, eight_bits, in_parallel, load_image, reason
 from sources import Item, Source, label_flags, label_rules
 from tables import Table, read_labels, read_table, understand
 
 
 SUFFIXES = (".dcm", ".dicom", ".dic", ".ima")       # of DICOM files, if they have one
 NO_DICOM = "not a DICOM file"                       # the reason of most files that are not taken
+
+# Why a file is not taken whose image another file has.
+COPY = "SOPInstanceUID of an earlier file"
+DAMAGED_COPY = "damaged, and another file of its SOPInstanceUID is not"
+OTHER_IMAGE = "SOPInstanceUID of an earlier file, which shows another image"
 
 
 class Identity(NamedTuple):
@@ -436,16 +442,18 @@ def dicom_items(args: argparse.Namespace, files: list[str]) -> Source:
         [args.src / file for file in files], args.workers, "headers")
     taken: dict[str, Identity] = {}                     # by the file
     rejected: dict[str, str] = {}                       # {file: reason}
-    images = set()
+    copies = reject_copies(dict(zip(files, identities, strict=True)), args)
+    source.asked_for |= {COPY, DAMAGED_COPY}            # the image is there
     for file, identity in zip(files, identities, strict=True):
         if isinstance(identity, str):
             rejected[file] = identity
+            if is_no_radiograph(file, identity):
+                source.asked_for.add(identity)
             continue
-        if identity.SOPInstanceUID in images:
-            source.rejected.append((file, "SOPInstanceUID of an earlier file"))
+        if file in copies:
+            source.rejected.append((file, copies[file]))
             continue
         image = identity.SOPInstanceUID or f"file {file}"
-        images.add(image)
         taken[file] = identity
         patient = code(patient_text(identity, file, args.patient_from))
         source.items.append(Item(
@@ -459,6 +467,51 @@ def dicom_items(args: argparse.Namespace, files: list[str]) -> Source:
     else:
         source.notes.append(patient_note(taken, args.patient_from))
     return source
+
+
+def is_no_radiograph(file: str, why: str) -> bool:
+    """Whether a file that is not taken for a reason is none of the images that were asked for."""
+    if why == NO_DICOM:
+        return not file.lower().endswith(SUFFIXES)
+    return why.startswith(("modality ", "not an image", "FOR PROCESSING"))
+
+
+def reject_copies(identities: dict[str, Identity | str],
+                  args: argparse.Namespace) -> dict[str, str]:
+    """{file: reason} of the files that are not taken because another has their SOPInstanceUID.
+
+    The first one is taken whose pixels can be read."""
+    files_of: dict[str, list[str]] = {}                 # by the SOPInstanceUID
+    for file, identity in identities.items():
+        if isinstance(identity, Identity) and identity.SOPInstanceUID:
+            files_of.setdefault(identity.SOPInstanceUID, []).append(file)
+    several = [files for files in files_of.values() if len(files) > 1]
+    if not several:
+        return {}
+    # Only these are decoded here, to see whether they are the same.
+    files = [file for files in several for file in files]
+    settings = ImageSettings(stretch=args.stretch and tuple(args.stretch),
+                             max_megapixels=args.max_megapixels)
+    digests = dict(zip(files, in_parallel(
+        partial(pixel_digest, settings=settings), [args.src / file for file in files],
+        args.workers, "copies"), strict=True))
+    rejected = {}
+    for files in several:
+        best = next((file for file in files if digests[file]), files[0])
+        for file in files:
+            if file != best:
+                same = digests[file] == digests[best]
+                rejected[file] = COPY if same else OTHER_IMAGE if digests[file] else DAMAGED_COPY
+    return rejected
+
+
+def pixel_digest(file: Path, settings: ImageSettings) -> bytes:
+    """What tells images apart; b"" where there is none. To be called in a process of a pool."""
+    try:
+        image = load_image(file, read_dicom, settings).image
+    except DataError:
+        return b""
+    return hashlib.blake2b(repr(image.size).encode() + image.tobytes()).digest()
 
 
 def read_label_table(args: argparse.Namespace) -> Table:
@@ -494,8 +547,9 @@ def label_items(source: Source, args: argparse.Namespace, table: Table,
     found = [key for key in table.rows if key in files_of]
     if not found:
         raise DataError(f"{args.labels}: no {args.key} in it is that of a DICOM file in {args.src}")
-    source.rejected += [(key, f"{args.key} in {args.labels.name}, in no DICOM file")
-                        for key in table.rows if key not in files_of]
+    elsewhere = f"{args.key} in {args.labels.name}, in no DICOM file"
+    source.rejected += [(key, elsewhere) for key in table.rows if key not in files_of]
+    source.asked_for.add(elsewhere)
     if args.key == "file":
         refuse_namesakes(args, found, files_of, rejected)
 

@@ -20,11 +20,13 @@ ALLOW = {
     "many-classes": "a column holds more classes than its images can teach",
     "similar-patients": "patients differ in case, blanks or leading zeros only",
     "masks": "images seem to be masks, segmentations or other drawings",
+    "many-left-out": "more than a tenth of the images are damaged, or missing",
     "other-folders": "images lie beside the split folders, and are left out",
     "unknown-patients": "folders or columns seem to name patients, and are not used",
     "unused-splits": "a column seems to name the splits, and is not used",
     "odd-classes": "class folders are named images, part1 and the like, or lie one in another"}
 FEW = 3                         # images; fewer are not doubted
+FEW_LOST = 5                    # images; so many may be lost of whatever number
 
 
 class Doubt(NamedTuple):
@@ -49,16 +51,31 @@ def allow_flag(flag: Callable) -> None:
               + "; ".join(f"{name} ({meaning})" for name, meaning in ALLOW.items()))
 
 
-def empty_splits(splits: list[str], patients: int, fractions: dict[str, float]) -> list[Doubt]:
+def many_left_out(images: int, lost: list[tuple[str, str]]) -> list[Doubt]:
+    """A doubt where many images are lost: damaged, say, or in a table only, by another name.
+
+    images: how many are not. lost: the others, each with the reason."""
+    total = images + len(lost)
+    if len(lost) <= max(FEW_LOST, total / 10):
+        return []
+    why, count = Counter(why for _, why in lost).most_common(1)[0]
+    examples = " and ".join([name for name, reason in lost if reason == why][:2])
+    return [Doubt("many-left-out", f"{len(lost):,} of {total:,} images would be left out, "
+                  f"{'all' if count == len(lost) else f'{count:,}'} of them for one reason: {why}, "
+                  f"such as {examples}")]
+
+
+def empty_splits(splits: list[str], patients: int, fractions: dict[str, float],
+                 found: int = 0) -> list[Doubt]:
     """Doubts for splits that are empty although nobody asked for that.
 
     splits: of all images. patients: how many there are. fractions: of val and
     test, if they are to be carved where the source does not give them; a
-    fraction of 0 asks for an empty split."""
-    found, doubts = Counter(splits), []
+    fraction of 0 asks for an empty split. found: images before some were left out."""
+    counts, doubts = Counter(splits), []
     # A fraction of 0 asks for an empty split, and says so in the command.
-    for split in SPLITS if len(splits) >= FEW else ():
-        if found[split] or fractions.get(split) == 0:
+    for split in SPLITS if max(found, len(splits)) >= FEW else ():
+        if counts[split] or fractions.get(split) == 0:
             continue
         ask = f"; --{split}-fraction 0 asks for that" if split in fractions else ""
         doubts.append(Doubt("empty-split", f"the {split} split is empty: {len(splits):,} images of "
@@ -66,13 +83,15 @@ def empty_splits(splits: list[str], patients: int, fractions: dict[str, float]) 
     return doubts
 
 
-def constant_labels(names: list[str], rows: list[tuple[str, ...]], classes: bool) -> list[Doubt]:
+def constant_labels(names: list[str], rows: list[tuple[str, ...]], classes: bool,
+                    found: int = 0) -> list[Doubt]:
     """Doubts for labels that say the same of every image, or nothing of any.
 
     rows: the labels of each image. classes: whether the labels are names of classes. Then an image
-    without any counts for nothing: the one class there is tells it from no other."""
+    without any counts for nothing: the one class there is tells it from no other. found: images
+    before some were left out."""
     doubts = []
-    for place, name in enumerate(names) if len(rows) >= FEW else ():
+    for place, name in enumerate(names) if max(found, len(rows)) >= FEW else ():
         # Of a single class only those that have it count, or it would seem to vary.
         values = {row[place] for row in rows}
         if classes and len(names) == 1:
