@@ -24,7 +24,7 @@ from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, Implic
 from common import DataError
 from doubts import Doubt, pairs_alike, patient_key
 from radiograph import ImageSettings, Reading, eight_bits, in_parallel, load_image, reason
-from sources import Item, Source, label_flags, label_rules
+from sources import Item, Source, ends_alike, label_flags, label_rules, plain_path
 from tables import Table, read_labels, read_table, understand
 
 
@@ -423,7 +423,8 @@ def dicom_flags(flag: Callable) -> None:
          help="file of the secret for hashing identities, made if missing (default: OUT.salt)")
     flag("--labels", type=Path, help="CSV of labels")
     flag("--key", choices=(*Identity._fields, "file"), default="PatientID",
-         help="whose they are, by a header element or the file's name (default: PatientID)")
+         help="whose they are, by a header element or the file's name or path (default: "
+              "PatientID)")
     flag("--key-column", metavar="COLUMN", help="its column of that (default: named as --key)")
     label_flags(flag, "all other columns, which must hold values then")
 
@@ -440,6 +441,9 @@ def dicom_items(args: argparse.Namespace, files: list[str]) -> Source:
         partial(read_identity, modalities=args.modality, max_megapixels=args.max_megapixels,
                 patient_from=args.patient_from),
         [args.src / file for file in files], args.workers, "headers")
+    # A study is of one person: what one of its images says holds for those that say nothing.
+    person_of = {identity.StudyInstanceUID: identity.PatientID for identity in identities
+                 if isinstance(identity, Identity) and identity.PatientID}
     taken: dict[str, Identity] = {}                     # by the file
     rejected: dict[str, str] = {}                       # {file: reason}
     copies = reject_copies(dict(zip(files, identities, strict=True)), args)
@@ -453,6 +457,9 @@ def dicom_items(args: argparse.Namespace, files: list[str]) -> Source:
         if file in copies:
             source.rejected.append((file, copies[file]))
             continue
+        if identity.StudyInstanceUID and not identity.PatientID:
+            person = person_of.get(identity.StudyInstanceUID, "")
+            identity = identity._replace(PatientID=person)
         image = identity.SOPInstanceUID or f"file {file}"
         taken[file] = identity
         patient = code(patient_text(identity, file, args.patient_from))
@@ -464,6 +471,7 @@ def dicom_items(args: argparse.Namespace, files: list[str]) -> Source:
         label_items(source, args, table, taken, rejected)
     if args.patient_from == "header":
         source.doubts += similar_ids(taken, table if args.key == "PatientID" else None)
+        say_unnamed(source, taken)
     else:
         source.notes.append(patient_note(taken, args.patient_from))
     return source
@@ -521,7 +529,7 @@ def read_label_table(args: argparse.Namespace) -> Table:
         columns.append(args.rater_column)
     table = read_table(args.labels, args.key_column or args.key,
                        list(dict.fromkeys(columns)) or None,
-                       normalise=without_suffix if args.key == "file" else str,
+                       normalise=plain_name_of if args.key == "file" else str,
                        several=bool(args.several_rows),
                        hint="; --several-rows says how several rows become one")
     if "" in table.rows:                # it would label every file without that key
@@ -537,8 +545,10 @@ def label_items(source: Source, args: argparse.Namespace, table: Table,
     """Give each item of the source the labels of its row in the table.
 
     DataError where no row, or more than one file, is meant by a key."""
-    key_of = {file: without_suffix(file) if args.key == "file" else getattr(identity, args.key)
-              for file, identity in taken.items()}
+    if args.key == "file":
+        key_of = keys_by_path(table, list(taken))
+    else:
+        key_of = {file: getattr(identity, args.key) for file, identity in taken.items()}
     files_of: dict[str, list[str]] = {}                 # by the key
     for file, key in key_of.items():
         files_of.setdefault(key, []).append(file)
@@ -578,16 +588,18 @@ def refuse_namesakes(args: argparse.Namespace, found: list[str], files_of: dict[
 
     files_of: those that are taken, by their name. Of the rejected ones those count that may be
     meant as well: a CT of this name, say, or a damaged file, but no text file."""
-    others: dict[str, str] = {}
+    others: dict[str, list[str]] = {}                   # by the name without folders
     for file, why in rejected.items():
         if why != NO_DICOM or file.lower().endswith(SUFFIXES):
-            others.setdefault(without_suffix(file), file)
+            others.setdefault(without_suffix(file), []).append(file)
     for key in sorted(found):
-        count = len(files_of[key]) + (key in others)
+        other = next((file for file in others.get(PurePosixPath(key).name, [])
+                      if ends_alike(key, plain_name_of(file))), "")
+        count = len(files_of[key]) + bool(other)
         if count > 1:
             also = ""
-            if key in others:
-                also = f", also from {others[key]}, which is not taken: {rejected[others[key]]}"
+            if other:
+                also = f", also from {other}, which is not taken: {rejected[other]}"
             raise DataError(f"{args.labels}: {count:,} files in {args.src} are called {key}: "
                             f"--key file needs names that differ{also}")
 
@@ -611,6 +623,20 @@ def rows_note(taken: dict[str, Identity], key_of: dict[str, str], found: set[str
     return note
 
 
+def say_unnamed(source: Source, taken: dict[str, Identity]) -> None:
+    """Add a note on images without a PatientID, and a doubt where others have one."""
+    unnamed = [file for file, identity in taken.items() if not identity.PatientID]
+    if not unnamed:
+        return
+    source.notes.append(f"Images without a PatientID: {len(unnamed):,} of {len(taken):,}. There "
+                        "each study (StudyInstanceUID) counts as a patient.")
+    if len(unnamed) < len(taken):
+        source.doubts.append(Doubt(
+            "unknown-patients", f"{len(unnamed):,} of {len(taken):,} images, such as {unnamed[0]}, "
+            "have no PatientID, where each study would count as a patient: one person may come "
+            "into two splits; --patient-from folder takes one patient a folder"))
+
+
 def similar_ids(taken: dict[str, Identity], table: Table | None) -> list[Doubt]:
     """A doubt where PatientIDs, or those of a table of labels, differ in form only.
 
@@ -630,6 +656,29 @@ def similar_ids(taken: dict[str, Identity], table: Table | None) -> list[Doubt]:
     return [Doubt("similar-patients", f"the PatientIDs of {places[one]} and {places[other]} differ "
                   f"in form only, as 7 and 007 do{more}: write each patient in one way")
             for one, other in alike[:1]]
+
+
+def keys_by_path(table: Table, files: list[str]) -> dict[str, str]:
+    """The key of --key file of each file: the row's, which may go on before the file's path or
+    begin within it, else its own. DataError where two rows may mean one file."""
+    rows_of: dict[str, list[str]] = {}                  # by the name without folders
+    for key in table.rows:
+        rows_of.setdefault(PurePosixPath(key).name, []).append(key)
+    key_of = {}
+    for file in files:
+        path = plain_name_of(file)
+        keys = [key for key in rows_of.get(PurePosixPath(path).name, []) if ends_alike(key, path)]
+        if len(keys) > 1:
+            numbers = " and ".join(str(table.rows[key].number) for key in keys[:2])
+            raise DataError(f"{table.file}, rows {numbers}: both may name {file}")
+        key_of[file] = keys[0] if keys else path
+    return key_of
+
+
+def plain_name_of(file: str) -> str:
+    """A path as --key file compares it: with slashes, without the suffix of a DICOM file."""
+    path = PurePosixPath(plain_path(file)) if file else PurePosixPath()
+    return str(path.with_name(without_suffix(str(path)))) if path.name else ""
 
 
 def without_suffix(file: str) -> str:

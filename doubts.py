@@ -22,7 +22,8 @@ ALLOW = {
     "masks": "images seem to be masks, segmentations or other drawings",
     "many-left-out": "more than a tenth of the images are damaged, or missing",
     "other-folders": "images lie beside the split folders, and are left out",
-    "unknown-patients": "folders or columns seem to name patients, and are not used",
+    "unknown-patients": "folders or columns seem to name patients, and are not used, or some "
+                        "DICOM files have no PatientID",
     "unused-splits": "a column seems to name the splits, and is not used",
     "odd-classes": "class folders are named images, part1 and the like, or lie one in another"}
 FEW = 3                         # images; fewer are not doubted
