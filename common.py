@@ -16,6 +16,7 @@ import signal
 import stat
 import sys
 import threading
+import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO, cast
@@ -62,14 +63,12 @@ def errors_in_one_sentence(script: str, out: str | Path, speaks: bool = True,
 def _blamed(error: OSError, out: str | Path) -> str | Path:
     """What an error of the operating system without a file's name is about: `out`, which is being
     written, unless standard output fails, or it was raised where multiprocessing makes a lock."""
-    # What could not be printed is still to be printed.
-    try:
-        sys.stdout.flush()
-    except OSError as same:
-        if same.errno == error.errno:
-            # Python would try once more when it ends.
+    # Printing raises in the line that prints; only a stream has no file's name to give.
+    line = traceback.extract_tb(error.__traceback__)[-1].line or ""
+    if "print(" in line or "stdout" in line:
+        with contextlib.suppress(OSError):      # else Python would try once more when it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return "standard output (the terminal, pipe or file that this is printed to)"
+        return "standard output (the terminal, pipe or file that this prints to)"
     frame = error.__traceback__
     while frame:
         if frame.tb_frame.f_globals.get("__name__") == "multiprocessing.synchronize":

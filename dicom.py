@@ -196,6 +196,7 @@ def read_dicom(file: Path, settings: ImageSettings) -> Reading:
 
     - Bits above BitsStored are an overlay and removed where the image is smoother without them.
       Where it is smoother with them BitsStored is wrong, and they are part of the image.
+    - Pixels that PixelRepresentation calls signed are not where the image is smoother without.
     - An empty RescaleSlope is 1 and an empty RescaleIntercept 0. One that is no number, or a slope
       of 0, means that the pixels stay as they are stored.
     - The first VOI LUT is applied; where there is none or it cannot be applied, the first window.
@@ -216,6 +217,7 @@ def read_dicom(file: Path, settings: ImageSettings) -> Reading:
 
     # The pixels of the radiograph, without what else may lie in them.
     stored = pixel_array(dataset, correct_unused_bits=False)            # (H, W)
+    stored = with_right_sign(stored, dataset, notes)                    # (H, W)
     raw = without_overlay(stored, dataset, notes)                       # (H, W)
     padding = padding_of(stored, raw, dataset, notes)                   # (H, W) bool
     if padding.all():
@@ -243,6 +245,21 @@ def read_dicom(file: Path, settings: ImageSettings) -> Reading:
         except DataError as error:
             notes.append(f"{name} not used: {error}")
     return Reading(Image.fromarray(plain), tuple(notes))
+
+
+def with_right_sign(stored: np.ndarray, dataset, notes: list[str]) -> np.ndarray:
+    """Stored pixels (H, W) without a sign where PixelRepresentation claims one that they have not.
+
+    Their levels above the middle would be the darkest. `dataset` is set right, too."""
+    if stored.dtype.kind != "i" or stored.min() >= 0:
+        return stored
+    unsigned = stored.view(stored.dtype.str.replace("i", "u"))
+    # A sign in fewer bits than are allocated is repeated above them, and tells nothing there.
+    if dataset.BitsStored < 8 * stored.itemsize or roughness(unsigned) >= roughness(stored):
+        return stored
+    notes.append("PixelRepresentation not believed: without a sign the image is smoother")
+    dataset.PixelRepresentation = 0
+    return unsigned
 
 
 def without_overlay(stored: np.ndarray, dataset, notes: list[str]) -> np.ndarray:
