@@ -59,8 +59,13 @@ def many_left_out(images: int, lost: list[tuple[str, str]]) -> list[Doubt]:
     total = images + len(lost)
     if len(lost) <= max(FEW_LOST, total / 10):
         return []
-    why, count = Counter(why for _, why in lost).most_common(1)[0]
-    examples = " and ".join([name for name, reason in lost if reason == why][:2])
+    # Reasons that differ in numbers only, as in `gray levels 0 to 9 only`, are one.
+    files_of: dict[str, list[tuple[str, str]]] = {}
+    for file, why in lost:
+        files_of.setdefault(re.sub(r"\d+", "0", why), []).append((file, why))
+    commonest = max(files_of.values(), key=len)
+    why, count = commonest[0][1], len(commonest)
+    examples = " and ".join(file for file, _ in commonest[:2])
     return [Doubt("many-left-out", f"{len(lost):,} of {total:,} images would be left out, "
                   f"{'all' if count == len(lost) else f'{count:,}'} of them for one reason: {why}, "
                   f"such as {examples}")]

@@ -45,13 +45,14 @@ MACHINE_ERRORS = {
     errno.ENOLINK, errno.EREMOTEIO, errno.ESHUTDOWN}
 
 # A mask or a map of labels: so few gray levels make up so much of it. A radiograph has hundreds.
-MASK_LEVELS, MASK_SHARE = 8, 0.98
+# The rest is for the blurred edges of a JPEG.
+MASK_LEVELS, MASK_SHARE = 8, 0.95
 
 # Most pixels (5th to 95th percentile) of an image share fewer of its 256 gray levels: a marker, or
 # the border, has the others.
 NARROW = 48
 
-MASK = f"a mask or a drawing: {MASK_LEVELS} gray levels or fewer make up all of it"
+MASK = f"a mask or a drawing: {MASK_LEVELS} gray levels or fewer make up {MASK_SHARE:.0%} of it"
 NARROW_NOTE = ("little contrast: a marker, a border or a few other pixels take most of the gray "
                "levels (--stretch may take them away)")
 
@@ -241,8 +242,8 @@ def refuse_mask(image: Image.Image) -> None:
     levels, counts = np.unique(np.asarray(image)[::step, ::step], return_counts=True)
     share = np.sort(counts)[::-1].cumsum() / counts.sum()
     few = int(np.searchsorted(share, MASK_SHARE)) + 1
-    # What has hardly two levels is blank, and will be called that.
-    if few <= MASK_LEVELS and share[0] < MASK_SHARE and levels[-1] - levels[0] >= MIN_RANGE:
+    # What has hardly any range is blank, and will be called that.
+    if few <= MASK_LEVELS and levels[-1] - levels[0] >= MIN_RANGE:
         raise DataError(MASK)
 
 
