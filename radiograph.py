@@ -47,6 +47,7 @@ MACHINE_ERRORS = {
 # A mask or a map of labels: so few gray levels make up so much of it. A radiograph has hundreds.
 # The rest is for the blurred edges of a JPEG.
 MASK_LEVELS, MASK_SHARE = 8, 0.95
+MASK_FLAT = 0.8         # of neighbouring pixels, so many are equal
 
 # Most pixels (5th to 95th percentile) of an image share fewer of its 256 gray levels: a marker, or
 # the border, has the others.
@@ -238,12 +239,15 @@ def finish(image: Image.Image, settings: ImageSettings) -> Image.Image:
 
 def refuse_mask(image: Image.Image) -> None:
     """DataError where an image of mode L or F seems to be a mask or a map of labels."""
-    step = max(1, min(image.size) // 512)           # some 512 x 512 pixels tell
-    levels, counts = np.unique(np.asarray(image)[::step, ::step], return_counts=True)
+    step = max(1, min(image.size) // 512)           # some 512 rows tell, and 512 columns
+    rows = np.asarray(image)[::step]                                    # (H / step, W)
+    levels, counts = np.unique(rows[:, ::step], return_counts=True)
     share = np.sort(counts)[::-1].cumsum() / counts.sum()
     few = int(np.searchsorted(share, MASK_SHARE)) + 1
-    # What has hardly any range is blank, and will be called that.
-    if few <= MASK_LEVELS and levels[-1] - levels[0] >= MIN_RANGE:
+    # What has hardly any range is blank, and will be called that. Two levels may be dithering: then
+    # they are not flat.
+    is_flat = (rows[:, 1:] == rows[:, :-1]).mean() > MASK_FLAT
+    if few <= MASK_LEVELS and is_flat and levels[-1] - levels[0] >= MIN_RANGE:
         raise DataError(MASK)
 
 
