@@ -419,6 +419,8 @@ def coder(salt: Path) -> Callable[[str], str]:
     if not salt.exists():
         with open(os.open(salt, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
             file.write(os.urandom(32))
+    if not salt.is_file():                  # a pipe would be waited for without end
+        raise DataError(f"--salt {salt} is no file")
     secret = salt.read_bytes()
     # A full disk may have left the file empty, and a hash without a secret is no secret.
     if len(secret) < 16:

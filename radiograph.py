@@ -354,7 +354,9 @@ def _result(future: Future, workers: int) -> list:
         try:
             return future.result(timeout=1)
         except TimeoutError:
-            if not future.done() and len(active_children()) < workers:
+            if future.done():               # or storage that timed out has raised it in the worker
+                return future.result()
+            if len(active_children()) < workers:
                 raise BrokenProcessPool from None
 
 

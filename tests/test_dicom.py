@@ -497,6 +497,12 @@ def test_dicom_copies(tmp_path, capsys):
         dicom(tmp_path, out="other")
 
 
+def test_dicom_salt_is_a_file(tmp_path):
+    write_dicom(tmp_path / "src/x.dcm", RAMP)
+    with pytest.raises(SystemExit, match="--salt .* is no file"):
+        dicom(tmp_path, "--salt", tmp_path)
+
+
 def test_dicom_blank_patients(tmp_path):
     for i in range(8):
         write_dicom(tmp_path / f"src/{i}.dcm", RAMP + i, patient="", StudyInstanceUID=f"1.{i}")
