@@ -13,8 +13,10 @@ import io
 import os
 import re
 import signal
+import stat
 import sys
 import threading
+import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO, cast
@@ -42,6 +44,7 @@ def errors_in_one_sentence(script: str, out: str | Path, speaks: bool = True,
     afterwards: what the same command does after Ctrl-C, where it does not go on."""
     try:
         yield
+        sys.stdout.flush()              # what is still to be printed may find a full disk
     except DataError as error:
         sys.exit(f"{script}: {error}" if speaks or isinstance(error, ImageError) else 1)
     except OSError as error:            # a full disk, a folder without permission to write
@@ -59,7 +62,13 @@ def errors_in_one_sentence(script: str, out: str | Path, speaks: bool = True,
 
 def _blamed(error: OSError, out: str | Path) -> str | Path:
     """What an error of the operating system without a file's name is about: `out`, which is being
-    written, unless it was raised where Python's multiprocessing makes a lock."""
+    written, unless standard output fails, or it was raised where multiprocessing makes a lock."""
+    # Printing raises in the line that prints; only a stream has no file's name to give.
+    line = traceback.extract_tb(error.__traceback__)[-1].line or ""
+    if "print(" in line or "stdout" in line:
+        with contextlib.suppress(OSError):      # else Python would try once more when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return "standard output (the terminal, pipe or file that this prints to)"
     frame = error.__traceback__
     while frame:
         if frame.tb_frame.f_globals.get("__name__") == "multiprocessing.synchronize":
@@ -152,9 +161,15 @@ def write_text(path: str | Path, text: str) -> None:
 def open_text(path: str | Path) -> TextIO:
     """A text file to read, whatever the locale: UTF-8, or UTF-16 where it begins with that mark.
 
-    A byte-order mark is no part of the text, and line ends are left as they are. A name
-    that ends in .gz is decompressed. Reading raises UnicodeDecodeError for other text."""
-    opener = gzip.open if str(path).lower().endswith(".gz") else open
+    A byte-order mark is no part of the text, and line ends are left as they are. What is packed
+    by gzip, whatever its name, is decompressed. Reading raises UnicodeDecodeError for other text;
+    DataError for a pipe, which could be read only once, and without a writer never."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise DataError(f"{path} is no file, but a pipe or a device: save its text in a file")
+    with open(path, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    opener = gzip.open if packed or str(path).lower().endswith(".gz") else open
     with opener(path, "rb") as file:
         utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     encoding = "utf-16" if utf16 else "utf-8-sig"

@@ -4,6 +4,7 @@ Nothing of a header goes on into a data folder but a keyed hash of who and which
 that touches an identity stands in this file.
 """
 import argparse
+import hashlib
 import hmac
 import math
 import os
@@ -22,13 +23,18 @@ from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, Implic
 
 from common import DataError
 from doubts import Doubt, pairs_alike, patient_key
-from radiograph import ImageSettings, Reading, eight_bits, in_parallel, reason
-from sources import Item, Source, label_flags, label_rules
+from radiograph import ImageSettings, Reading, eight_bits, in_parallel, load_image, reason
+from sources import Item, Source, ends_alike, label_flags, label_rules, plain_path
 from tables import Table, read_labels, read_table, understand
 
 
 SUFFIXES = (".dcm", ".dicom", ".dic", ".ima")       # of DICOM files, if they have one
 NO_DICOM = "not a DICOM file"                       # the reason of most files that are not taken
+
+# Why a file is not taken whose image another file has.
+COPY = "SOPInstanceUID of an earlier file"
+DAMAGED_COPY = "damaged, and another file of its SOPInstanceUID is not"
+OTHER_IMAGE = "SOPInstanceUID of an earlier file, which shows another image"
 
 
 class Identity(NamedTuple):
@@ -190,6 +196,7 @@ def read_dicom(file: Path, settings: ImageSettings) -> Reading:
 
     - Bits above BitsStored are an overlay and removed where the image is smoother without them.
       Where it is smoother with them BitsStored is wrong, and they are part of the image.
+    - Pixels that PixelRepresentation calls signed are not where the image is smoother without.
     - An empty RescaleSlope is 1 and an empty RescaleIntercept 0. One that is no number, or a slope
       of 0, means that the pixels stay as they are stored.
     - The first VOI LUT is applied; where there is none or it cannot be applied, the first window.
@@ -210,6 +217,7 @@ def read_dicom(file: Path, settings: ImageSettings) -> Reading:
 
     # The pixels of the radiograph, without what else may lie in them.
     stored = pixel_array(dataset, correct_unused_bits=False)            # (H, W)
+    stored = with_right_sign(stored, dataset, notes)                    # (H, W)
     raw = without_overlay(stored, dataset, notes)                       # (H, W)
     padding = padding_of(stored, raw, dataset, notes)                   # (H, W) bool
     if padding.all():
@@ -237,6 +245,21 @@ def read_dicom(file: Path, settings: ImageSettings) -> Reading:
         except DataError as error:
             notes.append(f"{name} not used: {error}")
     return Reading(Image.fromarray(plain), tuple(notes))
+
+
+def with_right_sign(stored: np.ndarray, dataset, notes: list[str]) -> np.ndarray:
+    """Stored pixels (H, W) without a sign where PixelRepresentation claims one that they have not.
+
+    Their levels above the middle would be the darkest. `dataset` is set right, too."""
+    if stored.dtype.kind != "i" or stored.min() >= 0:
+        return stored
+    unsigned = stored.view(stored.dtype.str.replace("i", "u"))
+    # A sign in fewer bits than are allocated is repeated above them, and tells nothing there.
+    if dataset.BitsStored < 8 * stored.itemsize or roughness(unsigned) >= roughness(stored):
+        return stored
+    notes.append("PixelRepresentation not believed: without a sign the image is smoother")
+    dataset.PixelRepresentation = 0
+    return unsigned
 
 
 def without_overlay(stored: np.ndarray, dataset, notes: list[str]) -> np.ndarray:
@@ -396,6 +419,8 @@ def coder(salt: Path) -> Callable[[str], str]:
     if not salt.exists():
         with open(os.open(salt, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
             file.write(os.urandom(32))
+    if not salt.is_file():                  # a pipe would be waited for without end
+        raise DataError(f"--salt {salt} is no file")
     secret = salt.read_bytes()
     # A full disk may have left the file empty, and a hash without a secret is no secret.
     if len(secret) < 16:
@@ -417,7 +442,8 @@ def dicom_flags(flag: Callable) -> None:
          help="file of the secret for hashing identities, made if missing (default: OUT.salt)")
     flag("--labels", type=Path, help="CSV of labels")
     flag("--key", choices=(*Identity._fields, "file"), default="PatientID",
-         help="whose they are, by a header element or the file's name (default: PatientID)")
+         help="whose they are, by a header element or the file's name or path (default: "
+              "PatientID)")
     flag("--key-column", metavar="COLUMN", help="its column of that (default: named as --key)")
     label_flags(flag, "all other columns, which must hold values then")
 
@@ -434,18 +460,26 @@ def dicom_items(args: argparse.Namespace, files: list[str]) -> Source:
         partial(read_identity, modalities=args.modality, max_megapixels=args.max_megapixels,
                 patient_from=args.patient_from),
         [args.src / file for file in files], args.workers, "headers")
+    # A study is of one person: what one of its images says holds for those that say nothing.
+    person_of = {identity.StudyInstanceUID: identity.PatientID for identity in identities
+                 if isinstance(identity, Identity) and identity.PatientID}
     taken: dict[str, Identity] = {}                     # by the file
     rejected: dict[str, str] = {}                       # {file: reason}
-    images = set()
+    copies = reject_copies(dict(zip(files, identities, strict=True)), args)
+    source.asked_for |= {COPY, DAMAGED_COPY}            # the image is there
     for file, identity in zip(files, identities, strict=True):
         if isinstance(identity, str):
             rejected[file] = identity
+            if is_no_radiograph(file, identity):
+                source.asked_for.add(identity)
             continue
-        if identity.SOPInstanceUID in images:
-            source.rejected.append((file, "SOPInstanceUID of an earlier file"))
+        if file in copies:
+            source.rejected.append((file, copies[file]))
             continue
+        if identity.StudyInstanceUID and not identity.PatientID:
+            person = person_of.get(identity.StudyInstanceUID, "")
+            identity = identity._replace(PatientID=person)
         image = identity.SOPInstanceUID or f"file {file}"
-        images.add(image)
         taken[file] = identity
         patient = code(patient_text(identity, file, args.patient_from))
         source.items.append(Item(
@@ -456,9 +490,55 @@ def dicom_items(args: argparse.Namespace, files: list[str]) -> Source:
         label_items(source, args, table, taken, rejected)
     if args.patient_from == "header":
         source.doubts += similar_ids(taken, table if args.key == "PatientID" else None)
+        say_unnamed(source, taken)
     else:
         source.notes.append(patient_note(taken, args.patient_from))
     return source
+
+
+def is_no_radiograph(file: str, why: str) -> bool:
+    """Whether a file that is not taken for a reason is none of the images that were asked for."""
+    if why == NO_DICOM:
+        return not file.lower().endswith(SUFFIXES)
+    return why.startswith(("modality ", "not an image", "FOR PROCESSING"))
+
+
+def reject_copies(identities: dict[str, Identity | str],
+                  args: argparse.Namespace) -> dict[str, str]:
+    """{file: reason} of the files that are not taken because another has their SOPInstanceUID.
+
+    The first one is taken whose pixels can be read."""
+    files_of: dict[str, list[str]] = {}                 # by the SOPInstanceUID
+    for file, identity in identities.items():
+        if isinstance(identity, Identity) and identity.SOPInstanceUID:
+            files_of.setdefault(identity.SOPInstanceUID, []).append(file)
+    several = [files for files in files_of.values() if len(files) > 1]
+    if not several:
+        return {}
+    # Only these are decoded here, to see whether they are the same.
+    files = [file for files in several for file in files]
+    settings = ImageSettings(stretch=args.stretch and tuple(args.stretch),
+                             max_megapixels=args.max_megapixels)
+    digests = dict(zip(files, in_parallel(
+        partial(pixel_digest, settings=settings), [args.src / file for file in files],
+        args.workers, "copies"), strict=True))
+    rejected = {}
+    for files in several:
+        best = next((file for file in files if digests[file]), files[0])
+        for file in files:
+            if file != best:
+                same = digests[file] == digests[best]
+                rejected[file] = COPY if same else OTHER_IMAGE if digests[file] else DAMAGED_COPY
+    return rejected
+
+
+def pixel_digest(file: Path, settings: ImageSettings) -> bytes:
+    """What tells images apart; b"" where there is none. To be called in a process of a pool."""
+    try:
+        image = load_image(file, read_dicom, settings).image
+    except DataError:
+        return b""
+    return hashlib.blake2b(repr(image.size).encode() + image.tobytes()).digest()
 
 
 def read_label_table(args: argparse.Namespace) -> Table:
@@ -468,7 +548,7 @@ def read_label_table(args: argparse.Namespace) -> Table:
         columns.append(args.rater_column)
     table = read_table(args.labels, args.key_column or args.key,
                        list(dict.fromkeys(columns)) or None,
-                       normalise=without_suffix if args.key == "file" else str,
+                       normalise=plain_name_of if args.key == "file" else str,
                        several=bool(args.several_rows),
                        hint="; --several-rows says how several rows become one")
     if "" in table.rows:                # it would label every file without that key
@@ -484,8 +564,10 @@ def label_items(source: Source, args: argparse.Namespace, table: Table,
     """Give each item of the source the labels of its row in the table.
 
     DataError where no row, or more than one file, is meant by a key."""
-    key_of = {file: without_suffix(file) if args.key == "file" else getattr(identity, args.key)
-              for file, identity in taken.items()}
+    if args.key == "file":
+        key_of = keys_by_path(table, list(taken))
+    else:
+        key_of = {file: getattr(identity, args.key) for file, identity in taken.items()}
     files_of: dict[str, list[str]] = {}                 # by the key
     for file, key in key_of.items():
         files_of.setdefault(key, []).append(file)
@@ -494,8 +576,9 @@ def label_items(source: Source, args: argparse.Namespace, table: Table,
     found = [key for key in table.rows if key in files_of]
     if not found:
         raise DataError(f"{args.labels}: no {args.key} in it is that of a DICOM file in {args.src}")
-    source.rejected += [(key, f"{args.key} in {args.labels.name}, in no DICOM file")
-                        for key in table.rows if key not in files_of]
+    elsewhere = f"{args.key} in {args.labels.name}, in no DICOM file"
+    source.rejected += [(key, elsewhere) for key in table.rows if key not in files_of]
+    source.asked_for.add(elsewhere)
     if args.key == "file":
         refuse_namesakes(args, found, files_of, rejected)
 
@@ -524,16 +607,18 @@ def refuse_namesakes(args: argparse.Namespace, found: list[str], files_of: dict[
 
     files_of: those that are taken, by their name. Of the rejected ones those count that may be
     meant as well: a CT of this name, say, or a damaged file, but no text file."""
-    others: dict[str, str] = {}
+    others: dict[str, list[str]] = {}                   # by the name without folders
     for file, why in rejected.items():
         if why != NO_DICOM or file.lower().endswith(SUFFIXES):
-            others.setdefault(without_suffix(file), file)
+            others.setdefault(without_suffix(file), []).append(file)
     for key in sorted(found):
-        count = len(files_of[key]) + (key in others)
+        other = next((file for file in others.get(PurePosixPath(key).name, [])
+                      if ends_alike(key, plain_name_of(file))), "")
+        count = len(files_of[key]) + bool(other)
         if count > 1:
             also = ""
-            if key in others:
-                also = f", also from {others[key]}, which is not taken: {rejected[others[key]]}"
+            if other:
+                also = f", also from {other}, which is not taken: {rejected[other]}"
             raise DataError(f"{args.labels}: {count:,} files in {args.src} are called {key}: "
                             f"--key file needs names that differ{also}")
 
@@ -557,6 +642,20 @@ def rows_note(taken: dict[str, Identity], key_of: dict[str, str], found: set[str
     return note
 
 
+def say_unnamed(source: Source, taken: dict[str, Identity]) -> None:
+    """Add a note on images without a PatientID, and a doubt where others have one."""
+    unnamed = [file for file, identity in taken.items() if not identity.PatientID]
+    if not unnamed:
+        return
+    source.notes.append(f"Images without a PatientID: {len(unnamed):,} of {len(taken):,}. There "
+                        "each study (StudyInstanceUID) counts as a patient.")
+    if len(unnamed) < len(taken):
+        source.doubts.append(Doubt(
+            "unknown-patients", f"{len(unnamed):,} of {len(taken):,} images, such as {unnamed[0]}, "
+            "have no PatientID, where each study would count as a patient: one person may come "
+            "into two splits; --patient-from folder takes one patient a folder"))
+
+
 def similar_ids(taken: dict[str, Identity], table: Table | None) -> list[Doubt]:
     """A doubt where PatientIDs, or those of a table of labels, differ in form only.
 
@@ -576,6 +675,29 @@ def similar_ids(taken: dict[str, Identity], table: Table | None) -> list[Doubt]:
     return [Doubt("similar-patients", f"the PatientIDs of {places[one]} and {places[other]} differ "
                   f"in form only, as 7 and 007 do{more}: write each patient in one way")
             for one, other in alike[:1]]
+
+
+def keys_by_path(table: Table, files: list[str]) -> dict[str, str]:
+    """The key of --key file of each file: the row's, which may go on before the file's path or
+    begin within it, else its own. DataError where two rows may mean one file."""
+    rows_of: dict[str, list[str]] = {}                  # by the name without folders
+    for key in table.rows:
+        rows_of.setdefault(PurePosixPath(key).name, []).append(key)
+    key_of = {}
+    for file in files:
+        path = plain_name_of(file)
+        keys = [key for key in rows_of.get(PurePosixPath(path).name, []) if ends_alike(key, path)]
+        if len(keys) > 1:
+            numbers = " and ".join(str(table.rows[key].number) for key in keys[:2])
+            raise DataError(f"{table.file}, rows {numbers}: both may name {file}")
+        key_of[file] = keys[0] if keys else path
+    return key_of
+
+
+def plain_name_of(file: str) -> str:
+    """A path as --key file compares it: with slashes, without the suffix of a DICOM file."""
+    path = PurePosixPath(plain_path(file)) if file else PurePosixPath()
+    return str(path.with_name(without_suffix(str(path)))) if path.name else ""
 
 
 def without_suffix(file: str) -> str:

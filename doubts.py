@@ -21,13 +21,16 @@ ALLOW = {
     "many-classes": "a column holds more classes than its images can teach",
     "similar-patients": "patients differ in case, blanks or leading zeros only",
     "masks": "images seem to be masks, segmentations or other drawings",
+    "many-left-out": "more than a tenth of the images are damaged, or missing",
     "other-folders": "images lie beside the split folders, and are left out",
     "untrained-class": "a class stands in the given val or test split, and not in train",
-    "unknown-patients": "folders or columns seem to name patients, and are not used",
+    "unknown-patients": "folders or columns seem to name patients, and are not used, or some "
+                        "DICOM files have no PatientID",
     "unused-splits": "a column seems to name the splits, and is not used",
     "odd-classes": "class folders are named images, part1, normal_train and the like, or lie one "
                    "in another"}
 FEW = 3                         # images; fewer are not doubted
+FEW_LOST = 5                    # images; so many may be lost of whatever number
 
 
 class Doubt(NamedTuple):
@@ -52,16 +55,36 @@ def allow_flag(flag: Callable) -> None:
               + "; ".join(f"{name} ({meaning})" for name, meaning in ALLOW.items()))
 
 
-def empty_splits(splits: list[str], patients: int, fractions: dict[str, float]) -> list[Doubt]:
+def many_left_out(images: int, lost: list[tuple[str, str]]) -> list[Doubt]:
+    """A doubt where many images are lost: damaged, say, or in a table only, by another name.
+
+    images: how many are not. lost: the others, each with the reason."""
+    total = images + len(lost)
+    if len(lost) <= max(FEW_LOST, total / 10):
+        return []
+    # Reasons that differ in numbers only, as in `gray levels 0 to 9 only`, are one.
+    files_of: dict[str, list[tuple[str, str]]] = {}
+    for file, why in lost:
+        files_of.setdefault(re.sub(r"\d+", "0", why), []).append((file, why))
+    commonest = max(files_of.values(), key=len)
+    why, count = commonest[0][1], len(commonest)
+    examples = " and ".join(file for file, _ in commonest[:2])
+    return [Doubt("many-left-out", f"{len(lost):,} of {total:,} images would be left out, "
+                  f"{'all' if count == len(lost) else f'{count:,}'} of them for one reason: {why}, "
+                  f"such as {examples}")]
+
+
+def empty_splits(splits: list[str], patients: int, fractions: dict[str, float],
+                 found: int = 0) -> list[Doubt]:
     """Doubts for splits that are empty although nobody asked for that.
 
     splits: of all images. patients: how many there are. fractions: of val and
     test, if they are to be carved where the source does not give them; a
-    fraction of 0 asks for an empty split."""
-    found, doubts = Counter(splits), []
+    fraction of 0 asks for an empty split. found: images before some were left out."""
+    counts, doubts = Counter(splits), []
     # A fraction of 0 asks for an empty split, and says so in the command.
-    for split in SPLITS if len(splits) >= FEW else ():
-        if found[split] or fractions.get(split) == 0:
+    for split in SPLITS if max(found, len(splits)) >= FEW else ():
+        if counts[split] or fractions.get(split) == 0:
             continue
         ask = f"; --{split}-fraction 0 asks for that" if split in fractions else ""
         doubts.append(Doubt("empty-split", f"the {split} split is empty: {len(splits):,} images of "
@@ -69,12 +92,14 @@ def empty_splits(splits: list[str], patients: int, fractions: dict[str, float]) 
     return doubts
 
 
-def constant_labels(names: list[str], rows: list[tuple[str, ...]], classes: bool) -> list[Doubt]:
+def constant_labels(names: list[str], rows: list[tuple[str, ...]], classes: bool,
+                    found: int = 0) -> list[Doubt]:
     """Doubts for labels that say the same of every image of which they say anything.
 
-    rows: the labels of each image. classes: whether the labels are names of classes."""
+    rows: the labels of each image. classes: whether the labels are names of classes.
+    found: images before some were left out."""
     doubts = []
-    for place, name in enumerate(names) if len(rows) >= FEW else ():
+    for place, name in enumerate(names) if max(found, len(rows)) >= FEW else ():
         # A blank cell is no negative: x and blank, or positive and blank, teach nothing.
         counts = Counter(row[place] for row in rows)
         blank = counts.pop("", 0)

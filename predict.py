@@ -54,7 +54,7 @@ from model import MEAN, STD, Classifier, build_encoder, extract_features
 from prepare import Conversion, convert, count_notes
 from radiograph import (
     EXTENSIONS, FORMATS, MIN_SIDE, ImageSettings, Reading, find_files, in_parallel, read_image,
-    reason)
+    reason, refuse_mask)
 from flags import PRECISION, THREADS, differing_flags, flag, positional
 from run import Compute
 from sources import Item
@@ -302,6 +302,8 @@ def is_made_already(file: Path, settings: ImageSettings, listed: bool) -> bool:
             raise DataError("more than 8 bits a pixel, in a data folder: `prepare.py folder` "
                             "brings such images to 8")
         image.load()
+        if not listed:
+            refuse_mask(image)
         return True
 
 

@@ -45,13 +45,13 @@ from manifest_csv import SPLITS
 import numpy as np
 from PIL import Image
 
-from dicom import dicom_flags, dicom_items, read_dicom
+from dicom import dicom_flags, dicom_items, is_dicom, read_dicom
 from doubts import (
-    FEW, Doubt, allow_flag, constant_labels, empty_splits, refuse_doubts, similar_labels,
-    similar_patients)
+    FEW, Doubt, allow_flag, constant_labels, empty_splits, many_left_out, refuse_doubts,
+    similar_labels, similar_patients)
 from flags import differing_flags, number_within
 from radiograph import (
-    MIN_SIDE, Found, ImageSettings, Reader, blank_reason, find_files, in_parallel, load_image,
+    MASK, MIN_SIDE, Found, ImageSettings, Reader, blank_reason, find_files, in_parallel, load_image,
     read_image, reason)
 from sources import (
     Item, Source, chexpert_flags, chexpert_items, demo_flags, demo_items, folder_flags,
@@ -224,9 +224,13 @@ def write_images(source: Source, args: argparse.Namespace) -> None:
     source.items = [item for item in source.items if item.source not in failed]
     source.rejected = sorted([*source.rejected, *failed.items()])
 
-    # What had to be decided about images of which a header says how they are to be seen.
-    if args.source == "dicom":
+    # What had to be decided about images.
+    if args.source != "demo":
         source.notes += count_notes([args.out / item.path for item in source.items], args.workers)
+    masks = [file for file, why in failed.items() if why == MASK]
+    if masks:
+        source.notes.append(f"Left out as masks or drawings, by their few gray levels: "
+                            f"{len(masks):,} (--allow masks takes them).")
 
     # The names of a hospital's files are for the hospital only: there the list lies beside the
     # data folder, which may be handed on.
@@ -284,11 +288,14 @@ def prepare(args: argparse.Namespace) -> None:
     Whatever is wrong with the source is found before anything is written."""
     check_out(args)
     with lock_folder(args.out):
-        found = find_files(args.src) if "src" in args else Found([], [])
-        source = SOURCES[args.source].items(args, found.files)
-        source.rejected += [(path, "a named pipe, a socket or a device") for path in found.special]
-        check_source(source, args)
-        if len(source.items) < FEW:
+        below = find_files(args.src) if "src" in args else Found([], [])
+        source = SOURCES[args.source].items(args, below.files)
+        special = "a named pipe, a socket or a device"
+        source.rejected += [(path, special) for path in below.special]
+        source.asked_for.add(special)
+        check_source(source, args, below.files)
+        found = len(source.items)
+        if found < FEW:
             source.notes.append(f"Fewer than {FEW} images: empty splits and labels that are the "
                                 "same for all were not refused.")
 
@@ -296,7 +303,7 @@ def prepare(args: argparse.Namespace) -> None:
         print_notes(source)
         assign_splits(source, args)
         print_rows(source, args)
-        refuse_doubts([*source.doubts, *doubts_of(source, args)], args.allow)
+        refuse_doubts([*source.doubts, *doubts_of(source, args, found)], args.allow)
 
         # Remove what another run made, its manifest first: a folder that has one is complete.
         if args.overwrite:
@@ -312,7 +319,7 @@ def prepare(args: argparse.Namespace) -> None:
         write_text(args.out / "prepare.json", json.dumps(settings_of(args), indent=1))
         write_images(source, args)
         # All images of a split or of a class may have been rejected.
-        refuse_doubts(doubts_of(source, args), args.allow)
+        refuse_doubts(doubts_of(source, args, found), args.allow)
         card = data_card(source, args)
         write_text(args.out / "DATA.md", card)
         rows = [(item.path, item.patient, item.split, *item.labels) for item in source.items]
@@ -349,17 +356,23 @@ def printable(text: str) -> str:
                    for character in text)
 
 
-def split_doubts(source: Source, args: argparse.Namespace) -> list[Doubt]:
+def split_doubts(source: Source, args: argparse.Namespace, found: int) -> list[Doubt]:
     """Doubts for splits without images that nobody asked for."""
     fractions = {split: getattr(args, f"{split}_fraction") for split in ("val", "test")
                  if f"{split}_fraction" in args}
     return empty_splits([item.split for item in source.items],
-                        len({item.patient for item in source.items}), fractions)
+                        len({item.patient for item in source.items}), fractions, found)
 
 
-def doubts_of(source: Source, args: argparse.Namespace) -> list[Doubt]:
-    """Doubts that counting raises, of whatever source."""
-    doubts = split_doubts(source, args)
+def lost_images(source: Source) -> list[tuple[str, str]]:
+    """What was rejected, as far as nobody asked for that: (file, reason)."""
+    return [(file, why) for file, why in source.rejected if why not in source.asked_for]
+
+
+def doubts_of(source: Source, args: argparse.Namespace, found: int) -> list[Doubt]:
+    """Doubts that counting raises, of whatever source. found: images before any was decoded."""
+    doubts = [*many_left_out(len(source.items), lost_images(source)),
+              *split_doubts(source, args, found)]
     # A DICOM file's patient is a hash by now, which shows nothing of the identity's form.
     if source.patients_known and args.source != "dicom":
         doubts += similar_patients(item.patient for item in source.items)
@@ -368,7 +381,7 @@ def doubts_of(source: Source, args: argparse.Namespace) -> list[Doubt]:
         doubts += similar_labels(source.label_names)
         # Class folders need not be classes: there another layout may be the way out.
         constant = constant_labels(source.label_names, [item.labels for item in source.items],
-                                   source.classes)
+                                   source.classes, found)
         if constant and args.source == "folder" and not (args.label_columns or args.class_columns):
             constant = [doubt._replace(sentence=doubt.sentence + ": --layout says what each level "
                                        "of folders is, --layout none that none is a class")
@@ -403,6 +416,11 @@ def check_out(args: argparse.Namespace) -> None:
                   if isinstance(value, str) and os.path.isabs(value) else value
                   for name, value in read_settings(args.out / "prepare.json").items()}
         now = json.loads(json.dumps(settings_of(args)))         # as if it had been read, too
+        # What was refused once its images were made may be allowed without making them again.
+        # Only masks that were allowed are there, and would stay.
+        lost = "masks" in set(before.get("allow", [])) - set(args.allow)
+        for settings in () if lost else (before, now):
+            settings.pop("allow", None)
         differing = differing_flags(before, now)
         if differing:
             raise DataError(f"{args.out} was made with other flags: {differing}; choose another "
@@ -421,13 +439,20 @@ def lock_folder(folder: Path) -> TextIO:
     return file
 
 
-def check_source(source: Source, args: argparse.Namespace) -> None:
-    """DataError where a source has no image, a label without a proper name, or a path twice."""
+def check_source(source: Source, args: argparse.Namespace, files: list[str]) -> None:
+    """DataError where a source has no image, a label without a proper name, or a path twice.
+
+    files: all of them below --src."""
     # Most often the wrong --src was given, and the commonest reasons say so.
     if not source.items:
         reasons = Counter(why for _, why in source.rejected).most_common(3)
-        raise DataError(f"no image found in {args.src}"
-                        + "".join(f"; {count:,} files: {why}" for why, count in reasons))
+        # Or the files are of another kind, or of views that were not asked for.
+        says = [f"{count:,} files: {why}" for why, count in reasons]
+        says += [note.rstrip(".") for note in source.notes
+                 if "left out: " in note or note.startswith("Files passed over: ")]
+        if args.source != "dicom" and any(is_dicom(args.src / file) for file in files[:100]):
+            says.append("`prepare.py dicom` reads DICOM files")
+        raise DataError("; ".join([f"no image found in {args.src}", *says]))
     # A label is a column of the manifest.
     for name in source.label_names:
         taken = name in ("path", "patient", "split") or source.label_names.count(name) > 1
@@ -739,7 +764,7 @@ def check_flags(args: argparse.Namespace, error: Callable[[str], Any]) -> None:
 def image_settings(args: argparse.Namespace) -> ImageSettings:
     """How a source's flags ask for its images."""
     return ImageSettings(args.size, args.quality, args.stretch and tuple(args.stretch),
-                         args.max_megapixels)
+                         args.max_megapixels, "masks" in args.allow)
 
 
 def src_folder(args: argparse.Namespace) -> Path:

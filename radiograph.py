@@ -44,6 +44,19 @@ MACHINE_ERRORS = {
     errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
     errno.ENOLINK, errno.EREMOTEIO, errno.ESHUTDOWN}
 
+# A mask or a map of labels: so few gray levels make up so much of it. A radiograph has hundreds.
+# The rest is for the blurred edges of a JPEG.
+MASK_LEVELS, MASK_SHARE = 8, 0.95
+MASK_FLAT = 0.8         # of neighbouring pixels, so many are equal
+
+# Most pixels (5th to 95th percentile) of an image share fewer of its 256 gray levels: a marker, or
+# the border, has the others.
+NARROW = 48
+
+MASK = f"a mask or a drawing: {MASK_LEVELS} gray levels or fewer make up {MASK_SHARE:.0%} of it"
+NARROW_NOTE = ("little contrast: a marker, a border or a few other pixels take most of the gray "
+               "levels (--stretch may take them away)")
+
 # Percentiles that become black and white where 9 to 16 bits come without a window.
 DEEP_PERCENTILES = (0.5, 99.5)
 
@@ -55,6 +68,7 @@ class ImageSettings:
     quality: int = 95                               # of the JPEG, 1 to 100
     stretch: tuple[float, float] | None = None      # percentiles that become black and white
     max_megapixels: float = 100                     # larger images are not decoded
+    masks: bool = False                             # take what seems to be a mask
 
 
 class Reading(NamedTuple):
@@ -223,6 +237,26 @@ def finish(image: Image.Image, settings: ImageSettings) -> Image.Image:
     return image
 
 
+def refuse_mask(image: Image.Image) -> None:
+    """DataError where an image of mode L or F seems to be a mask or a map of labels."""
+    step = max(1, min(image.size) // 512)           # some 512 rows tell, and 512 columns
+    rows = np.asarray(image)[::step]                                    # (H / step, W)
+    levels, counts = np.unique(rows[:, ::step], return_counts=True)
+    share = np.sort(counts)[::-1].cumsum() / counts.sum()
+    few = int(np.searchsorted(share, MASK_SHARE)) + 1
+    # What has hardly any range is blank, and will be called that. Two levels may be dithering: then
+    # they are not flat.
+    is_flat = (rows[:, 1:] == rows[:, :-1]).mean() > MASK_FLAT
+    if few <= MASK_LEVELS and is_flat and levels[-1] - levels[0] >= MIN_RANGE:
+        raise DataError(MASK)
+
+
+def narrow_note(image: Image.Image) -> tuple[str, ...]:
+    """A note where few pixels of an image of mode L take most of its gray levels."""
+    low, high = np.percentile(np.asarray(image), (5, 95))
+    return (NARROW_NOTE,) if high - low < NARROW else ()
+
+
 def blank_reason(image: Image.Image) -> str:
     """Why an image of mode L shows nothing, or "" where it shows something."""
     levels = np.asarray(image)                      # (H, W) uint8
@@ -246,7 +280,10 @@ def load_image(file: Path, read: Reader, settings: ImageSettings) -> Reading:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             Image.MAX_IMAGE_PIXELS = int(settings.max_megapixels * 1e6)
             reading = read(file, settings)
-            return reading._replace(image=finish(reading.image, settings))
+            if not settings.masks:
+                refuse_mask(reading.image)
+            image = finish(reading.image, settings)
+            return Reading(image, (*reading.notes, *narrow_note(image)))
     except Exception as error:
         raise DataError(reason(error, file)) from error
 
@@ -317,7 +354,9 @@ def _result(future: Future, workers: int) -> list:
         try:
             return future.result(timeout=1)
         except TimeoutError:
-            if not future.done() and len(active_children()) < workers:
+            if future.done():               # or storage that timed out has raised it in the worker
+                return future.result()
+            if len(active_children()) < workers:
                 raise BrokenProcessPool from None
 
 

@@ -59,6 +59,7 @@ class Source:
     rejected: list[tuple[str, str]] = field(default_factory=list)       # file, reason
     notes: list[str] = field(default_factory=list)                      # sentences for DATA.md
     doubts: list[Doubt] = field(default_factory=list)                   # what may not be meant
+    asked_for: set[str] = field(default_factory=set)    # reasons by which no image is lost
     official_labels: bool = False       # the same for all who use this source, rare ones included
     classes: bool = False               # the labels are names of classes, by folder or by cell
     patients_known: bool = True         # False: every image counts as a patient of its own
@@ -74,14 +75,15 @@ def one_hot(word: str, words: list[str]) -> tuple[str, ...]:
     return tuple("1" if word == other else "0" for other in words)
 
 
-def in_table_and_on_disk(table: Table, files: dict[str, str], source: Source) -> Iterator[str]:
+def in_table_and_on_disk(table: Table, files: dict[str, str], source: Source,
+                         wanted: Callable[[str], bool] = lambda key: True) -> Iterator[str]:
     """Yield the keys of a table's rows that are also in {key: file on disk}.
 
-    What is in only one of the two is rejected."""
+    What is in only one of the two is rejected; rows that are not wanted are not missed."""
     for key in table.rows:
         if key in files:
             yield key
-        else:
+        elif wanted(key):
             source.rejected.append((key, f"named in {table.file.name}, missing on disk"))
     source.rejected += [(file, f"not in {table.file.name}")
                         for key, file in files.items() if key not in table.rows]
@@ -246,7 +248,9 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
     for file in images:
         split = splits[file]
         if split is None:
-            source.rejected.append((file, "outside the folders train, val and test"))
+            why = "outside the folders train, val and test"
+            source.rejected.append((file, why))
+            source.asked_for.add(why)
             continue
         path = jpeg_path(file if sharing[jpeg_path(file)] == 1 else file + ".jpg")
         patient = patients.get(file, path)
@@ -399,6 +403,10 @@ def take_where(table: Table, key_of: dict[str, str], conditions: list[str],
         column, _, values = text.partition("=")
         values = [value.strip() for value in values.split(",")]
         place = table.columns.index(column)
+        # What no one wants is not missed.
+        source.rejected = [
+            (key, why) for key, why in source.rejected if key not in table.rows
+            or any(row.cells[place] in values for row in table.all_rows(key))]
         for file, key in list(key_of.items()):
             rows = table.all_rows(key)
             kept = [row for row in rows if row.cells[place] in values]
@@ -406,7 +414,9 @@ def take_where(table: Table, key_of: dict[str, str], conditions: list[str],
                 table.rows[key], table.further[key] = kept[0], kept[1:]
             else:
                 cell = rows[0].cells[place] or "blank"
-                source.rejected.append((file, f"{column} is {cell} in {table.file.name}"))
+                why = f"{column} is {cell} in {table.file.name}"
+                source.rejected.append((file, why))
+                source.asked_for.add(why)
                 del key_of[file]
 
 
@@ -472,8 +482,10 @@ def rows_of_files(table: Table, images: list[str], src: Path, source: Source) ->
             raise DataError(f"{table.file}, rows {one} and {other}: both name {file}")
     source.rejected += [(key, f"named in {table.file.name}, missing on disk")
                         for key in table.rows if key not in file_of]
-    source.rejected += [(file, f"not in {table.file.name}")
-                        for file in images if file not in key_of]
+    # The table may be of a part of the images; then all its rows are found.
+    other, missed = f"not in {table.file.name}", len(file_of) < len(table.rows)
+    source.asked_for |= set() if missed else {other}
+    source.rejected += [(file, other) for file in images if file not in key_of]
     return key_of
 
 
@@ -604,8 +616,9 @@ def chexpert_items(args: argparse.Namespace, files: list[str]) -> Source:
                            normalise=lambda path: path.replace("\\", "/").partition("/")[2])
         views = table.column("Frontal/Lateral")
         labels = observations(table)
-        for image in in_table_and_on_disk(table, images, source):
-            if not args.all_views and views[image] != "Frontal":
+        frontal = {image for image, view in views.items() if args.all_views or view == "Frontal"}
+        for image in in_table_and_on_disk(table, images, source, frontal.__contains__):
+            if image not in frontal:
                 laterals += 1
                 continue
             patient = image.split("/")[1]
@@ -644,12 +657,13 @@ def mimic_items(args: argparse.Namespace, files: list[str]) -> Source:
     check_shared(rows, studies, labels, "study_id", label_file)
 
     source, laterals, unlabelled = Source(CHEXPERT_OBSERVATIONS, official_labels=True), 0, 0
-    for image in in_table_and_on_disk(rows, images, source):
+    frontal = {image for image in rows.rows if args.all_views or views.get(image) in ("PA", "AP")}
+    for image in in_table_and_on_disk(rows, images, source, frontal.__contains__):
         number, (patient, study, split) = rows.rows[image]
         check_patient(patient, f"{split_file}, row {number}, column subject_id")
         if not split_name(split):
             raise DataError(f"{split_file}, row {number}, column split: {split!r} is no split")
-        if not args.all_views and views.get(image) not in ("PA", "AP"):
+        if image not in frontal:
             laterals += 1
             continue
         unlabelled += study not in labels

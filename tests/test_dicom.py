@@ -300,7 +300,8 @@ def test_dicom_that_is_not_taken(tmp_path):
     odd = (src / "odd.dcm").read_bytes()
     (src / "odd.dcm").write_bytes(odd.replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.9\0"))
     (src / "empty.dcm").touch()
-    dicom(tmp_path, "--val-fraction", 0, "--test-fraction", 0)      # all of one patient
+    dicom(tmp_path, "--val-fraction", 0, "--test-fraction", 0,      # all of one patient
+          "--allow", "many-left-out")
     assert len(read_manifest(tmp_path / "out").paths) == 1
     with open(tmp_path / "out.rejected.csv", newline="") as file:
         reasons = dict(list(csv.reader(file))[1:])
@@ -471,3 +472,74 @@ def test_ctrl_c_in_headers_is_one_sentence(tmp_path):
     assert code == 130 and "Traceback" not in error, error
     assert error.splitlines()[-1].startswith("prepare.py: interrupted"), error
     assert not (out / "manifest.csv").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# Copies, blank identities, folders in keys, and a sign that is none.
+
+def test_dicom_copies(tmp_path, capsys):
+    """Of the files of one SOPInstanceUID the first intact one is taken; other images are missed."""
+    for i in range(8):
+        image = {"SOPInstanceUID": f"1.2.{i}", "patient": str(i)}
+        write_dicom(tmp_path / f"src/b/{i}.dcm", RAMP + i, **image)
+        write_dicom(tmp_path / f"src/c/{i}.dcm", RAMP + i, **image)
+        if i < 3:
+            write_dicom(tmp_path / f"src/a/{i}.dcm", RAMP + i, PixelData=bytes(18), **image)
+    dicom(tmp_path)
+    assert len(read_manifest(tmp_path / "out").paths) == 8
+    reasons = (tmp_path / "out.rejected.csv").read_text()
+    assert "a/0.dcm,\"damaged, and another file of its SOPInstanceUID is not\"" in reasons
+    assert "c/0.dcm,SOPInstanceUID of an earlier file\n" in reasons
+    for i in range(8):
+        write_dicom(tmp_path / f"src/d/{i}.dcm", RAMP.T, SOPInstanceUID=f"1.2.{i}", patient=str(i))
+    with pytest.raises(SystemExit, match="8 of 16 images would be left out, all of them for one "
+                       "reason: SOPInstanceUID of an earlier file, which shows another image"):
+        dicom(tmp_path, out="other")
+
+
+def test_dicom_salt_is_a_file(tmp_path):
+    write_dicom(tmp_path / "src/x.dcm", RAMP)
+    with pytest.raises(SystemExit, match="--salt .* is no file"):
+        dicom(tmp_path, "--salt", tmp_path)
+
+
+def test_dicom_blank_patients(tmp_path):
+    for i in range(8):
+        write_dicom(tmp_path / f"src/{i}.dcm", RAMP + i, patient="", StudyInstanceUID=f"1.{i}")
+    dicom(tmp_path)
+    assert "Images without a PatientID: 8 of 8. There each study" in (
+        tmp_path / "out/DATA.md").read_text()
+    write_dicom(tmp_path / "src/8.dcm", RAMP, patient="P", StudyInstanceUID="1.0")
+    with pytest.raises(SystemExit, match="7 of 9 images, such as 1.dcm, have no PatientID"):
+        dicom(tmp_path, out="mixed")
+    # Whose the others of its study are is not unknown.
+    dicom(tmp_path, "--allow", "unknown-patients", out="mixed")
+    assert len(set(read_manifest(tmp_path / "mixed").patients.tolist())) == 8
+
+
+def test_dicom_labels_by_file_in_folders(tmp_path):
+    for site in "AB":
+        for i in range(4):
+            write_dicom(tmp_path / f"src/{site}/{i}.dcm", RAMP + i, patient=f"{site}{i}",
+                        SOPInstanceUID=f"1.{ord(site)}.{i}")
+    table = tmp_path / "rows.csv"
+    flags = ("--labels", table, "--key", "file")
+    write_csv(table, [("file", "Mass"), *((f"C/{i}.dcm", i % 2) for i in range(4))])
+    with pytest.raises(SystemExit, match="no file in it is that of a DICOM file"):
+        dicom(tmp_path, *flags)
+    write_csv(table, [("file", "Mass"), *((f"archive\\{site}\\{i}.dcm", int(site == "A"))
+                                          for site in "AB" for i in range(4))])
+    dicom(tmp_path, *flags, out="folders")
+    assert sorted(read_manifest(tmp_path / "folders").labels[:, 0].tolist()) == [0] * 4 + [1] * 4
+    write_csv(table, [("file", "Mass"), ("A/1.dcm", 0), ("src/A/1.dcm", 1)])
+    with pytest.raises(SystemExit, match="rows 2 and 3: both may name A/1.dcm"):
+        dicom(tmp_path, *flags, out="twice")
+
+
+def test_dicom_unsigned_that_claims_a_sign(tmp_path):
+    write_dicom(tmp_path / "src/x.dcm", RAMP * 16, stored=16, PixelRepresentation=1)
+    dicom(tmp_path)
+    image = Image.open(next((tmp_path / "out/images").rglob("*.jpg")))
+    assert np.abs(np.asarray(image) / 255 - RAMP / 4095).max() < 0.08
+    assert "PixelRepresentation not believed: 1, without a sign" in (
+        tmp_path / "out/DATA.md").read_text()

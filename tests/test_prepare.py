@@ -1,6 +1,7 @@
 """Stage 0: what comes out of prepare.py, and what it does with what is wrong."""
 import csv
 import errno
+import gzip
 import os
 import resource
 import signal
@@ -279,7 +280,12 @@ def test_bad_files_are_rejected_with_the_reason(tmp_path):
     save(src / "icon.png", radiograph(0, 16, 16))
     Image.fromarray(radiograph()).save(
         src / "film.tif", save_all=True, append_images=[Image.fromarray(radiograph(1))])
-    folder(src, tmp_path / "out", "--max-megapixels", 1.4)
+    flags = ("--max-megapixels", 1.4, "--val-fraction", 0, "--test-fraction", 0)
+    with pytest.raises(SystemExit, match="10 of 11 images would be left out, 3 of them.*: .*such "
+                       "as .* and .*--allow many-left-out"):
+        folder(src, tmp_path / "out", *flags)
+    # What is allowed may be said when the run goes on.
+    folder(src, tmp_path / "out", *flags, "--allow", "many-left-out")
     assert read_manifest(tmp_path / "out").paths == ["images/good.jpg"]
     reasons = rejected(tmp_path / "out")
     words = {"half.png": "truncated", "half.jpg": "truncated", "text.png": "cannot identify",
@@ -289,6 +295,67 @@ def test_bad_files_are_rejected_with_the_reason(tmp_path):
     assert reasons.keys() == words.keys()
     assert all(word in reasons[name] for name, word in words.items()), reasons
     assert not list(tmp_path.glob("out/**/*.tmp"))
+
+
+def test_images_without_their_rows_are_doubted(tmp_path):
+    for i in range(40):
+        save(tmp_path / f"src/{i:02d}.{'png' if i < 30 else 'jpg'}", radiograph(i))
+    table, src = tmp_path / "rows.csv", tmp_path / "src"
+    write_csv(table, [("path", "y", "view"), *((f"{i:02d}.png", i % 2, "PA" if i < 30 else "L")
+                                               for i in range(40))])
+    flags = ("--csv", table, "--label-columns", "y")
+    with pytest.raises(SystemExit, match="20 of 50 images.*10 of them.*: named in rows.csv, "
+                       "missing on disk, such as 30.png and 31.png"):
+        folder(src, tmp_path / "out", *flags)
+    # Rows that nobody wants are not missed, and a table may be of a part of the images.
+    folder(src, tmp_path / "view", *flags, "--where", "view=PA", "--allow", "many-left-out")
+    assert not {"30.png", "31.png"} & set(rejected(tmp_path / "view"))
+    write_csv(table, [("path", "y"), *((f"{i:02d}.png", i % 2) for i in range(9))])
+    folder(src, tmp_path / "part", *flags)
+    assert len(read_manifest(tmp_path / "part").paths) == 9
+
+
+def test_splits_are_doubted_by_what_was_found(tmp_path):
+    for name in "ab":
+        save(tmp_path / f"src/{name}.png", radiograph(ord(name)))
+    (tmp_path / "src/junk.png").write_text("no image")
+    with pytest.raises(SystemExit, match="the test split is empty"):
+        folder(tmp_path / "src", tmp_path / "out")
+
+
+def test_no_image_found_says_what_there_is(tmp_path):
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src/x.dcm").write_bytes(bytes(128) + b"DICM")
+    with pytest.raises(SystemExit, match="Files passed over: 1 .dcm; `prepare.py dicom` reads"):
+        folder(tmp_path / "src", tmp_path / "out")
+
+
+@pytest.mark.parametrize("to, words", [("/dev/full", "No space left on device: standard output"),
+                                       (None, "Broken pipe: standard output")])
+def test_an_error_of_standard_output_is_not_blamed_on_out(tmp_path, to, words):
+    for i in range(4):
+        save(tmp_path / f"src/{i}.png", radiograph(i))
+    read, write = os.pipe()
+    os.close(read)
+    with open(to or write, "w") as stream:
+        process = subprocess.run([sys.executable, SCRIPT, "folder", "--src", tmp_path / "src",
+                                  "--out", tmp_path / "out"], stdout=stream,
+                                 stderr=subprocess.PIPE, text=True)
+    assert process.returncode == 1 and words in process.stderr
+    assert "Exception ignored" not in process.stderr
+
+
+def test_a_table_is_no_pipe_and_may_be_packed_under_any_name(tmp_path):
+    for i in range(6):
+        save(tmp_path / f"src/{i}.png", radiograph(i))
+    rows = "path,y\n" + "".join(f"{i}.png,{i % 2}\n" for i in range(6))
+    os.mkfifo(tmp_path / "pipe")
+    flags = ("--label-columns", "y", "--csv")
+    with pytest.raises(SystemExit, match="pipe is no file, but a pipe or a device"):
+        folder(tmp_path / "src", tmp_path / "out", *flags, tmp_path / "pipe")
+    (tmp_path / "rows.csv").write_bytes(gzip.compress(rows.encode()))
+    folder(tmp_path / "src", tmp_path / "out", "--overwrite", *flags, tmp_path / "rows.csv")
+    assert read_manifest(tmp_path / "out").label_names == ["y"]
 
 
 def test_a_bomb_is_not_decoded(tmp_path):

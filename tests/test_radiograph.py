@@ -168,3 +168,36 @@ def test_special_files_and_long_names_are_listed_as_rejected(tmp_path):
     paths = read_manifest(out).paths
     assert len(paths) == 14 and f"images/a/{'y' * 247}.jpg" in paths
     assert f"images/{'f' * 255}/0.jpg" in paths
+
+
+# --------------------------------------------------------------------------------------------------
+# What is no radiograph, or hardly to be seen.
+
+def test_masks_are_known_by_their_gray_levels(tmp_path):
+    y, x = np.mgrid[:256, :256]
+    lungs = (x - 80) ** 2 + (y - 120) ** 2 / 2 < 2500
+    heart = (x - 170) ** 2 + (y - 160) ** 2 < 1600
+    for i, mask in enumerate((lungs, np.uint8(255 * lungs), np.uint8(80 * lungs + 170 * heart),
+                              np.uint16(9000 * lungs), np.uint8(255 * (heart & (y > 190))))):
+        Image.fromarray(mask).save(tmp_path / f"{i}.png")
+        assert "a mask or a drawing" in refusal(tmp_path / f"{i}.png")
+    Image.fromarray(np.uint8(255 * lungs)).save(tmp_path / "x.jpg", quality=75)
+    assert "a mask or a drawing" in refusal(tmp_path / "x.jpg")
+    load_image(tmp_path / "x.jpg", read_image, ImageSettings(masks=True))
+    # A radiograph may be black for the most part, or have few levels.
+    seen = np.where(x < 200, 0, RAMP.repeat(4, 0)[:, :1] * 200)
+    for pixels in (seen, np.round(RAMP * 20) * 10):
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "x.png")
+        load(tmp_path / "x.png")
+
+
+def test_little_contrast_is_noted(tmp_path):
+    pixels = (RAMP * 600).astype(np.uint16)
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    assert load_image(tmp_path / "x.png", read_image, ImageSettings()).notes == ()
+    pixels[:4, :8] = 65535                                              # a marker, 1 %
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    note, = load_image(tmp_path / "x.png", read_image, ImageSettings()).notes
+    assert note.startswith("little contrast: a marker")
+    stretched = ImageSettings(stretch=(0.5, 98))
+    assert load_image(tmp_path / "x.png", read_image, stretched).notes == ()
