@@ -29,7 +29,7 @@ import shlex
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -241,7 +241,9 @@ def write_images(source: Source, args: argparse.Namespace) -> None:
     see = f", see {file.name}" if source.rejected else ""
     source.notes.append(f"Rejected: {len(source.rejected):,}{see}.")
     if not source.items:
-        raise DataError(f"none of the {len(failed):,} images could be decoded, see {file}")
+        example, why = next(iter(failed.items()))
+        raise DataError(f"none of the {len(failed):,} images can be used: {example}: {why}"
+                        f"{takes_masks(failed.values())} (all in {file})")
 
 
 def is_written(file: Path) -> bool:
@@ -369,10 +371,17 @@ def lost_images(source: Source) -> list[tuple[str, str]]:
     return [(file, why) for file, why in source.rejected if why not in source.asked_for]
 
 
+def takes_masks(reasons: Iterable[str]) -> str:
+    """What a message about rejected images says of masks, if there are any."""
+    return "; --allow masks takes the masks" if MASK in reasons else ""
+
+
 def doubts_of(source: Source, args: argparse.Namespace, found: int) -> list[Doubt]:
     """Doubts that counting raises, of whatever source. found: images before any was decoded."""
-    doubts = [*many_left_out(len(source.items), lost_images(source)),
-              *split_doubts(source, args, found)]
+    lost = lost_images(source)
+    doubts = [doubt._replace(sentence=doubt.sentence + takes_masks(why for _, why in lost))
+              for doubt in many_left_out(len(source.items), lost)]
+    doubts += split_doubts(source, args, found)
     # A DICOM file's patient is a hash by now, which shows nothing of the identity's form.
     if source.patients_known and args.source != "dicom":
         doubts += similar_patients(item.patient for item in source.items)

@@ -315,6 +315,23 @@ def test_images_without_their_rows_are_doubted(tmp_path):
     assert len(read_manifest(tmp_path / "part").paths) == 9
 
 
+def test_masks_are_left_out_or_allowed(tmp_path):
+    src, out = tmp_path / "src", tmp_path / "out"
+    for i in range(8):
+        save(src / f"a/{i}.png", radiograph(i))
+        save(src / f"b/{i}.png", np.kron(radiograph(i, 8, 8) > 128, np.ones((9, 9))) > 0)
+    with pytest.raises(SystemExit, match="8 of 16 images would be left out, all of them.*a mask or "
+                       "a drawing.*b/0.png and b/1.png; --allow masks takes the masks"):
+        folder(src, out, "--layout", "none")
+    folder(src, out, "--layout", "none", "--allow", "many-left-out")
+    assert "as masks or drawings, by their few gray levels: 8" in (out / "DATA.md").read_text()
+    folder(src, out, "--layout", "none", "--allow", "masks")
+    assert len(read_manifest(out).paths) == 16
+    # They are there now, and would stay.
+    with pytest.raises(SystemExit, match="made with other flags.*allow"):
+        folder(src, out, "--layout", "none")
+
+
 def test_splits_are_doubted_by_what_was_found(tmp_path):
     for name in "ab":
         save(tmp_path / f"src/{name}.png", radiograph(ord(name)))
