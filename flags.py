@@ -136,8 +136,11 @@ def number_within(kind: Callable, low: float, high: float) -> Callable:
 
 def differing_flags(before: dict, now: dict) -> str:
     """`--seed (0 there, 5 here), …` for all settings that two runs do not share, or nothing."""
+    def typed(value: Any) -> str:
+        return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
     return ", ".join(
-        f"--{name.replace('_', '-')} ({before.get(name, 'not given')} there, "
-        f"{now.get(name, 'not given')} here)"
+        f"--{name.replace('_', '-')} ({typed(before.get(name, 'not given'))} there, "
+        f"{typed(now.get(name, 'not given'))} here)"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name))

@@ -130,7 +130,7 @@ def test_images_are_read_as_the_classifiers_own_were_made(classifier, prepared, 
         in capsys.readouterr().out
     # A data folder is taken as it is, and what differs is said.
     assert predicted(tmp_path / "data", "as it is", images | {"stretch": None}) == expected
-    assert "here: --stretch (None there, [5.0, 90.0] here)" in capsys.readouterr().out
+    assert "here: --stretch (None there, 5.0 90.0 here)" in capsys.readouterr().out
     assert predicted(prepared / "src", "flags", images | {"size": 99, "stretch": None},
                      "--size", 40, "--stretch", 5, 90) == expected
     assert predicted(prepared / "src", "other", {}) != expected
