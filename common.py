@@ -2,7 +2,6 @@
 
 prepare.py, which needs no PyTorch, starts in half a second because of that.
 """
-import _thread
 import codecs
 import contextlib
 import ctypes
@@ -99,7 +98,8 @@ def _interrupt_again(unraisable) -> None:
     """Ctrl-C in a destructor or a weak reference's callback, where Python drops every exception:
     once more, when that has returned."""
     if unraisable.exc_type is KeyboardInterrupt:
-        threading.Timer(0.05, _thread.interrupt_main).start()
+        main = threading.main_thread().ident or 0
+        threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT)).start()
     else:
         sys.__unraisablehook__(unraisable)
 

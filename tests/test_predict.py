@@ -320,9 +320,12 @@ def test_what_is_explained_is_that_a_label_is_present(labelled, tmp_path, kind, 
         np.testing.assert_array_equal(Image.open(tmp_path / name), expected)
 
 
-def test_help_and_two_processes(classifier, labelled):
-    code, output = run("predict.py", "--help")
-    assert code == 0 and "python predict.py runs/finetune/classifier.pt data/new" in output
+def test_help_and_two_processes(classifier, labelled, capsys):
+    with pytest.raises(SystemExit) as end:
+        predict.main(["--help"])
+    output = capsys.readouterr().out
+    assert end.value.code == 0
+    assert "python predict.py runs/finetune/classifier.pt data/new" in output
     assert "CLASSIFIER.pt" in output and "--explain N" in output
     assert "beside the classifier" in output
     code, output = run("predict.py", classifier, labelled, processes=2)

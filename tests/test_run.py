@@ -184,7 +184,8 @@ ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 LATIN1 = {"PYTHONIOENCODING": "latin-1"}
 
 
-@pytest.mark.parametrize("environment", [ASCII, LATIN1, {"PYTHONIOENCODING": "cp437"}])
+@pytest.mark.parametrize("environment", [
+    ASCII, LATIN1, pytest.param({"PYTHONIOENCODING": "cp437"}, marks=pytest.mark.long)])
 def test_a_terminal_that_lacks_a_character_ends_no_run(tmp_path, environment):
     folder = write_folder(tmp_path / "data", patients=10, images_per_patient=4,
                           labels=("Lungenentzündung", "肺炎"))
