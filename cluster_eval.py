@@ -42,12 +42,12 @@ import run_folder
 from checkpoint import load_checkpoint, settings_of
 from common import DataError, valid_unicode, whole_file, write_text
 from dali_pipeline import Preprocessing, eval_loader
+from flags import ENCODERS, PRECISION, THREADS, flag
 from labels import labels_required
 from manifest import Manifest, read_manifest
 from manifest_csv import SPLITS
 from model import MEAN, STD, build_encoder, num_features
 from probe import cached_features, knn_class_shares
-from flags import ENCODERS, PRECISION, THREADS, flag
 from run import Compute
 from scores import FigureText, figure_text, legend_below, markdown_table, write_json
 

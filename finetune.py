@@ -41,6 +41,7 @@ from checkpoint import (
     save_checkpoint, settings_of)
 from common import DataError, plain_name, write_text
 from dali_pipeline import Augmentation, Preprocessing, eval_loader, train_loader
+from flags import ENCODERS, PRECISION, THREADS, flag
 from labels import (
     Draw, Task, add_labels, cell_weights, draw, labels_required, make_task, masked_cross_entropy,
     policy_sentence, to_probabilities)
@@ -48,7 +49,6 @@ from manifest import Manifest, image_flags, read_manifest
 from manifest_csv import SPLITS
 from model import Classifier, build_encoder, extract_features, num_features
 from probe import STRENGTHS, cached_features, fit_logistic
-from flags import ENCODERS, PRECISION, THREADS, flag
 from run import Compute
 from scores import report, val_score, youden
 
@@ -763,10 +763,10 @@ def finetune(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     # The run folder, and what it holds already.
     file = study.out / "predictions.pt"
     if compute.rank == 0:
-        run_folder.open_run(config, "finetune", RESULTS, resources,
-                     contents={"data": {
-                         study.settings["data"]: run_folder.content_of_data(study.manifest)}},
-                     **study.settings)
+        contents = {"data": {
+            study.settings["data"]: run_folder.content_of_data(study.manifest)}}
+        run_folder.open_run(config, "finetune", RESULTS, resources, contents=contents,
+                            **study.settings)
         if not file.exists():
             save_checkpoint(file, {})
     compute.barrier()

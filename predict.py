@@ -48,6 +48,7 @@ from checkpoint import (
 from common import DataError, plain_name, restart_in_utf8, whole_file, write_csv
 from dali_pipeline import Loader, Preprocessing, eval_loader
 from dicom import is_dicom, read_radiograph
+from flags import PRECISION, THREADS, differing_flags, flag, positional
 from labels import to_probabilities
 from manifest import Manifest, image_flags, read_manifest
 from model import MEAN, STD, Classifier, build_encoder, extract_features
@@ -55,7 +56,6 @@ from prepare import Conversion, convert, count_notes
 from radiograph import (
     EXTENSIONS, FORMATS, MIN_SIDE, ImageSettings, Reading, find_files, in_parallel, read_image,
     reason, refuse_mask)
-from flags import PRECISION, THREADS, differing_flags, flag, positional
 from run import Compute
 from sources import Item
 

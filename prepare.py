@@ -620,15 +620,14 @@ class Look(NamedTuple):
 
 def look_at(file: Path | archive.Member, size: int | None) -> Look:
     """Decode an image of a data folder whose images were made with --size, if that is known."""
+    packed = isinstance(file, archive.Member)
     try:
-        packed = isinstance(file, archive.Member)
         with Image.open(io.BytesIO(file.read_bytes()) if packed else file) as image:
             image.load()
     except FileNotFoundError:
         return Look("missing")
     except Exception as error:          # a decoder may raise anything
-        on_disk = file.archive if isinstance(file, archive.Member) else file
-        return Look(f"unreadable: {reason(error, on_disk)}")
+        return Look(f"unreadable: {reason(error, file.archive if packed else file)}")
 
     # Whatever prepare.py wrote is gray, of the right size, and shows something.
     blank = blank_reason(image.convert("L"))

@@ -41,11 +41,11 @@ from checkpoint import (
     save_checkpoint)
 from common import DataError
 from dali_pipeline import Augmentation, Preprocessing, train_loader
+from flags import PRECISION, THREADS, flag
 from loss import diagnostics, nt_xent
 from manifest import Manifest, read_manifest
 from model import MEAN, STD, SimCLR, build_encoder
 from probe import Probe, probe_sentence
-from flags import PRECISION, THREADS, flag
 from run import Compute
 
 # What a run writes, and --overwrite deletes. The first of them is what a run goes on from.
