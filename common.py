@@ -43,7 +43,8 @@ def errors_in_one_sentence(script: str, out: str | Path, speaks: bool = True,
     afterwards: what the same command does after Ctrl-C, where it does not go on."""
     try:
         yield
-        sys.stdout.flush()              # what is still to be printed may find a full disk
+        if sys.stdout:                  # None where a caller wants nothing printed
+            sys.stdout.flush()          # what is still to be printed may find a full disk
     except DataError as error:
         sys.exit(f"{script}: {error}" if speaks or isinstance(error, ImageError) else 1)
     except OSError as error:            # a full disk, a folder without permission to write
