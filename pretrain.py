@@ -11,8 +11,6 @@ had been none; and log.jsonl, config.json and TensorBoard's event files. A last.
 that is copied into a new run folder starts the run there, with another learning
 rate, say.
 """
-# pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportArgumentType=false
-# The type stubs of PyTorch do not know its operations on lists of tensors, torch._foreach_*.
 import contextlib
 import dataclasses
 import functools
@@ -21,17 +19,15 @@ import math
 import operator
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import run  # first: it answers Ctrl-C while PyTorch loads
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import make_grid
 
@@ -42,11 +38,13 @@ from checkpoint import (
 from common import DataError
 from dali_pipeline import Augmentation, Preprocessing, train_loader
 from flags import PRECISION, THREADS, flag
+from lars import LARS
 from loss import diagnostics, nt_xent
 from manifest import Manifest, read_manifest
 from model import MEAN, STD, SimCLR, build_encoder
 from probe import Probe, probe_sentence
 from run import Compute
+from run_folder import Curves, Progress, diverged
 
 # What a run writes, and --overwrite deletes. The first of them is what a run goes on from.
 RESULTS = ("last.pt", "encoder.pt", "log.jsonl", "events.out.tfevents.*")
@@ -172,67 +170,6 @@ class Config:
 # --------------------------------------------------------------------------------------------------
 # What is trained.
 
-class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (You et al. 2017) with momentum, as SimCLR uses it.
-
-    A weight's step is scaled by trust |w| / |g|, so that layers learn at the same
-    relative pace however large the batch. Biases and batch norm, which are
-    one-dimensional, get neither that nor weight decay."""
-
-    def __init__(self, parameters, lr: float, weight_decay: float = 0.0, momentum: float = 0.9,
-                 trust: float = 0.001):
-        super().__init__(parameters, dict(
-            lr=lr, weight_decay=weight_decay, momentum=momentum, trust=trust))
-
-    # Tells PyTorch's GradScaler that a step unscales its gradients and skips itself where one of
-    # them overflowed. Left to the scaler, the host would wait in every step to know.
-    _step_supports_amp_scaling = True
-    grad_scale: Tensor  # these two exist only while the scaler makes a step
-    found_inf: Tensor   # 1 where the step is to be skipped
-
-    @torch.no_grad()
-    def step(self):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One step of all parameters, by operations on lists of tensors: on a GPU
-        that is a dozen launches instead of six for each parameter."""
-        for group in self.param_groups:
-            trained = [p for p in group["params"] if p.grad is not None]
-            for p in trained:
-                if "momentum_buffer" not in self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            if hasattr(self, "grad_scale"):
-                torch._foreach_div_([p.grad for p in trained], self.grad_scale)
-            weights = [p for p in trained if p.ndim > 1]
-            biases = [p for p in trained if p.ndim <= 1]
-            if weights:
-                self._update(weights, self._adapted(weights, group), group)
-            if biases:
-                self._update(biases, [p.grad for p in biases], group)
-
-    def _adapted(self, weights: list[Tensor], group: dict) -> list[Tensor]:
-        """Gradients with weight decay, each scaled to the norm of its weight."""
-        gradients = torch._foreach_add(
-            [p.grad for p in weights], weights, alpha=group["weight_decay"])
-        weight_norms = torch.stack(torch._foreach_norm(weights))
-        gradient_norms = torch.stack(torch._foreach_norm(gradients))
-        # A weight or gradient of zero has no proportion: its gradient stays as it is.
-        scales = torch.where((weight_norms > 0) & (gradient_norms > 0),
-                             group["trust"] * weight_norms / gradient_norms, 1.0)
-        torch._foreach_mul_(gradients, list(scales.unbind()))
-        return gradients
-
-    def _update(self, parameters: list[Tensor], gradients: list, group: dict) -> None:
-        momenta = [self.state[p]["momentum_buffer"] for p in parameters]
-        decay, lr = group["momentum"], group["lr"]
-        if hasattr(self, "found_inf"):
-            # A step to be skipped leaves momenta and parameters as they are.
-            skip = self.found_inf > 0
-            decay, lr = torch.where(skip, 1.0, decay), torch.where(skip, 0.0, lr)
-            gradients = [torch.where(skip, 0.0, gradient) for gradient in gradients]
-        torch._foreach_mul_(momenta, decay)
-        torch._foreach_add_(momenta, gradients)
-        torch._foreach_sub_(parameters, torch._foreach_mul(momenta, lr))
-
-
 class Training:
     """All that a step changes, which is all that last.pt keeps.
 
@@ -325,11 +262,6 @@ class Training:
 
 # --------------------------------------------------------------------------------------------------
 # What is prepared before the loop.
-
-def diverged(what: str, config: Config) -> FloatingPointError:
-    return FloatingPointError(f"{what}; the last good checkpoint stays in {config.out}; "
-                              "a lower --lr may help")
-
 
 def begin_or_go_on(training: Training, contents: dict[str, dict[str, str]], config: Config,
                    compute: Compute, resources: contextlib.ExitStack) -> None:
@@ -429,60 +361,7 @@ def plan(config: Config, probe: Probe | None, images: int) -> Schedule:
     return Schedule(images, config.batch_size, total, warmup, end, probes)
 
 
-class Progress:
-    """Loss and time since the last log line. The loss stays on the GPU until it is read there."""
-
-    NEVER = torch.iinfo(torch.int64).max
-
-    def __init__(self, config: Config, compute: Compute, step: int):
-        self.config, self.compute = config, compute
-        self.first_bad = torch.tensor(self.NEVER, device=compute.device)
-        self._begin(step)
-
-    def _begin(self, step: int) -> None:
-        self.loss_sum = torch.zeros((), device=self.compute.device)
-        self.step, self.start, self.waits = step, time.perf_counter(), []
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Probes and checkpoints do not count: speed is that of training."""
-        start = time.perf_counter()
-        yield
-        self.start += time.perf_counter() - start
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """What the loader lets the step wait. On a GPU it is the GPU that waits, while this
-        process goes on at once, so that the time is taken there."""
-        start = self.compute.now()
-        yield
-        self.waits.append((start, self.compute.now()))
-
-    def add(self, loss: Tensor, step: int) -> None:
-        """The loss of the step that led to `step`; whether it is finite is asked in `read`."""
-        self.loss_sum += loss.detach()
-        self.first_bad = self.first_bad.minimum(torch.where(loss.isfinite(), self.NEVER, step))
-
-    def read(self, step: int, last: dict[str, Tensor]) -> dict[str, float]:
-        """What to log, averaged over the processes, and begin anew. last: of the last batch.
-
-        FloatingPointError where the loss of a step since the last line was not finite."""
-        steps = step - self.step
-        scalars = last | {"loss": self.loss_sum / steps}
-        averages = self.compute.reduce(torch.stack(list(scalars.values())))
-        first_bad = int(self.compute.reduce(self.first_bad, dist.ReduceOp.MIN))
-        if first_bad < self.NEVER:
-            raise diverged(f"the loss is not finite at step {first_bad}", self.config)
-        averages = (averages / self.compute.world_size).tolist()
-        seconds = time.perf_counter() - self.start
-        waited = sum(self.compute.seconds(*wait) for wait in self.waits)
-        self._begin(step)
-        return dict(zip(scalars, averages)) | {
-            "images_per_second": steps * self.config.batch_size / seconds,
-            "wait_seconds": waited, "wait_share": waited / seconds}
-
-
-def backward_in_pieces(model: nn.Module, x: Tensor, size: int, loss_of: Callable,
+def backward_in_pieces(model: Any, x: Tensor, size: int, loss_of: Callable,
                        scaler: torch.amp.GradScaler, compute: Compute) -> tuple[Tensor, Tensor]:
     """Gradient caching (Gao et al. 2021): the loss of a whole batch, with memory for a piece of it.
 
@@ -493,14 +372,11 @@ def backward_in_pieces(model: nn.Module, x: Tensor, size: int, loss_of: Callable
 
     Adds up the gradients of the parameters; returns z (2N, D) and the loss."""
     net = model.module if isinstance(model, DistributedDataParallel) else model
-    buffers = list(net.buffers())
-    before = [buffer.clone() for buffer in buffers]
-    # The first pass goes past DistributedDataParallel, which would prepare for a backward pass.
     pieces = x.contiguous(memory_format=torch.channels_last).split(size)
-    with torch.no_grad(), compute.autocast():
-        z = torch.cat([net(piece) for piece in pieces]).requires_grad_()    # (2N, D)
+    # The first pass goes past DistributedDataParallel, which would prepare for a backward pass.
     # Batch norm shall count each image once, in the second pass.
-    torch._foreach_copy_(buffers, before)
+    with run.unchanged_statistics(net), torch.no_grad(), compute.autocast():
+        z = torch.cat([net(piece) for piece in pieces]).requires_grad_()    # (2N, D)
     loss = loss_of(*z.chunk(2))
     gradient, = torch.autograd.grad(scaler.scale(loss), z)                  # (2N, D)
     for i, (piece, of_piece) in enumerate(zip(pieces, gradient.split(size)), 1):
@@ -571,8 +447,9 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
 
     introduce(training, schedule, probe, compute)
     model = compute.data_parallel(torch.compile(net) if config.compile else net)
-    curves = run_folder.Curves(config, compute.rank == 0, start_step)
-    stop, progress = run.StopSignal(resources), Progress(config, compute, start_step)
+    curves = Curves(config, compute.rank == 0, start_step)
+    stop, progress = run.StopSignal(resources), Progress(
+        config, config.batch_size, compute, start_step)
     patient_of = torch.from_numpy(manifest.patient_numbers())           # (N,)
     loss, auroc = math.nan, math.nan  # the latest, for the table of hyper-parameters
     batches = iter(train_loader(

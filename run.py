@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -129,13 +129,20 @@ class Compute:
         on would take one step in the first layout and end with other bits. x: a batch."""
         if self.world_size == 1:
             return
-        statistics = [buffer.clone() for buffer in model.buffers()]
-        with self.autocast():
-            y = model(x.contiguous(memory_format=torch.channels_last))
-        y.float().sum().backward()
-        model.zero_grad(set_to_none=True)
-        for buffer, before in zip(model.buffers(), statistics):
-            buffer.copy_(before)
+        with unchanged_statistics(model):
+            with self.autocast():
+                y = model(x.contiguous(memory_format=torch.channels_last))
+            y.float().sum().backward()
+            model.zero_grad(set_to_none=True)
+
+
+@contextlib.contextmanager
+def unchanged_statistics(net: nn.Module) -> Iterator[None]:
+    """A context after which batch norm's running statistics are what they were before."""
+    before = [buffer.clone() for buffer in net.buffers()]
+    yield
+    for buffer, value in zip(net.buffers(), before):
+        buffer.copy_(value)
 
 
 class Place(NamedTuple):

@@ -21,7 +21,7 @@ from sklearn.metrics import roc_auc_score
 import pretrain
 import run as run_module
 from checkpoint import load_checkpoint, save_checkpoint
-from pretrain import LARS
+from lars import LARS
 from probe import knn_auroc
 from run import Compute, learning_rate
 
