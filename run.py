@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from common import DataError, errors_in_one_sentence, print_any_name  # first: answers Ctrl-C
@@ -204,12 +205,22 @@ def start(config: RunConfig, timeout: timedelta, place: Place | None = None) -> 
                 f"{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT): {reason}") from None
     precision = config.precision
     if precision == "auto":
-        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16" if bf16 else "fp16" if cuda else "fp32"
+        precision = _fastest_precision(cuda)
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     cores = len(os.sched_getaffinity(0))
     threads = config.threads or max(1, min(8, cores // local_world_size))
     return Compute(rank, world_size, device, precision, threads)
+
+
+def _fastest_precision(cuda: bool) -> str:
+    """bf16 where GPU or processor computes in it, and does not only imitate it."""
+    if cuda:
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if bf16 else "fp16"
+    with contextlib.suppress(OSError):
+        known = set(Path("/proc/cpuinfo").read_text().split())
+        return "bf16" if known & {"avx512_bf16", "amx_bf16"} else "fp32"
+    return "fp32"
 
 
 def learning_rate(step: int, total_steps: int, warmup_steps: float, peak: float = 1.0) -> float:
