@@ -97,6 +97,11 @@ class Config:
         PUBLISHED.contrast, "factor drawn from 1 ± this", 0, 0.999)
     blur: tuple[float, float] = flag(
         PUBLISHED.blur, "sigma, pixels of the view; 0 0 for none", metavar=("LOW", "HIGH"))
+    gamma: tuple[float, float] = flag(
+        PUBLISHED.gamma, "exponent of a view's gray levels in 0 to 1, log-uniform, to imitate "
+        "another machine; 1 1 for none", 0.01, 100, metavar=("LOW", "HIGH"))
+    equalize: float = flag(
+        PUBLISHED.equalize, "probability that a view's histogram is equalised", 0, 1)
 
     epochs: int = flag(
         100, "passes over the train split", 1, section="optimisation")
@@ -164,6 +169,8 @@ class Config:
         low, high = self.blur
         if not (0 == low == high or 0 < low <= high):
             raise ValueError(f"--blur {low} {high} must rise and be positive, or be 0 0")
+        if self.gamma[0] > self.gamma[1]:
+            raise ValueError(f"--gamma {self.gamma[0]:g} {self.gamma[1]:g} must rise")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"--warmup-epochs {self.warmup_epochs:g} leaves nothing of --epochs "
                              f"{self.epochs}")
@@ -549,7 +556,8 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     schedule = plan(config, probe, len(train))
     preprocessing = Preprocessing(config.image_size, config.normalize, config.clahe)
     augmentation = Augmentation(config.crop_area, config.rotation, config.blur, config.flip,
-                                config.brightness, config.contrast)
+                                config.brightness, config.contrast, config.gamma,
+                                config.equalize)
 
     # Network, optimizer and step, as the last.pt of the run folder left them.
     paths = "\n".join(manifest.paths[i] for i in train)

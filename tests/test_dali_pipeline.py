@@ -1,11 +1,12 @@
 """The pure functions of sampling and views, and DALI's tensors against
 independent ones."""
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, run, write_folder
+from conftest import SMALL, run, smooth_image, write_folder
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -191,6 +192,66 @@ def test_normalisation_of_each_image_and_clahe(folder):
     assert all(view.isfinite().all() for view in views[:2])
 
 
+def other_machine(image, exponent=1.0, equalize=0, normalize="fixed"):
+    """In NumPy: (S, S) gray levels 0 to 255 with a flat histogram, then to a power, then
+    normalised."""
+    if equalize and np.ptp(image):
+        share = np.cumsum(np.bincount(image.ravel(), minlength=256)) / image.size
+        image = np.rint(255 * (share - share[image.min()]) / (1 - share[image.min()]))[image]
+    x = (image / 255.0) ** exponent
+    if normalize == "image":
+        x = MEAN + STD * (x - x.mean()) / np.sqrt(x.var() + 255.0 ** -2)
+    return x
+
+
+@pytest.mark.parametrize("normalize", ["fixed", "image"])
+@pytest.mark.parametrize("options", [
+    {"gamma": (0.4, 2.5)}, {"equalize": 0.5}, {"equalize": 1.0}, {"equalize": 1e-9},
+    {"gamma": (0.4, 2.5), "equalize": 0.5}])
+def test_gray_levels_as_other_machines_give_them(tmp_path, options, normalize):
+    """Whole images, none of them resized, turned or blurred, so that nothing rounds."""
+    folder, n = write_folder(tmp_path / "folder"), 42
+    rng = np.random.default_rng(0)
+    images = [np.clip(smooth_image(rng, 48, 48) // 2 + i, 0, 255) for i in range(n)]
+    images[3][:] = 90                                                               # blank
+    manifest = read_manifest(folder)
+    for path, image in zip(manifest.paths, images):
+        Image.fromarray(image).save(folder / path, format="PNG")
+    augmentation = Augmentation((1.0, 1.0), 0.0, (0.0, 0.0), **options)
+    loader = train_loader(manifest, np.arange(n), n, range(1), 2, augmentation,
+                          Preprocessing(48, normalize), 5, "cpu")
+    view1, view2, index = next(iter(loader))
+    drawn = []
+    for k, i in enumerate(index.tolist()):
+        for number, view in enumerate((view1, view2)):
+            p = view_parameters(augmentation, 5, np.array([0]), np.array([i]), number)
+            p = {name: values[0] for name, values in p.items()}
+            drawn.append((float(p.get("gamma", 1)), int(p.get("equalize", 0))))
+            x = other_machine(images[i], *drawn[-1], normalize)
+            x = (255 * x - p["mean"]) / p["std"]
+            x = x[:, ::-1] if p["mirror"] else x
+            error = np.abs(view[k, 0].numpy() - x) * p["std"]                       # gray levels
+            assert error.max() < (2e-3 if normalize == "fixed" else 0.02)
+    exponents, switches = np.array(drawn).T
+    if "gamma" in options:
+        assert 0.4 <= exponents.min() < 0.45 and 2.2 < exponents.max() <= 2.5
+        assert np.log(exponents).mean() == pytest.approx(0, abs=0.2) and len(set(exponents)) == 84
+    assert switches.mean() == pytest.approx(options.get("equalize", 0), abs=0.15)
+
+
+def test_other_gray_levels_move_no_other_number():
+    images, epochs = np.arange(50), np.full(50, 3)
+    before = view_parameters(STRONG, 7, epochs, images, 1)
+    assert not {"gamma", "equalize"} & before.keys()
+    changed = dataclasses.replace(STRONG, gamma=(0.5, 2.0), equalize=0.3)
+    after = view_parameters(changed, 7, epochs, images, 1)
+    assert all(np.array_equal(values, after[name]) for name, values in before.items())
+    u = np.stack([np.random.Generator(np.random.Philox(key=[7, VIEW], counter=[0, 1, i, 3])).random(
+        11) for i in images])
+    assert after["gamma"] == pytest.approx(0.5 * 4 ** u[:, 9], rel=1e-6)
+    assert np.array_equal(after["equalize"], u[:, 10] < 0.3)
+
+
 @pytest.mark.parametrize("damage", ["delete", "truncate", "empty", "text"])
 def test_image_that_cannot_be_read_is_named(folder, damage):
     manifest = read_manifest(folder)
@@ -221,9 +282,11 @@ def test_gpu_views_equal_cpu_views(tmp_path, half):
     within six."""
     manifest = read_manifest(write_folder(tmp_path / "folder"))
     train = manifest.images("train")
-    for options in ({}, {"normalize": "image"}, {"clahe": True}):
+    curved = dataclasses.replace(STRONG, gamma=(0.8, 1.5), equalize=0.5)
+    for options, augmentation in (({}, STRONG), ({"normalize": "image"}, STRONG),
+                                  ({"clahe": True}, STRONG), ({}, curved)):
         cpu, gpu = (next(iter(train_loader(
-            manifest, train, 16, range(1), 2, STRONG, Preprocessing(64, **options), 0, device,
+            manifest, train, 16, range(1), 2, augmentation, Preprocessing(64, **options), 0, device,
             half=half))) for device in ("cpu", "cuda"))
         assert torch.equal(cpu[2], gpu[2]) and gpu[0].device.type == "cuda"
         for a, b in zip(cpu[:2], gpu[:2], strict=True):
