@@ -42,6 +42,7 @@ from checkpoint import (
 from common import DataError
 from dali_pipeline import Augmentation, Preprocessing, train_loader
 from flags import PRECISION, THREADS, flag
+from labels import image_weights
 from loss import diagnostics, nt_xent
 from manifest import Manifest, read_manifest
 from model import MEAN, STD, SimCLR, build_encoder
@@ -112,6 +113,11 @@ class Config:
     temperature: tuple[float, ...] = flag(
         (0.07,), "of NT-Xent; with two, a cosine goes from HIGH to LOW and back", 1e-6, 1e6,
         metavar=("LOW", "HIGH"))
+    balance: tuple[str, ...] = flag(
+        (), "draw images in an epoch so that each patient, or present and absent of each of these "
+        "labels, comes equally often", metavar="patient|LABEL")
+    weigh_loss: bool = flag(
+        False, "instead of drawing by --balance, draw each image once and weigh its loss by it")
     same_patient: bool = flag(
         False, "count other images of an anchor's patient among its negatives")
     decoupled: bool = flag(False, "leave the positive out of the denominator")
@@ -171,6 +177,8 @@ class Config:
             raise ValueError(f"--blur {low} {high} must rise and be positive, or be 0 0")
         if self.gamma[0] > self.gamma[1]:
             raise ValueError(f"--gamma {self.gamma[0]:g} {self.gamma[1]:g} must rise")
+        if self.weigh_loss and not self.balance:
+            raise ValueError("--weigh-loss needs --balance, which says by what")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"--warmup-epochs {self.warmup_epochs:g} leaves nothing of --epochs "
                              f"{self.epochs}")
@@ -559,11 +567,19 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
                                 config.brightness, config.contrast, config.gamma,
                                 config.equalize)
 
+    weights = None  # (N,): how often an image is drawn, or what its loss weighs
+    if config.balance:
+        weights = image_weights(config.balance, manifest.patient_numbers(), manifest.labels,
+                                manifest.label_names, train)
+    draw_by, weigh_by = (None, weights) if config.weigh_loss else (weights, None)
+
     # Network, optimizer and step, as the last.pt of the run folder left them.
     paths = "\n".join(manifest.paths[i] for i in train)
     digest = hashlib.sha256(paths.encode(errors="surrogateescape")).hexdigest()
     training = Training(config, compute, digest)
-    contents = {"data": {config.data: run_folder.content_of_data(manifest, train)}}
+    # The labels are part of what a run is trained on where it is balanced by them.
+    content = run_folder.content_of_data(manifest, None if config.balance else train)
+    contents = {"data": {config.data: content}}
     if config.probe_data and probe:
         content = run_folder.content_of_data(probe.manifest)
         contents["probe_data"] = {config.probe_data: content}
@@ -585,7 +601,7 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     loss, auroc = math.nan, math.nan  # the latest, for the table of hyper-parameters
     batches = iter(train_loader(
         manifest, train, config.batch_size, range(start_step, schedule.end), 2, augmentation,
-        preprocessing, config.seed, **compute.loader_arguments()))
+        preprocessing, config.seed, weights=draw_by, **compute.loader_arguments()))
     model.train()
     while True:
         step, stop_signal = training.step, stop.received(compute)
@@ -630,9 +646,11 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
         # An image of the same patient is no negative: what it shows may well be the same.
         patients = None if config.same_patient else patient_of[index].to(
             compute.device, non_blocking=True)                          # (N,)
+        anchor_weights = None if weigh_by is None else torch.from_numpy(weigh_by[index]).to(
+            compute.device, non_blocking=True)                          # (N,)
         loss_of = functools.partial(
-            nt_xent, temperature=tau, patients=patients, decoupled=config.decoupled,
-            hardness=config.hardness, prior=config.prior)
+            nt_xent, temperature=tau, patients=patients, weights=anchor_weights,
+            decoupled=config.decoupled, hardness=config.hardness, prior=config.prior)
 
         # Encode the views as one batch, compare each projection with those of all processes, and
         # go back to the weights.
@@ -658,7 +676,7 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
 
         # Every few steps: a point on the curves. Reading the loss waits for the GPU, so not always.
         if step % config.log_every == 0 or step == schedule.end:
-            last = diagnostics(z1, z2, patients, decoupled=config.decoupled)
+            last = diagnostics(z1, z2, patients, anchor_weights, config.decoupled)
             scalars = progress.read(step, last) | {"lr": lr, "temperature": tau}
             curves.add(step, schedule.epoch(step), scalars)
             loss, speed = scalars["loss"], scalars["images_per_second"]

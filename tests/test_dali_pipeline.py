@@ -1,6 +1,7 @@
 """The pure functions of sampling and views, and DALI's tensors against
 independent ones."""
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -12,7 +13,8 @@ from torchvision.transforms import v2
 
 from common import ImageError
 from dali_pipeline import (
-    VIEW, Augmentation, Preprocessing, batch_at, eval_loader, train_loader, view_parameters)
+    VIEW, Augmentation, Preprocessing, batch_at, eval_loader, resampled, train_loader,
+    view_parameters)
 from manifest import read_manifest
 from model import MEAN, STD
 from philox import uniform_numbers
@@ -86,6 +88,39 @@ def test_view_parameters_keep_their_ranges_and_fill_them():
     assert abs(np.corrcoef(numbers) - np.eye(len(numbers))).max() < 0.06  # drawn independently
 
 
+@pytest.mark.parametrize("n, spread", [(7, 0.0), (50, 1.0), (1000, 0.3), (1000, 3.0)])
+def test_each_image_is_drawn_as_often_as_its_weight_says(n, spread):
+    """The floor or the ceiling of its expectation in every epoch, which still has n draws."""
+    weights = np.exp(np.random.default_rng(0).normal(0, spread, n))
+    expected, total = n * weights / weights.sum(), np.zeros(n)
+    for epoch in range(200):
+        order = resampled(weights, 3, epoch)
+        assert order.shape == (n,)
+        draws = np.bincount(order, minlength=n)
+        assert (np.floor(expected + 1e-9) <= draws).all()
+        assert (draws <= np.ceil(expected - 1e-9)).all()
+        total += draws
+    # A draw beyond the floor has the probability of what is beyond it.
+    p = expected % 1
+    assert (np.abs(total / 200 - expected) <= 5 * np.sqrt(p * (1 - p) / 200) + 1e-9).all()
+    assert np.array_equal(order, resampled(weights, 3, 199))
+    assert not np.array_equal(order, resampled(weights, 4, 199))
+    together = [np.bincount(resampled(np.repeat([1, 3], [12, 12]), 0, e))[:2] for e in range(300)]
+    assert np.prod(together, 1).mean() == pytest.approx(0.25, abs=0.1)      # neighbours are free
+
+
+def test_batches_of_an_order_are_cut_from_its_epochs():
+    images, weights = np.arange(10) * 3, np.arange(1.0, 11)
+    order = functools.partial(resampled, weights, 0)
+    sequence = np.concatenate([images[order(epoch)] for epoch in range(10)])
+    for step in range(8):
+        places, index = batch_at(step, 12, images, 0, order=order)
+        assert index.tolist() == sequence[12 * step:12 * (step + 1)].tolist()
+        assert places.tolist() == list(range(12 * step, 12 * (step + 1)))
+        part = batch_at(step, 12, images, 0, slice(3, 9), order)
+        assert np.array_equal(part, (places[3:9], index[3:9]))
+
+
 # -------------------------------------------------------------------------------------------- views
 
 def independent_view(manifest, preprocessing, parameters, i):
@@ -130,12 +165,14 @@ def test_views_equal_an_independent_computation(data, image_size):
         break  # the second step belongs to the next epoch in part
 
 
-def test_batches_are_the_same_from_any_step_and_on_any_number_of_processes(data):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_batches_are_the_same_from_any_step_and_on_any_number_of_processes(data, weighted):
     manifest = read_manifest(data)
+    weights = 1.0 + np.arange(60) % 5 if weighted else None
 
     def batches(steps, rank=0, world_size=1):
         return list(train_loader(manifest, manifest.images("train"), 8, steps, 2, STRONG,
-                                 Preprocessing(32), 3, "cpu", rank, world_size))
+                                 Preprocessing(32), 3, "cpu", rank, world_size, weights=weights))
 
     whole = batches(range(8))                                   # across the seam at step 5.25
     for expected, got in zip(whole[5:], batches(range(5, 8)), strict=True):
@@ -143,6 +180,10 @@ def test_batches_are_the_same_from_any_step_and_on_any_number_of_processes(data)
     shards = [batches(range(8), rank, 4) for rank in range(4)]
     for expected, *parts in zip(whole, *shards, strict=True):
         assert all(torch.equal(a, torch.cat(b)) for a, b in zip(expected, zip(*parts), strict=True))
+    view1, _, index = map(torch.cat, zip(*whole[:5]))                       # of one epoch
+    again = [(i, j) for i in range(40) for j in range(i) if index[i] == index[j]]
+    assert bool(again) == weighted
+    assert not any(torch.equal(view1[i], view1[j]) for i, j in again)       # other views
 
 
 def test_outputs_stay_what_they_were(data):
