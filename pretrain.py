@@ -113,6 +113,9 @@ class Config:
     temperature: tuple[float, ...] = flag(
         (0.07,), "of NT-Xent; with two, a cosine goes from HIGH to LOW and back", 1e-6, 1e6,
         metavar=("LOW", "HIGH"))
+    positives: str = flag(
+        "image", "the second view is of the same image, or of another of its patient or study, "
+        "where there is one", choices=("image", "patient", "study"))
     balance: tuple[str, ...] = flag(
         (), "draw images in an epoch so that each patient, or present and absent of each of these "
         "labels, comes equally often", metavar="patient|LABEL")
@@ -410,6 +413,27 @@ def choose_probe(config: Config, manifest: Manifest) -> Probe | None:
     return Probe(manifest, config.probe_images, config.seed)
 
 
+class Sampling(NamedTuple):
+    """Of each of the manifest's N images (N,), or None where that is the same for all."""
+    draws: np.ndarray | None   # how often it is drawn, in proportion
+    losses: np.ndarray | None  # what the losses of its anchors weigh
+    groups: np.ndarray | None  # a number, equal for those that may be each other's positive
+
+
+def choose_sampling(config: Config, manifest: Manifest, train: np.ndarray) -> Sampling:
+    """By --balance, --weigh-loss and --positives. DataError where the manifest lacks a column."""
+    weights = groups = None
+    if config.balance:
+        weights = image_weights(config.balance, manifest.patient_numbers(), manifest.labels,
+                                manifest.label_names, train)
+    if config.positives == "patient":
+        groups = manifest.patient_numbers()
+    if config.positives == "study":
+        groups = manifest.study_numbers()
+    draws, losses = (None, weights) if config.weigh_loss else (weights, None)
+    return Sampling(draws, losses, groups)
+
+
 class Schedule(NamedTuple):
     """When things happen, in steps. Batches run on from one epoch into the next."""
     images: int       # in the train split
@@ -567,18 +591,15 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
                                 config.brightness, config.contrast, config.gamma,
                                 config.equalize)
 
-    weights = None  # (N,): how often an image is drawn, or what its loss weighs
-    if config.balance:
-        weights = image_weights(config.balance, manifest.patient_numbers(), manifest.labels,
-                                manifest.label_names, train)
-    draw_by, weigh_by = (None, weights) if config.weigh_loss else (weights, None)
+    sampling = choose_sampling(config, manifest, train)
 
     # Network, optimizer and step, as the last.pt of the run folder left them.
     paths = "\n".join(manifest.paths[i] for i in train)
     digest = hashlib.sha256(paths.encode(errors="surrogateescape")).hexdigest()
     training = Training(config, compute, digest)
-    # The labels are part of what a run is trained on where it is balanced by them.
-    content = run_folder.content_of_data(manifest, None if config.balance else train)
+    # Patients, studies and labels are part of what a run is trained on where it goes by them.
+    whole_table = config.balance or config.positives != "image"
+    content = run_folder.content_of_data(manifest, None if whole_table else train)
     contents = {"data": {config.data: content}}
     if config.probe_data and probe:
         content = run_folder.content_of_data(probe.manifest)
@@ -601,7 +622,8 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     loss, auroc = math.nan, math.nan  # the latest, for the table of hyper-parameters
     batches = iter(train_loader(
         manifest, train, config.batch_size, range(start_step, schedule.end), 2, augmentation,
-        preprocessing, config.seed, weights=draw_by, **compute.loader_arguments()))
+        preprocessing, config.seed, weights=sampling.draws,
+        numbers=sampling.groups, **compute.loader_arguments()))
     model.train()
     while True:
         step, stop_signal = training.step, stop.received(compute)
@@ -646,10 +668,10 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
         # An image of the same patient is no negative: what it shows may well be the same.
         patients = None if config.same_patient else patient_of[index].to(
             compute.device, non_blocking=True)                          # (N,)
-        anchor_weights = None if weigh_by is None else torch.from_numpy(weigh_by[index]).to(
-            compute.device, non_blocking=True)                          # (N,)
+        weights = None if sampling.losses is None else torch.from_numpy(
+            sampling.losses[index]).to(compute.device, non_blocking=True)   # (N,)
         loss_of = functools.partial(
-            nt_xent, temperature=tau, patients=patients, weights=anchor_weights,
+            nt_xent, temperature=tau, patients=patients, weights=weights,
             decoupled=config.decoupled, hardness=config.hardness, prior=config.prior)
 
         # Encode the views as one batch, compare each projection with those of all processes, and
@@ -676,7 +698,7 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
 
         # Every few steps: a point on the curves. Reading the loss waits for the GPU, so not always.
         if step % config.log_every == 0 or step == schedule.end:
-            last = diagnostics(z1, z2, patients, anchor_weights, config.decoupled)
+            last = diagnostics(z1, z2, patients, weights, config.decoupled)
             scalars = progress.read(step, last) | {"lr": lr, "temperature": tau}
             curves.add(step, schedule.epoch(step), scalars)
             loss, speed = scalars["loss"], scalars["images_per_second"]

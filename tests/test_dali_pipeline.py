@@ -3,18 +3,22 @@ independent ones."""
 import dataclasses
 import functools
 import math
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, run, smooth_image, write_folder
+from conftest import ROOT, SMALL, run, smooth_image, write_folder
 from PIL import Image
 from torchvision.transforms import v2
 
+import prepare
 from common import ImageError
 from dali_pipeline import (
-    VIEW, Augmentation, Preprocessing, batch_at, eval_loader, resampled, train_loader,
-    view_parameters)
+    PARTNER, VIEW, Augmentation, Preprocessing, batch_at, eval_loader, grouped, partners,
+    resampled, train_loader, view_parameters)
 from manifest import read_manifest
 from model import MEAN, STD
 from philox import uniform_numbers
@@ -121,6 +125,26 @@ def test_batches_of_an_order_are_cut_from_its_epochs():
         assert np.array_equal(part, (places[3:9], index[3:9]))
 
 
+def test_partners_are_other_images_of_the_group():
+    """Each of them with the same probability, and only of those that may be drawn."""
+    rng = np.random.default_rng(0)
+    numbers, images = rng.integers(0, 12, 40), np.sort(rng.choice(40, 30, replace=False))
+    groups, seen = grouped(numbers, images), np.zeros((40, 40))
+    for epoch in range(600):
+        found = partners(groups, 7, np.full(30, epoch), images)
+        seen[images, found] += 1
+    for i in images:
+        others = [j for j in images if numbers[j] == numbers[i] and j != i]
+        assert set(np.flatnonzero(seen[i])) == set(others or [i])
+        assert seen[i][others or [i]] == pytest.approx(600 / max(1, len(others)), rel=0.3)
+    # One image of a batch, by hand.
+    others = [j for j in images if numbers[j] == numbers[images[5]]]
+    assert len(others) > 2
+    philox = np.random.Philox(key=[7, PARTNER], counter=[0, 0, images[5], 599])
+    ahead = 1 + int(np.random.Generator(philox).random() * (len(others) - 1))
+    assert found[5] == others[(others.index(images[5]) + ahead) % len(others)]
+
+
 # -------------------------------------------------------------------------------------------- views
 
 def independent_view(manifest, preprocessing, parameters, i):
@@ -165,14 +189,16 @@ def test_views_equal_an_independent_computation(data, image_size):
         break  # the second step belongs to the next epoch in part
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_batches_are_the_same_from_any_step_and_on_any_number_of_processes(data, weighted):
+@pytest.mark.parametrize("weighted, paired", [(False, False), (True, False), (True, True)])
+def test_batches_are_the_same_from_any_step_and_on_any_number_of_processes(data, weighted, paired):
     manifest = read_manifest(data)
     weights = 1.0 + np.arange(60) % 5 if weighted else None
+    numbers = np.arange(60) // 4 if paired else None
 
     def batches(steps, rank=0, world_size=1):
         return list(train_loader(manifest, manifest.images("train"), 8, steps, 2, STRONG,
-                                 Preprocessing(32), 3, "cpu", rank, world_size, weights=weights))
+                                 Preprocessing(32), 3, "cpu", rank, world_size, weights=weights,
+                                 numbers=numbers))
 
     whole = batches(range(8))                                   # across the seam at step 5.25
     for expected, got in zip(whole[5:], batches(range(5, 8)), strict=True):
@@ -291,6 +317,69 @@ def test_other_gray_levels_move_no_other_number():
         11) for i in images])
     assert after["gamma"] == pytest.approx(0.5 * 4 ** u[:, 9], rel=1e-6)
     assert np.array_equal(after["equalize"], u[:, 10] < 0.3)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("numbers", [np.arange(60) // 3, np.arange(60) % 21, np.arange(60)])
+def test_the_second_view_is_of_another_image(folder, data, numbers, packed):
+    """The loader's tensors are those of the two files, decoded alone; images without another one
+    stand beside images with one, and make up the last case."""
+    if packed:
+        shutil.copytree(data, folder, dirs_exist_ok=True)
+        prepare.main(["pack", str(folder), "--workers", "1"])
+    manifest = read_manifest(folder if packed else data)
+    train = manifest.images("train")
+    plain = Augmentation((1.0, 1.0), 0.0, (0.0, 0.0), 0.0, 0.0, 0.0)
+    for preprocessing in (Preprocessing(48), Preprocessing(48, "image", True)):
+        alone = next(iter(eval_loader(manifest, np.arange(60), 60, preprocessing, "cpu")))[0]
+        loader = train_loader(manifest, train, 14, range(3), 2, plain, preprocessing, 3, "cpu",
+                              numbers=numbers)
+        pairs = []
+        for view1, view2, index in loader:
+            other = [int((alone - view).abs().amax((1, 2, 3)).argmin()) for view in view2]
+            assert torch.equal(view1, alone[index]) and torch.equal(view2, alone[other])
+            pairs += zip(index.tolist(), other)
+        assert sorted(i for i, _ in pairs) == train.tolist()
+        for i, j in pairs:
+            others = set(train[numbers[train] == numbers[i]]) - {i}
+            assert j in (others or {i})
+
+
+@pytest.mark.parametrize("damage", ["truncate", "text"])
+def test_second_image_that_cannot_be_read_is_named(folder, damage):
+    """An image that is never an anchor in these steps, and once another one's partner."""
+    manifest, seed = read_manifest(folder), 0
+    train = manifest.images("train")
+    epochs, anchors = batch_at(0, 2, train, seed)
+    bad = next(iter(set(partners(grouped(manifest.patient_numbers(), train), seed, epochs, anchors))
+                    - set(anchors)))
+    path = folder / manifest.paths[bad]
+    content = path.read_bytes()
+    path.write_bytes(content[:len(content) // 2] if damage == "truncate" else b"no image")
+    with pytest.raises(ImageError, match=f"{path.name} .row {bad + 2} of .* cannot be read"):
+        list(train_loader(manifest, train, 2, range(1), 2, STRONG, Preprocessing(32), seed, "cpu",
+                          numbers=manifest.patient_numbers()))
+
+
+def test_second_image_that_never_arrives_is_named(folder):
+    """In a process of its own, which ends."""
+    pipe = folder / "images/001_2.jpg"
+    script = f"""
+import os, sys, time
+import numpy as np
+import culprit
+from manifest import read_manifest
+manifest = read_manifest({str(folder)!r})
+os.remove({str(pipe)!r})
+os.mkfifo({str(pipe)!r})
+culprit.PATIENCE = 1
+with culprit.Watch(manifest, [(np.array([[0, 1], [0, 5]]), [])]):
+    time.sleep(60)
+"""
+    process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, text=True, timeout=50,
+                             capture_output=True)
+    assert process.returncode == 1
+    assert "001_2.jpg (row 7 of manifest.csv) cannot be read: nothing has come" in process.stderr
 
 
 @pytest.mark.parametrize("damage", ["delete", "truncate", "empty", "text"])

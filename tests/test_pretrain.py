@@ -371,7 +371,8 @@ def test_a_run_in_pieces_goes_on_to_the_bit(data, tmp_path):
 
 @pytest.mark.parametrize("flags", [
     "--gamma 0.5 2", "--equalize 0.3", "--gamma 0.5 2 --equalize 0.3 --normalize image --clahe",
-    "--balance patient Mass", "--balance Effusion --weigh-loss --decoupled"])
+    "--balance patient Mass", "--balance Effusion --weigh-loss --decoupled",
+    "--positives patient", "--positives patient --balance Mass --gamma 0.5 2 --micro-batch 3"])
 def test_each_way_to_draw_and_view_trains(data, tmp_path, flags):
     """Two steps, and the second of them alone goes on from the first to the same end."""
     command = [*SMALL, *flags.split(), "--data", str(data), "--out"]
@@ -389,6 +390,8 @@ def test_each_way_to_draw_and_view_trains(data, tmp_path, flags):
     ("--gamma 2 1", "--gamma 2 1 must rise"), ("--gamma 0 1", "--gamma: 0 does not lie in"),
     ("--equalize 2", "--equalize: 2 does not lie in 0 to 1"),
     ("--weigh-loss", "--weigh-loss needs --balance"),
+    ("--positives study", "manifest.csv has no column study"),
+    ("--positives person", "--positives: invalid choice: 'person'"),
     ("--balance Lump", "--balance Lump: there is no such label; the choice is patient, Effusion, "
                        "Mass")])
 def test_ways_to_draw_and_view_that_make_no_sense(data, tmp_path, capsys, flags, complaint):
