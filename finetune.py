@@ -40,7 +40,7 @@ from checkpoint import (
     ARCHITECTURES, FORMAT, MALFORMED, CheckpointError, first_not_finite, load_checkpoint,
     save_checkpoint, settings_of)
 from common import DataError, plain_name, write_text
-from dali_pipeline import Augmentation, Preprocessing, eval_loader, train_loader
+from dali_pipeline import Preprocessing, eval_loader, train_loader
 from flags import ENCODERS, PRECISION, THREADS, flag
 from labels import (
     Draw, Task, add_labels, cell_weights, draw, labels_required, make_task, masked_cross_entropy,
@@ -51,6 +51,7 @@ from model import Classifier, build_encoder, extract_features, num_features
 from probe import STRENGTHS, cached_features, fit_logistic
 from run import Compute
 from scores import report, val_score, youden
+from views import Augmentation
 
 # Initialisations that are no file, and their names in tables.
 NAMES = {"random": "Scratch", "imagenet": "ImageNet"}

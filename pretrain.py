@@ -36,8 +36,9 @@ from checkpoint import (
     ARCHITECTURES, FORMAT, MALFORMED, CheckpointError, first_not_finite, load_checkpoint,
     save_checkpoint)
 from common import DataError
-from dali_pipeline import Augmentation, Preprocessing, train_loader
+from dali_pipeline import Preprocessing, train_loader
 from flags import PRECISION, THREADS, flag
+from labels import image_weights
 from lars import LARS
 from loss import diagnostics, nt_xent
 from manifest import Manifest, read_manifest
@@ -45,6 +46,7 @@ from model import MEAN, STD, SimCLR, build_encoder
 from probe import Probe, probe_sentence
 from run import Compute
 from run_folder import Curves, Progress, diverged
+from views import Augmentation
 
 # What a run writes, and --overwrite deletes. The first of them is what a run goes on from.
 RESULTS = ("last.pt", "encoder.pt", "log.jsonl", "events.out.tfevents.*")
@@ -95,6 +97,11 @@ class Config:
         PUBLISHED.contrast, "factor drawn from 1 ± this", 0, 0.999)
     blur: tuple[float, float] = flag(
         PUBLISHED.blur, "sigma, pixels of the view; 0 0 for none", metavar=("LOW", "HIGH"))
+    gamma: tuple[float, float] = flag(
+        PUBLISHED.gamma, "exponent of a view's gray levels in 0 to 1, log-uniform, to imitate "
+        "another machine; 1 1 for none", 0.01, 100, metavar=("LOW", "HIGH"))
+    equalize: float = flag(
+        PUBLISHED.equalize, "probability that a view's histogram is equalised", 0, 1)
 
     epochs: int = flag(
         100, "passes over the train split", 1, section="optimisation")
@@ -105,6 +112,14 @@ class Config:
     temperature: tuple[float, ...] = flag(
         (0.07,), "of NT-Xent; with two, a cosine goes from HIGH to LOW and back", 1e-6, 1e6,
         metavar=("LOW", "HIGH"))
+    positives: str = flag(
+        "image", "the second view is of the same image, or of another of its patient or study, "
+        "where there is one", choices=("image", "patient", "study"))
+    balance: tuple[str, ...] = flag(
+        (), "draw images in an epoch so that each patient, or present and absent of each of these "
+        "labels, comes equally often", metavar="patient|LABEL")
+    weigh_loss: bool = flag(
+        False, "instead of drawing by --balance, draw each image once and weigh its loss by it")
     same_patient: bool = flag(
         False, "count other images of an anchor's patient among its negatives")
     decoupled: bool = flag(False, "leave the positive out of the denominator")
@@ -162,6 +177,10 @@ class Config:
         low, high = self.blur
         if not (0 == low == high or 0 < low <= high):
             raise ValueError(f"--blur {low} {high} must rise and be positive, or be 0 0")
+        if self.gamma[0] > self.gamma[1]:
+            raise ValueError(f"--gamma {self.gamma[0]:g} {self.gamma[1]:g} must rise")
+        if self.weigh_loss and not self.balance:
+            raise ValueError("--weigh-loss needs --balance, which says by what")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"--warmup-epochs {self.warmup_epochs:g} leaves nothing of --epochs "
                              f"{self.epochs}")
@@ -327,6 +346,27 @@ def choose_probe(config: Config, manifest: Manifest) -> Probe | None:
     return Probe(manifest, config.probe_images, config.seed)
 
 
+class Sampling(NamedTuple):
+    """Of each of the manifest's N images (N,), or None where that is the same for all."""
+    draws: np.ndarray | None   # how often it is drawn, in proportion
+    losses: np.ndarray | None  # what the losses of its anchors weigh
+    groups: np.ndarray | None  # a number, equal for those that may be each other's positive
+
+
+def choose_sampling(config: Config, manifest: Manifest, train: np.ndarray) -> Sampling:
+    """By --balance, --weigh-loss and --positives. DataError where the manifest lacks a column."""
+    weights = groups = None
+    if config.balance:
+        weights = image_weights(config.balance, manifest.patient_numbers(), manifest.labels,
+                                manifest.label_names, train)
+    if config.positives == "patient":
+        groups = manifest.patient_numbers()
+    if config.positives == "study":
+        groups = manifest.study_numbers()
+    draws, losses = (None, weights) if config.weigh_loss else (weights, None)
+    return Sampling(draws, losses, groups)
+
+
 class Schedule(NamedTuple):
     """When things happen, in steps. Batches run on from one epoch into the next."""
     images: int       # in the train split
@@ -425,13 +465,19 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     schedule = plan(config, probe, len(train))
     preprocessing = Preprocessing(config.image_size, config.normalize, config.clahe)
     augmentation = Augmentation(config.crop_area, config.rotation, config.blur, config.flip,
-                                config.brightness, config.contrast)
+                                config.brightness, config.contrast, config.gamma,
+                                config.equalize)
+
+    sampling = choose_sampling(config, manifest, train)
 
     # Network, optimizer and step, as the last.pt of the run folder left them.
     paths = "\n".join(manifest.paths[i] for i in train)
     digest = hashlib.sha256(paths.encode(errors="surrogateescape")).hexdigest()
     training = Training(config, compute, digest)
-    contents = {"data": {config.data: run_folder.content_of_data(manifest, train)}}
+    # Patients, studies and labels are part of what a run is trained on where it goes by them.
+    whole_table = config.balance or config.positives != "image"
+    content = run_folder.content_of_data(manifest, None if whole_table else train)
+    contents = {"data": {config.data: content}}
     if config.probe_data and probe:
         content = run_folder.content_of_data(probe.manifest)
         contents["probe_data"] = {config.probe_data: content}
@@ -454,7 +500,8 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     loss, auroc = math.nan, math.nan  # the latest, for the table of hyper-parameters
     batches = iter(train_loader(
         manifest, train, config.batch_size, range(start_step, schedule.end), 2, augmentation,
-        preprocessing, config.seed, **compute.loader_arguments()))
+        preprocessing, config.seed, weights=sampling.draws,
+        numbers=sampling.groups, **compute.loader_arguments()))
     model.train()
     while True:
         step, stop_signal = training.step, stop.received(compute)
@@ -499,9 +546,11 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
         # An image of the same patient is no negative: what it shows may well be the same.
         patients = None if config.same_patient else patient_of[index].to(
             compute.device, non_blocking=True)                          # (N,)
+        weights = None if sampling.losses is None else torch.from_numpy(
+            sampling.losses[index]).to(compute.device, non_blocking=True)   # (N,)
         loss_of = functools.partial(
-            nt_xent, temperature=tau, patients=patients, decoupled=config.decoupled,
-            hardness=config.hardness, prior=config.prior)
+            nt_xent, temperature=tau, patients=patients, weights=weights,
+            decoupled=config.decoupled, hardness=config.hardness, prior=config.prior)
 
         # Encode the views as one batch, compare each projection with those of all processes, and
         # go back to the weights.
@@ -527,7 +576,7 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
 
         # Every few steps: a point on the curves. Reading the loss waits for the GPU, so not always.
         if step % config.log_every == 0 or step == schedule.end:
-            last = diagnostics(z1, z2, patients, decoupled=config.decoupled)
+            last = diagnostics(z1, z2, patients, weights, config.decoupled)
             scalars = progress.read(step, last) | {"lr": lr, "temperature": tau}
             curves.add(step, schedule.epoch(step), scalars)
             loss, speed = scalars["loss"], scalars["images_per_second"]
