@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import run  # first: it answers Ctrl-C while PyTorch loads
 import numpy as np
@@ -152,6 +152,8 @@ class Config:
         10, "steps from one log line to the next", 1, may_differ=True)
     save_every: int = flag(
         250, "steps from one checkpoint to the next", 1, may_differ=True)
+
+    bf16_on_cpu: ClassVar[bool] = True  # where --precision is auto
 
     @staticmethod
     def presets(args) -> dict:

@@ -205,22 +205,22 @@ def start(config: RunConfig, timeout: timedelta, place: Place | None = None) -> 
                 f"{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT): {reason}") from None
     precision = config.precision
     if precision == "auto":
-        precision = _fastest_precision(cuda)
+        precision = _fastest_precision(cuda, getattr(config, "bf16_on_cpu", False))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     cores = len(os.sched_getaffinity(0))
     threads = config.threads or max(1, min(8, cores // local_world_size))
     return Compute(rank, world_size, device, precision, threads)
 
 
-def _fastest_precision(cuda: bool) -> str:
+def _fastest_precision(cuda: bool, bf16_on_cpu: bool) -> str:
     """bf16 where GPU or processor computes in it, and does not only imitate it."""
     if cuda:
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return "bf16" if bf16 else "fp16"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    instructions = set()
     with contextlib.suppress(OSError):
-        known = set(Path("/proc/cpuinfo").read_text().split())
-        return "bf16" if known & {"avx512_bf16", "amx_bf16"} else "fp32"
-    return "fp32"
+        instructions.update(Path("/proc/cpuinfo").read_text().split())
+    faster = bf16_on_cpu and instructions & {"avx512_bf16", "amx_bf16"}
+    return "bf16" if faster else "fp32"
 
 
 def learning_rate(step: int, total_steps: int, warmup_steps: float, peak: float = 1.0) -> float:
@@ -242,7 +242,8 @@ def main(stage: Callable, config_class: type, argv: list[str] | None = None,
     timeout: how long a process waits for another one in a collective call.
 
     A Config may say in `afterwards` what the same command does after Ctrl-C, where it does not
-    go on from what is in --out."""
+    go on from what is in --out, and by `bf16_on_cpu` that --precision auto may be bf16 there.
+    Training gains from it, while probabilities should not depend on the machine."""
     print_any_name()
     threading.excepthook = _but_for_tensorboard
     config, script = parse(config_class, argv), f"{stage.__name__}.py"
