@@ -18,6 +18,7 @@ import json
 import mmap
 import os
 import signal
+import stat
 import sys
 import tarfile
 import threading
@@ -211,3 +212,51 @@ def _sizes_in_folder(folder: Path, names: list[bytes],
             yield i, os.stat(os.path.join(os.fsencode(folder), names[i])).st_size
         except (OSError, ValueError):
             continue
+
+
+# --------------------------------------------------------------------------------------------------
+# Images in files of their own.
+
+def sizes_on_disk(folder: Path, paths: list[str], path_bytes: list[bytes]) -> np.ndarray:
+    """Bytes of each image's file, (N,) int64; DataError where one is missing or is no file."""
+    sizes, unusable = np.zeros(len(paths), np.int64), []
+    for i, found in enumerate(_stats(folder, path_bytes)):
+        # A folder or a pipe in an image's place is no image: reading a pipe would wait for ever.
+        if found is None:
+            unusable.append((i, "is missing on disk"))
+        elif stat.S_ISREG(found.st_mode):
+            sizes[i] = found.st_size
+        elif stat.S_ISDIR(found.st_mode):
+            unusable.append((i, "is a folder, where a file is needed"))
+        else:
+            unusable.append((i, "is no regular file"))
+    if unusable:
+        i, problem = unusable[0]
+        others = f", and {len(unusable) - 1} more" if len(unusable) > 1 else ""
+        raise DataError(f"{folder / 'manifest.csv'}, row {i + 2}: {paths[i]} "
+                        f"{problem}{others}")
+    return sizes
+
+
+def _stats(data: Path, path_bytes: list[bytes]) -> Iterator[os.stat_result | None]:
+    """What the file system says of each image, or None where it says nothing.
+
+    Consecutive images often lie in one folder. It is opened once, since to walk to
+    it from the root again for each image would take twice as long."""
+    current, opened = None, None
+    try:
+        for name in path_bytes:
+            folder, _, file = name.rpartition(b"/")
+            try:
+                if folder != current:
+                    if opened is not None:
+                        os.close(opened)
+                    current = opened = None
+                    opened = os.open(os.path.join(os.fsencode(data), folder), os.O_PATH)
+                    current = folder
+                yield os.stat(file or b".", dir_fd=opened)
+            except (OSError, ValueError):               # a name may also hold a NUL
+                yield None
+    finally:
+        if opened is not None:
+            os.close(opened)

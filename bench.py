@@ -171,7 +171,7 @@ def bench_loader(args: argparse.Namespace, folder: Path) -> None:
     """Two augmented views of each JPEG, ready for the network."""
     manifest = demo_folder(args, folder)
     figures = {"dali_pipeline.py": images_per_second(args, dali_loader(args, manifest))}
-    write_archive(folder, manifest.paths, manifest.names)
+    write_archive(folder, manifest.paths, manifest.path_bytes)
     packed = read_manifest(folder)
     figures["the same from images.tar"] = images_per_second(args, dali_loader(args, packed))
     for name, contender in (("torchvision v2, written well", written_well),

@@ -100,7 +100,7 @@ def bench_manifest(args: argparse.Namespace, folder: Path) -> None:
         files = processes.apply(start_ours, [folder])
         written_out = processes.apply(start_written_out, [folder])
         manifest = read_manifest(folder)
-        write_archive(folder, manifest.paths, manifest.names)
+        write_archive(folder, manifest.paths, manifest.path_bytes)
         packed = processes.apply(start_ours, [folder])
     rows = f"{args.rows:,} rows"
     report("manifest", f"s of a core, {rows} read and checked", {

@@ -13,15 +13,14 @@ import hashlib
 import io
 import json
 import os
-import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from archive import Archive, check_against_folder, open_archive
+from archive import Archive, check_against_folder, open_archive, sizes_on_disk
 from common import DataError
 from manifest_csv import table_at_once, table_by_rows
 
@@ -45,7 +44,7 @@ class Manifest:
 
     def file(self, i: int) -> bytes:
         """The path of image i for the operating system."""
-        return os.path.join(os.fsencode(self.folder), self.names[i])
+        return os.path.join(os.fsencode(self.folder), self.path_bytes[i])
 
     def open(self, i: int) -> bytes | io.BytesIO:
         """What Pillow opens image i by. DataError where its bytes in images.tar are damaged."""
@@ -93,7 +92,7 @@ class Manifest:
         number = np.where(self.studies == "", -1 - np.arange(len(study)), number)
         return np.unique(number, return_inverse=True)[1]
 
-    def files(self, images: np.ndarray) -> list[np.ndarray]:
+    def dali_inputs(self, images: np.ndarray) -> list[np.ndarray]:
         """What DALI gets of some images, uint8: from images.tar what is in their files,
         else their full paths as the bytes that the file system knows."""
         if self.archive:
@@ -102,7 +101,7 @@ class Manifest:
         return [text[i:j] for i, j in zip(start[images].tolist(), start[images + 1].tolist())]
 
     @functools.cached_property
-    def names(self) -> list[bytes]:
+    def path_bytes(self) -> list[bytes]:
         """The paths for the operating system; a manifest's are UTF-8, whatever the locale is."""
         return encoded(self.paths) if self.listed else [os.fsencode(path) for path in self.paths]
 
@@ -110,8 +109,9 @@ class Manifest:
     def _full_paths(self) -> tuple[np.ndarray, np.ndarray]:
         """All of them in one array, and where each of them starts in it, (N + 1,)."""
         folder = os.path.join(os.fsencode(self.folder), b"")
-        lengths = np.fromiter(map(len, self.names), np.int64, len(self.names)) + len(folder)
-        text = b"".join([part for name in self.names for part in (folder, name)])
+        names = self.path_bytes
+        lengths = np.fromiter(map(len, names), np.int64, len(names)) + len(folder)
+        text = b"".join([part for name in names for part in (folder, name)])
         return np.frombuffer(text, np.uint8), np.concatenate([[0], np.cumsum(lengths)])
 
 
@@ -133,13 +133,14 @@ def read_manifest(folder: str | Path, packed: bool = True, images_on_disk: bool 
     # The slow way is taken where the fast one has doubts; it says which row and column is wrong.
     table = table_at_once(file) or table_by_rows(file, folder)
     manifest = Manifest(Path(folder), *table)
-    if archive := packed and open_archive(manifest.folder, manifest.paths, manifest.names):
+    if archive := packed and open_archive(manifest.folder, manifest.paths, manifest.path_bytes):
         # A sample of a hundred finds a tar that is older than the images.
         sample = np.unique(np.linspace(0, len(manifest.paths) - 1, 100).astype(int))
-        check_against_folder(archive, manifest.folder, manifest.names, sample)
+        check_against_folder(archive, manifest.folder, manifest.path_bytes, sample)
         return dataclasses.replace(manifest, archive=archive, sizes=archive.table["size"])
     if images_on_disk:
-        manifest = dataclasses.replace(manifest, sizes=_image_sizes(manifest))
+        manifest = dataclasses.replace(manifest, sizes=sizes_on_disk(
+            manifest.folder, manifest.paths, manifest.path_bytes))
     return manifest
 
 
@@ -151,51 +152,6 @@ def image_flags(folder: str | Path) -> dict[str, Any]:
         return {name: made[name] for name in ("size", "quality", "stretch")}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-def _image_sizes(manifest: Manifest) -> np.ndarray:
-    """Bytes of each image's file, (N,) int64; DataError where one is missing or is no file."""
-    sizes, unusable = np.zeros(len(manifest.paths), np.int64), []
-    for i, found in enumerate(_stats(manifest)):
-        # A folder or a pipe in an image's place is no image: reading a pipe would wait for ever.
-        if found is None:
-            unusable.append((i, "is missing on disk"))
-        elif stat.S_ISREG(found.st_mode):
-            sizes[i] = found.st_size
-        elif stat.S_ISDIR(found.st_mode):
-            unusable.append((i, "is a folder, where a file is needed"))
-        else:
-            unusable.append((i, "is no regular file"))
-    if unusable:
-        i, problem = unusable[0]
-        others = f", and {len(unusable) - 1} more" if len(unusable) > 1 else ""
-        raise DataError(f"{manifest.folder / 'manifest.csv'}, row {i + 2}: {manifest.paths[i]} "
-                        f"{problem}{others}")
-    return sizes
-
-
-def _stats(manifest: Manifest) -> Iterator[os.stat_result | None]:
-    """What the file system says of each image, or None where it says nothing.
-
-    Consecutive images often lie in one folder. It is opened once, since to walk to
-    it from the root again for each image would take twice as long."""
-    current, opened = None, None
-    try:
-        for name in manifest.names:
-            folder, _, file = name.rpartition(b"/")
-            try:
-                if folder != current:
-                    if opened is not None:
-                        os.close(opened)
-                    current = opened = None
-                    opened = os.open(os.path.join(os.fsencode(manifest.folder), folder), os.O_PATH)
-                    current = folder
-                yield os.stat(file or b".", dir_fd=opened)
-            except (OSError, ValueError):               # a name may also hold a NUL
-                yield None
-    finally:
-        if opened is not None:
-            os.close(opened)
 
 
 def _digest(*parts: bytes) -> str:

@@ -553,7 +553,7 @@ def pack(args: argparse.Namespace) -> int:
         if broken:
             raise DataError(f"{args.folder} has {len(broken):,} images that cannot be packed, "
                             f"first {broken[0]}; `verify --drop` takes them out of the manifest")
-        file = archive.write_archive(args.folder, manifest.paths, manifest.names)
+        file = archive.write_archive(args.folder, manifest.paths, manifest.path_bytes)
         # What was written is read once more, from the file and by its index.
         packed = read_manifest(args.folder).archive
         assert packed is not None

@@ -82,7 +82,7 @@ def test_rows_may_leave_the_manifest_or_move(packed):
     (packed / "manifest.csv").write_text("\n".join([lines[0], lines[9], lines[4]]))
     manifest = read_manifest(packed)
     assert manifest.sizes.tolist() == before.sizes[[8, 3]].tolist()
-    assert [content.tobytes() for content in manifest.files(np.arange(2))] == \
+    assert [content.tobytes() for content in manifest.dali_inputs(np.arange(2))] == \
         [before.archive.member(i).read_bytes() for i in (8, 3)]
 
 
