@@ -127,7 +127,7 @@ def _damage(state: dict) -> str:
     """What in one of our checkpoints is not what any stage writes there, or nothing."""
     if not {"format", "rng"} & state.keys():            # of another tool
         return ""
-    for name in ("config", "encoder", "classifier", "model"):
+    for name in ("config", "encoder", "projector", "classifier", "model"):
         entry = state.get(name, {})
         if not isinstance(entry, dict) or not all(isinstance(key, str) for key in entry):
             return f"its {name} is no table of names"

@@ -47,7 +47,7 @@ from labels import (
     policy_sentence, to_probabilities)
 from manifest import Manifest, image_flags, read_manifest
 from manifest_csv import SPLITS
-from model import Classifier, build_encoder, extract_features, num_features
+from model import Classifier, build_encoder, extract_features, first_layers, num_features
 from probe import STRENGTHS, cached_features, fit_logistic
 from run import Compute
 from scores import report, val_score, youden
@@ -82,6 +82,8 @@ class Config:
                                   may_differ=True)
     out: str = flag("runs/finetune", "run folder", may_differ=True)
     overwrite: bool = flag(False, "begin anew in a run folder that holds a run", may_differ=True)
+    from_head: int = flag(0, "keep the first N layers of the projection head, each with batch norm "
+                          "and ReLU; 0: the encoder alone", 0, metavar="N")
 
     labels: tuple[str, ...] = flag((), "columns of the manifest (default: all)", metavar="NAME",
                                    section="labels")
@@ -198,8 +200,11 @@ class Study:
         return Preprocessing(self.settings["image_size"], self.settings["normalize"],
                              self.settings["clahe"])
 
-    def encoder(self, init: Init) -> ResNet:
-        return build_encoder(self.settings["arch"], init.source)
+    def classifier(self, init: Init) -> Classifier:
+        """The network that training starts from, with a new linear layer."""
+        encoder = build_encoder(self.settings["arch"], init.source)
+        projector = first_layers(init.source, self.config.from_head, encoder)
+        return Classifier(encoder, self.task.outputs, projector)
 
     def name(self, c: Combination) -> str:
         return f"{self.inits[c.init].name}, {c.mode}, {100 * c.fraction:g} %, seed {c.seed}"
@@ -253,6 +258,8 @@ def read_inits(config: Config, say: Callable) -> list[Init]:
         name = NAMES.get(source, source)
         if state.get("format") == FORMAT and "classifier" not in state:
             name = "SimCLR" if len(files) == 1 else f"SimCLR ({source})"
+        if config.from_head:
+            name += f", head layer {config.from_head}"
         inits.append(Init(source, key, name, settings_of(state), labels_required(source, state)))
     return inits
 
@@ -277,7 +284,9 @@ def inherit(config: Config, inits: list[Init], say: Callable) -> dict[str, Any]:
             say(f"{init.source} was trained with {', '.join(differences)}, which is not what it "
                 "is given here")
     for init in inits:
-        build_encoder(setting["arch"], init.source, say)    # what does not fit is refused now
+        # What does not fit is refused now.
+        encoder = build_encoder(setting["arch"], init.source, say)
+        first_layers(init.source, config.from_head, encoder)
     return setting
 
 
@@ -398,6 +407,7 @@ def save_classifier(study: Study, c: Combination, outcome: Outcome) -> None:
         "format": FORMAT, "arch": study.settings["arch"],
         "labels": study.label_names, "kind": study.task.kind,
         "encoder": outcome.net.encoder.state_dict(),
+        "projector": outcome.net.projector.state_dict(),
         "classifier": outcome.net.head.state_dict(),
         "config": study.settings | {
             "init": init.source, "what": study.name(c),
@@ -409,34 +419,51 @@ def save_classifier(study: Study, c: Combination, outcome: Outcome) -> None:
 # --------------------------------------------------------------------------------------------------
 # Linear: the encoder stays as it came. One process does it while the others wait.
 
+class Frozen(NamedTuple):
+    """An initialisation's network, which stays as it came, and its features."""
+    net: Classifier                     # its linear layer is not used
+    features: Tensor                    # (N, D) on the CPU, of all images that have labels
+
+
+def read_features(study: Study, init: Init) -> Frozen:
+    """What the linear layer of a classifier would see of each image."""
+    compute = study.compute.without_others()
+    torch.manual_seed(0)                # the same untrained encoder for every seed of the draw
+    net = compute.place(study.classifier(init)).eval()
+
+    # The encoder's features of each split in a file of its own, as cluster_eval.py looks for them.
+    folder = study.out.parent / "features"
+    images = np.concatenate(list(study.splits.values()))
+    compute.say(f"{init.name}: features of {len(images)} images, kept in {folder}")
+    loaders = [eval_loader(study.manifest, split, study.config.batch_size,
+                           study.preprocessing, **compute.loader_arguments())
+               for split in study.splits.values()]
+    features = torch.cat([                                                  # (n, D)
+        cached_features(net.encoder, num_features(net.encoder), loader, folder,
+                        compute.dtype) for loader in loaders])
+    with torch.no_grad():
+        features = net.projector(features.to(compute.device)).cpu()
+    if not features.isfinite().all():
+        raise FloatingPointError(f"{init.source}: some features are not finite; --precision "
+                                 "fp32 may help")
+    of_image = features.new_zeros(len(study.manifest.paths), features.shape[1])
+    of_image[images] = features
+    return Frozen(net, of_image)
+
+
 class LinearProbe:
-    """Logistic regressions on one initialisation's features, which are read once."""
+    """Logistic regressions on one initialisation's features."""
 
-    def __init__(self, study: Study, init: Init):
-        self.study, compute = study, study.compute.without_others()
+    def __init__(self, study: Study, frozen: Frozen):
+        self.study, self.frozen = study, frozen
         self.outcomes: dict[tuple, Outcome] = {}
-        torch.manual_seed(0)            # the same untrained encoder for every seed of the draw
-        self.encoder = compute.place(study.encoder(init))
-
-        # Features of each split in a file of its own, as cluster_eval.py looks for them.
-        folder = study.out.parent / "features"
-        images = np.concatenate(list(study.splits.values()))
-        compute.say(f"{init.name}: features of {len(images)} images, kept in {folder}")
-        loaders = [eval_loader(study.manifest, split, study.config.batch_size,
-                               study.preprocessing, **compute.loader_arguments())
-                   for split in study.splits.values()]
-        features = torch.cat([                                              # (n, D)
-            cached_features(self.encoder, num_features(self.encoder), loader, folder,
-                            compute.dtype) for loader in loaders])
-        if not features.isfinite().all():
-            raise FloatingPointError(f"{init.source}: some features are not finite; --precision "
-                                     "fp32 may help")
-
         # Standardise by the whole train split: in a small draw many features are constant.
-        deviation, self.mean = torch.std_mean(features[:len(study.splits["train"])], 0)
+        deviation, self.mean = torch.std_mean(frozen.features[study.splits["train"]], 0)
         self.deviation = deviation.clamp(min=1e-6)                          # (D,)
-        self.x = features.new_zeros(len(study.manifest.paths), len(self.mean))
-        self.x[images] = (features - self.mean) / self.deviation            # (N, D)
+
+    def _inputs(self, images: np.ndarray) -> Tensor:
+        """What the regressions see of some images, (n, D) float64."""
+        return ((self.frozen.features[images] - self.mean) / self.deviation).double()
 
     def fit(self, c: Combination) -> Outcome:
         """The regression on one draw, of the strength of regularisation that val chooses."""
@@ -453,7 +480,7 @@ class LinearProbe:
         weights = cell_weights(task.targets[sample], task.mask[sample], study.config.balance)
         x, targets, weights, strengths = (
             torch.as_tensor(array, dtype=torch.float64, device=study.compute.device)
-            for array in (self.x[sample], task.targets[sample], weights, STRENGTHS))
+            for array in (self._inputs(sample), task.targets[sample], weights, STRENGTHS))
         weight, bias = fit_logistic(x, targets, weights, strengths)
         weight = weight.flatten(-2).cpu()                                   # (D, R, G * K)
         bias = bias.flatten(-2).cpu()                                       # (R, G * K)
@@ -464,7 +491,7 @@ class LinearProbe:
         test = self._predict("test", weight, bias)
 
         # The regression saw standardised features; the classifier's head gets them as they are.
-        net = Classifier(self.encoder, task.outputs)
+        net = Classifier(self.frozen.net.encoder, task.outputs, self.frozen.net.projector)
         head_weight = weight[:, best].T / self.deviation                    # (G * K, D)
         head_bias = bias[best] - head_weight @ self.mean.double()           # (G * K,)
         net.head.load_state_dict({"weight": head_weight.float(), "bias": head_bias.float()})
@@ -472,7 +499,7 @@ class LinearProbe:
 
     def _predict(self, split: str, weight: Tensor, bias: Tensor) -> list[np.ndarray]:
         """Probabilities (n, L) of a split's images for each of R strengths."""
-        x = self.x[self.study.splits[split]].double()                       # (n, D)
+        x = self._inputs(self.study.splits[split])                          # (n, D)
         return [to_probabilities(x @ weight[:, r] + bias[r], self.study.task.kind)
                 for r in range(len(STRENGTHS))]
 
@@ -487,7 +514,7 @@ def fit_probes(study: Study, missing: list[Combination]) -> dict[Combination, di
             c.mode == "linear" or (c.starts_from_probe and c not in begun))]
         if not combinations:
             continue
-        linear_probe = LinearProbe(study, init)
+        linear_probe = LinearProbe(study, read_features(study, init))
         for c in combinations:
             outcome = linear_probe.fit(c)
             if c.mode == "linear":
@@ -542,9 +569,9 @@ class FineTuning:
 
         # Network and optimizer, as before the first step.
         torch.manual_seed(c.seed)
-        net = Classifier(study.encoder(study.inits[c.init]), task.outputs)
-        self.net = compute.place(net)
-        groups = [dict(params=self.net.encoder.parameters(), peak=config.lr_encoder),
+        self.net = compute.place(study.classifier(study.inits[c.init]))
+        pretrained = [*self.net.encoder.parameters(), *self.net.projector.parameters()]
+        groups = [dict(params=pretrained, peak=config.lr_encoder),
                   dict(params=self.net.head.parameters(), peak=config.lr_head)]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.01, fused=compute.cuda)
         # float16 underflows where gradients are small, so the loss is scaled up.

@@ -14,15 +14,20 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import run, start
+from conftest import SMALL, run, start
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import finetune
+import predict
+import pretrain
 from checkpoint import load_checkpoint, save_checkpoint
+from dali_pipeline import Preprocessing, eval_loader
 from labels import draw
 from manifest import read_manifest
+from model import SimCLR, build_encoder
 from predict import load_classifier
+from run import Compute
 
 FULL = ["--epochs", "2", "--batch-size", "8", "--threads", "1"]
 
@@ -401,3 +406,107 @@ def test_uncertain_labels_and_a_class_missing_in_val(data, tmp_path, flags, caps
     assert policy in output and "Mass has one class only in val" in output and "| – |" in output
     assert [r["auroc"] is None for r in found] == [False, True] * 2
     assert found[1]["threshold"] == 0.5
+
+
+# --------------------------------------------------------------------------------------------------
+# From a layer of the projection head.
+
+@pytest.fixture(scope="module")
+def pretrained(labelled, tmp_path_factory):
+    """An encoder.pt that pretrain.py has made, with its projection head of three layers, and
+    SimCLR's network as its last.pt has it."""
+    out = tmp_path_factory.mktemp("pretrained")
+    pretrain.main([*SMALL, "--data", str(labelled), "--proj-layers", "3", "--proj-width", "96",
+                   "--out", str(out)])
+    net = SimCLR(build_encoder("resnet18"), 3, 96)
+    net.load_state_dict(load_checkpoint(out / "last.pt")["model"])
+    return out / "encoder.pt", net.eval()
+
+
+@pytest.mark.parametrize("layers, modules, width", [(1, 3, 96), (2, 6, 96), (3, 7, 128)])
+def test_features_from_the_head(pretrained, labelled, tmp_path, layers, modules, width, capsys):
+    """They are what SimCLR's own network has there, linear training leaves them alone, and
+    predict.py rebuilds them."""
+    encoder, net = pretrained
+    main("--init", encoder, "--mode", "linear", "--from-head", layers, "--out", tmp_path / "run",
+         "--batch-size", 8)
+    classifier, state = load_classifier(tmp_path / "run/classifier.pt")
+    manifest = read_manifest(labelled)
+    preprocessing = Preprocessing(32, state["config"]["normalize"], state["config"]["clahe"])
+    loader = eval_loader(manifest, manifest.images("test"), 8, preprocessing, "cpu")
+    x = torch.cat([batch for batch, _ in loader])
+    with torch.no_grad():
+        expected = net.projector[:modules](net.encoder(x))                  # (n, width)
+        torch.testing.assert_close(classifier.projector(classifier.encoder(x)), expected)
+        logits = classifier(x)
+    assert expected.shape[1] == classifier.head.in_features == width
+    for key, value in classifier.projector.state_dict().items():
+        assert torch.equal(value, net.projector.state_dict()[key])
+    predictions, = load_checkpoint(tmp_path / "run/predictions.pt").values()
+    torch.testing.assert_close(logits.sigmoid().double(), predictions["test"], atol=1e-4, rtol=0)
+
+    # What stands in the table, and what predict.py says of the same images.
+    name = f"SimCLR, head layer {layers}"
+    assert {row["init"] for row in rows(tmp_path / "run")} == {name}
+    assert f"| {name} |" in (tmp_path / "run/results.md").read_text()
+    predict.main([str(tmp_path / "run/classifier.pt"), str(labelled), "--out", str(tmp_path / "p"),
+                  "--threads", "1"])
+    lines = list(csv.reader(open(tmp_path / "p/predictions.csv")))[1:]
+    found = [[float(p) for p in lines[i][1:]] for i in manifest.images("test")]
+    np.testing.assert_allclose(found, predictions["test"], atol=1e-4)
+
+
+def test_full_training_trains_the_head_as_well(pretrained, tmp_path):
+    """Its first layers and no more; the classifier starts another training from the same place."""
+    encoder, net = pretrained
+    before = net.projector[:3].state_dict()
+    config = finetune.Config(init=(str(encoder),), from_head=1)
+    study = finetune.read_study(config, Compute(0, 1, torch.device("cpu"), "fp32", 1))
+    key, = study.inits
+    training = finetune.FineTuning(study, finetune.Combination("full", 1.0, key, 0))
+    training.net.train()(torch.randn(4, 1, 32, 32)).sum().backward()
+    training.optimizer.param_groups[0]["lr"] = 1e-3
+    training.optimizer.step()
+    after = training.net.projector.state_dict()
+    assert after.keys() == before.keys()
+    assert not any(torch.equal(after[key], value) for key, value in before.items())
+
+    main(*FULL, "--init", encoder, "--from-head", 1, "--out", tmp_path / "run")
+    _, state = load_classifier(tmp_path / "run/classifier.pt")
+    assert state["projector"].keys() == before.keys() and state["config"]["from_head"] == 1
+    main(*FULL, "--init", tmp_path / "run/classifier.pt", "--from-head", 1, "--mode", "linear",
+         "--out", tmp_path / "again")
+    again = load_checkpoint(tmp_path / "again/classifier.pt")["projector"]
+    assert all(torch.equal(value, state["projector"][key]) for key, value in again.items())
+
+
+def test_a_head_that_is_not_there_is_refused_in_a_sentence(pretrained, labelled, tmp_path):
+    def refused(init, layers):
+        with pytest.raises(SystemExit) as end:
+            main("--init", init, "--from-head", layers, "--data", labelled, "--arch", "resnet18",
+                 "--image-size", 32, "--out", tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+        return end.value.code
+
+    state = load_checkpoint(pretrained[0])
+    torch.save(state["encoder"], tmp_path / "plain.pt")
+    save_checkpoint(tmp_path / "older.pt", {key: value for key, value in state.items()
+                                            if key != "projector"})
+    state["projector"]["0.weight"] = state["projector"]["0.weight"][:, :100]
+    save_checkpoint(tmp_path / "narrow.pt", state)
+    for init in ("random", tmp_path / "plain.pt", tmp_path / "older.pt"):
+        assert f"--from-head 2: {init} has no projection head" in refused(init, 2)
+    assert "--from-head 4: the projection head in" in refused(pretrained[0], 4)
+    assert "holds a projection head that does not fit: " in refused(tmp_path / "narrow.pt", 2)
+
+
+def test_an_older_encoder_gets_its_head_from_the_last_checkpoint(pretrained, labelled, capsys):
+    encoder, _ = pretrained
+    state = load_checkpoint(encoder)
+    head = state.pop("projector")
+    save_checkpoint(encoder, state)
+    pretrain.main([*SMALL, "--data", str(labelled), "--proj-layers", "3", "--proj-width", "96",
+                   "--out", str(encoder.parent)])
+    assert "is complete" in capsys.readouterr().out
+    again = load_checkpoint(encoder)["projector"]
+    assert all(torch.equal(value, again[key]) for key, value in head.items())
