@@ -4,6 +4,8 @@ labels in, classifier and table out.
     python finetune.py --fraction 0.01              the encoder of pretrain.py, 1 % of the labels
     python finetune.py --init random runs/pretrain/encoder.pt --fraction 0.01 0.1 1 \\
         --mode linear full --seeds 0 1 2            all combinations, in one table
+    python finetune.py --mode linear --folds 5 --init A/encoder.pt B/encoder.pt
+                                                    which of two encoders? without a look at test
     torchrun --nproc_per_node=8 finetune.py         eight GPUs: the same batches, faster
 
 `linear` fits a logistic regression to the features of the frozen encoder. `full` trains
@@ -17,6 +19,7 @@ same command goes on after an interruption, at the last whole epoch. A command t
 for more fractions, seeds, modes or initialisations trains only what is missing.
 """
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
@@ -33,7 +36,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.models import ResNet
 
 import run_folder
 from checkpoint import (
@@ -43,14 +45,14 @@ from common import DataError, plain_name, write_text
 from dali_pipeline import Augmentation, Preprocessing, eval_loader, train_loader
 from flags import ENCODERS, PRECISION, THREADS, flag
 from labels import (
-    Draw, Task, add_labels, cell_weights, draw, labels_required, make_task, masked_cross_entropy,
-    policy_sentence, to_probabilities)
+    Draw, Task, add_labels, cell_weights, deal, draw, labels_required, make_task,
+    masked_cross_entropy, policy_sentence, to_probabilities)
 from manifest import Manifest, image_flags, read_manifest
 from manifest_csv import SPLITS
 from model import Classifier, build_encoder, extract_features, first_layers, num_features
-from probe import STRENGTHS, cached_features, fit_logistic
+from probe import PROBE_CELLS, STRENGTHS, cached_features, counted_labels, fit_logistic
 from run import Compute
-from scores import report, val_score, youden
+from scores import report, report_folds, val_score, youden
 
 # Initialisations that are no file, and their names in tables.
 NAMES = {"random": "Scratch", "imagenet": "ImageNet"}
@@ -84,6 +86,9 @@ class Config:
     overwrite: bool = flag(False, "begin anew in a run folder that holds a run", may_differ=True)
     from_head: int = flag(0, "keep the first N layers of the projection head, each with batch norm "
                           "and ReLU; 0: the encoder alone", 0, metavar="N")
+    folds: int = flag(0, "cross-validate linear classifiers over train and val in K folds, and "
+                      "leave test alone; 0: train on train, choose on val, report on test", 0,
+                      metavar="K")
 
     labels: tuple[str, ...] = flag((), "columns of the manifest (default: all)", metavar="NAME",
                                    section="labels")
@@ -117,6 +122,11 @@ class Config:
             setattr(self, name, tuple(dict.fromkeys(getattr(self, name))))  # the same twice is once
         if self.peak and "full" not in self.mode:
             raise ValueError("--peak is over epochs and needs --mode full")
+        if self.folds and self.mode != ("linear",):
+            raise ValueError("--folds judges linear classifiers and needs --mode linear")
+        if self.folds in (1, 2):
+            raise ValueError("--folds takes 3 or more: one fold is predicted, one chooses the "
+                             "regularisation, and the others are learned from")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -290,8 +300,8 @@ def inherit(config: Config, inits: list[Init], say: Callable) -> dict[str, Any]:
     return setting
 
 
-def labelled_images(manifest: Manifest) -> dict[str, np.ndarray]:
-    """The images of each split that have a label; DataError where a split has none.
+def labelled_images(manifest: Manifest, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """The images of these splits that have a label; DataError where a split has none.
 
     A row of empty cells is an image without labels, whatever --blank says."""
     table = manifest.folder / "manifest.csv"
@@ -299,7 +309,7 @@ def labelled_images(manifest: Manifest) -> dict[str, np.ndarray]:
         raise DataError(f"{table} has no label column: there is nothing to fine-tune on")
     label_count = (~np.isnan(manifest.labels)).sum(1)                       # (N,)
     splits = {}
-    for split in SPLITS:
+    for split in names:
         images = manifest.images(split)
         splits[split] = images[label_count[images] > 0]
     for split, images in splits.items():
@@ -333,6 +343,15 @@ def teachable_labels(manifest: Manifest, train: np.ndarray, config: Config,
     return names
 
 
+def frequent_labels(names: list[str], manifest: Manifest, images: np.ndarray, config: Config,
+                    say: Callable) -> list[str]:
+    """Those of the labels that a cross-validation over these images can score."""
+    counted = counted_labels(task_of(names, manifest, images, config).truth[images])
+    if rare := [name for name, enough in zip(names, counted) if not enough]:
+        say(f"left out, with fewer than {PROBE_CELLS} positives or negatives:", ", ".join(rare))
+    return [name for name in names if name not in rare]
+
+
 def check_truth(task: Task, label_names: list[str], manifest: Manifest,
                 splits: dict[str, np.ndarray], say: Callable) -> None:
     """DataError where val or test can score nothing; say which labels val cannot score."""
@@ -355,11 +374,14 @@ def read_study(config: Config, compute: Compute) -> Study:
 
     # The labels that train can teach. Fewer labels may be exclusive where all of them were not.
     manifest = read_manifest(setting["data"])
-    splits = labelled_images(manifest)
-    train = splits["train"]
+    splits = labelled_images(manifest, ("train", "val") if config.folds else SPLITS)
+    train = np.concatenate([*splits.values()]) if config.folds else splits["train"]
     names = teachable_labels(manifest, train, config, say)
+    if config.folds:
+        names = frequent_labels(names, manifest, train, config, say)
     task = task_of(names, manifest, train, config)
-    check_truth(task, names, manifest, splits, say)
+    if not config.folds:
+        check_truth(task, names, manifest, splits, say)
     counts = ", ".join(f"{len(images)} {split}" for split, images in splits.items())
     policy = policy_sentence(task.kind, config.uncertain, config.blank, config.balance)
     say(f"{manifest.folder}: {counts} images with labels\n"
@@ -367,8 +389,10 @@ def read_study(config: Config, compute: Compute) -> Study:
 
     # The patients that each combination learns from.
     labels = task.training_labels[train]                                    # (n, L)
-    draws = {(fraction, seed): draw(manifest.patients[train], labels, fraction, seed)
-             for fraction, seed in itertools.product(config.fraction, config.seeds)}
+    draws = {}
+    if not config.folds:                # each fold has draws of its own
+        draws = {(fraction, seed): draw(manifest.patients[train], labels, fraction, seed)
+                 for fraction, seed in itertools.product(config.fraction, config.seeds)}
     if config.batch_size % compute.world_size:
         raise DataError(f"--batch-size {config.batch_size} is global and must divide by the "
                         f"{compute.world_size} processes")
@@ -522,6 +546,55 @@ def fit_probes(study: Study, missing: list[Combination]) -> dict[Combination, di
             else:
                 heads[c] = outcome.net.head.state_dict()
     return heads
+
+
+# --------------------------------------------------------------------------------------------------
+# Cross-validated (--folds): the same linear classifiers, where test shall not choose between
+# encoders and val is too small to.
+
+def study_of_fold(study: Study, images: np.ndarray, fold: np.ndarray, k: int,
+                  c: Combination) -> Study:
+    """Fold k of the images (n,) in the place of test, the next fold in that of val, and a draw
+    from the others."""
+    chosen_by = (k + 1) % study.config.folds
+    train = images[(fold != k) & (fold != chosen_by)]
+    splits = {"train": train, "val": images[fold == chosen_by], "test": images[fold == k]}
+    labels = study.task.training_labels[train]                              # (m, L)
+    for name, column in zip(study.label_names, labels.T):
+        if np.isnan(column).all():
+            raise DataError(f"--folds: what fold {k} is predicted from says nothing of {name}; "
+                            "leave it out with --labels")
+    sample = draw(study.manifest.patients[train], labels, c.fraction, c.seed)
+    return dataclasses.replace(study, splits=splits, draws={(c.fraction, c.seed): sample})
+
+
+def cross_validate(study: Study, combinations: list[Combination]) -> None:
+    """Predict every image of train and val by a regression that knows nothing of its fold: neither
+    what it learned nor its regularisation was chosen there. Then report on it."""
+    config, manifest, out = study.config, study.manifest, study.out
+    images = np.concatenate([*study.splits.values()])                       # (n,)
+    patients = manifest.patients[images]
+    for init in study.inits.values():
+        missing = [c for c in combinations if c.init == init.key and c not in study.predictions]
+        if not missing:
+            continue
+        frozen = read_features(study, init)
+        for c in missing:
+            fold = deal(patients, config.folds, c.seed)                     # (n,)
+            predictions = np.empty((len(images), len(study.label_names)))
+            for k in range(config.folds):
+                part = study_of_fold(study, images, fold, k, c)
+                predictions[fold == k] = LinearProbe(part, frozen).fit(c).test
+            study.predictions[tuple(c)] = {
+                "predictions": torch.from_numpy(predictions), "fold": torch.from_numpy(fold)}
+            study.compute.say(f"{study.name(c)}: {config.folds} folds")
+        save_checkpoint(out / "predictions.pt", study.predictions)
+
+    about = {"data": study.settings["data"], "labels": study.policy, "folds": config.folds}
+    predictions = {(c.mode, c.fraction, study.inits[c.init].name, c.seed): study.predictions[c]
+                   for c in combinations}
+    report_folds(out, about, predictions, study.label_names, study.task.truth[images], patients)
+    study.compute.say(f"done: {out / 'results.md'}, {out / 'results.json'}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -803,6 +876,10 @@ def finetune(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     # heads that full ones start from; then the full ones, by all processes.
     combinations = [Combination(*c) for c in itertools.product(
         config.mode, config.fraction, study.inits, config.seeds)]
+    if config.folds:
+        if compute.rank == 0:
+            cross_validate(study, combinations)
+        return
     missing = [c for c in combinations if c not in study.predictions]
     heads = fit_probes(study, missing) if compute.rank == 0 else {}
     for c in missing:

@@ -23,7 +23,7 @@ import predict
 import pretrain
 from checkpoint import load_checkpoint, save_checkpoint
 from dali_pipeline import Preprocessing, eval_loader
-from labels import draw
+from labels import deal, draw
 from manifest import read_manifest
 from model import SimCLR, build_encoder
 from predict import load_classifier
@@ -510,3 +510,89 @@ def test_an_older_encoder_gets_its_head_from_the_last_checkpoint(pretrained, lab
     assert "is complete" in capsys.readouterr().out
     again = load_checkpoint(encoder)["projector"]
     assert all(torch.equal(value, again[key]) for key, value in head.items())
+
+
+# --------------------------------------------------------------------------------------------------
+# Cross-validation over train and val.
+
+@pytest.fixture(scope="module")
+def validated(labelled, encoder, tmp_path_factory):
+    """Two initialisations on three folds, where no image of test can be read."""
+    folder, out = tmp_path_factory.mktemp("folds") / "data", tmp_path_factory.mktemp("folds")
+    shutil.copytree(labelled, folder)
+    manifest = read_manifest(labelled)
+    for i in manifest.images("test"):
+        (folder / manifest.paths[i]).write_bytes(b"not an image")
+    command = ["--mode", "linear", "--folds", 3, "--fraction", 0.5, 1, "--seeds", 0, 1,
+               "--batch-size", 8, "--threads", 1, "--init", "random", encoder, "--out"]
+    command += [out / "run", "--data", folder]
+    main(*command)
+    return out / "run", command
+
+
+def test_cross_validation_in_one_table(validated, labelled, capsys):
+    out, command = validated
+    manifest = read_manifest(labelled)
+    text, results = (out / "results.md").read_text(), json.loads((out / "results.json").read_text())
+    assert "96 images of 48 patients, train and val together; no image of test was read" in text
+    assert results["folds"] == 3
+    assert [(r["fraction"], r["init"], r["seed"], r["label"]) for r in results["results"]] == list(
+        itertools.product((0.5, 1.0), ("Scratch", "SimCLR"), (0, 1), ("Mass", "Effusion")))
+    last = results["means"][-1]
+    mean = np.mean([r["auroc"] for r in results["results"][-4:]])
+    assert last["auroc"] == pytest.approx(mean) and last["low"] <= mean <= last["high"]
+    assert last["auroc"] > 0.6
+    assert re.search(rf"\| SimCLR \|.*{mean:.3f}.* \| {last['low']:.3f} to {last['high']:.3f} \|",
+                     text.split("## 100 %")[1])
+    pair = results["comparisons"][-1]
+    assert (pair["init"], pair["against"], pair["label"]) == ("SimCLR", "Scratch", "mean")
+    assert (f"SimCLR − Scratch: mean AUROC {pair['difference']:+.3f} (95 % {pair['low']:+.3f} to "
+            f"{pair['high']:+.3f}, p = ") in text
+
+    # Nothing is left to do but the table; another command is another run.
+    main(*command)
+    assert "features of" not in capsys.readouterr().out
+    assert (out / "results.md").read_text() == text
+    assert not (out / "classifier.pt").exists()
+    with pytest.raises(SystemExit, match=r"with other flags: .*--folds \(3 there, 0 here\)"):
+        main("--init", "random", "--data", manifest.folder, "--out", out)
+
+
+def test_a_fold_has_no_say_in_its_own_predictions(validated, labelled, encoder, tmp_path):
+    """Its labels permuted, they are the same to the bit, and so is the strength of
+    regularisation; those of the other folds are not."""
+    manifest = read_manifest(labelled)
+    images = np.concatenate([manifest.images("train"), manifest.images("val")])
+    images = images[~np.isnan(manifest.labels[images]).all(1)]
+    fold = deal(manifest.patients[images], 3, 0)
+    moved = images[fold == 1] + 1                       # rows of the table, after its header
+
+    def permute(lines):
+        labels = random.Random(0).sample([lines[i][3:] for i in moved], len(moved))
+        for i, cells in zip(moved, labels):
+            lines[i][3:] = cells
+        return lines
+
+    out, command = validated
+    main(*command, "--out", tmp_path / "run",
+         "--data", changed(labelled, tmp_path / "data", permute))
+    a, b = (load_checkpoint(folder / "predictions.pt") for folder in (out, tmp_path / "run"))
+    assert len(a) == 8 and a.keys() == b.keys()
+    for key in a:
+        if key[3] == 0:
+            assert all(np.array_equal(entry[key]["fold"], fold) for entry in (a, b))
+            same = (a[key]["predictions"] == b[key]["predictions"]).numpy()
+            assert same[fold == 1].all() and not same[fold != 1].all()
+        assert a[key]["predictions"].isfinite().all()
+
+
+def test_folds_that_cannot_be_are_refused(labelled, encoder, tmp_path, capsys):
+    def refused(*arguments):
+        with pytest.raises(SystemExit) as end:
+            main("--init", encoder, "--out", tmp_path / "run", *arguments)
+        return end.value.code if isinstance(end.value.code, str) else capsys.readouterr().err
+
+    assert "--folds judges linear classifiers and needs --mode linear" in refused("--folds", 5)
+    assert "--folds takes 3 or more" in refused("--folds", 2, "--mode", "linear")
+    assert "--folds 50 are too many for 48 labelled patients" in refused(
+        "--folds", 50, "--mode", "linear")
