@@ -177,7 +177,7 @@ def _imagenet_state(arch: str) -> dict[str, Tensor]:
     except (urllib.error.URLError, OSError) as error:
         raise CheckpointError(
             f"the ImageNet weights cannot be downloaded ({error}): fetch {weights.url} elsewhere "
-            "and give its path instead of 'imagenet'") from None
+            f"and put it into {torch.hub.get_dir()}/checkpoints") from None
 
 
 def _encoder_state(path: str | Path, arch: str, say: Callable) -> dict[str, Tensor]:

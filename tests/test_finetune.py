@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import finetune
 import predict
 import pretrain
+import study
 from checkpoint import load_checkpoint, save_checkpoint
 from dali_pipeline import Preprocessing, eval_loader
 from labels import deal, draw
@@ -119,7 +120,7 @@ def test_linear_leaves_the_encoder_alone(table, encoder, monkeypatch):
     """Better than chance, and from kept features: no image is touched."""
     out = table[0].parent / "linear"
     with monkeypatch.context() as patch:
-        patch.setattr("model.extract_features", None)
+        patch.setattr("probe.extract_features", None)
         main("--init", encoder, "--mode", "linear", "--seeds", 0, 1, "--fraction", 0.5, 1,
              "--out", out)
     assert np.mean([r["auroc"] for r in rows(out)]) > 0.7
@@ -146,7 +147,7 @@ def test_test_labels_decide_nothing_and_no_test_patient_is_drawn(table, labelled
         return draw(patients, *rest)
 
     drawn, (out, command) = [], table
-    monkeypatch.setattr(finetune, "draw", remember)
+    monkeypatch.setattr(study, "draw", remember)
     main(*command, tmp_path / "run", "--data", changed(labelled, tmp_path / "data", permute))
     manifest = read_manifest(labelled)
     assert drawn
@@ -263,6 +264,9 @@ def test_ctrl_c_while_a_checkpoint_is_written(tmp_path):
 
 def test_a_run_takes_more_and_trains_only_that(table, encoder, capsys):
     more = shutil.copytree(table[0], table[0].parent / "more")
+    config = json.loads((more / "config.json").read_text())
+    config = {name: value for name, value in config.items() if name not in ("from_head", "folds")}
+    (more / "config.json").write_text(json.dumps(config))       # of a version without these flags
     main(*FULL, "--init", encoder, "random", "--mode", "linear", "full", "--fraction", 0.5, 0.2,
          "--seeds", 0, "--peak", "--out", more)
     output, before = capsys.readouterr().out, {tuple(row.values()) for row in rows(table[0])}
@@ -554,7 +558,7 @@ def test_cross_validation_in_one_table(validated, labelled, capsys):
     assert "features of" not in capsys.readouterr().out
     assert (out / "results.md").read_text() == text
     assert not (out / "classifier.pt").exists()
-    with pytest.raises(SystemExit, match=r"with other flags: .*--folds \(3 there, 0 here\)"):
+    with pytest.raises(SystemExit, match=r"with other flags: .*--folds \(3 there, None here\)"):
         main("--init", "random", "--data", manifest.folder, "--out", out)
 
 
