@@ -167,7 +167,7 @@ def fit_probes(study: Study, missing: list[Combination]) -> dict[Combination, di
     """Finish the linear combinations; return the heads that full ones start from."""
     heads = {}
     # What goes on from a checkpoint has its head from there.
-    begun = {study.last_key, *(c for c in missing if study.waiting(c).exists())}
+    begun = {study.last_key, *(c for c in missing if study.waiting_file(c).exists())}
     for init in study.inits.values():
         combinations = [c for c in missing if c.init == init.key and (
             c.mode == "linear" or (c.starts_from_probe and c not in begun))]
@@ -314,9 +314,9 @@ def claim_last(study: Study, c: Combination) -> None:
     one is asked for again."""
     key = study.last_key
     if key is not None and key != c and key not in study.predictions:
-        os.replace(study.last, study.waiting(key))
-    if study.waiting(c).exists():
-        os.replace(study.waiting(c), study.last)
+        os.replace(study.last, study.waiting_file(key))
+    if study.waiting_file(c).exists():
+        os.replace(study.waiting_file(c), study.last)
 
 
 def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> Outcome:

@@ -110,7 +110,7 @@ class Study:
             return key if isinstance(key, tuple) else None
         return None
 
-    def waiting(self, key: tuple) -> Path:
+    def waiting_file(self, key: tuple) -> Path:
         """Where a combination's last.pt waits while others are trained."""
         return self.out / f"last-{plain_name('-'.join(map(str, key[1:])))}.pt"
 
