@@ -40,7 +40,7 @@ from archive import write_archive
 from bench_growth import bench_manifest, bench_scaling
 from checkpoint import ARCHITECTURES
 from common import write_text
-from dali_pipeline import Augmentation, Loader, Preprocessing, train_loader
+from dali_pipeline import Loader, Preprocessing, train_loader
 from flags import number_within
 from labels import draw
 from loss import nt_xent
@@ -49,6 +49,7 @@ from model import MEAN, STD, SimCLR, build_encoder
 from probe import STRENGTHS, fit_logistic
 from radiograph import ImageSettings, read_image
 from timing import CUDA, DEVICE, LINES, machine, median_seconds, peak_mib, report, seconds
+from views import Augmentation
 
 BATCHES = 8                             # that a loader delivers between two looks at the clock
 

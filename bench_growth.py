@@ -20,13 +20,14 @@ from torch.multiprocessing.spawn import spawn
 import phantom
 from archive import write_archive
 from common import DataError, write_text
-from dali_pipeline import Augmentation, Preprocessing, train_loader
+from dali_pipeline import Preprocessing, train_loader
 from loss import nt_xent
 from manifest import read_manifest
 from manifest_csv import SPLITS
 from model import SimCLR, build_encoder
 from syncbn import SyncBatchNorm
 from timing import median_seconds, report
+from views import Augmentation
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """DICOM radiographs: which files are taken, who they are of, and how they are meant to be seen.
 
-Nothing of a header goes on into a data folder but a keyed hash of who and which image it is. All
-that touches an identity stands in this file.
+Nothing of a header goes on into a data folder but the view, as one of a few words, and a keyed hash
+of who, which study and which image it is. All that touches an identity stands in this file.
 """
 import argparse
 import hashlib
@@ -31,6 +31,9 @@ from tables import Table, read_labels, read_table, understand
 SUFFIXES = (".dcm", ".dicom", ".dic", ".ima")       # of DICOM files, if they have one
 NO_DICOM = "not a DICOM file"                       # the reason of most files that are not taken
 
+# ViewPosition goes on into the manifest as one of these; another text might name a person.
+VIEWS = {"AP", "PA", "LATERAL", "LL", "RL", "LLD", "RLD", "LLO", "RLO", "OBLIQUE"}
+
 # Why a file is not taken whose image another file has.
 COPY = "SOPInstanceUID of an earlier file"
 DAMAGED_COPY = "damaged, and another file of its SOPInstanceUID is not"
@@ -42,6 +45,10 @@ class Identity(NamedTuple):
     PatientID: str
     StudyInstanceUID: str
     SOPInstanceUID: str
+    ViewPosition: str = ""              # no identity, but read with it
+
+
+KEYS = Identity._fields[:3]             # what --labels may go by
 
 
 # --------------------------------------------------------------------------------------------------
@@ -441,7 +448,7 @@ def dicom_flags(flag: Callable) -> None:
     flag("--salt", type=Path,
          help="file of the secret for hashing identities, made if missing (default: OUT.salt)")
     flag("--labels", type=Path, help="CSV of labels")
-    flag("--key", choices=(*Identity._fields, "file"), default="PatientID",
+    flag("--key", choices=(*KEYS, "file"), default="PatientID",
          help="whose they are, by a header element or the file's name or path (default: "
               "PatientID)")
     flag("--key-column", metavar="COLUMN", help="its column of that (default: named as --key)")
@@ -482,8 +489,10 @@ def dicom_items(args: argparse.Namespace, files: list[str]) -> Source:
         image = identity.SOPInstanceUID or f"file {file}"
         taken[file] = identity
         patient = code(patient_text(identity, file, args.patient_from))
+        study, view = identity.StudyInstanceUID, identity.ViewPosition.upper()
         source.items.append(Item(
-            file, f"images/{patient}/{code(image)}.jpg", patient, split="", labels=()))
+            file, f"images/{patient}/{code(image)}.jpg", patient, split="", labels=(),
+            study=code(study) if study else "", view=view if view in VIEWS else ""))
     source.rejected += rejected.items()
 
     if table:

@@ -39,7 +39,7 @@ from checkpoint import (
     ARCHITECTURES, FORMAT, MALFORMED, CheckpointError, first_not_finite, load_checkpoint,
     save_checkpoint)
 from common import write_text
-from dali_pipeline import Augmentation, eval_loader, train_loader
+from dali_pipeline import eval_loader, train_loader
 from flags import ENCODERS, PRECISION, THREADS, flag
 from labels import Draw, add_labels, cell_weights, masked_cross_entropy, to_probabilities
 from linear import LinearProbe, cross_validate, read_features
@@ -48,6 +48,7 @@ from model import extract_features
 from run import Compute
 from scores import report, report_folds, youden
 from study import Combination, Outcome, Study, read_study
+from views import Augmentation
 
 # Of full training: smaller crops than pre-training's, no blur, and brightness that varies less.
 AUGMENTATION = Augmentation(crop_area=(0.6, 1.0), blur=(0.0, 0.0), brightness=0.2, contrast=0.2)

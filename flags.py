@@ -19,7 +19,8 @@ ENCODERS = ("runs/pretrain/encoder.pt", "runs/demo/encoder.pt")
 # The same in every stage that trains or extracts features: `precision: str = flag(**PRECISION)`.
 PRECISION: dict[str, Any] = dict(
     default="auto", choices=("auto", "bf16", "fp16", "fp32"), may_differ=True,
-    help="auto: bf16 on a GPU that has it, fp16 on other GPUs, fp32 on a CPU")
+    help="auto: bf16 on a GPU that has it, and for pre-training on such a CPU; fp16 on other "
+         "GPUs, fp32 on other CPUs")
 THREADS: dict[str, Any] = dict(
     default=None, low=1, high=256, may_differ=True,
     help="of the loader, for each process (default: cores / processes, at most 8)")

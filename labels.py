@@ -111,6 +111,36 @@ def cell_weights(targets: np.ndarray, mask: np.ndarray, balance: bool) -> np.nda
     return weights / weights.mean()
 
 
+def image_weights(names: tuple[str, ...], patients: np.ndarray, labels: np.ndarray,
+                  label_names: list[str], rows: np.ndarray) -> np.ndarray:
+    """How much each of N images counts in pre-training, (N,): 1 on average over `rows`, else 0.
+
+    names: `patient` gives every patient (N,) the same sum of weights. A label gives its
+    present and its absent cells (N, L) the same sum; an unknown one, -1 or empty, leaves
+    its image at 1. With several names an image has the mean of its weights. DataError
+    where a name is none of these, or where all known cells of a label say the same."""
+    total = np.zeros(len(rows))
+    for name in names:
+        if name == "patient":
+            answers = patients[rows]
+            known = np.ones(len(rows), bool)
+        elif name in label_names:
+            answers = labels[rows, label_names.index(name)]
+            known = np.isin(answers, (0, 1))
+        else:
+            choice = ", ".join(["patient", *label_names])
+            raise DataError(f"--balance {name}: there is no such label; the choice is {choice}")
+        if len(np.unique(answers[known])) < 2:
+            raise DataError(
+                f"--balance {name}: there is nothing to balance in the train split, where "
+                f"{known.sum()} of {len(rows)} images say it, and all of these the same")
+        total[known] += compute_sample_weight("balanced", answers[known])
+        total[~known] += 1
+    weights = np.zeros(len(labels))
+    weights[rows] = total / len(names)
+    return weights
+
+
 # --------------------------------------------------------------------------------------------------
 # From logits to the loss, and to probabilities.
 

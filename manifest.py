@@ -1,11 +1,11 @@
 """The data folder, which is the contract between the stages.
 
-It holds images/ and manifest.csv, whose columns are path, patient and split, then one column a
-label: 1 present, 0 absent, -1 uncertain, empty not mentioned. images.tar may stand for images/, see
-archive.py.
+It holds images/ and manifest.csv, whose columns are path, patient and split, then study and view if
+they are known, then one column a label: 1 present, 0 absent, -1 uncertain, empty not mentioned.
+images.tar may stand for images/, see archive.py.
 
-    path,patient,split,Cardiomegaly,Lung Opacity
-    images/p00001/s1.jpg,p00001,train,1,-1
+    path,patient,split,study,view,Cardiomegaly,Lung Opacity
+    images/p00001/s1.jpg,p00001,train,s1,PA,1,-1
 """
 import dataclasses
 import functools
@@ -37,6 +37,8 @@ class Manifest:
     splits: np.ndarray              # (N,) str: train, val or test
     labels: np.ndarray              # (N, L) float32: 1, 0, -1, or NaN for an empty cell
     label_names: list[str]          # L of them; none in an unlabelled folder
+    studies: np.ndarray | None = None   # (N,) str: what tells a patient's examinations apart, or ""
+    views: np.ndarray | None = None     # (N,) str: PA, AP, Lateral or another word, or ""
     listed: bool = True             # whether there is a manifest.csv
     sizes: np.ndarray | None = None     # (N,) int64: bytes of each image's file
     archive: Archive | None = None      # where the folder has an images.tar
@@ -57,7 +59,8 @@ class Manifest:
 
     def rows_digest(self) -> str:
         """Changes with every change of the table, and not with where it lies."""
-        columns = self.paths, self.patients, self.splits, self.label_names
+        columns = [self.paths, self.patients, self.splits, self.label_names]
+        columns += [column for column in (self.studies, self.views) if column is not None]
         return _digest(*("\n".join(column).encode("utf-8", "surrogateescape")
                          for column in columns), self.labels.tobytes())
 
@@ -79,6 +82,16 @@ class Manifest:
     def patient_numbers(self) -> np.ndarray:
         """A number for each image, (N,) int64, the same for images of one patient."""
         return np.unique(self.patients, return_inverse=True)[1]
+
+    def study_numbers(self) -> np.ndarray:
+        """The same for studies. An image whose study is not known has a number of its own."""
+        if self.studies is None:
+            raise DataError(f"{self.folder / 'manifest.csv'} has no column study, which "
+                            "--positives study needs")
+        names, study = np.unique(self.studies, return_inverse=True)
+        number = self.patient_numbers() * len(names) + study
+        number = np.where(self.studies == "", -1 - np.arange(len(study)), number)
+        return np.unique(number, return_inverse=True)[1]
 
     def files(self, images: np.ndarray) -> list[np.ndarray]:
         """What DALI gets of some images, uint8: from images.tar what is in their files,

@@ -9,6 +9,8 @@ import numpy as np
 from common import DataError, open_text
 
 SPLITS = ("train", "val", "test")
+FIRST_COLUMNS = ["path", "patient", "split"]
+OPTIONAL_COLUMNS = ["study", "view"]    # they follow in this order, each or none, before the labels
 LABEL_VALUES = {
     "1": 1.0, "1.0": 1.0,
     "0": 0.0, "0.0": 0.0,
@@ -24,6 +26,14 @@ class Table(NamedTuple):
     splits: np.ndarray
     labels: np.ndarray
     label_names: list[str]
+    studies: np.ndarray | None = None
+    views: np.ndarray | None = None
+
+
+def optional_columns(header: list[str]) -> list[str]:
+    """Which of the optional columns stand in their place after the first three."""
+    choices = OPTIONAL_COLUMNS, OPTIONAL_COLUMNS[:1], OPTIONAL_COLUMNS[1:]
+    return next((found for found in choices if header[3:3 + len(found)] == found), [])
 
 
 def table_at_once(file: Path) -> Table | None:
@@ -39,7 +49,10 @@ def table_at_once(file: Path) -> Table | None:
     lines = text.split("\n")[:-1]
     names = lines[0].split(",")
     special = any(character in text for character in '"\r\0')
-    if special or names[:3] != ["path", "patient", "split"] or len(lines) < 2 \
+    optional = optional_columns(names)
+    first_label = 3 + len(optional)
+    if special or names[:3] != FIRST_COLUMNS or len(lines) < 2 \
+            or not set(OPTIONAL_COLUMNS).isdisjoint(names[first_label:]) \
             or len(set(names)) < len(names) or not all(names) or max(map(len, lines)) > 10**5:
         return None
 
@@ -52,10 +65,11 @@ def table_at_once(file: Path) -> Table | None:
     if (characters[ends[:, -1]] != ord("\n")).any():
         return None
 
-    # The first three columns as text, and what has to hold of them.
+    # The columns of text, and what has to hold of them.
     # A list of lists would keep Python's garbage collector busy for seconds.
-    paths, patients, splits = (
-        [line.split(",", column + 1)[column] for line in lines[1:]] for column in range(3))
+    paths, patients, splits, *texts = (
+        [line.split(",", column + 1)[column] for line in lines[1:]]
+        for column in range(first_label))
     together = "\n".join(["", *paths])
     if ".." in together or "\n/" in together or len(set(paths)) < len(paths):
         return None
@@ -65,8 +79,8 @@ def table_at_once(file: Path) -> Table | None:
         return None
 
     # The labels, column by column: what stands between two commas is one of LABEL_VALUES.
-    labels = np.full((len(paths), len(names) - 3), np.nan, np.float32)
-    for column in range(3, len(names)):
+    labels = np.full((len(paths), len(names) - first_label), np.nan, np.float32)
+    for column in range(first_label, len(names)):
         starts = ends[1:, column - 1] + 1
         lengths = ends[1:, column] - starts
         recognised = np.count_nonzero(lengths == 0)
@@ -76,17 +90,21 @@ def table_at_once(file: Path) -> Table | None:
             rows = np.flatnonzero(lengths == len(cell))
             for place, character in enumerate(cell):
                 rows = rows[characters[starts[rows] + place] == ord(character)]
-            labels[rows, column - 3] = value
+            labels[rows, column - first_label] = value
             recognised += len(rows)
         if recognised < len(paths):
             return None
-    return Table(paths, np.array(patients), np.array(splits), labels, names[3:])
+    extra = dict(zip(optional, map(np.array, texts)))
+    return Table(paths, np.array(patients), np.array(splits), labels, names[first_label:],
+                 extra.get("study"), extra.get("view"))
 
 
 def table_by_rows(file: Path, folder: str | Path) -> Table:
     """The same for every CSV file; DataError names the first row and column that is wrong."""
     header, rows = _read_rows(file)
-    label_names = header[3:]
+    optional = optional_columns(header)
+    first_label = 3 + len(optional)
+    label_names = header[first_label:]
 
     row_of, split_of = {}, {}           # row of each path, split of each patient seen so far
     labels = np.empty((len(rows), len(label_names)), np.float32)
@@ -94,7 +112,7 @@ def table_by_rows(file: Path, folder: str | Path) -> Table:
         where = f"{file}, row {i + 2}"
         if len(row) != len(header):
             raise DataError(f"{where}: {len(row)} cells where the header has {len(header)}")
-        path, patient, split, *cells = row
+        path, patient, split = row[:3]
         parts = PurePosixPath(path).parts
         if not path or PurePosixPath(path).is_absolute() or ".." in parts:
             raise DataError(f"{where}, column path: {path!r} must be a path inside {folder}")
@@ -107,13 +125,16 @@ def table_by_rows(file: Path, folder: str | Path) -> Table:
         if split_of.setdefault(patient, split) != split:
             raise DataError(f"{where}, column patient: {patient} is in {split} and in "
                             f"{split_of[patient]}")
-        for column, cell in enumerate(cells):
+        for column, cell in enumerate(row[first_label:]):
             if cell not in LABEL_VALUES:
                 raise DataError(f"{where}, column {label_names[column]}: {cell!r} is none of "
                                 "1, 0, -1 or empty")
             labels[i, column] = LABEL_VALUES[cell]
     patients, splits = (np.array([row[column] for row in rows]) for column in (1, 2))
-    return Table([row[0] for row in rows], patients, splits, labels, label_names)
+    extra = {name: np.array([row[column] for row in rows])
+             for column, name in enumerate(optional, 3)}
+    return Table([row[0] for row in rows], patients, splits, labels, label_names,
+                 extra.get("study"), extra.get("view"))
 
 
 def _read_rows(file: Path) -> tuple[list[str], list[list[str]]]:
@@ -123,13 +144,16 @@ def _read_rows(file: Path) -> tuple[list[str], list[list[str]]]:
             header, *rows = csv.reader(f, strict=True)
     except (ValueError, csv.Error) as error:        # no line at all, no text, an open quote
         raise DataError(f"{file} is empty or not a CSV file ({error})") from None
-    for column, name in enumerate(("path", "patient", "split")):
+    for column, name in enumerate(FIRST_COLUMNS):
         if header[column:column + 1] != [name]:
             raise DataError(f"{file}, row 1: column {column + 1} must be '{name}', "
                             f"the header is {','.join(header)!r}")
-    for name in header[3:]:
+    for name in header[3 + len(optional_columns(header)):]:
         if not name:
             raise DataError(f"{file}, row 1: label column '' is without a name")
+        if name in OPTIONAL_COLUMNS:
+            raise DataError(f"{file}, row 1: column {name!r} is no label and must stand once, "
+                            "right after split, study before view")
         if header.count(name) > 1:
             raise DataError(f"{file}, row 1: label column {name!r} is there twice")
     while rows and not rows[-1]:                    # blank lines at the end

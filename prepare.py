@@ -40,7 +40,7 @@ from common import (                  # first: it answers Ctrl-C while the rest 
     restart_in_utf8, whole_file, write_csv, write_text)
 import archive
 from manifest import encoded, read_manifest
-from manifest_csv import SPLITS
+from manifest_csv import FIRST_COLUMNS, OPTIONAL_COLUMNS, SPLITS
 
 import numpy as np
 from PIL import Image
@@ -324,9 +324,11 @@ def prepare(args: argparse.Namespace) -> None:
         refuse_doubts(doubts_of(source, args, found), args.allow)
         card = data_card(source, args)
         write_text(args.out / "DATA.md", card)
-        rows = [(item.path, item.patient, item.split, *item.labels) for item in source.items]
-        write_csv(args.out / "manifest.csv",
-                  [("path", "patient", "split", *source.label_names), *rows])
+        columns = FIRST_COLUMNS + [
+            name for name in OPTIONAL_COLUMNS if any(getattr(item, name) for item in source.items)]
+        rows = [[*(getattr(item, name) for name in columns), *item.labels]
+                for item in source.items]
+        write_csv(args.out / "manifest.csv", [[*columns, *source.label_names], *rows])
     print(card)
 
 
@@ -464,7 +466,7 @@ def check_source(source: Source, args: argparse.Namespace, files: list[str]) -> 
         raise DataError("; ".join([f"no image found in {args.src}", *says]))
     # A label is a column of the manifest.
     for name in source.label_names:
-        taken = name in ("path", "patient", "split") or source.label_names.count(name) > 1
+        taken = name in FIRST_COLUMNS + OPTIONAL_COLUMNS or source.label_names.count(name) > 1
         if not name or taken:
             raise DataError(f"{name!r} cannot be the name of a label, or is that of two")
     # x.png, x.jpg and x.png.jpg in one folder: one image would replace another.

@@ -11,8 +11,6 @@ had been none; and log.jsonl, config.json and TensorBoard's event files. A last.
 that is copied into a new run folder starts the run there, with another learning
 rate, say.
 """
-# pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportArgumentType=false
-# The type stubs of PyTorch do not know its operations on lists of tensors, torch._foreach_*.
 import contextlib
 import dataclasses
 import functools
@@ -21,17 +19,15 @@ import math
 import operator
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import run  # first: it answers Ctrl-C while PyTorch loads
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import make_grid
 
@@ -40,13 +36,17 @@ from checkpoint import (
     ARCHITECTURES, FORMAT, MALFORMED, CheckpointError, first_not_finite, load_checkpoint,
     save_checkpoint)
 from common import DataError
-from dali_pipeline import Augmentation, Preprocessing, train_loader
+from dali_pipeline import Preprocessing, train_loader
 from flags import PRECISION, THREADS, flag
+from labels import image_weights
+from lars import LARS
 from loss import diagnostics, nt_xent
 from manifest import Manifest, read_manifest
 from model import MEAN, STD, SimCLR, build_encoder
 from probe import Probe, probe_sentence
 from run import Compute
+from run_folder import Curves, Progress, diverged
+from views import Augmentation
 
 # What a run writes, and --overwrite deletes. The first of them is what a run goes on from.
 RESULTS = ("last.pt", "encoder.pt", "log.jsonl", "events.out.tfevents.*")
@@ -97,6 +97,11 @@ class Config:
         PUBLISHED.contrast, "factor drawn from 1 ± this", 0, 0.999)
     blur: tuple[float, float] = flag(
         PUBLISHED.blur, "sigma, pixels of the view; 0 0 for none", metavar=("LOW", "HIGH"))
+    gamma: tuple[float, float] = flag(
+        PUBLISHED.gamma, "exponent of a view's gray levels in 0 to 1, log-uniform, to imitate "
+        "another machine; 1 1 for none", 0.01, 100, metavar=("LOW", "HIGH"))
+    equalize: float = flag(
+        PUBLISHED.equalize, "probability that a view's histogram is equalised", 0, 1)
 
     epochs: int = flag(
         100, "passes over the train split", 1, section="optimisation")
@@ -107,6 +112,14 @@ class Config:
     temperature: tuple[float, ...] = flag(
         (0.07,), "of NT-Xent; with two, a cosine goes from HIGH to LOW and back", 1e-6, 1e6,
         metavar=("LOW", "HIGH"))
+    positives: str = flag(
+        "image", "the second view is of the same image, or of another of its patient or study, "
+        "where there is one", choices=("image", "patient", "study"))
+    balance: tuple[str, ...] = flag(
+        (), "draw images in an epoch so that each patient, or present and absent of each of these "
+        "labels, comes equally often", metavar="patient|LABEL")
+    weigh_loss: bool = flag(
+        False, "instead of drawing by --balance, draw each image once and weigh its loss by it")
     same_patient: bool = flag(
         False, "count other images of an anchor's patient among its negatives")
     decoupled: bool = flag(False, "leave the positive out of the denominator")
@@ -140,6 +153,8 @@ class Config:
     save_every: int = flag(
         250, "steps from one checkpoint to the next", 1, may_differ=True)
 
+    bf16_on_cpu: ClassVar[bool] = True  # where --precision is auto
+
     @staticmethod
     def presets(args) -> dict:
         """Other defaults for --demo: minutes on two CPU cores."""
@@ -164,6 +179,10 @@ class Config:
         low, high = self.blur
         if not (0 == low == high or 0 < low <= high):
             raise ValueError(f"--blur {low} {high} must rise and be positive, or be 0 0")
+        if self.gamma[0] > self.gamma[1]:
+            raise ValueError(f"--gamma {self.gamma[0]:g} {self.gamma[1]:g} must rise")
+        if self.weigh_loss and not self.balance:
+            raise ValueError("--weigh-loss needs --balance, which says by what")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"--warmup-epochs {self.warmup_epochs:g} leaves nothing of --epochs "
                              f"{self.epochs}")
@@ -171,67 +190,6 @@ class Config:
 
 # --------------------------------------------------------------------------------------------------
 # What is trained.
-
-class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (You et al. 2017) with momentum, as SimCLR uses it.
-
-    A weight's step is scaled by trust |w| / |g|, so that layers learn at the same
-    relative pace however large the batch. Biases and batch norm, which are
-    one-dimensional, get neither that nor weight decay."""
-
-    def __init__(self, parameters, lr: float, weight_decay: float = 0.0, momentum: float = 0.9,
-                 trust: float = 0.001):
-        super().__init__(parameters, dict(
-            lr=lr, weight_decay=weight_decay, momentum=momentum, trust=trust))
-
-    # Tells PyTorch's GradScaler that a step unscales its gradients and skips itself where one of
-    # them overflowed. Left to the scaler, the host would wait in every step to know.
-    _step_supports_amp_scaling = True
-    grad_scale: Tensor  # these two exist only while the scaler makes a step
-    found_inf: Tensor   # 1 where the step is to be skipped
-
-    @torch.no_grad()
-    def step(self):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One step of all parameters, by operations on lists of tensors: on a GPU
-        that is a dozen launches instead of six for each parameter."""
-        for group in self.param_groups:
-            trained = [p for p in group["params"] if p.grad is not None]
-            for p in trained:
-                if "momentum_buffer" not in self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            if hasattr(self, "grad_scale"):
-                torch._foreach_div_([p.grad for p in trained], self.grad_scale)
-            weights = [p for p in trained if p.ndim > 1]
-            biases = [p for p in trained if p.ndim <= 1]
-            if weights:
-                self._update(weights, self._adapted(weights, group), group)
-            if biases:
-                self._update(biases, [p.grad for p in biases], group)
-
-    def _adapted(self, weights: list[Tensor], group: dict) -> list[Tensor]:
-        """Gradients with weight decay, each scaled to the norm of its weight."""
-        gradients = torch._foreach_add(
-            [p.grad for p in weights], weights, alpha=group["weight_decay"])
-        weight_norms = torch.stack(torch._foreach_norm(weights))
-        gradient_norms = torch.stack(torch._foreach_norm(gradients))
-        # A weight or gradient of zero has no proportion: its gradient stays as it is.
-        scales = torch.where((weight_norms > 0) & (gradient_norms > 0),
-                             group["trust"] * weight_norms / gradient_norms, 1.0)
-        torch._foreach_mul_(gradients, list(scales.unbind()))
-        return gradients
-
-    def _update(self, parameters: list[Tensor], gradients: list, group: dict) -> None:
-        momenta = [self.state[p]["momentum_buffer"] for p in parameters]
-        decay, lr = group["momentum"], group["lr"]
-        if hasattr(self, "found_inf"):
-            # A step to be skipped leaves momenta and parameters as they are.
-            skip = self.found_inf > 0
-            decay, lr = torch.where(skip, 1.0, decay), torch.where(skip, 0.0, lr)
-            gradients = [torch.where(skip, 0.0, gradient) for gradient in gradients]
-        torch._foreach_mul_(momenta, decay)
-        torch._foreach_add_(momenta, gradients)
-        torch._foreach_sub_(parameters, torch._foreach_mul(momenta, lr))
-
 
 class Training:
     """All that a step changes, which is all that last.pt keeps.
@@ -329,11 +287,6 @@ class Training:
 # --------------------------------------------------------------------------------------------------
 # What is prepared before the loop.
 
-def diverged(what: str, config: Config) -> FloatingPointError:
-    return FloatingPointError(f"{what}; the last good checkpoint stays in {config.out}; "
-                              "a lower --lr may help")
-
-
 def begin_or_go_on(training: Training, contents: dict[str, dict[str, str]], config: Config,
                    compute: Compute, resources: contextlib.ExitStack) -> None:
     """Lock the run folder for this run and bring `training` to where its last.pt left off.
@@ -398,6 +351,27 @@ def choose_probe(config: Config, manifest: Manifest) -> Probe | None:
     return Probe(manifest, config.probe_images, config.seed)
 
 
+class Sampling(NamedTuple):
+    """Of each of the manifest's N images (N,), or None where that is the same for all."""
+    draws: np.ndarray | None   # how often it is drawn, in proportion
+    losses: np.ndarray | None  # what the losses of its anchors weigh
+    groups: np.ndarray | None  # a number, equal for those that may be each other's positive
+
+
+def choose_sampling(config: Config, manifest: Manifest, train: np.ndarray) -> Sampling:
+    """By --balance, --weigh-loss and --positives. DataError where the manifest lacks a column."""
+    weights = groups = None
+    if config.balance:
+        weights = image_weights(config.balance, manifest.patient_numbers(), manifest.labels,
+                                manifest.label_names, train)
+    if config.positives == "patient":
+        groups = manifest.patient_numbers()
+    if config.positives == "study":
+        groups = manifest.study_numbers()
+    draws, losses = (None, weights) if config.weigh_loss else (weights, None)
+    return Sampling(draws, losses, groups)
+
+
 class Schedule(NamedTuple):
     """When things happen, in steps. Batches run on from one epoch into the next."""
     images: int       # in the train split
@@ -432,60 +406,7 @@ def plan(config: Config, probe: Probe | None, images: int) -> Schedule:
     return Schedule(images, config.batch_size, total, warmup, end, probes)
 
 
-class Progress:
-    """Loss and time since the last log line. The loss stays on the GPU until it is read there."""
-
-    NEVER = torch.iinfo(torch.int64).max
-
-    def __init__(self, config: Config, compute: Compute, step: int):
-        self.config, self.compute = config, compute
-        self.first_bad = torch.tensor(self.NEVER, device=compute.device)
-        self._begin(step)
-
-    def _begin(self, step: int) -> None:
-        self.loss_sum = torch.zeros((), device=self.compute.device)
-        self.step, self.start, self.waits = step, time.perf_counter(), []
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Probes and checkpoints do not count: speed is that of training."""
-        start = time.perf_counter()
-        yield
-        self.start += time.perf_counter() - start
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """What the loader lets the step wait. On a GPU it is the GPU that waits, while this
-        process goes on at once, so that the time is taken there."""
-        start = self.compute.now()
-        yield
-        self.waits.append((start, self.compute.now()))
-
-    def add(self, loss: Tensor, step: int) -> None:
-        """The loss of the step that led to `step`; whether it is finite is asked in `read`."""
-        self.loss_sum += loss.detach()
-        self.first_bad = self.first_bad.minimum(torch.where(loss.isfinite(), self.NEVER, step))
-
-    def read(self, step: int, last: dict[str, Tensor]) -> dict[str, float]:
-        """What to log, averaged over the processes, and begin anew. last: of the last batch.
-
-        FloatingPointError where the loss of a step since the last line was not finite."""
-        steps = step - self.step
-        scalars = last | {"loss": self.loss_sum / steps}
-        averages = self.compute.reduce(torch.stack(list(scalars.values())))
-        first_bad = int(self.compute.reduce(self.first_bad, dist.ReduceOp.MIN))
-        if first_bad < self.NEVER:
-            raise diverged(f"the loss is not finite at step {first_bad}", self.config)
-        averages = (averages / self.compute.world_size).tolist()
-        seconds = time.perf_counter() - self.start
-        waited = sum(self.compute.seconds(*wait) for wait in self.waits)
-        self._begin(step)
-        return dict(zip(scalars, averages)) | {
-            "images_per_second": steps * self.config.batch_size / seconds,
-            "wait_seconds": waited, "wait_share": waited / seconds}
-
-
-def backward_in_pieces(model: nn.Module, x: Tensor, size: int, loss_of: Callable,
+def backward_in_pieces(model: Any, x: Tensor, size: int, loss_of: Callable,
                        scaler: torch.amp.GradScaler, compute: Compute) -> tuple[Tensor, Tensor]:
     """Gradient caching (Gao et al. 2021): the loss of a whole batch, with memory for a piece of it.
 
@@ -496,14 +417,11 @@ def backward_in_pieces(model: nn.Module, x: Tensor, size: int, loss_of: Callable
 
     Adds up the gradients of the parameters; returns z (2N, D) and the loss."""
     net = model.module if isinstance(model, DistributedDataParallel) else model
-    buffers = list(net.buffers())
-    before = [buffer.clone() for buffer in buffers]
-    # The first pass goes past DistributedDataParallel, which would prepare for a backward pass.
     pieces = x.contiguous(memory_format=torch.channels_last).split(size)
-    with torch.no_grad(), compute.autocast():
-        z = torch.cat([net(piece) for piece in pieces]).requires_grad_()    # (2N, D)
+    # The first pass goes past DistributedDataParallel, which would prepare for a backward pass.
     # Batch norm shall count each image once, in the second pass.
-    torch._foreach_copy_(buffers, before)
+    with run.unchanged_statistics(net), torch.no_grad(), compute.autocast():
+        z = torch.cat([net(piece) for piece in pieces]).requires_grad_()    # (2N, D)
     loss = loss_of(*z.chunk(2))
     gradient, = torch.autograd.grad(scaler.scale(loss), z)                  # (2N, D)
     for i, (piece, of_piece) in enumerate(zip(pieces, gradient.split(size)), 1):
@@ -552,13 +470,19 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     schedule = plan(config, probe, len(train))
     preprocessing = Preprocessing(config.image_size, config.normalize, config.clahe)
     augmentation = Augmentation(config.crop_area, config.rotation, config.blur, config.flip,
-                                config.brightness, config.contrast)
+                                config.brightness, config.contrast, config.gamma,
+                                config.equalize)
+
+    sampling = choose_sampling(config, manifest, train)
 
     # Network, optimizer and step, as the last.pt of the run folder left them.
     paths = "\n".join(manifest.paths[i] for i in train)
     digest = hashlib.sha256(paths.encode(errors="surrogateescape")).hexdigest()
     training = Training(config, compute, digest)
-    contents = {"data": {config.data: run_folder.content_of_data(manifest, train)}}
+    # Patients, studies and labels are part of what a run is trained on where it goes by them.
+    whole_table = config.balance or config.positives != "image"
+    content = run_folder.content_of_data(manifest, None if whole_table else train)
+    contents = {"data": {config.data: content}}
     if config.probe_data and probe:
         content = run_folder.content_of_data(probe.manifest)
         contents["probe_data"] = {config.probe_data: content}
@@ -574,13 +498,15 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
 
     introduce(training, schedule, probe, compute)
     model = compute.data_parallel(torch.compile(net) if config.compile else net)
-    curves = run_folder.Curves(config, compute.rank == 0, start_step)
-    stop, progress = run.StopSignal(resources), Progress(config, compute, start_step)
+    curves = Curves(config, compute.rank == 0, start_step)
+    stop, progress = run.StopSignal(resources), Progress(
+        config, config.batch_size, compute, start_step)
     patient_of = torch.from_numpy(manifest.patient_numbers())           # (N,)
     loss, auroc = math.nan, math.nan  # the latest, for the table of hyper-parameters
     batches = iter(train_loader(
         manifest, train, config.batch_size, range(start_step, schedule.end), 2, augmentation,
-        preprocessing, config.seed, **compute.loader_arguments()))
+        preprocessing, config.seed, weights=sampling.draws,
+        numbers=sampling.groups, **compute.loader_arguments()))
     model.train()
     while True:
         step, stop_signal = training.step, stop.received(compute)
@@ -625,9 +551,11 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
         # An image of the same patient is no negative: what it shows may well be the same.
         patients = None if config.same_patient else patient_of[index].to(
             compute.device, non_blocking=True)                          # (N,)
+        weights = None if sampling.losses is None else torch.from_numpy(
+            sampling.losses[index]).to(compute.device, non_blocking=True)   # (N,)
         loss_of = functools.partial(
-            nt_xent, temperature=tau, patients=patients, decoupled=config.decoupled,
-            hardness=config.hardness, prior=config.prior)
+            nt_xent, temperature=tau, patients=patients, weights=weights,
+            decoupled=config.decoupled, hardness=config.hardness, prior=config.prior)
 
         # Encode the views as one batch, compare each projection with those of all processes, and
         # go back to the weights.
@@ -653,7 +581,7 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
 
         # Every few steps: a point on the curves. Reading the loss waits for the GPU, so not always.
         if step % config.log_every == 0 or step == schedule.end:
-            last = diagnostics(z1, z2, patients, decoupled=config.decoupled)
+            last = diagnostics(z1, z2, patients, weights, config.decoupled)
             scalars = progress.read(step, last) | {"lr": lr, "temperature": tau}
             curves.add(step, schedule.epoch(step), scalars)
             loss, speed = scalars["loss"], scalars["images_per_second"]

@@ -13,8 +13,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from common import DataError, errors_in_one_sentence, print_any_name  # first: answers Ctrl-C
@@ -129,13 +130,20 @@ class Compute:
         on would take one step in the first layout and end with other bits. x: a batch."""
         if self.world_size == 1:
             return
-        statistics = [buffer.clone() for buffer in model.buffers()]
-        with self.autocast():
-            y = model(x.contiguous(memory_format=torch.channels_last))
-        y.float().sum().backward()
-        model.zero_grad(set_to_none=True)
-        for buffer, before in zip(model.buffers(), statistics):
-            buffer.copy_(before)
+        with unchanged_statistics(model):
+            with self.autocast():
+                y = model(x.contiguous(memory_format=torch.channels_last))
+            y.float().sum().backward()
+            model.zero_grad(set_to_none=True)
+
+
+@contextlib.contextmanager
+def unchanged_statistics(net: nn.Module) -> Iterator[None]:
+    """A context after which batch norm's running statistics are what they were before."""
+    before = [buffer.clone() for buffer in net.buffers()]
+    yield
+    for buffer, value in zip(net.buffers(), before):
+        buffer.copy_(value)
 
 
 class Place(NamedTuple):
@@ -197,12 +205,22 @@ def start(config: RunConfig, timeout: timedelta, place: Place | None = None) -> 
                 f"{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT): {reason}") from None
     precision = config.precision
     if precision == "auto":
-        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16" if bf16 else "fp16" if cuda else "fp32"
+        precision = _fastest_precision(cuda, getattr(config, "bf16_on_cpu", False))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     cores = len(os.sched_getaffinity(0))
     threads = config.threads or max(1, min(8, cores // local_world_size))
     return Compute(rank, world_size, device, precision, threads)
+
+
+def _fastest_precision(cuda: bool, bf16_on_cpu: bool) -> str:
+    """bf16 where GPU or processor computes in it, and does not only imitate it."""
+    if cuda:
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    instructions = set()
+    with contextlib.suppress(OSError):
+        instructions.update(Path("/proc/cpuinfo").read_text().split())
+    faster = bf16_on_cpu and instructions & {"avx512_bf16", "amx_bf16"}
+    return "bf16" if faster else "fp32"
 
 
 def learning_rate(step: int, total_steps: int, warmup_steps: float, peak: float = 1.0) -> float:
@@ -224,7 +242,8 @@ def main(stage: Callable, config_class: type, argv: list[str] | None = None,
     timeout: how long a process waits for another one in a collective call.
 
     A Config may say in `afterwards` what the same command does after Ctrl-C, where it does not
-    go on from what is in --out."""
+    go on from what is in --out, and by `bf16_on_cpu` that --precision auto may be bf16 there.
+    Training gains from it, while probabilities should not depend on the machine."""
     print_any_name()
     threading.excepthook = _but_for_tensorboard
     config, script = parse(config_class, argv), f"{stage.__name__}.py"

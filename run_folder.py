@@ -1,4 +1,4 @@
-"""The run folder (--out): which run it holds, and its curves.
+"""The run folder (--out): which run it holds, its curves, and what goes onto them.
 
 config.json says which run that is. A run goes on in its own folder and is refused by another's.
 """
@@ -8,10 +8,14 @@ import hashlib
 import json
 import math
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -20,6 +24,9 @@ from checkpoint import CheckpointError
 from common import lock, valid_unicode, write_text
 from flags import RunConfig, differing_flags
 from manifest import Manifest
+
+if TYPE_CHECKING:
+    from run import Compute
 
 
 def content_of_data(manifest: Manifest, images: np.ndarray | None = None) -> str:
@@ -169,3 +176,61 @@ class Curves:
             self.writer.flush()  # close() alone would not say that the disk is full
             self.writer.close()
             self.file.close()
+
+
+class Progress:
+    """Loss and time since the last log line. The loss stays on the GPU until it is read there."""
+
+    NEVER = torch.iinfo(torch.int64).max
+
+    def __init__(self, config: RunConfig, batch_size: int, compute: "Compute", step: int):
+        self.config, self.batch_size, self.compute = config, batch_size, compute
+        self.first_bad = torch.tensor(self.NEVER, device=compute.device)
+        self._begin(step)
+
+    def _begin(self, step: int) -> None:
+        self.loss_sum = torch.zeros((), device=self.compute.device)
+        self.step, self.start, self.waits = step, time.perf_counter(), []
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Probes and checkpoints do not count: speed is that of training."""
+        start = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What the loader lets the step wait. On a GPU it is the GPU that waits, while this
+        process goes on at once, so that the time is taken there."""
+        start = self.compute.now()
+        yield
+        self.waits.append((start, self.compute.now()))
+
+    def add(self, loss: Tensor, step: int) -> None:
+        """The loss of the step that led to `step`; whether it is finite is asked in `read`."""
+        self.loss_sum += loss.detach()
+        self.first_bad = self.first_bad.minimum(torch.where(loss.isfinite(), self.NEVER, step))
+
+    def read(self, step: int, last: dict[str, Tensor]) -> dict[str, float]:
+        """What to log, averaged over the processes, and begin anew. last: of the last batch.
+
+        FloatingPointError where the loss of a step since the last line was not finite."""
+        steps = step - self.step
+        scalars = last | {"loss": self.loss_sum / steps}
+        averages = self.compute.reduce(torch.stack(list(scalars.values())))
+        first_bad = int(self.compute.reduce(self.first_bad, dist.ReduceOp.MIN))
+        if first_bad < self.NEVER:
+            raise diverged(f"the loss is not finite at step {first_bad}", self.config)
+        averages = (averages / self.compute.world_size).tolist()
+        seconds = time.perf_counter() - self.start
+        waited = sum(self.compute.seconds(*wait) for wait in self.waits)
+        self._begin(step)
+        return dict(zip(scalars, averages)) | {
+            "images_per_second": steps * self.batch_size / seconds,
+            "wait_seconds": waited, "wait_share": waited / seconds}
+
+
+def diverged(what: str, config: RunConfig) -> FloatingPointError:
+    return FloatingPointError(f"{what}; the last good checkpoint stays in {config.out}; "
+                              "a lower --lr may help")

@@ -49,6 +49,8 @@ class Item:
     patient: str                    # whatever tells one patient from another
     split: str                      # train, val, test, or "" where the source does not say
     labels: tuple[str, ...]         # "1", "0", "-1" or "", one for each of Source.label_names
+    study: str = ""                 # which of the patient's examinations it is of, if known
+    view: str = ""                  # PA, AP, Lateral or another word, if known
 
 
 @dataclass
@@ -578,10 +580,13 @@ def nih_items(args: argparse.Namespace, files: list[str]) -> Source:
         if file.endswith(".png") and images.setdefault(name, file) != file:
             raise DataError(f"{file} and {images[name]} of {args.src} have the same name")
 
-    table = read_table(tables[0], "Image Index", ["Finding Labels", "Patient ID"])
+    optional = ["Follow-up #", "View Position"]
+    table = read_table(tables[0], "Image Index", ["Finding Labels", "Patient ID", *optional],
+                       optional)
+    studies, views = map(table.column, optional)
     source = Source(NIH_FINDINGS, official_labels=True)
     for image in in_table_and_on_disk(table, images, source):
-        number, (findings, patient) = table.rows[image]
+        number, (findings, patient, *_) = table.rows[image]
         check_patient(patient, f"{table.file}, row {number}, column Patient ID")
         present = set(findings.split("|"))
         if not present <= set(NIH_FINDINGS):
@@ -590,7 +595,8 @@ def nih_items(args: argparse.Namespace, files: list[str]) -> Source:
         labels = tuple("1" if finding in present else "0" for finding in NIH_FINDINGS)
         if image in train or image in test:
             split = "train" if image in train else "test"
-            source.items.append(Item(images[image], jpeg_path(image), patient, split, labels))
+            source.items.append(Item(images[image], jpeg_path(image), patient, split, labels,
+                                     studies.get(image, ""), views.get(image, "")))
         else:
             source.rejected.append(
                 (images[image], "neither in train_val_list.txt nor in test_list.txt"))
@@ -612,17 +618,19 @@ def chexpert_items(args: argparse.Namespace, files: list[str]) -> Source:
                   if file.startswith(f"{part}/") and file.lower().endswith(EXTENSIONS)}
         # CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg: the first part is --src.
         table = read_table(args.src / f"{part}.csv", "Path",
-                           ["Frontal/Lateral", *CHEXPERT_OBSERVATIONS],
+                           ["Frontal/Lateral", "AP/PA", *CHEXPERT_OBSERVATIONS], ["AP/PA"],
                            normalise=lambda path: path.replace("\\", "/").partition("/")[2])
-        views = table.column("Frontal/Lateral")
+        views, positions = table.column("Frontal/Lateral"), table.column("AP/PA")
         labels = observations(table)
         frontal = {image for image, view in views.items() if args.all_views or view == "Frontal"}
         for image in in_table_and_on_disk(table, images, source, frontal.__contains__):
             if image not in frontal:
                 laterals += 1
                 continue
-            patient = image.split("/")[1]
-            source.items.append(Item(image, jpeg_path(image), patient, split, labels[image]))
+            patient, study = image.split("/")[1:3]
+            position = positions.get(image) if views[image] == "Frontal" else ""
+            source.items.append(Item(image, jpeg_path(image), patient, split, labels[image],
+                                     study, position or views[image]))
     source.notes.append(f"Lateral views left out: {laterals:,} (--all-views takes them).")
     return source
 
@@ -669,7 +677,7 @@ def mimic_items(args: argparse.Namespace, files: list[str]) -> Source:
         unlabelled += study not in labels
         source.items.append(Item(
             images[image], jpeg_path(images[image]), patient, split_name(split),
-            labels.get(study, ("",) * len(CHEXPERT_OBSERVATIONS))))
+            labels.get(study, ("",) * len(CHEXPERT_OBSERVATIONS)), study, views.get(image, "")))
     source.notes.append(f"Lateral and unknown views left out: {laterals:,} (--all-views takes "
                         f"them). Images whose study is not in {label_file.name}: {unlabelled:,}; "
                         f"nothing is mentioned for them. Images not in {view_file.name}: "

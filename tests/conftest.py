@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 # thing.
 SMALL = ["--arch", "resnet18", "--image-size", "32", "--batch-size", "8", "--epochs", "3",
          "--warmup-epochs", "1", "--log-every", "1", "--save-every", "3", "--probe-every", "0",
-         "--threads", "1"]
+         "--threads", "1", "--precision", "fp32"]
 
 
 def pytest_configure(config):

@@ -12,12 +12,13 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT  # noqa: F401  (puts the project on the path)
 
-from dali_pipeline import Augmentation, Preprocessing, train_loader
+from dali_pipeline import Preprocessing, train_loader
 from loss import diagnostics, nt_xent
 from manifest import read_manifest
 from model import SimCLR, build_encoder
 from pretrain import backward_in_pieces
 from run import Compute
+from views import Augmentation
 
 STEPS, RESUMED = 6, 5
 

@@ -19,9 +19,10 @@ import pretrain
 from archive import NAME
 from checkpoint import load_checkpoint
 from common import DataError, ImageError
-from dali_pipeline import Augmentation, Preprocessing, eval_loader, train_loader
+from dali_pipeline import Preprocessing, eval_loader, train_loader
 from manifest import read_manifest
 from test_manifest import edit
+from views import Augmentation
 
 
 @pytest.fixture

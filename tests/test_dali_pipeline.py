@@ -1,20 +1,27 @@
 """The pure functions of sampling and views, and DALI's tensors against
 independent ones."""
+import dataclasses
+import functools
 import math
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, run, write_folder
+from conftest import ROOT, SMALL, run, smooth_image, write_folder
 from PIL import Image
 from torchvision.transforms import v2
 
+import prepare
 from common import ImageError
-from dali_pipeline import (
-    VIEW, Augmentation, Preprocessing, batch_at, eval_loader, train_loader, view_parameters)
+from dali_pipeline import Preprocessing, eval_loader, train_loader
 from manifest import read_manifest
 from model import MEAN, STD
 from philox import uniform_numbers
+from views import (
+    PARTNER, VIEW, Augmentation, batch_at, grouped, partners, resampled, view_parameters)
 
 STRONG = Augmentation(crop_area=(0.3, 1.0), rotation=25.0, blur=(0.1, 2.0), flip=0.5,
                       brightness=0.4, contrast=0.4)
@@ -85,6 +92,59 @@ def test_view_parameters_keep_their_ranges_and_fill_them():
     assert abs(np.corrcoef(numbers) - np.eye(len(numbers))).max() < 0.06  # drawn independently
 
 
+@pytest.mark.parametrize("n, spread", [(7, 0.0), (50, 1.0), (1000, 0.3), (1000, 3.0)])
+def test_each_image_is_drawn_as_often_as_its_weight_says(n, spread):
+    """The floor or the ceiling of its expectation in every epoch, which still has n draws."""
+    weights = np.exp(np.random.default_rng(0).normal(0, spread, n))
+    expected, total = n * weights / weights.sum(), np.zeros(n)
+    for epoch in range(200):
+        order = resampled(weights, 3, epoch)
+        assert order.shape == (n,)
+        draws = np.bincount(order, minlength=n)
+        assert (np.floor(expected + 1e-9) <= draws).all()
+        assert (draws <= np.ceil(expected - 1e-9)).all()
+        total += draws
+    # A draw beyond the floor has the probability of what is beyond it.
+    p = expected % 1
+    assert (np.abs(total / 200 - expected) <= 5 * np.sqrt(p * (1 - p) / 200) + 1e-9).all()
+    assert np.array_equal(order, resampled(weights, 3, 199))
+    assert not np.array_equal(order, resampled(weights, 4, 199))
+    together = [np.bincount(resampled(np.repeat([1, 3], [12, 12]), 0, e))[:2] for e in range(300)]
+    assert np.prod(together, 1).mean() == pytest.approx(0.25, abs=0.1)      # neighbours are free
+
+
+def test_batches_of_an_order_are_cut_from_its_epochs():
+    images, weights = np.arange(10) * 3, np.arange(1.0, 11)
+    order = functools.partial(resampled, weights, 0)
+    sequence = np.concatenate([images[order(epoch)] for epoch in range(10)])
+    for step in range(8):
+        places, index = batch_at(step, 12, images, 0, order=order)
+        assert index.tolist() == sequence[12 * step:12 * (step + 1)].tolist()
+        assert places.tolist() == list(range(12 * step, 12 * (step + 1)))
+        part = batch_at(step, 12, images, 0, slice(3, 9), order)
+        assert np.array_equal(part, (places[3:9], index[3:9]))
+
+
+def test_partners_are_other_images_of_the_group():
+    """Each of them with the same probability, and only of those that may be drawn."""
+    rng = np.random.default_rng(0)
+    numbers, images = rng.integers(0, 12, 40), np.sort(rng.choice(40, 30, replace=False))
+    groups, seen = grouped(numbers, images), np.zeros((40, 40))
+    for epoch in range(600):
+        found = partners(groups, 7, np.full(30, epoch), images)
+        seen[images, found] += 1
+    for i in images:
+        others = [j for j in images if numbers[j] == numbers[i] and j != i]
+        assert set(np.flatnonzero(seen[i])) == set(others or [i])
+        assert seen[i][others or [i]] == pytest.approx(600 / max(1, len(others)), rel=0.3)
+    # One image of a batch, by hand.
+    others = [j for j in images if numbers[j] == numbers[images[5]]]
+    assert len(others) > 2
+    philox = np.random.Philox(key=[7, PARTNER], counter=[0, 0, images[5], 599])
+    ahead = 1 + int(np.random.Generator(philox).random() * (len(others) - 1))
+    assert found[5] == others[(others.index(images[5]) + ahead) % len(others)]
+
+
 # -------------------------------------------------------------------------------------------- views
 
 def independent_view(manifest, preprocessing, parameters, i):
@@ -129,12 +189,16 @@ def test_views_equal_an_independent_computation(data, image_size):
         break  # the second step belongs to the next epoch in part
 
 
-def test_batches_are_the_same_from_any_step_and_on_any_number_of_processes(data):
+@pytest.mark.parametrize("weighted, paired", [(False, False), (True, False), (True, True)])
+def test_batches_are_the_same_from_any_step_and_on_any_number_of_processes(data, weighted, paired):
     manifest = read_manifest(data)
+    weights = 1.0 + np.arange(60) % 5 if weighted else None
+    numbers = np.arange(60) // 4 if paired else None
 
     def batches(steps, rank=0, world_size=1):
         return list(train_loader(manifest, manifest.images("train"), 8, steps, 2, STRONG,
-                                 Preprocessing(32), 3, "cpu", rank, world_size))
+                                 Preprocessing(32), 3, "cpu", rank, world_size, weights=weights,
+                                 numbers=numbers))
 
     whole = batches(range(8))                                   # across the seam at step 5.25
     for expected, got in zip(whole[5:], batches(range(5, 8)), strict=True):
@@ -142,6 +206,10 @@ def test_batches_are_the_same_from_any_step_and_on_any_number_of_processes(data)
     shards = [batches(range(8), rank, 4) for rank in range(4)]
     for expected, *parts in zip(whole, *shards, strict=True):
         assert all(torch.equal(a, torch.cat(b)) for a, b in zip(expected, zip(*parts), strict=True))
+    view1, _, index = map(torch.cat, zip(*whole[:5]))                       # of one epoch
+    again = [(i, j) for i in range(40) for j in range(i) if index[i] == index[j]]
+    assert bool(again) == weighted
+    assert not any(torch.equal(view1[i], view1[j]) for i, j in again)       # other views
 
 
 def test_outputs_stay_what_they_were(data):
@@ -191,6 +259,129 @@ def test_normalisation_of_each_image_and_clahe(folder):
     assert all(view.isfinite().all() for view in views[:2])
 
 
+def other_machine(image, exponent=1.0, equalize=0, normalize="fixed"):
+    """In NumPy: (S, S) gray levels 0 to 255 with a flat histogram, then to a power, then
+    normalised."""
+    if equalize and np.ptp(image):
+        share = np.cumsum(np.bincount(image.ravel(), minlength=256)) / image.size
+        image = np.rint(255 * (share - share[image.min()]) / (1 - share[image.min()]))[image]
+    x = (image / 255.0) ** exponent
+    if normalize == "image":
+        x = MEAN + STD * (x - x.mean()) / np.sqrt(x.var() + 255.0 ** -2)
+    return x
+
+
+@pytest.mark.parametrize("normalize", ["fixed", "image"])
+@pytest.mark.parametrize("options", [
+    {"gamma": (0.4, 2.5)}, {"equalize": 0.5}, {"equalize": 1.0}, {"equalize": 1e-9},
+    {"gamma": (0.4, 2.5), "equalize": 0.5}])
+def test_gray_levels_as_other_machines_give_them(tmp_path, options, normalize):
+    """Whole images, none of them resized, turned or blurred, so that nothing rounds."""
+    folder, n = write_folder(tmp_path / "folder"), 42
+    rng = np.random.default_rng(0)
+    images = [np.clip(smooth_image(rng, 48, 48) // 2 + i, 0, 255) for i in range(n)]
+    images[3][:] = 90                                                               # blank
+    manifest = read_manifest(folder)
+    for path, image in zip(manifest.paths, images):
+        Image.fromarray(image).save(folder / path, format="PNG")
+    augmentation = Augmentation((1.0, 1.0), 0.0, (0.0, 0.0), **options)
+    loader = train_loader(manifest, np.arange(n), n, range(1), 2, augmentation,
+                          Preprocessing(48, normalize), 5, "cpu")
+    view1, view2, index = next(iter(loader))
+    drawn = []
+    for k, i in enumerate(index.tolist()):
+        for number, view in enumerate((view1, view2)):
+            p = view_parameters(augmentation, 5, np.array([0]), np.array([i]), number)
+            p = {name: values[0] for name, values in p.items()}
+            drawn.append((float(p.get("gamma", 1)), int(p.get("equalize", 0))))
+            x = other_machine(images[i], *drawn[-1], normalize)
+            x = (255 * x - p["mean"]) / p["std"]
+            x = x[:, ::-1] if p["mirror"] else x
+            error = np.abs(view[k, 0].numpy() - x) * p["std"]                       # gray levels
+            assert error.max() < (2e-3 if normalize == "fixed" else 0.02)
+    exponents, switches = np.array(drawn).T
+    if "gamma" in options:
+        assert 0.4 <= exponents.min() < 0.45 and 2.2 < exponents.max() <= 2.5
+        assert np.log(exponents).mean() == pytest.approx(0, abs=0.2) and len(set(exponents)) == 84
+    assert switches.mean() == pytest.approx(options.get("equalize", 0), abs=0.15)
+
+
+def test_other_gray_levels_move_no_other_number():
+    images, epochs = np.arange(50), np.full(50, 3)
+    before = view_parameters(STRONG, 7, epochs, images, 1)
+    assert not {"gamma", "equalize"} & before.keys()
+    changed = dataclasses.replace(STRONG, gamma=(0.5, 2.0), equalize=0.3)
+    after = view_parameters(changed, 7, epochs, images, 1)
+    assert all(np.array_equal(values, after[name]) for name, values in before.items())
+    u = np.stack([np.random.Generator(np.random.Philox(key=[7, VIEW], counter=[0, 1, i, 3])).random(
+        11) for i in images])
+    assert after["gamma"] == pytest.approx(0.5 * 4 ** u[:, 9], rel=1e-6)
+    assert np.array_equal(after["equalize"], u[:, 10] < 0.3)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("numbers", [np.arange(60) // 3, np.arange(60) % 21, np.arange(60)])
+def test_the_second_view_is_of_another_image(folder, data, numbers, packed):
+    """The loader's tensors are those of the two files, decoded alone; images without another one
+    stand beside images with one, and make up the last case."""
+    if packed:
+        shutil.copytree(data, folder, dirs_exist_ok=True)
+        prepare.main(["pack", str(folder), "--workers", "1"])
+    manifest = read_manifest(folder if packed else data)
+    train = manifest.images("train")
+    plain = Augmentation((1.0, 1.0), 0.0, (0.0, 0.0), 0.0, 0.0, 0.0)
+    for preprocessing in (Preprocessing(48), Preprocessing(48, "image", True)):
+        alone = next(iter(eval_loader(manifest, np.arange(60), 60, preprocessing, "cpu")))[0]
+        loader = train_loader(manifest, train, 14, range(3), 2, plain, preprocessing, 3, "cpu",
+                              numbers=numbers)
+        pairs = []
+        for view1, view2, index in loader:
+            other = [int((alone - view).abs().amax((1, 2, 3)).argmin()) for view in view2]
+            assert torch.equal(view1, alone[index]) and torch.equal(view2, alone[other])
+            pairs += zip(index.tolist(), other)
+        assert sorted(i for i, _ in pairs) == train.tolist()
+        for i, j in pairs:
+            others = set(train[numbers[train] == numbers[i]]) - {i}
+            assert j in (others or {i})
+
+
+@pytest.mark.parametrize("damage", ["truncate", "text"])
+def test_second_image_that_cannot_be_read_is_named(folder, damage):
+    """An image that is never an anchor in these steps, and once another one's partner."""
+    manifest, seed = read_manifest(folder), 0
+    train = manifest.images("train")
+    epochs, anchors = batch_at(0, 2, train, seed)
+    bad = next(iter(set(partners(grouped(manifest.patient_numbers(), train), seed, epochs, anchors))
+                    - set(anchors)))
+    path = folder / manifest.paths[bad]
+    content = path.read_bytes()
+    path.write_bytes(content[:len(content) // 2] if damage == "truncate" else b"no image")
+    with pytest.raises(ImageError, match=f"{path.name} .row {bad + 2} of .* cannot be read"):
+        list(train_loader(manifest, train, 2, range(1), 2, STRONG, Preprocessing(32), seed, "cpu",
+                          numbers=manifest.patient_numbers()))
+
+
+def test_second_image_that_never_arrives_is_named(folder):
+    """In a process of its own, which ends."""
+    pipe = folder / "images/001_2.jpg"
+    script = f"""
+import os, sys, time
+import numpy as np
+import culprit
+from manifest import read_manifest
+manifest = read_manifest({str(folder)!r})
+os.remove({str(pipe)!r})
+os.mkfifo({str(pipe)!r})
+culprit.PATIENCE = 1
+with culprit.Watch(manifest, [(np.array([[0, 1], [0, 5]]), [])]):
+    time.sleep(60)
+"""
+    process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, text=True, timeout=50,
+                             capture_output=True)
+    assert process.returncode == 1
+    assert "001_2.jpg (row 7 of manifest.csv) cannot be read: nothing has come" in process.stderr
+
+
 @pytest.mark.parametrize("damage", ["delete", "truncate", "empty", "text"])
 def test_image_that_cannot_be_read_is_named(folder, damage):
     manifest = read_manifest(folder)
@@ -221,9 +412,11 @@ def test_gpu_views_equal_cpu_views(tmp_path, half):
     within six."""
     manifest = read_manifest(write_folder(tmp_path / "folder"))
     train = manifest.images("train")
-    for options in ({}, {"normalize": "image"}, {"clahe": True}):
+    curved = dataclasses.replace(STRONG, gamma=(0.8, 1.5), equalize=0.5)
+    for options, augmentation in (({}, STRONG), ({"normalize": "image"}, STRONG),
+                                  ({"clahe": True}, STRONG), ({}, curved)):
         cpu, gpu = (next(iter(train_loader(
-            manifest, train, 16, range(1), 2, STRONG, Preprocessing(64, **options), 0, device,
+            manifest, train, 16, range(1), 2, augmentation, Preprocessing(64, **options), 0, device,
             half=half))) for device in ("cpu", "cuda"))
         assert torch.equal(cpu[2], gpu[2]) and gpu[0].device.type == "cuda"
         for a, b in zip(cpu[:2], gpu[:2], strict=True):

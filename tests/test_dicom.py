@@ -322,6 +322,23 @@ def test_dicom_that_is_not_taken(tmp_path):
     assert len(read_manifest(tmp_path / "ct").paths) == 1
 
 
+def test_dicom_studies_are_pseudonyms_and_views_are_known_words(tmp_path):
+    studies, views = ["1.2.77", "1.2.77", "1.2.78", ""], ["PA", "lateral", "MILLER JOHN", ""]
+    for i in range(4):
+        write_dicom(tmp_path / f"src/{i}.dcm", RAMP + i, patient=f"00{i // 2}",
+                    SOPInstanceUID=f"1.2.{i}", StudyInstanceUID=studies[i], ViewPosition=views[i])
+    dicom(tmp_path, "--allow", "empty-split")
+    text = (tmp_path / "out/manifest.csv").read_text()
+    assert text.startswith("path,patient,split,study,view\n")
+    assert "1.2.77" not in text and "MILLER" not in text
+    manifest = read_manifest(tmp_path / "out")
+    assert sorted(manifest.views.tolist()) == ["", "", "LATERAL", "PA"]
+    assert all(len(study) in (0, 16) for study in manifest.studies)
+    same = manifest.studies[manifest.views != ""]
+    assert same[0] == same[1] != "" and len(set(manifest.studies)) == 3
+    assert len(set(manifest.patients)) == 2 and len(set(manifest.study_numbers())) == 3
+
+
 def test_dicom_labels(tmp_path):
     for i in range(4):
         write_dicom(tmp_path / f"src/{i}.dcm", RAMP + i, patient=f"00{i}",
@@ -331,15 +348,15 @@ def test_dicom_labels(tmp_path):
                       ("001", 1, ""), ("002", 0, -1), ("009", 1, 1)])
     dicom(tmp_path, "--labels", tmp_path / "rows.csv", "--allow", "constant-label")
     lines = (tmp_path / "out/manifest.csv").read_text().splitlines()
-    assert lines[0] == "path,patient,split,Edema,Mass"
-    cells = sorted(line.split(",")[3:] for line in lines[1:])
+    assert lines[0] == "path,patient,split,study,Edema,Mass"
+    cells = sorted(line.split(",")[4:] for line in lines[1:])
     assert cells == [["", ""], ["", ""], ["0", "-1"], ["1", ""]]
     assert "009,\"PatientID in rows.csv" in (tmp_path / "out.rejected.csv").read_text()
     write_csv(table, [("SOPInstanceUID", "PatientName", "Mass"), ("1.2.3", "Miller", 1)])
     by_image = ("--labels", table, "--key", "SOPInstanceUID", "--allow", "constant-label")
     dicom(tmp_path, *by_image, "--label-columns", "Mass", out="by_image")
     lines = (tmp_path / "by_image/manifest.csv").read_text().splitlines()
-    assert sorted(line.split(",")[3] for line in lines) == ["", "", "", "1", "Mass"]
+    assert sorted(line.split(",")[4] for line in lines) == ["", "", "", "1", "Mass"]
     # Or Miller would become a label.
     with pytest.raises(SystemExit, match="rows.csv must hold 1, 0, -1 or blanks"):
         dicom(tmp_path, *by_image, out="names")

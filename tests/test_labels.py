@@ -5,8 +5,8 @@ import torch
 
 from common import DataError
 from labels import (
-    cell_weights, deal, draw, labels_required, make_task, masked_cross_entropy, policy_sentence,
-    to_probabilities)
+    cell_weights, deal, draw, image_weights, labels_required, make_task, masked_cross_entropy,
+    policy_sentence, to_probabilities)
 
 
 def test_what_labels_mean():
@@ -71,6 +71,36 @@ def test_masked_loss_and_balance():
     classes = np.eye(3)[[0, 0, 0, 1, 2, 2]][:, None]
     weights = cell_weights(classes, np.ones((6, 1), bool), True)
     assert (classes * weights[:, None]).sum(0) == pytest.approx(2)
+
+
+def test_weights_of_images_by_patient_and_by_label():
+    rng = np.random.default_rng(0)
+    patients, nan = rng.integers(0, 12, 60), np.nan
+    labels = rng.choice([1, 0, -1, nan], (60, 2), p=[0.1, 0.6, 0.1, 0.2])
+    rows, label_names = np.flatnonzero(rng.random(60) < 0.7), ["Mass", "Nodule"]
+
+    def weights(*names):
+        found = image_weights(names, patients, labels, label_names, rows)
+        assert found.shape == (60,) and not found[np.setdiff1d(np.arange(60), rows)].any()
+        assert found[rows].mean() == pytest.approx(1)
+        return found
+
+    by_patient = weights("patient")
+    sums = np.bincount(patients, by_patient)
+    assert sums[np.unique(patients[rows])] == pytest.approx(len(rows) / len(set(patients[rows])))
+    for column, name in enumerate(label_names):
+        found, cells = weights(name), labels[:, column]
+        known = np.isin(cells, (0, 1))
+        present, absent = (found[cells == value].sum() for value in (1, 0))
+        assert [present, absent] == pytest.approx([known[rows].sum() / 2] * 2)
+        assert (found[rows][~known[rows]] == 1).all()
+    mean = (weights("Mass") + weights("Nodule") + by_patient) / 3
+    assert weights("patient", "Mass", "Nodule") == pytest.approx(mean)
+    with pytest.raises(DataError, match="--balance Lump: .* choice is patient, Mass, Nodule"):
+        weights("Mass", "Lump")
+    labels[:, 1] = rng.choice([0, -1, nan], 60)
+    with pytest.raises(DataError, match="--balance Nodule: there is nothing to balance"):
+        weights("Nodule")
 
 
 def test_draws_are_nested_whole_patients_of_train():

@@ -38,6 +38,8 @@ def test_manifest_is_read(data):
     (0, 1, "person", r"row 1: column 2 must be 'patient'"),
     (0, 4, "Effusion", r"row 1: label column 'Effusion' is there twice"),
     (0, 3, "", r"row 1: label column '' is without a name"),
+    (0, 4, "study", r"row 1: column 'study' is no label and must stand once, right after split"),
+    (0, 4, "view", r"row 1: column 'view' is no label"),
     (5, 0, "images/000_0.jpg", r"row 6, column path: images/000_0.jpg is already in row 2"),
     (5, 0, "../secret.jpg", r"row 6, column path: '../secret.jpg' must be a path inside"),
     (5, 0, "/etc/secret.jpg", r"row 6, column path"),
@@ -68,9 +70,13 @@ CELLS = ["1", "0", "-1", "", "1.0", "0.0", "-1.0"]
 
 def written(rng, path):
     """A table with one oddity at most, in one of the ways in which tables are written."""
-    header = ["path", "patient", "split", *("A", "b c", "Ä")[:rng.integers(4)]]
+    optional = [[], ["study"], ["view"], ["study", "view"], ["view", "study"]][
+        rng.choice(5, p=[0.4, 0.19, 0.19, 0.19, 0.03])]
+    labels = ("A", "b c", "Ä")[:rng.integers(4)]
+    header = ["path", "patient", "split", *optional, *labels]
     rows = [[f"images/胸{i}.jpg", f"p{i // 2}", ("train", "val", "test")[i // 2 % 3],
-             *rng.choice(CELLS, len(header) - 3)] for i in range(rng.integers(1, 9))]
+             *rng.choice(["", "s1", "PA"], len(optional)), *rng.choice(CELLS, len(labels))]
+            for i in range(rng.integers(1, 9))]
     odd = ["", " 1", "1 ", "2", "01", "-0", "1.00", "nan", "a,b", 'a"b', "a\nb", "a\rb", "..", "/a",
            "a..b", "./a", "images/胸0.jpg", "p0", "train", "x\0y", "\ufeff", "\x85", "٣"]
     line, column = rng.integers(len(rows)), rng.integers(len(header))
@@ -78,7 +84,7 @@ def written(rng, path):
     if change == 0:
         rows[line][column] = rng.choice(odd)
     elif change == 1:
-        header[column] = rng.choice([*odd, "A", "path"])
+        header[column] = rng.choice([*odd, "A", "path", "study", "view"])
     elif change == 2:
         rows[line] = [rows[line][:column], [*rows[line], "1"], []][rng.integers(3)]
     text = io.StringIO()
@@ -91,8 +97,8 @@ def written(rng, path):
 
 def test_both_ways_of_reading_a_table_agree(tmp_path):
     """The fast way gives what the other one gives, or leaves the table to it."""
-    rng, file, fast = np.random.default_rng(0), tmp_path / "manifest.csv", 0
-    for _ in range(2000):
+    rng, file, fast, seen = np.random.default_rng(0), tmp_path / "manifest.csv", 0, set()
+    for _ in range(2400):
         written(rng, file)
         at_once = table_at_once(file)
         if at_once is None:
@@ -102,10 +108,35 @@ def test_both_ways_of_reading_a_table_agree(tmp_path):
         fast += 1
         by_rows = table_by_rows(file, tmp_path)            # and does not refuse it
         assert (at_once.paths, at_once.label_names) == (by_rows.paths, by_rows.label_names)
-        for one, other in zip(at_once[1:4], by_rows[1:4], strict=True):
-            assert one.dtype == other.dtype and one.shape == other.shape
-            np.testing.assert_array_equal(one, other)
-    assert fast > 700
+        seen.add((at_once.studies is None, at_once.views is None))
+        for one, other in zip(at_once[1:4] + at_once[5:], by_rows[1:4] + by_rows[5:], strict=True):
+            assert (one is None) == (other is None)
+            if one is not None:
+                assert one.dtype == other.dtype and one.shape == other.shape
+                np.testing.assert_array_equal(one, other)
+    assert fast > 700 and len(seen) == 4
+
+
+def test_studies_and_views(folder):
+    """A study's name is a patient's own; of what is not known no two images share it."""
+    lines = (folder / "manifest.csv").read_text().splitlines()
+    before = read_manifest(folder)
+    assert before.studies is None and before.views is None
+    with pytest.raises(DataError, match="manifest.csv has no column study"):
+        before.study_numbers()
+    cells = ["s1,PA", "s1,Lateral", "s2,", ",AP", ",", "s1,PA", *["s1,AP"] * 6]
+    (folder / "manifest.csv").write_text("\n".join(
+        line.replace(f",{line.split(',')[2]},", f",{line.split(',')[2]},{cell},", 1)
+        for line, cell in zip(lines, ["study,view", *cells], strict=True)) + "\n")
+    assert table_at_once(folder / "manifest.csv") is not None
+    manifest = read_manifest(folder)
+    assert [f"{a},{b}" for a, b in zip(manifest.studies, manifest.views)] == cells
+    assert manifest.label_names == before.label_names
+    np.testing.assert_array_equal(manifest.labels, before.labels)
+    assert manifest.rows_digest() != before.rows_digest()
+    number = manifest.study_numbers().tolist()              # three images a patient
+    assert len(set(number)) == 7 and number[0] == number[1]
+    assert all(len(set(number[i:i + 3])) == 1 for i in (6, 9))
 
 
 def test_sound_tables_take_the_fast_way(data):

@@ -407,8 +407,10 @@ def nih(src, rows, train, test):
                "OriginalImage[Width,Height],Spacing[x,y],")
     with open(src / "Data_Entry_2017.csv", "w") as file:
         file.write(f"Image Index,Finding Labels,{columns.format('Patient ID')}\n")
-        file.writelines(f"{image},{findings},0,{patient},57,M,PA,2682,2749,0.14,0.14,\n"
-                        for image, findings, patient in rows)
+        for i, (image, findings, patient) in enumerate(rows):
+            follow_up = image.rpartition("_")[2].removesuffix(".png")
+            file.write(f"{image},{findings},{follow_up},{patient},57,M,{('PA', 'AP')[i % 2]},2682,"
+                       "2749,0.14,0.14,\n")
     (src / "train_val_list.txt").write_text("\n".join(train))
     (src / "test_list.txt").write_text("\r\n".join(test))
 
@@ -438,10 +440,18 @@ def test_nih(tmp_path):
         present = {name for name, value in labels.items() if value == 1}
         assert present == findings[Path(path).with_suffix(".png").name]
         assert set(labels.values()) == {0, 1}
+    for path, study, view in zip(manifest.paths, manifest.studies, manifest.views, strict=True):
+        assert (study, view) == (("000", "PA"), ("001", "AP"))["_001" in path]
     assert rejected(tmp_path / "out") == {
         "00000021_000.png": "named in Data_Entry_2017.csv, missing on disk",
         "images_002/images/00000022_000.png": "neither in train_val_list.txt nor in test_list.txt",
         "images_002/images/00000099_000.png": "not in Data_Entry_2017.csv"}
+    # A table without follow-up numbers and view positions.
+    (src / "Data_Entry_2017.csv").write_text("Image Index,Finding Labels,Patient ID\n" + "".join(
+        f"{image},{findings},{patient}\n" for image, findings, patient in rows))
+    run("nih", "--src", src, "--out", tmp_path / "short", "--workers", 2, "--val-fraction", 0.2)
+    short = read_manifest(tmp_path / "short")
+    assert short.paths == manifest.paths and short.studies is None and short.views is None
 
 
 def test_nih_that_is_wrong(tmp_path):
@@ -499,7 +509,8 @@ def chexpert(src, part, rows):
         table = csv.writer(file)
         table.writerow(["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA",
                         *sources.CHEXPERT_OBSERVATIONS])
-        table.writerows([path, "Female", 68, view, "AP", *cells] for path, view, cells in rows)
+        table.writerows([path, "Female", 68, view, "AP" if view == "Frontal" else "", *cells]
+                        for path, view, cells in rows)
 
 
 def chexpert_path(part, patient, view, i=1):
@@ -525,7 +536,8 @@ def test_chexpert(tmp_path, capsys):
     start = "images/train/patient00001/study1/view1_frontal.jpg,patient"
     row = next(line for line in first if line.startswith(start))
     assert row.split(",")[1] == "patient00001"
-    assert row.split(",")[3:] == ["1", "", "-1", "0", *[""] * 9, "1"]
+    assert row.split(",")[3:5] == ["study1", "AP"]
+    assert row.split(",")[5:] == ["1", "", "-1", "0", *[""] * 9, "1"]
     in_test = manifest.patients[manifest.splits == "test"]
     assert set(in_test.tolist()) == {"patient64541", "patient64542"}
     assert "Lateral views left out: 20" in capsys.readouterr().out
@@ -533,7 +545,11 @@ def test_chexpert(tmp_path, capsys):
         "train/patient00099/study1/view1_frontal.jpg": "named in train.csv, missing on disk",
         "train/patient00007/study1/view9_frontal.jpg": "not in train.csv"}
     run("chexpert", "--src", src, "--out", tmp_path / "all", "--workers", 2, "--all-views")
-    assert len(read_manifest(tmp_path / "all").paths) == 42
+    every = read_manifest(tmp_path / "all")
+    assert len(every.paths) == 42 and every.label_names == sources.CHEXPERT_OBSERVATIONS
+    assert Counter(every.views.tolist()) == {"AP": 22, "Lateral": 20}
+    # Both views of a patient are of one study, which every patient calls study1.
+    assert sorted(Counter(every.study_numbers().tolist()).values()) == [1, 1, *[2] * 20]
     wrong = (chexpert_path("train", 1, "Frontal"), "Frontal", ["2.0", *cells[1:]])
     chexpert(src, "train", [wrong, *train[2:]])
     with pytest.raises(SystemExit, match="train.csv, row 2, column No Finding: '2.0' among"):

@@ -21,7 +21,7 @@ from sklearn.metrics import roc_auc_score
 import pretrain
 import run as run_module
 from checkpoint import load_checkpoint, save_checkpoint
-from pretrain import LARS
+from lars import LARS
 from probe import knn_auroc
 from run import Compute, learning_rate
 
@@ -367,6 +367,36 @@ def test_a_run_in_pieces_goes_on_to_the_bit(data, tmp_path):
     # Every image was counted once by batch norm: a batch of 8 is three pieces in both views.
     assert ends[0]["encoder.bn1.num_batches_tracked"] == 4 * 3
     assert scalars(tmp_path / "whole", "loss") == scalars(tmp_path / "parts", "loss")
+
+
+@pytest.mark.parametrize("flags", [
+    "--gamma 0.5 2", "--equalize 0.3", "--gamma 0.5 2 --equalize 0.3 --normalize image --clahe",
+    "--balance patient Mass", "--balance Effusion --weigh-loss --decoupled",
+    "--positives patient", "--positives patient --balance Mass --gamma 0.5 2 --micro-batch 3"])
+def test_each_way_to_draw_and_view_trains(data, tmp_path, flags):
+    """Two steps, and the second of them alone goes on from the first to the same end."""
+    command = [*SMALL, *flags.split(), "--data", str(data), "--out"]
+    pretrain.main([*command, str(tmp_path / "whole"), "--max-steps", "2"])
+    for steps in ("1", "2"):
+        pretrain.main([*command, str(tmp_path / "parts"), "--max-steps", steps])
+    losses = [scalars(tmp_path / name, "loss") for name in ("whole", "parts")]
+    assert losses[0] == losses[1] and all(map(math.isfinite, losses[0].values()))
+    pretrain.main([*SMALL, "--data", str(data), "--out", str(tmp_path / "plain"),
+                   "--max-steps", "2"])
+    assert scalars(tmp_path / "plain", "loss") != losses[0]                 # the flags do something
+
+
+@pytest.mark.parametrize("flags, complaint", [
+    ("--gamma 2 1", "--gamma 2 1 must rise"), ("--gamma 0 1", "--gamma: 0 does not lie in"),
+    ("--equalize 2", "--equalize: 2 does not lie in 0 to 1"),
+    ("--weigh-loss", "--weigh-loss needs --balance"),
+    ("--positives study", "manifest.csv has no column study"),
+    ("--positives person", "--positives: invalid choice: 'person'"),
+    ("--balance Lump", "--balance Lump: there is no such label; the choice is patient, Effusion, "
+                       "Mass")])
+def test_ways_to_draw_and_view_that_make_no_sense(data, tmp_path, capsys, flags, complaint):
+    assert complaint in refused(capsys, *flags.split(), "--data", data, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_adam_goes_on_as_this_machine_computes(data, tmp_path):

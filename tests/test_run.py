@@ -9,6 +9,8 @@ import shutil
 import struct
 import subprocess
 import sys
+from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,7 +32,7 @@ from common import DataError, lock
 from dali_pipeline import Preprocessing, eval_loader
 from manifest import read_manifest
 from model import build_encoder
-from run import read_place
+from run import read_place, start
 
 STEPS = [*SMALL, "--max-steps", "1"]
 
@@ -163,6 +165,15 @@ def test_a_meeting_point_alone_is_no_environment(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", "29500")
     assert read_place().world_size == 1
+
+
+def test_precision_on_a_cpu_is_bf16_for_pretraining_alone():
+    config = pretrain.Config()
+    bf16 = {"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split())
+    assert start(config, timedelta(minutes=1)).precision == ("bf16" if bf16 else "fp32")
+    config.precision = "fp32"
+    assert start(config, timedelta(minutes=1)).precision == "fp32"
+    assert start(finetune.Config(), timedelta(minutes=1)).precision == "fp32"
 
 
 def test_a_batch_of_one_is_refused(data, tmp_path, capsys):

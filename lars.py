@@ -1,0 +1,66 @@
+"""LARS, the optimizer that SimCLR was published with, as a dozen launches on a GPU."""
+# pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportArgumentType=false
+# The type stubs of PyTorch do not know its operations on lists of tensors, torch._foreach_*.
+import torch
+from torch import Tensor
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (You et al. 2017) with momentum, as SimCLR uses it.
+
+    A weight's step is scaled by trust |w| / |g|, so that layers learn at the same
+    relative pace however large the batch. Biases and batch norm, which are
+    one-dimensional, get neither that nor weight decay."""
+
+    def __init__(self, parameters, lr: float, weight_decay: float = 0.0, momentum: float = 0.9,
+                 trust: float = 0.001):
+        super().__init__(parameters, dict(
+            lr=lr, weight_decay=weight_decay, momentum=momentum, trust=trust))
+
+    # Tells PyTorch's GradScaler that a step unscales its gradients and skips itself where one of
+    # them overflowed. Left to the scaler, the host would wait in every step to know.
+    _step_supports_amp_scaling = True
+    grad_scale: Tensor  # these two exist only while the scaler makes a step
+    found_inf: Tensor   # 1 where the step is to be skipped
+
+    @torch.no_grad()
+    def step(self):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One step of all parameters, by operations on lists of tensors: on a GPU
+        that is a dozen launches instead of six for each parameter."""
+        for group in self.param_groups:
+            trained = [p for p in group["params"] if p.grad is not None]
+            for p in trained:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            if hasattr(self, "grad_scale"):
+                torch._foreach_div_([p.grad for p in trained], self.grad_scale)
+            weights = [p for p in trained if p.ndim > 1]
+            biases = [p for p in trained if p.ndim <= 1]
+            if weights:
+                self._update(weights, self._adapted(weights, group), group)
+            if biases:
+                self._update(biases, [p.grad for p in biases], group)
+
+    def _adapted(self, weights: list[Tensor], group: dict) -> list[Tensor]:
+        """Gradients with weight decay, each scaled to the norm of its weight."""
+        gradients = torch._foreach_add(
+            [p.grad for p in weights], weights, alpha=group["weight_decay"])
+        weight_norms = torch.stack(torch._foreach_norm(weights))
+        gradient_norms = torch.stack(torch._foreach_norm(gradients))
+        # A weight or gradient of zero has no proportion: its gradient stays as it is.
+        scales = torch.where((weight_norms > 0) & (gradient_norms > 0),
+                             group["trust"] * weight_norms / gradient_norms, 1.0)
+        torch._foreach_mul_(gradients, list(scales.unbind()))
+        return gradients
+
+    def _update(self, parameters: list[Tensor], gradients: list, group: dict) -> None:
+        momenta = [self.state[p]["momentum_buffer"] for p in parameters]
+        decay, lr = group["momentum"], group["lr"]
+        if hasattr(self, "found_inf"):
+            # A step to be skipped leaves momenta and parameters as they are.
+            skip = self.found_inf > 0
+            decay, lr = torch.where(skip, 1.0, decay), torch.where(skip, 0.0, lr)
+            gradients = [torch.where(skip, 0.0, gradient) for gradient in gradients]
+        torch._foreach_mul_(momenta, decay)
+        torch._foreach_add_(momenta, gradients)
+        torch._foreach_sub_(parameters, torch._foreach_mul(momenta, lr))
