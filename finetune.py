@@ -100,8 +100,9 @@ class Config:
 
     epochs: int = flag(20, "passes over the draw", 1, 10**6, section="full fine-tuning")
     batch_size: int = flag(64, "images over all processes", 2, 2**16)
-    lr_encoder: float = flag(2e-4, "peak, AdamW", 1e-12, 10)
-    lr_head: float = flag(2e-3, "peak, AdamW", 1e-12, 10)
+    lr_encoder: float = flag(2e-4, "peak, AdamW, of the encoder and what --from-head keeps",
+                             1e-12, 10)
+    lr_head: float = flag(2e-3, "peak, AdamW, of the last layer", 1e-12, 10)
     freeze_bn: bool = flag(False, "keep the batch norm statistics of the initialisation")
     peak: bool = flag(False, "add the best test accuracy over epochs (optimistic)")
 
