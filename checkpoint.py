@@ -127,7 +127,7 @@ def _damage(state: dict) -> str:
     """What in one of our checkpoints is not what any stage writes there, or nothing."""
     if not {"format", "rng"} & state.keys():            # of another tool
         return ""
-    for name in ("config", "encoder", "classifier", "model"):
+    for name in ("config", "encoder", "projector", "classifier", "model"):
         entry = state.get(name, {})
         if not isinstance(entry, dict) or not all(isinstance(key, str) for key in entry):
             return f"its {name} is no table of names"
@@ -177,7 +177,7 @@ def _imagenet_state(arch: str) -> dict[str, Tensor]:
     except (urllib.error.URLError, OSError) as error:
         raise CheckpointError(
             f"the ImageNet weights cannot be downloaded ({error}): fetch {weights.url} elsewhere "
-            "and give its path instead of 'imagenet'") from None
+            f"and put it into {torch.hub.get_dir()}/checkpoints") from None
 
 
 def _encoder_state(path: str | Path, arch: str, say: Callable) -> dict[str, Tensor]:

@@ -4,6 +4,8 @@ labels in, classifier and table out.
     python finetune.py --fraction 0.01              the encoder of pretrain.py, 1 % of the labels
     python finetune.py --init random runs/pretrain/encoder.pt --fraction 0.01 0.1 1 \\
         --mode linear full --seeds 0 1 2            all combinations, in one table
+    python finetune.py --mode linear --folds 5 --init A/encoder.pt B/encoder.pt
+                                                    which of two encoders? without a look at test
     torchrun --nproc_per_node=8 finetune.py         eight GPUs: the same batches, faster
 
 `linear` fits a logistic regression to the features of the frozen encoder. `full` trains
@@ -22,42 +24,32 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import run  # first: it answers Ctrl-C while PyTorch loads
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.models import ResNet
 
 import run_folder
 from checkpoint import (
     ARCHITECTURES, FORMAT, MALFORMED, CheckpointError, first_not_finite, load_checkpoint,
-    save_checkpoint, settings_of)
-from common import DataError, plain_name, write_text
-from dali_pipeline import Preprocessing, eval_loader, train_loader
+    save_checkpoint)
+from common import write_text
+from dali_pipeline import eval_loader, train_loader
 from flags import ENCODERS, PRECISION, THREADS, flag
-from labels import (
-    Draw, Task, add_labels, cell_weights, draw, labels_required, make_task, masked_cross_entropy,
-    policy_sentence, to_probabilities)
-from manifest import Manifest, image_flags, read_manifest
-from manifest_csv import SPLITS
-from model import Classifier, build_encoder, extract_features, num_features
-from probe import STRENGTHS, cached_features, fit_logistic
+from labels import Draw, add_labels, cell_weights, masked_cross_entropy, to_probabilities
+from linear import LinearProbe, cross_validate, read_features
+from manifest import image_flags
+from model import extract_features
 from run import Compute
-from scores import report, val_score, youden
+from scores import report, report_folds, youden
+from study import Combination, Outcome, Study, read_study
 from views import Augmentation
 
-# Initialisations that are no file, and their names in tables.
-NAMES = {"random": "Scratch", "imagenet": "ImageNet"}
-# What the first encoder decides, and what holds where neither it nor a flag does.
-INHERITED = {"data": "data/nih", "arch": "resnet50", "image_size": 224, "normalize": "fixed",
-             "clahe": False}
 # Of full training: smaller crops than pre-training's, no blur, and brightness that varies less.
 AUGMENTATION = Augmentation(crop_area=(0.6, 1.0), blur=(0.0, 0.0), brightness=0.2, contrast=0.2)
 # What a run writes, and --overwrite deletes. The first of them is what a run goes on from.
@@ -83,6 +75,11 @@ class Config:
                                   may_differ=True)
     out: str = flag("runs/finetune", "run folder", may_differ=True)
     overwrite: bool = flag(False, "begin anew in a run folder that holds a run", may_differ=True)
+    from_head: int | None = flag(None, "keep the first N layers of the projection head, each with "
+                                 "batch norm and ReLU (default 0: none)", 0, metavar="N")
+    folds: int | None = flag(None, "cross-validate linear classifiers over train and val in K "
+                             "folds, and leave test alone (default 0: report on test)", 0,
+                             metavar="K")
 
     labels: tuple[str, ...] = flag((), "columns of the manifest (default: all)", metavar="NAME",
                                    section="labels")
@@ -103,8 +100,9 @@ class Config:
 
     epochs: int = flag(20, "passes over the draw", 1, 10**6, section="full fine-tuning")
     batch_size: int = flag(64, "images over all processes", 2, 2**16)
-    lr_encoder: float = flag(2e-4, "peak, AdamW", 1e-12, 10)
-    lr_head: float = flag(2e-3, "peak, AdamW", 1e-12, 10)
+    lr_encoder: float = flag(2e-4, "peak, AdamW, of the encoder and what --from-head keeps",
+                             1e-12, 10)
+    lr_head: float = flag(2e-3, "peak, AdamW, of the last layer", 1e-12, 10)
     freeze_bn: bool = flag(False, "keep the batch norm statistics of the initialisation")
     peak: bool = flag(False, "add the best test accuracy over epochs (optimistic)")
 
@@ -114,259 +112,15 @@ class Config:
     def __post_init__(self):
         for name in ("init", "mode", "fraction", "seeds", "labels"):
             setattr(self, name, tuple(dict.fromkeys(getattr(self, name))))  # the same twice is once
+        # Runs of older versions, whose config.json does not have them, go on.
+        self.from_head, self.folds = self.from_head or None, self.folds or None
         if self.peak and "full" not in self.mode:
             raise ValueError("--peak is over epochs and needs --mode full")
-
-
-# --------------------------------------------------------------------------------------------------
-# What is compared, and on what.
-
-class Combination(NamedTuple):
-    """One training, and the key of its predictions in predictions.pt."""
-    mode: str                           # linear or full
-    fraction: float                     # of the labelled patients
-    init: str                           # an Init's key
-    seed: int
-
-    @property
-    def starts_from_probe(self) -> bool:
-        """Whether training starts from the linear probe: a random head could distort what was
-        pre-trained in its first steps (Kumar et al. 2022)."""
-        return self.mode == "full" and self.init != "random"
-
-
-class Init(NamedTuple):
-    """An initialisation of the encoder."""
-    source: str                         # random, imagenet or the path of a checkpoint
-    # In predictions.pt: the source or, of a file, a digest of its content, because a path can be
-    # overwritten, and a file can be moved.
-    key: str
-    name: str                           # in tables
-    settings: dict[str, Any]            # INHERITED, as far as the checkpoint names them
-    labels_required: int | str          # images whose labels it has used up to now, or "unknown"
-
-    @property
-    def is_file(self) -> bool:
-        return self.source not in NAMES
-
-
-class Outcome(NamedTuple):
-    """What a combination ends with."""
-    net: Classifier
-    val: np.ndarray                     # (n_val, L) probabilities
-    test: np.ndarray                    # (n_test, L)
-    details: dict[str, Any]             # what val chose: a `strength`, or an `epoch`
-
-
-@dataclass(frozen=True)
-class Study:
-    """What all combinations of a run have in common."""
-    config: Config
-    compute: Compute
-    manifest: Manifest
-    settings: dict[str, Any]            # all flags that say what is computed, also those inherited
-    inits: dict[str, Init]              # by key
-    label_names: list[str]              # L
-    task: Task
-    policy: str                         # how labels were read, in a sentence
-    splits: dict[str, np.ndarray]       # the images of each split that have labels
-    draws: dict[tuple[float, int], Draw]        # of the train split, by fraction and seed
-    # What predictions.pt holds, by Combination. It grows as the combinations are finished.
-    predictions: dict[Any, dict[str, Any]] = field(default_factory=dict)
-
-    @property
-    def out(self) -> Path:
-        return Path(self.config.out)
-
-    @property
-    def last(self) -> Path:
-        return self.out / "last.pt"
-
-    @property
-    def last_key(self) -> tuple | None:
-        """The combination that last.pt is amid; None where there is none, or half of a file."""
-        with contextlib.suppress(CheckpointError):
-            key = load_checkpoint(self.last).get("key")
-            return key if isinstance(key, tuple) else None
-        return None
-
-    def put_aside(self, key: tuple) -> Path:
-        """Where a combination's last.pt waits while others are trained."""
-        return self.out / f"last-{plain_name('-'.join(map(str, key[1:])))}.pt"
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        return Preprocessing(self.settings["image_size"], self.settings["normalize"],
-                             self.settings["clahe"])
-
-    def encoder(self, init: Init) -> ResNet:
-        return build_encoder(self.settings["arch"], init.source)
-
-    def name(self, c: Combination) -> str:
-        return f"{self.inits[c.init].name}, {c.mode}, {100 * c.fraction:g} %, seed {c.seed}"
-
-    def folder_name(self, c: Combination) -> str:
-        """The name as a folder can have it; two initialisations may come to the same one, and
-        then their keys tell them apart."""
-        names = [plain_name(self.name(c._replace(init=key))) for key in self.inits]
-        own = plain_name(self.name(c))
-        return own if names.count(own) == 1 else f"{own}-{plain_name(c.init)}"
-
-    def sample(self, c: Combination) -> np.ndarray:
-        """The images (m,) that a combination learns from."""
-        return self.splits["train"][self.draws[c.fraction, c.seed].rows]
-
-    def truth(self, split: str) -> np.ndarray:
-        return self.task.truth[self.splits[split]]                          # (n, L)
-
-    def val_score(self, probabilities: np.ndarray) -> float:
-        """What everything is chosen by, for probabilities (n_val, L)."""
-        return val_score(probabilities, self.truth("val"))
-
-    @property
-    def measure(self) -> str:
-        """What `val_score` measures here: a perfect answer scores 1 as AUROC, 0 as minus Brier."""
-        perfect = self.val_score(self.truth("val"))
-        return "AUROC" if perfect > 0 else "minus the Brier score"
-
-
-def read_inits(config: Config, say: Callable) -> list[Init]:
-    """The initialisations of --init, each once. DataError where there is none, CheckpointError
-    where a file cannot be read."""
-    sources = config.init or [path for path in ENCODERS if os.path.exists(path)][:1]
-    if not sources:
-        raise DataError(f"{ENCODERS[0]} does not exist: pre-train first (`python pretrain.py "
-                        "--demo` takes minutes), or name another encoder, random or imagenet "
-                        "with --init")
-    # One file by two paths, or a copy of it, is the same initialisation.
-    source_of: dict[str, str] = {}      # by key
-    for source in sources:
-        key = source
-        if source not in NAMES:
-            key = f"checkpoint {run_folder.content_of_file(source)}"
-        if source_of.setdefault(key, source) != source:
-            say(f"{source} is the same as {source_of[key]}, and left out")
-
-    inits = []
-    files = [source for source in source_of.values() if source not in NAMES]
-    for key, source in source_of.items():
-        state = load_checkpoint(source) if source in files else {}
-        name = NAMES.get(source, source)
-        if state.get("format") == FORMAT and "classifier" not in state:
-            name = "SimCLR" if len(files) == 1 else f"SimCLR ({source})"
-        inits.append(Init(source, key, name, settings_of(state), labels_required(source, state)))
-    return inits
-
-
-def inherit(config: Config, inits: list[Init], say: Callable) -> dict[str, Any]:
-    """Data, architecture and preprocessing: as the flags say, else as the first checkpoint does.
-
-    They are the same for all initialisations, so that these can be compared.
-    CheckpointError where an encoder does not fit."""
-    flags = {name: getattr(config, name) for name in INHERITED
-             if getattr(config, name) is not None}
-    files = [init for init in inits if init.is_file]
-    first = files[0].settings if files else {}
-    setting = INHERITED | first | flags
-    if files:
-        say(f"inherited from {files[0].source}:", ", ".join(
-            f"{name} {value}" for name, value in first.items() if name not in flags))
-    for init in files:
-        differences = [f"{name} {value}" for name, value in init.settings.items()
-                       if value != setting[name] and name != "data"]
-        if differences:
-            say(f"{init.source} was trained with {', '.join(differences)}, which is not what it "
-                "is given here")
-    for init in inits:
-        build_encoder(setting["arch"], init.source, say)    # what does not fit is refused now
-    return setting
-
-
-def labelled_images(manifest: Manifest) -> dict[str, np.ndarray]:
-    """The images of each split that have a label; DataError where a split has none.
-
-    A row of empty cells is an image without labels, whatever --blank says."""
-    table = manifest.folder / "manifest.csv"
-    if not manifest.label_names:
-        raise DataError(f"{table} has no label column: there is nothing to fine-tune on")
-    label_count = (~np.isnan(manifest.labels)).sum(1)                       # (N,)
-    splits = {}
-    for split in SPLITS:
-        images = manifest.images(split)
-        splits[split] = images[label_count[images] > 0]
-    for split, images in splits.items():
-        if not len(images):
-            raise DataError(f"{table}: no image of the {split} split has a label")
-    return splits
-
-
-def task_of(label_names: list[str], manifest: Manifest, train: np.ndarray,
-            config: Config) -> Task:
-    """What these labels ask of each image, by the policies of the flags."""
-    columns = [manifest.label_names.index(name) for name in label_names]
-    return make_task(manifest.labels[:, columns], train, config.uncertain, config.blank)
-
-
-def teachable_labels(manifest: Manifest, train: np.ndarray, config: Config,
-                     say: Callable) -> list[str]:
-    """Those of --labels, or of all, that have a positive and a negative in train;
-    DataError where there is none."""
-    table = manifest.folder / "manifest.csv"
-    candidates = list(config.labels) or manifest.label_names
-    if unknown := set(candidates) - set(manifest.label_names):
-        raise DataError(f"--labels {unknown.pop()}: {table} has {', '.join(manifest.label_names)}")
-    columns = task_of(candidates, manifest, train, config).training_labels[train].T  # (L, n)
-    names = [name for name, column in zip(candidates, columns) if {0, 1} <= set(column.tolist())]
-    if not names:
-        raise DataError(f"{table}: no label has a positive and a negative in train, with "
-                        f"--uncertain {config.uncertain} and --blank {config.blank}")
-    if left_out := [name for name in candidates if name not in names]:
-        say("left out, without both a positive and a negative in train:", ", ".join(left_out))
-    return names
-
-
-def check_truth(task: Task, label_names: list[str], manifest: Manifest,
-                splits: dict[str, np.ndarray], say: Callable) -> None:
-    """DataError where val or test can score nothing; say which labels val cannot score."""
-    for split in ("val", "test"):
-        if np.isnan(task.truth[splits[split]]).all():
-            raise DataError(f"{manifest.folder / 'manifest.csv'}: the {split} split has only "
-                            f"uncertain or empty cells in {', '.join(label_names)}")
-    for name, column in zip(label_names, task.truth[splits["val"]].T):
-        if not {0, 1} <= set(column.tolist()):
-            say(f"{name} has one class only in val: its threshold is 0.5, and it has no say in "
-                "what is chosen there")
-
-
-def read_study(config: Config, compute: Compute) -> Study:
-    """What is compared, on what, and who is drawn. Whatever is wrong is found here,
-    before anything is written."""
-    say = compute.say
-    inits = read_inits(config, say)
-    setting = inherit(config, inits, say)
-
-    # The labels that train can teach. Fewer labels may be exclusive where all of them were not.
-    manifest = read_manifest(setting["data"])
-    splits = labelled_images(manifest)
-    train = splits["train"]
-    names = teachable_labels(manifest, train, config, say)
-    task = task_of(names, manifest, train, config)
-    check_truth(task, names, manifest, splits, say)
-    counts = ", ".join(f"{len(images)} {split}" for split, images in splits.items())
-    policy = policy_sentence(task.kind, config.uncertain, config.blank, config.balance)
-    say(f"{manifest.folder}: {counts} images with labels\n"
-        f"{len(names)} labels ({', '.join(names)}): {policy}; -1 is never scored")
-
-    # The patients that each combination learns from.
-    labels = task.training_labels[train]                                    # (n, L)
-    draws = {(fraction, seed): draw(manifest.patients[train], labels, fraction, seed)
-             for fraction, seed in itertools.product(config.fraction, config.seeds)}
-    if config.batch_size % compute.world_size:
-        raise DataError(f"--batch-size {config.batch_size} is global and must divide by the "
-                        f"{compute.world_size} processes")
-    settings = run_folder.fixed_flags(config) | setting
-    return Study(config, compute, manifest, settings, {init.key: init for init in inits}, names,
-                 task, policy, splits, draws)
+        if self.folds and self.mode != ("linear",):
+            raise ValueError("--folds judges linear classifiers and needs --mode linear")
+        if self.folds in (1, 2):
+            raise ValueError("--folds takes 3 or more: one fold is predicted, one chooses the "
+                             "regularisation, and the others are learned from")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -399,6 +153,7 @@ def save_classifier(study: Study, c: Combination, outcome: Outcome) -> None:
         "format": FORMAT, "arch": study.settings["arch"],
         "labels": study.label_names, "kind": study.task.kind,
         "encoder": outcome.net.encoder.state_dict(),
+        "projector": outcome.net.projector.state_dict(),
         "classifier": outcome.net.head.state_dict(),
         "config": study.settings | {
             "init": init.source, "what": study.name(c),
@@ -410,85 +165,17 @@ def save_classifier(study: Study, c: Combination, outcome: Outcome) -> None:
 # --------------------------------------------------------------------------------------------------
 # Linear: the encoder stays as it came. One process does it while the others wait.
 
-class LinearProbe:
-    """Logistic regressions on one initialisation's features, which are read once."""
-
-    def __init__(self, study: Study, init: Init):
-        self.study, compute = study, study.compute.without_others()
-        self.outcomes: dict[tuple, Outcome] = {}
-        torch.manual_seed(0)            # the same untrained encoder for every seed of the draw
-        self.encoder = compute.place(study.encoder(init))
-
-        # Features of each split in a file of its own, as cluster_eval.py looks for them.
-        folder = study.out.parent / "features"
-        images = np.concatenate(list(study.splits.values()))
-        compute.say(f"{init.name}: features of {len(images)} images, kept in {folder}")
-        loaders = [eval_loader(study.manifest, split, study.config.batch_size,
-                               study.preprocessing, **compute.loader_arguments())
-                   for split in study.splits.values()]
-        features = torch.cat([                                              # (n, D)
-            cached_features(self.encoder, num_features(self.encoder), loader, folder,
-                            compute.dtype) for loader in loaders])
-        if not features.isfinite().all():
-            raise FloatingPointError(f"{init.source}: some features are not finite; --precision "
-                                     "fp32 may help")
-
-        # Standardise by the whole train split: in a small draw many features are constant.
-        deviation, self.mean = torch.std_mean(features[:len(study.splits["train"])], 0)
-        self.deviation = deviation.clamp(min=1e-6)                          # (D,)
-        self.x = features.new_zeros(len(study.manifest.paths), len(self.mean))
-        self.x[images] = (features - self.mean) / self.deviation            # (N, D)
-
-    def fit(self, c: Combination) -> Outcome:
-        """The regression on one draw, of the strength of regularisation that val chooses."""
-        # At 100 % every seed draws the same images: fit once.
-        key = c.fraction, c.seed if c.fraction < 1 else None
-        if key not in self.outcomes:
-            self.outcomes[key] = self._fit(self.study.sample(c))
-        return self.outcomes[key]
-
-    def _fit(self, sample: np.ndarray) -> Outcome:
-        study, task = self.study, self.study.task
-
-        # All labels and all strengths at once, in double precision.
-        weights = cell_weights(task.targets[sample], task.mask[sample], study.config.balance)
-        x, targets, weights, strengths = (
-            torch.as_tensor(array, dtype=torch.float64, device=study.compute.device)
-            for array in (self.x[sample], task.targets[sample], weights, STRENGTHS))
-        weight, bias = fit_logistic(x, targets, weights, strengths)
-        weight = weight.flatten(-2).cpu()                                   # (D, R, G * K)
-        bias = bias.flatten(-2).cpu()                                       # (R, G * K)
-
-        # The strength that is best on val; of equally good ones the strongest.
-        val = self._predict("val", weight, bias)
-        _, best = max((study.val_score(p), r) for r, p in enumerate(val))
-        test = self._predict("test", weight, bias)
-
-        # The regression saw standardised features; the classifier's head gets them as they are.
-        net = Classifier(self.encoder, task.outputs)
-        head_weight = weight[:, best].T / self.deviation                    # (G * K, D)
-        head_bias = bias[best] - head_weight @ self.mean.double()           # (G * K,)
-        net.head.load_state_dict({"weight": head_weight.float(), "bias": head_bias.float()})
-        return Outcome(net, val[best], test[best], {"strength": float(STRENGTHS[best])})
-
-    def _predict(self, split: str, weight: Tensor, bias: Tensor) -> list[np.ndarray]:
-        """Probabilities (n, L) of a split's images for each of R strengths."""
-        x = self.x[self.study.splits[split]].double()                       # (n, D)
-        return [to_probabilities(x @ weight[:, r] + bias[r], self.study.task.kind)
-                for r in range(len(STRENGTHS))]
-
-
 def fit_probes(study: Study, missing: list[Combination]) -> dict[Combination, dict[str, Tensor]]:
     """Finish the linear combinations; return the heads that full ones start from."""
     heads = {}
     # What goes on from a checkpoint has its head from there.
-    begun = {study.last_key, *(c for c in missing if study.put_aside(c).exists())}
+    begun = {study.last_key, *(c for c in missing if study.waiting_file(c).exists())}
     for init in study.inits.values():
         combinations = [c for c in missing if c.init == init.key and (
             c.mode == "linear" or (c.starts_from_probe and c not in begun))]
         if not combinations:
             continue
-        linear_probe = LinearProbe(study, init)
+        linear_probe = LinearProbe(study, read_features(study, init))
         for c in combinations:
             outcome = linear_probe.fit(c)
             if c.mode == "linear":
@@ -543,9 +230,9 @@ class FineTuning:
 
         # Network and optimizer, as before the first step.
         torch.manual_seed(c.seed)
-        net = Classifier(study.encoder(study.inits[c.init]), task.outputs)
-        self.net = compute.place(net)
-        groups = [dict(params=self.net.encoder.parameters(), peak=config.lr_encoder),
+        self.net = compute.place(study.classifier(study.inits[c.init]))
+        pretrained = [*self.net.encoder.parameters(), *self.net.projector.parameters()]
+        groups = [dict(params=pretrained, peak=config.lr_encoder),
                   dict(params=self.net.head.parameters(), peak=config.lr_head)]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.01, fused=compute.cuda)
         # float16 underflows where gradients are small, so the loss is scaled up.
@@ -581,7 +268,7 @@ class FineTuning:
         targets, weights = self.targets[index], self.weights[index]
         return masked_cross_entropy(logits.view(targets.shape), targets, weights)
 
-    def compare(self, epoch: int, val: np.ndarray) -> float:
+    def keep_best(self, epoch: int, val: np.ndarray) -> float:
         """The score of the network as it is now, by its predictions for val (n_val, L).
 
         The best epoch is remembered, weights and all."""
@@ -629,9 +316,9 @@ def claim_last(study: Study, c: Combination) -> None:
     one is asked for again."""
     key = study.last_key
     if key is not None and key != c and key not in study.predictions:
-        os.replace(study.last, study.put_aside(key))
-    if study.put_aside(c).exists():
-        os.replace(study.put_aside(c), study.last)
+        os.replace(study.last, study.waiting_file(key))
+    if study.waiting_file(c).exists():
+        os.replace(study.waiting_file(c), study.last)
 
 
 def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> Outcome:
@@ -666,7 +353,7 @@ def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> O
 
     # The linear probe is epoch 0, and the best one until training is better.
     if c.starts_from_probe and not first:
-        score = training.compare(0, probabilities(study, net, "val"))
+        score = training.keep_best(0, probabilities(study, net, "val"))
         say(f"{name} epoch 000/{config.epochs} | the linear probe | val {study.measure} "
             f"{score:.4f}")
 
@@ -706,7 +393,7 @@ def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> O
                                      "--lr-encoder or --lr-head")
 
         # Is it the best on val? Test decides nothing, and is predicted here for --peak alone.
-        score = training.compare(epoch, probabilities(study, net, "val"))
+        score = training.keep_best(epoch, probabilities(study, net, "val"))
         if config.peak:
             training.peaks.append(torch.from_numpy(probabilities(study, net, "test")).float())
 
@@ -749,12 +436,19 @@ def write_report(study: Study, combinations: list[Combination]) -> None:
              for fraction in config.fraction}
     about = {"data": study.settings["data"], "kind": study.task.kind, "labels": study.policy,
              "draws": draws}
-    predictions = {(c.mode, c.fraction, study.inits[c.init].name, c.seed): study.predictions[c]
-                   for c in combinations}
-    report(out, about, predictions, study.label_names, study.truth("val"), study.truth("test"),
-           study.manifest.patients[study.splits["test"]])
+    report(out, about, study.by_name(combinations), study.label_names, study.truth("val"),
+           study.truth("test"), study.manifest.patients[study.splits["test"]])
     study.compute.say(f"done: {out / 'results.md'}, {out / 'results.json'}, "
                       f"{out / 'classifier.pt'}")
+
+
+def write_folds_report(study: Study, combinations: list[Combination]) -> None:
+    """The table of a cross-validation, over train and val."""
+    out, images = study.out, study.images
+    about = {"data": study.settings["data"], "labels": study.policy, "folds": study.config.folds}
+    report_folds(out, about, study.by_name(combinations), study.label_names,
+                 study.task.truth[images], study.manifest.patients[images])
+    study.compute.say(f"done: {out / 'results.md'}, {out / 'results.json'}")
 
 
 def finetune(config: Config, compute: Compute, resources: contextlib.ExitStack) -> None:
@@ -777,6 +471,11 @@ def finetune(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     # heads that full ones start from; then the full ones, by all processes.
     combinations = [Combination(*c) for c in itertools.product(
         config.mode, config.fraction, study.inits, config.seeds)]
+    if config.folds:
+        if compute.rank == 0:
+            cross_validate(study, combinations)
+            write_folds_report(study, combinations)
+        return
     missing = [c for c in combinations if c not in study.predictions]
     heads = fit_probes(study, missing) if compute.rank == 0 else {}
     for c in missing:

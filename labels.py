@@ -204,6 +204,16 @@ def draw(patients: np.ndarray, labels: np.ndarray, fraction: float, seed: int) -
     return Draw(rows, len(extra))
 
 
+def deal(patients: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """Deal the patients of n images to folds of equal size, (n,) of 0 to folds - 1.
+
+    patients (n,). DataError where a fold gets nobody."""
+    names, patient = np.unique(patients, return_inverse=True)
+    if len(names) < folds:
+        raise DataError(f"--folds {folds} are too many for {len(names)} labelled patients")
+    return np.random.default_rng([seed, folds]).permutation(len(names))[patient] % folds
+
+
 # --------------------------------------------------------------------------------------------------
 # How many labelled images the training of an encoder has used, by which tables compare encoders.
 

@@ -51,7 +51,8 @@ from dicom import is_dicom, read_radiograph
 from flags import PRECISION, THREADS, differing_flags, flag, positional
 from labels import to_probabilities
 from manifest import Manifest, image_flags, read_manifest
-from model import MEAN, STD, Classifier, build_encoder, extract_features
+from model import (
+    MEAN, STD, Classifier, build_encoder, extract_features, num_features, rebuild_projector)
 from prepare import Conversion, convert, count_notes
 from radiograph import (
     EXTENSIONS, FORMATS, MIN_SIDE, ImageSettings, Reading, find_files, in_parallel, read_image,
@@ -141,7 +142,8 @@ def load_classifier(path: str | Path) -> tuple[Classifier, dict]:
     try:
         encoder = build_encoder(state["arch"], str(path))
         outputs = len(labels) * {"binary": 1, "three-way": 3, "exclusive": 1}[state["kind"]]
-        net = Classifier(encoder, outputs)
+        projector = rebuild_projector(state.get("projector", {}), num_features(encoder))
+        net = Classifier(encoder, outputs, projector)
         net.head.load_state_dict(state["classifier"])
     except MALFORMED as error:
         reason = str(error).splitlines()[-1].strip()

@@ -257,9 +257,11 @@ class Training:
         self.optimizer.param_groups[0]["weight_decay"] = self.config.weight_decay
 
     def encoder_is_whole(self) -> bool:
-        """Whether encoder.pt is of this step: it may be older than last.pt, damaged or deleted."""
+        """Whether encoder.pt is of this step: it may be older than last.pt, damaged or deleted, or
+        of a version that left the projection head out."""
         with contextlib.suppress(CheckpointError):
-            return load_checkpoint(Path(self.config.out) / "encoder.pt").get("step") == self.step
+            state = load_checkpoint(Path(self.config.out) / "encoder.pt")
+            return state.get("step") == self.step and "projector" in state
         return False
 
     def save(self) -> None:
@@ -278,7 +280,8 @@ class Training:
             "images": self.images, "rng": torch.get_rng_state()})
         save_checkpoint(Path(self.config.out) / "encoder.pt", {
             "format": FORMAT, "arch": self.config.arch, "step": self.step, "config": config,
-            "encoder": self.net.encoder.state_dict()})
+            "encoder": self.net.encoder.state_dict(),
+            "projector": self.net.projector.state_dict()})
 
 
 # --------------------------------------------------------------------------------------------------

@@ -96,9 +96,17 @@ def knn_class_shares(cosine: np.ndarray, truth: np.ndarray, patients: np.ndarray
 # --------------------------------------------------------------------------------------------------
 # The probe of a pre-training that is under way.
 
-# The probe's mean leaves out labels with fewer positives or negatives in val: an AUROC of one or
-# two images leaps about and would rule the curve.
+# A mean over labels leaves out those with fewer positives or negatives: an AUROC of one or two
+# images leaps about and would rule it.
 PROBE_CELLS = 10
+
+
+def counted_labels(truth: np.ndarray) -> np.ndarray:
+    """Which labels the mean is over, (L,) bool; truth (n, L) of 1, 0 and what is not scored.
+
+    Where all labels are rare, it is those that are the least so."""
+    fewest = np.minimum((truth == 1).sum(0), (truth == 0).sum(0))           # (L,)
+    return fewest >= min(PROBE_CELLS, fewest.max())
 
 
 class Probe:
@@ -110,9 +118,7 @@ class Probe:
         self.manifest, self.bank, self.queries = manifest, *(
             np.sort(np.random.default_rng(seed).permutation(manifest.images(split))[:most])
             for split in ("train", "val"))
-        labels = manifest.labels[self.queries]                              # (m, L)
-        fewest = np.minimum((labels == 1).sum(0), ((labels == 0) | np.isnan(labels)).sum(0))
-        self.counted = fewest >= min(PROBE_CELLS, fewest.max())             # (L,) of the mean
+        self.counted = counted_labels(np.nan_to_num(manifest.labels[self.queries]))     # (L,)
 
     def scores(self, encoder: ResNet, batch_size: int, preprocessing: Preprocessing,
                compute: Compute) -> dict[str, float]:

@@ -15,7 +15,7 @@ import json
 import logging
 import math
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,6 +61,23 @@ def auroc(scores: np.ndarray, truth: np.ndarray, counts: np.ndarray | None = Non
         with np.errstate(invalid="ignore"):
             areas.append((positive * beaten).sum(1) / (positive.sum(1) * negative.sum(1)))
     return np.concatenate(areas)
+
+
+def auroc_in_folds(scores: np.ndarray, truth: np.ndarray, counts: np.ndarray,
+                   fold: np.ndarray) -> np.ndarray:
+    """The same, (R,), where only images of the same fold are compared; fold (n,).
+
+    Each fold is predicted by a regression of its own, and the scores of two regressions need not
+    be on one scale."""
+    areas, pairs = [], []
+    for k in np.unique(fold):
+        y, counts_in_fold = truth[fold == k], counts[:, fold == k]
+        areas.append(auroc(scores[fold == k], y, counts_in_fold))
+        pairs.append((counts_in_fold @ (y == 1.0).astype(float))
+                     * (counts_in_fold @ (y == 0.0).astype(float)))
+    weights = np.array(pairs)                                               # (K, R)
+    with np.errstate(invalid="ignore"):
+        return np.nansum(areas * weights, 0) / weights.sum(0)
 
 
 def patient_counts(patients: np.ndarray, replicates: int) -> np.ndarray:
@@ -334,14 +351,31 @@ class Comparison:
     p: float
 
 
-def score_blocks(runs: dict[tuple, dict], truth: GroundTruth) -> list[Block]:
+def score_folds(about: dict[str, Any], run: dict[str, Any], truth: GroundTruth) -> RunScores:
+    """AUROC of a run that was cross-validated, and no other score; arguments as of `score_run`,
+    and `truth.test` is of the images that were predicted in turn."""
+    p, fold = run["predictions"].numpy(), run["fold"].numpy()               # (n, L), (n,)
+    areas = np.array([auroc_in_folds(p[:, i], truth.test[:, i], truth.counts, fold)
+                      for i in range(len(truth.names))])                    # (L, 1 + R)
+    rows = []
+    for label, area, y in zip(truth.names, areas, truth.test.T):
+        low, high = interval(area[1:])
+        rows.append(about | {
+            "label": label, "n": int((~np.isnan(y)).sum()), "positives": int((y == 1).sum()),
+            "auroc": float(area[0]), "auroc_low": low, "auroc_high": high})
+    return RunScores(rows, with_mean(areas), peaks=np.full(len(areas) + 1, np.nan),
+                     overall={name: math.nan for name in OVERALL}, probabilities=p)
+
+
+def score_blocks(runs: dict[tuple, dict], truth: GroundTruth,
+                 score_of: Callable = score_run) -> list[Block]:
     """All runs in the order of the report; the keys are (mode, fraction, init, seed)."""
     modes, fractions, inits, seeds = (list(dict.fromkeys(axis)) for axis in zip(*runs))
 
     def row(mode, fraction, init):
         return Row(init, [
-            score_run({"init": init, "mode": mode, "fraction": fraction, "seed": seed},
-                      runs[mode, fraction, init, seed], truth)
+            score_of({"init": init, "mode": mode, "fraction": fraction, "seed": seed},
+                     runs[mode, fraction, init, seed], truth)
             for seed in seeds])
 
     return [Block(mode, fraction, [row(mode, fraction, init) for init in inits])
@@ -406,14 +440,20 @@ def block_table(heading: str, columns: list[str], inits: list[str],
     return f"\n{heading}\n\n{markdown_table(table)}"
 
 
+def intervals_sentence(blocks: list[Block], what: str = "test ") -> str:
+    """How the intervals came about."""
+    # Whether a replicate has a mean depends on the truth alone, so that any row tells.
+    mean = blocks[0].rows[0].pooled[-1]                                     # (1 + R,)
+    if len(mean) == 1:
+        return f"One {what}patient has no intervals and no p."
+    complete = (~np.isnan(mean[1:])).sum()
+    return (f"Intervals and p: the {what}patients drawn anew {REPLICATES} times, for all rows "
+            f"alike; of the mean, the {complete} times that every label had both classes.")
+
+
 def preface(about: dict[str, Any], truth: GroundTruth, patients: np.ndarray,
-            complete: int) -> str:
-    """What the numbers below it are; complete: replicates that have a mean over the labels."""
-    intervals = (
-        f"Intervals and p: the test patients drawn anew {REPLICATES} times, for all rows alike; of "
-        f"the mean, the {complete} times that every label had both classes.")
-    if len(truth.counts) == 1:
-        intervals = "One test patient has no intervals and no p."
+            intervals: str) -> str:
+    """What the numbers below it are."""
     return (
         f"# What pre-training buys: {about['data']}\n\n"
         f"{len(truth.names)} labels: {about['labels']}; -1 is never scored. "
@@ -423,21 +463,50 @@ def preface(about: dict[str, Any], truth: GroundTruth, patients: np.ndarray,
         f"Mean ± deviation over the draws. {intervals}\n")
 
 
-def block_text(block: Block, draws: list[str], truth: GroundTruth) -> str:
-    """A block's tables and comparisons; draws: a sentence about each."""
-    labels = [*truth.names, "mean"]
-    text = f"\n## {block.mode}, {100 * block.fraction:g} % of the labels\n\n{'; '.join(draws)}\n"
+def folds_preface(about: dict[str, Any], truth: GroundTruth, patients: np.ndarray,
+                  intervals: str) -> str:
+    """The same where there is cross-validation."""
+    return (
+        f"# Cross-validated: {about['data']}\n\n"
+        f"{len(truth.names)} labels: {about['labels']}; -1 is never scored. "
+        f"{len(truth.test)} images of {len(set(patients))} patients, train and val together; no "
+        f"image of test was read. Each seed deals the patients to {about['folds']} folds. A fold "
+        "is predicted by a logistic regression on frozen features that has not seen it: the next "
+        "fold chose the regularisation, and the share of the labels was drawn from the patients "
+        "of the others, with one more patient for each class of a label that the share lacked. "
+        "AUROC compares images of the same fold. "
+        f"Mean ± deviation over the seeds. {intervals}\n")
 
+
+def auroc_table(block: Block, names: list[str], heading: str) -> str:
+    """AUROC of each label and their mean, a row for each initialisation."""
     table = cells(np.stack([row.draws for row in block.rows]))
     for row, mean in zip(table, means(block)):
         row.append("–" if math.isnan(mean.low) else f"{mean.low:.3f} to {mean.high:.3f}")
-    text += block_table("AUROC on test", [*labels, "95 % interval"], block.inits, table)
+    return block_table(heading, [*names, "mean", "95 % interval"], block.inits, table)
+
+
+def differences(block: Block, names: list[str]) -> str:
+    """A line for each pair of initialisations: how their means differ."""
+    text = "\n"
+    # The last comparison of each pair is that of the mean; a label may be called "mean", too.
+    for pair in comparisons(block, names)[len(names)::len(names) + 1]:
+        text += f"{pair.init} − {pair.against}: mean AUROC {pair.difference:+.3f} "
+        text += ("(no interval)\n" if math.isnan(pair.low) else
+                 f"(95 % {pair.low:+.3f} to {pair.high:+.3f}, p = {pair.p:.2g})\n")
+    return text
+
+
+def block_text(block: Block, draws: list[str], truth: GroundTruth) -> str:
+    """A block's tables and comparisons; draws: a sentence about each."""
+    text = f"\n## {block.mode}, {100 * block.fraction:g} % of the labels\n\n{'; '.join(draws)}\n"
+    text += auroc_table(block, truth.names, "AUROC on test")
 
     peaks = np.stack([row.peaks for row in block.rows])                     # (I, S, L + 1)
     if not np.isnan(peaks).all():
         heading = ("Peak test accuracy over the epochs, the published protocol: optimistic, as "
                    "test chooses the epoch")
-        text += block_table(heading, labels, block.inits, cells(peaks))
+        text += block_table(heading, [*truth.names, "mean"], block.inits, cells(peaks))
 
     heading = "Means over the labels, thresholds chosen on val"
     if truth.exclusive:
@@ -445,14 +514,8 @@ def block_text(block: Block, draws: list[str], truth: GroundTruth) -> str:
                     "called")
     overall = np.stack([row.overall for row in block.rows])                 # (I, S, 6)
     text += block_table(heading, [name.replace("_", " ") for name in OVERALL], block.inits,
-                        cells(overall, bold=False)) + "\n"
-
-    # The last comparison of each pair is that of the mean; a label may be called "mean", too.
-    for pair in comparisons(block, truth.names)[len(truth.names)::len(labels)]:
-        text += f"{pair.init} − {pair.against}: mean AUROC {pair.difference:+.3f} "
-        text += ("(no interval)\n" if math.isnan(pair.low) else
-                 f"(95 % {pair.low:+.3f} to {pair.high:+.3f}, p = {pair.p:.2g})\n")
-    return text
+                        cells(overall, bold=False))
+    return text + differences(block, truth.names)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -629,6 +692,34 @@ def write_json(path: Path, results: dict) -> None:
     write_text(path, json.dumps(results, indent=1) + "\n")
 
 
+def write_results(out: Path, about: dict, text: str, blocks: list[Block],
+                  names: list[str]) -> None:
+    """results.md, which holds `text`, and results.json."""
+    write_text(out / "results.md", text)
+    write_json(out / "results.json", about | {
+        "results": [label for block in blocks for row in block.rows for run in row.runs
+                    for label in run.rows],
+        "means": [asdict(mean) for block in blocks for mean in means(block)],
+        "comparisons": [asdict(pair) for block in blocks for pair in comparisons(block, names)]})
+
+
+def report_folds(out: Path, about: dict, runs: dict[tuple, dict], names: list[str],
+                 truth: np.ndarray, patients: np.ndarray) -> None:
+    """Write results.json and results.md of a cross-validation, and print the table.
+
+    about: `data`, `labels` and the number of `folds`. runs: for every combination (mode,
+    fraction, init, seed) the `predictions` (n, L) for all images, each by the regression that
+    has not seen its `fold` (n,). names: of the L labels. truth (n, L), patients (n,)."""
+    ground_truth = GroundTruth(names, False, truth, truth, patient_counts(patients, REPLICATES))
+    blocks = score_blocks(runs, ground_truth, score_folds)
+    text = folds_preface(about, ground_truth, patients, intervals_sentence(blocks, ""))
+    for block in blocks:
+        text += auroc_table(block, names, f"## {100 * block.fraction:g} % of the labels")
+        text += differences(block, names)
+    print("\n" + text)
+    write_results(out, about, text, blocks, names)
+
+
 def report(out: Path, about: dict, runs: dict[tuple, dict], names: list[str],
            val_truth: np.ndarray, truth: np.ndarray, patients: np.ndarray) -> None:
     """Write results.json, results.md and the figures, and print the table. The test labels come
@@ -644,22 +735,15 @@ def report(out: Path, about: dict, runs: dict[tuple, dict], names: list[str],
     ground_truth = GroundTruth(names, about["kind"] == "exclusive", val_truth, truth,
                                patient_counts(patients, REPLICATES))
     blocks = score_blocks(runs, ground_truth)
-    # Whether a replicate has a mean depends on the truth alone, so that any row tells.
-    complete = int((~np.isnan(blocks[0].rows[0].pooled[-1, 1:])).sum())
 
     # --- text
-    text = preface(about, ground_truth, patients, complete)
+    text = preface(about, ground_truth, patients, intervals_sentence(blocks))
     text += "".join(block_text(block, about["draws"][block.fraction], ground_truth)
                     for block in blocks)
     for_figures = figure_text(label=names, row=blocks[0].inits)
     text += for_figures.legend
     print("\n" + text)
-    write_text(out / "results.md", text)
-    write_json(out / "results.json", about | {
-        "results": [label for block in blocks for row in block.rows for run in row.runs
-                    for label in run.rows],
-        "means": [asdict(mean) for block in blocks for mean in means(block)],
-        "comparisons": [asdict(pair) for block in blocks for pair in comparisons(block, names)]})
+    write_results(out, about, text, blocks, names)
 
     # --- figures
     written = for_figures.written

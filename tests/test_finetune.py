@@ -14,15 +14,21 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import run, start
+from conftest import SMALL, run, start
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import finetune
+import predict
+import pretrain
+import study
 from checkpoint import load_checkpoint, save_checkpoint
-from labels import draw
+from dali_pipeline import Preprocessing, eval_loader
+from labels import deal, draw
 from manifest import read_manifest
+from model import SimCLR, build_encoder
 from predict import load_classifier
+from run import Compute
 
 FULL = ["--epochs", "2", "--batch-size", "8", "--threads", "1"]
 
@@ -114,7 +120,7 @@ def test_linear_leaves_the_encoder_alone(table, encoder, monkeypatch):
     """Better than chance, and from kept features: no image is touched."""
     out = table[0].parent / "linear"
     with monkeypatch.context() as patch:
-        patch.setattr("model.extract_features", None)
+        patch.setattr("probe.extract_features", None)
         main("--init", encoder, "--mode", "linear", "--seeds", 0, 1, "--fraction", 0.5, 1,
              "--out", out)
     assert np.mean([r["auroc"] for r in rows(out)]) > 0.7
@@ -141,7 +147,7 @@ def test_test_labels_decide_nothing_and_no_test_patient_is_drawn(table, labelled
         return draw(patients, *rest)
 
     drawn, (out, command) = [], table
-    monkeypatch.setattr(finetune, "draw", remember)
+    monkeypatch.setattr(study, "draw", remember)
     main(*command, tmp_path / "run", "--data", changed(labelled, tmp_path / "data", permute))
     manifest = read_manifest(labelled)
     assert drawn
@@ -258,6 +264,9 @@ def test_ctrl_c_while_a_checkpoint_is_written(tmp_path):
 
 def test_a_run_takes_more_and_trains_only_that(table, encoder, capsys):
     more = shutil.copytree(table[0], table[0].parent / "more")
+    config = json.loads((more / "config.json").read_text())
+    config = {name: value for name, value in config.items() if name not in ("from_head", "folds")}
+    (more / "config.json").write_text(json.dumps(config))       # of a version without these flags
     main(*FULL, "--init", encoder, "random", "--mode", "linear", "full", "--fraction", 0.5, 0.2,
          "--seeds", 0, "--peak", "--out", more)
     output, before = capsys.readouterr().out, {tuple(row.values()) for row in rows(table[0])}
@@ -401,3 +410,193 @@ def test_uncertain_labels_and_a_class_missing_in_val(data, tmp_path, flags, caps
     assert policy in output and "Mass has one class only in val" in output and "| – |" in output
     assert [r["auroc"] is None for r in found] == [False, True] * 2
     assert found[1]["threshold"] == 0.5
+
+
+# --------------------------------------------------------------------------------------------------
+# From a layer of the projection head.
+
+@pytest.fixture(scope="module")
+def pretrained(labelled, tmp_path_factory):
+    """An encoder.pt that pretrain.py has made, with its projection head of three layers, and
+    SimCLR's network as its last.pt has it."""
+    out = tmp_path_factory.mktemp("pretrained")
+    pretrain.main([*SMALL, "--data", str(labelled), "--proj-layers", "3", "--proj-width", "96",
+                   "--out", str(out)])
+    net = SimCLR(build_encoder("resnet18"), 3, 96)
+    net.load_state_dict(load_checkpoint(out / "last.pt")["model"])
+    return out / "encoder.pt", net.eval()
+
+
+@pytest.mark.parametrize("layers, modules, width", [(1, 3, 96), (2, 6, 96), (3, 7, 128)])
+def test_features_from_the_head(pretrained, labelled, tmp_path, layers, modules, width, capsys):
+    """They are what SimCLR's own network has there, linear training leaves them alone, and
+    predict.py rebuilds them."""
+    encoder, net = pretrained
+    main("--init", encoder, "--mode", "linear", "--from-head", layers, "--out", tmp_path / "run",
+         "--batch-size", 8)
+    classifier, state = load_classifier(tmp_path / "run/classifier.pt")
+    manifest = read_manifest(labelled)
+    preprocessing = Preprocessing(32, state["config"]["normalize"], state["config"]["clahe"])
+    loader = eval_loader(manifest, manifest.images("test"), 8, preprocessing, "cpu")
+    x = torch.cat([batch for batch, _ in loader])
+    with torch.no_grad():
+        expected = net.projector[:modules](net.encoder(x))                  # (n, width)
+        torch.testing.assert_close(classifier.projector(classifier.encoder(x)), expected)
+        logits = classifier(x)
+    assert expected.shape[1] == classifier.head.in_features == width
+    for key, value in classifier.projector.state_dict().items():
+        assert torch.equal(value, net.projector.state_dict()[key])
+    predictions, = load_checkpoint(tmp_path / "run/predictions.pt").values()
+    torch.testing.assert_close(logits.sigmoid().double(), predictions["test"], atol=1e-4, rtol=0)
+
+    # What stands in the table, and what predict.py says of the same images.
+    name = f"SimCLR, head layer {layers}"
+    assert {row["init"] for row in rows(tmp_path / "run")} == {name}
+    assert f"| {name} |" in (tmp_path / "run/results.md").read_text()
+    predict.main([str(tmp_path / "run/classifier.pt"), str(labelled), "--out", str(tmp_path / "p"),
+                  "--threads", "1"])
+    lines = list(csv.reader(open(tmp_path / "p/predictions.csv")))[1:]
+    found = [[float(p) for p in lines[i][1:]] for i in manifest.images("test")]
+    np.testing.assert_allclose(found, predictions["test"], atol=1e-4)
+
+
+def test_full_training_trains_the_head_as_well(pretrained, tmp_path):
+    """Its first layers and no more; the classifier starts another training from the same place."""
+    encoder, net = pretrained
+    before = net.projector[:3].state_dict()
+    config = finetune.Config(init=(str(encoder),), from_head=1)
+    study = finetune.read_study(config, Compute(0, 1, torch.device("cpu"), "fp32", 1))
+    key, = study.inits
+    training = finetune.FineTuning(study, finetune.Combination("full", 1.0, key, 0))
+    training.net.train()(torch.randn(4, 1, 32, 32)).sum().backward()
+    training.optimizer.param_groups[0]["lr"] = 1e-3
+    training.optimizer.step()
+    after = training.net.projector.state_dict()
+    assert after.keys() == before.keys()
+    assert not any(torch.equal(after[key], value) for key, value in before.items())
+
+    main(*FULL, "--init", encoder, "--from-head", 1, "--out", tmp_path / "run")
+    _, state = load_classifier(tmp_path / "run/classifier.pt")
+    assert state["projector"].keys() == before.keys() and state["config"]["from_head"] == 1
+    main(*FULL, "--init", tmp_path / "run/classifier.pt", "--from-head", 1, "--mode", "linear",
+         "--out", tmp_path / "again")
+    again = load_checkpoint(tmp_path / "again/classifier.pt")["projector"]
+    assert all(torch.equal(value, state["projector"][key]) for key, value in again.items())
+
+
+def test_a_head_that_is_not_there_is_refused_in_a_sentence(pretrained, labelled, tmp_path):
+    def refused(init, layers):
+        with pytest.raises(SystemExit) as end:
+            main("--init", init, "--from-head", layers, "--data", labelled, "--arch", "resnet18",
+                 "--image-size", 32, "--out", tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+        return end.value.code
+
+    state = load_checkpoint(pretrained[0])
+    torch.save(state["encoder"], tmp_path / "plain.pt")
+    save_checkpoint(tmp_path / "older.pt", {key: value for key, value in state.items()
+                                            if key != "projector"})
+    state["projector"]["0.weight"] = state["projector"]["0.weight"][:, :100]
+    save_checkpoint(tmp_path / "narrow.pt", state)
+    for init in ("random", tmp_path / "plain.pt", tmp_path / "older.pt"):
+        assert f"--from-head 2: {init} has no projection head" in refused(init, 2)
+    assert "--from-head 4: the projection head in" in refused(pretrained[0], 4)
+    assert "holds a projection head that does not fit: " in refused(tmp_path / "narrow.pt", 2)
+
+
+def test_an_older_encoder_gets_its_head_from_the_last_checkpoint(pretrained, labelled, capsys):
+    encoder, _ = pretrained
+    state = load_checkpoint(encoder)
+    head = state.pop("projector")
+    save_checkpoint(encoder, state)
+    pretrain.main([*SMALL, "--data", str(labelled), "--proj-layers", "3", "--proj-width", "96",
+                   "--out", str(encoder.parent)])
+    assert "is complete" in capsys.readouterr().out
+    again = load_checkpoint(encoder)["projector"]
+    assert all(torch.equal(value, again[key]) for key, value in head.items())
+
+
+# --------------------------------------------------------------------------------------------------
+# Cross-validation over train and val.
+
+@pytest.fixture(scope="module")
+def validated(labelled, encoder, tmp_path_factory):
+    """Two initialisations on three folds, where no image of test can be read."""
+    folder, out = tmp_path_factory.mktemp("folds") / "data", tmp_path_factory.mktemp("folds")
+    shutil.copytree(labelled, folder)
+    manifest = read_manifest(labelled)
+    for i in manifest.images("test"):
+        (folder / manifest.paths[i]).write_bytes(b"not an image")
+    command = ["--mode", "linear", "--folds", 3, "--fraction", 0.5, 1, "--seeds", 0, 1,
+               "--batch-size", 8, "--threads", 1, "--init", "random", encoder, "--out"]
+    command += [out / "run", "--data", folder]
+    main(*command)
+    return out / "run", command
+
+
+def test_cross_validation_in_one_table(validated, labelled, capsys):
+    out, command = validated
+    manifest = read_manifest(labelled)
+    text, results = (out / "results.md").read_text(), json.loads((out / "results.json").read_text())
+    assert "96 images of 48 patients, train and val together; no image of test was read" in text
+    assert results["folds"] == 3
+    assert [(r["fraction"], r["init"], r["seed"], r["label"]) for r in results["results"]] == list(
+        itertools.product((0.5, 1.0), ("Scratch", "SimCLR"), (0, 1), ("Mass", "Effusion")))
+    last = results["means"][-1]
+    mean = np.mean([r["auroc"] for r in results["results"][-4:]])
+    assert last["auroc"] == pytest.approx(mean) and last["low"] <= mean <= last["high"]
+    assert last["auroc"] > 0.6
+    assert re.search(rf"\| SimCLR \|.*{mean:.3f}.* \| {last['low']:.3f} to {last['high']:.3f} \|",
+                     text.split("## 100 %")[1])
+    pair = results["comparisons"][-1]
+    assert (pair["init"], pair["against"], pair["label"]) == ("SimCLR", "Scratch", "mean")
+    assert (f"SimCLR − Scratch: mean AUROC {pair['difference']:+.3f} (95 % {pair['low']:+.3f} to "
+            f"{pair['high']:+.3f}, p = ") in text
+
+    # Nothing is left to do but the table; another command is another run.
+    main(*command)
+    assert "features of" not in capsys.readouterr().out
+    assert (out / "results.md").read_text() == text
+    assert not (out / "classifier.pt").exists()
+    with pytest.raises(SystemExit, match=r"with other flags: .*--folds \(3 there, None here\)"):
+        main("--init", "random", "--data", manifest.folder, "--out", out)
+
+
+def test_a_fold_has_no_say_in_its_own_predictions(validated, labelled, encoder, tmp_path):
+    """Its labels permuted, they are the same to the bit, and so is the strength of
+    regularisation; those of the other folds are not."""
+    manifest = read_manifest(labelled)
+    images = np.concatenate([manifest.images("train"), manifest.images("val")])
+    images = images[~np.isnan(manifest.labels[images]).all(1)]
+    fold = deal(manifest.patients[images], 3, 0)
+    moved = images[fold == 1] + 1                       # rows of the table, after its header
+
+    def permute(lines):
+        labels = random.Random(0).sample([lines[i][3:] for i in moved], len(moved))
+        for i, cells in zip(moved, labels):
+            lines[i][3:] = cells
+        return lines
+
+    out, command = validated
+    main(*command, "--out", tmp_path / "run",
+         "--data", changed(labelled, tmp_path / "data", permute))
+    a, b = (load_checkpoint(folder / "predictions.pt") for folder in (out, tmp_path / "run"))
+    assert len(a) == 8 and a.keys() == b.keys()
+    for key in a:
+        if key[3] == 0:
+            assert all(np.array_equal(entry[key]["fold"], fold) for entry in (a, b))
+            same = (a[key]["predictions"] == b[key]["predictions"]).numpy()
+            assert same[fold == 1].all() and not same[fold != 1].all()
+        assert a[key]["predictions"].isfinite().all()
+
+
+def test_folds_that_cannot_be_are_refused(labelled, encoder, tmp_path, capsys):
+    def refused(*arguments):
+        with pytest.raises(SystemExit) as end:
+            main("--init", encoder, "--out", tmp_path / "run", *arguments)
+        return end.value.code if isinstance(end.value.code, str) else capsys.readouterr().err
+
+    assert "--folds judges linear classifiers and needs --mode linear" in refused("--folds", 5)
+    assert "--folds takes 3 or more" in refused("--folds", 2, "--mode", "linear")
+    assert "--folds 50 are too many for 48 labelled patients" in refused(
+        "--folds", 50, "--mode", "linear")

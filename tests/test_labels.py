@@ -5,7 +5,7 @@ import torch
 
 from common import DataError
 from labels import (
-    cell_weights, draw, image_weights, labels_required, make_task, masked_cross_entropy,
+    cell_weights, deal, draw, image_weights, labels_required, make_task, masked_cross_entropy,
     policy_sentence, to_probabilities)
 
 
@@ -122,6 +122,19 @@ def test_draws_are_nested_whole_patients_of_train():
     assert again[0] == again[1] != again[2]
     with pytest.raises(DataError, match="--fraction 0.001 of .* is none"):
         draw(patients, truth, 0.001, 0)
+
+
+def test_folds_are_of_whole_patients_and_equal():
+    patients = np.array([f"p{i}" for i in np.random.default_rng(1).integers(0, 52, 400)])
+    names = np.unique(patients)
+    fold = deal(patients, 5, 0)
+    of_patient = {name: set(fold[patients == name]) for name in names}
+    assert all(len(folds) == 1 for folds in of_patient.values())
+    sizes = np.bincount([folds.pop() for folds in of_patient.values()])
+    assert len(sizes) == 5 and sizes.max() - sizes.min() <= 1
+    assert (fold == deal(patients, 5, 0)).all() and (fold != deal(patients, 5, 1)).any()
+    with pytest.raises(DataError, match="--folds 60 are too many for 52"):
+        deal(patients, 60, 0)
 
 
 def test_a_draw_of_a_three_way_task_has_true_negatives():

@@ -8,8 +8,8 @@ import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from scores import (
-    REPLICATES, auroc, calibration_error, interval, p_value, patient_counts, report, score,
-    val_score, youden)
+    REPLICATES, auroc, auroc_in_folds, calibration_error, interval, p_value, patient_counts, report,
+    score, val_score, youden)
 
 
 def test_scores_with_ties_and_masks_are_scikit_learns():
@@ -41,6 +41,30 @@ def test_scores_with_ties_and_masks_are_scikit_learns():
     assert youden(p, y) == 0.5
     p, y = np.array([0.05, 0.05, 0.95, 1.0]), np.array([0, 1, 1, 1.0])
     assert calibration_error(p, y, 10) == pytest.approx(0.2375)
+
+
+def test_auroc_in_folds_compares_pairs_of_one_fold():
+    """In every replicate, with ties, images that are left out, and folds that lack a class."""
+    rng = np.random.default_rng(3)
+    scores, truth = rng.integers(0, 9, 60) / 8, rng.choice([1, 0, np.nan], 60)
+    fold, patients = rng.integers(0, 4, 60), np.arange(60) // 3
+    truth[fold == 3] = 1
+    counts = patient_counts(patients, 20)
+    expected = []
+    for times in counts:
+        won = pairs = 0
+        for i, j in zip(*np.nonzero((truth == 1)[:, None] & (truth == 0))):
+            if fold[i] == fold[j]:
+                pairs += int(times[i]) * times[j]
+                won += int(times[i]) * times[j] * (
+                    (scores[i] > scores[j]) + (scores[i] == scores[j]) / 2)
+        expected.append(won / pairs)
+    assert auroc_in_folds(scores, truth, counts, fold) == pytest.approx(expected)
+    # Another scale for each fold changes nothing.
+    assert auroc_in_folds(scores / 10 - 5 * fold, truth, counts, fold) == pytest.approx(expected)
+    one = np.zeros(60, int)
+    assert auroc_in_folds(scores, truth, counts, one) == pytest.approx(auroc(scores, truth, counts))
+    assert np.isnan(auroc_in_folds(scores, np.ones(60), counts, fold)).all()
 
 
 def test_bootstrap_over_patients_and_paired():

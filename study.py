@@ -1,0 +1,322 @@
+"""What finetune.py compares, and on what: initialisations, labels, images, draws of the patients.
+
+All of it is read and checked before anything is written.
+"""
+import contextlib
+import itertools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+import run_folder
+from checkpoint import FORMAT, CheckpointError, load_checkpoint, settings_of
+from common import DataError, plain_name
+from dali_pipeline import Preprocessing
+from flags import ENCODERS
+from labels import Draw, Task, draw, labels_required, make_task, policy_sentence
+from manifest import Manifest, read_manifest
+from manifest_csv import SPLITS
+from model import Classifier, build_encoder, first_layers
+from probe import PROBE_CELLS, counted_labels
+from run import Compute
+from scores import val_score
+
+if TYPE_CHECKING:
+    from finetune import Config
+
+# Initialisations that are no file, and their names in tables.
+NAMES = {"random": "Scratch", "imagenet": "ImageNet"}
+# What the first encoder decides, and what holds where neither it nor a flag does.
+INHERITED = {"data": "data/nih", "arch": "resnet50", "image_size": 224, "normalize": "fixed",
+             "clahe": False}
+
+
+# --------------------------------------------------------------------------------------------------
+# Vocabulary: a study has combinations of initialisation, mode, fraction and seed, and each of these
+# has an outcome.
+
+class Combination(NamedTuple):
+    """One training, and the key of its predictions in predictions.pt."""
+    mode: str                           # linear or full
+    fraction: float                     # of the labelled patients
+    init: str                           # an Init's key
+    seed: int
+
+    @property
+    def starts_from_probe(self) -> bool:
+        """Whether training starts from the linear probe: a random head could distort what was
+        pre-trained in its first steps (Kumar et al. 2022)."""
+        return self.mode == "full" and self.init != "random"
+
+
+class Init(NamedTuple):
+    """An initialisation of the encoder."""
+    source: str                         # random, imagenet or the path of a checkpoint
+    # In predictions.pt: the source or, of a file, a digest of its content, because a path can be
+    # overwritten, and a file can be moved.
+    key: str
+    name: str                           # in tables
+    settings: dict[str, Any]            # INHERITED, as far as the checkpoint names them
+    labels_required: int | str          # images whose labels it has used up to now, or "unknown"
+
+    @property
+    def is_file(self) -> bool:
+        return self.source not in NAMES
+
+
+class Outcome(NamedTuple):
+    """What a combination ends with."""
+    net: Classifier
+    val: np.ndarray                     # (n_val, L) probabilities
+    test: np.ndarray                    # (n_test, L)
+    details: dict[str, Any]             # what val chose: a `strength`, or an `epoch`
+
+
+@dataclass(frozen=True)
+class Study:
+    """What all combinations of a run have in common."""
+    config: "Config"
+    compute: Compute
+    manifest: Manifest
+    settings: dict[str, Any]            # all flags that say what is computed, also those inherited
+    inits: dict[str, Init]              # by key
+    label_names: list[str]              # L
+    task: Task
+    policy: str                         # how labels were read, in a sentence
+    splits: dict[str, np.ndarray]       # the images of each split that have labels
+    # Of the train split, by fraction and seed. With --folds neither test nor a draw is there: each
+    # fold has splits and draws of its own.
+    draws: dict[tuple[float, int], Draw]
+    # What predictions.pt holds, by Combination. It grows as the combinations are finished.
+    predictions: dict[Any, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def out(self) -> Path:
+        return Path(self.config.out)
+
+    @property
+    def last(self) -> Path:
+        return self.out / "last.pt"
+
+    @property
+    def last_key(self) -> tuple | None:
+        """The combination that last.pt is amid; None where there is none, or half of a file."""
+        with contextlib.suppress(CheckpointError):
+            key = load_checkpoint(self.last).get("key")
+            return key if isinstance(key, tuple) else None
+        return None
+
+    def waiting_file(self, key: tuple) -> Path:
+        """Where a combination's last.pt waits while others are trained."""
+        return self.out / f"last-{plain_name('-'.join(map(str, key[1:])))}.pt"
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return Preprocessing(self.settings["image_size"], self.settings["normalize"],
+                             self.settings["clahe"])
+
+    def classifier(self, init: Init) -> Classifier:
+        """The network that training starts from, with a new linear layer."""
+        encoder = build_encoder(self.settings["arch"], init.source)
+        projector = first_layers(init.source, self.config.from_head or 0, encoder)
+        return Classifier(encoder, self.task.outputs, projector)
+
+    def name(self, c: Combination) -> str:
+        return f"{self.inits[c.init].name}, {c.mode}, {100 * c.fraction:g} %, seed {c.seed}"
+
+    def folder_name(self, c: Combination) -> str:
+        """The name as a folder can have it; two initialisations may come to the same one, and
+        then their keys tell them apart."""
+        names = [plain_name(self.name(c._replace(init=key))) for key in self.inits]
+        own = plain_name(self.name(c))
+        return own if names.count(own) == 1 else f"{own}-{plain_name(c.init)}"
+
+    def sample(self, c: Combination) -> np.ndarray:
+        """The images (m,) that a combination learns from."""
+        return self.splits["train"][self.draws[c.fraction, c.seed].rows]
+
+    @property
+    def images(self) -> np.ndarray:
+        """The images (n,) of all splits, one after the other."""
+        return np.concatenate(list(self.splits.values()))
+
+    def by_name(self, combinations: list[Combination]) -> dict[tuple, dict[str, Any]]:
+        """Their predictions by (mode, fraction, name of the initialisation, seed)."""
+        return {(c.mode, c.fraction, self.inits[c.init].name, c.seed): self.predictions[c]
+                for c in combinations}
+
+    def truth(self, split: str) -> np.ndarray:
+        return self.task.truth[self.splits[split]]                          # (n, L)
+
+    def val_score(self, probabilities: np.ndarray) -> float:
+        """What everything is chosen by, for probabilities (n_val, L)."""
+        return val_score(probabilities, self.truth("val"))
+
+    @property
+    def measure(self) -> str:
+        """What `val_score` measures here: a perfect answer scores 1 as AUROC, 0 as minus Brier."""
+        perfect = self.val_score(self.truth("val"))
+        return "AUROC" if perfect > 0 else "minus the Brier score"
+
+
+def read_inits(config: "Config", say: Callable) -> list[Init]:
+    """The initialisations of --init, each once. DataError where there is none, CheckpointError
+    where a file cannot be read."""
+    sources = config.init or [path for path in ENCODERS if os.path.exists(path)][:1]
+    if not sources:
+        raise DataError(f"{ENCODERS[0]} does not exist: pre-train first (`python pretrain.py "
+                        "--demo` takes minutes), or name another encoder, random or imagenet "
+                        "with --init")
+    # One file by two paths, or a copy of it, is the same initialisation.
+    source_of: dict[str, str] = {}      # by key
+    for source in sources:
+        key = source
+        if source not in NAMES:
+            key = f"checkpoint {run_folder.content_of_file(source)}"
+        if source_of.setdefault(key, source) != source:
+            say(f"{source} is the same as {source_of[key]}, and left out")
+
+    inits = []
+    files = [source for source in source_of.values() if source not in NAMES]
+    for key, source in source_of.items():
+        state = load_checkpoint(source) if source in files else {}
+        name = NAMES.get(source, source)
+        if state.get("format") == FORMAT and "classifier" not in state:
+            name = "SimCLR" if len(files) == 1 else f"SimCLR ({source})"
+        if config.from_head:
+            name += f", head layer {config.from_head}"
+        inits.append(Init(source, key, name, settings_of(state), labels_required(source, state)))
+    return inits
+
+
+def inherit(config: "Config", inits: list[Init], say: Callable) -> dict[str, Any]:
+    """Data, architecture and preprocessing: as the flags say, else as the first checkpoint does.
+
+    They are the same for all initialisations, so that these can be compared.
+    CheckpointError where an encoder does not fit."""
+    flags = {name: getattr(config, name) for name in INHERITED
+             if getattr(config, name) is not None}
+    files = [init for init in inits if init.is_file]
+    first = files[0].settings if files else {}
+    inherited = INHERITED | first | flags
+    if files:
+        say(f"inherited from {files[0].source}:", ", ".join(
+            f"{name} {value}" for name, value in first.items() if name not in flags))
+    for init in files:
+        differences = [f"{name} {value}" for name, value in init.settings.items()
+                       if value != inherited[name] and name != "data"]
+        if differences:
+            say(f"{init.source} was trained with {', '.join(differences)}, which is not what it "
+                "is given here")
+    for init in inits:
+        # What does not fit is refused now.
+        encoder = build_encoder(inherited["arch"], init.source, say)
+        first_layers(init.source, config.from_head or 0, encoder)
+    return inherited
+
+
+def labelled_images(manifest: Manifest, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """The images of these splits that have a label; DataError where a split has none.
+
+    A row of empty cells is an image without labels, whatever --blank says."""
+    table = manifest.folder / "manifest.csv"
+    if not manifest.label_names:
+        raise DataError(f"{table} has no label column: there is nothing to fine-tune on")
+    label_count = (~np.isnan(manifest.labels)).sum(1)                       # (N,)
+    splits = {}
+    for split in names:
+        images = manifest.images(split)
+        splits[split] = images[label_count[images] > 0]
+    for split, images in splits.items():
+        if not len(images):
+            raise DataError(f"{table}: no image of the {split} split has a label")
+    return splits
+
+
+def task_of(label_names: list[str], manifest: Manifest, train: np.ndarray,
+            config: "Config") -> Task:
+    """What these labels ask of each image, by the policies of the flags."""
+    columns = [manifest.label_names.index(name) for name in label_names]
+    return make_task(manifest.labels[:, columns], train, config.uncertain, config.blank)
+
+
+def teachable_labels(manifest: Manifest, train: np.ndarray, config: "Config",
+                     say: Callable) -> list[str]:
+    """Those of --labels, or of all, that have a positive and a negative in train;
+    DataError where there is none."""
+    table = manifest.folder / "manifest.csv"
+    candidates = list(config.labels) or manifest.label_names
+    if unknown := set(candidates) - set(manifest.label_names):
+        raise DataError(f"--labels {unknown.pop()}: {table} has {', '.join(manifest.label_names)}")
+    columns = task_of(candidates, manifest, train, config).training_labels[train].T  # (L, n)
+    names = [name for name, column in zip(candidates, columns) if {0, 1} <= set(column.tolist())]
+    if not names:
+        raise DataError(f"{table}: no label has a positive and a negative in train, with "
+                        f"--uncertain {config.uncertain} and --blank {config.blank}")
+    if left_out := [name for name in candidates if name not in names]:
+        say("left out, without both a positive and a negative in train:", ", ".join(left_out))
+    return names
+
+
+def frequent_labels(names: list[str], manifest: Manifest, images: np.ndarray, config: "Config",
+                    say: Callable) -> list[str]:
+    """Those of the labels that a cross-validation over these images can score."""
+    counted = counted_labels(task_of(names, manifest, images, config).truth[images])
+    if rare := [name for name, enough in zip(names, counted) if not enough]:
+        say(f"left out, with fewer than {PROBE_CELLS} positives or negatives:", ", ".join(rare))
+    return [name for name in names if name not in rare]
+
+
+def check_truth(task: Task, label_names: list[str], manifest: Manifest,
+                splits: dict[str, np.ndarray], say: Callable) -> None:
+    """DataError where val or test can score nothing; say which labels val cannot score."""
+    for split in ("val", "test"):
+        if np.isnan(task.truth[splits[split]]).all():
+            raise DataError(f"{manifest.folder / 'manifest.csv'}: the {split} split has only "
+                            f"uncertain or empty cells in {', '.join(label_names)}")
+    for name, column in zip(label_names, task.truth[splits["val"]].T):
+        if not {0, 1} <= set(column.tolist()):
+            say(f"{name} has one class only in val: its threshold is 0.5, and it has no say in "
+                "what is chosen there")
+
+
+def read_study(config: "Config", compute: Compute) -> Study:
+    """What is compared, on what, and who is drawn. Whatever is wrong is found here,
+    before anything is written."""
+    say = compute.say
+    inits = read_inits(config, say)
+    inherited = inherit(config, inits, say)
+
+    # The labels that train can teach. Fewer labels may be exclusive where all of them were not.
+    manifest = read_manifest(inherited["data"])
+    splits = labelled_images(manifest, ("train", "val") if config.folds else SPLITS)
+    train = splits["train"]
+    if config.folds:                    # in turn, val teaches as well
+        train = np.concatenate([train, splits["val"]])
+    names = teachable_labels(manifest, train, config, say)
+    if config.folds:
+        names = frequent_labels(names, manifest, train, config, say)
+    task = task_of(names, manifest, train, config)
+    if not config.folds:
+        check_truth(task, names, manifest, splits, say)
+    counts = ", ".join(f"{len(images)} {split}" for split, images in splits.items())
+    policy = policy_sentence(task.kind, config.uncertain, config.blank, config.balance)
+    say(f"{manifest.folder}: {counts} images with labels\n"
+        f"{len(names)} labels ({', '.join(names)}): {policy}; -1 is never scored")
+
+    # The patients that each combination learns from.
+    labels = task.training_labels[train]                                    # (n, L)
+    draws = {}
+    if not config.folds:                # each fold has draws of its own
+        draws = {(fraction, seed): draw(manifest.patients[train], labels, fraction, seed)
+                 for fraction, seed in itertools.product(config.fraction, config.seeds)}
+    if config.batch_size % compute.world_size:
+        raise DataError(f"--batch-size {config.batch_size} is global and must divide by the "
+                        f"{compute.world_size} processes")
+    settings = run_folder.fixed_flags(config) | inherited
+    return Study(config, compute, manifest, settings, {init.key: init for init in inits}, names,
+                 task, policy, splits, draws)
