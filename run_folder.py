@@ -80,7 +80,8 @@ def open_run(config: RunConfig, stage: str, results: tuple[str, ...],
                               "choose another --out")
     now = {"stage": stage} | fixed_flags(config) | more | {"contents": contents or {}}
     now = json.loads(json.dumps(now))  # tuples are lists in a file
-    difference = _difference(before, now)
+    # A run of an older version had no flag that came later: it ran with what is now its default.
+    difference = _difference(_defaults(config) | before if before else {}, now)
     if config.overwrite:
         for pattern in results:
             for old in out.glob(pattern):
@@ -101,6 +102,13 @@ def fixed_flags(config: RunConfig) -> dict[str, Any]:
     """The flags that must be the same when a run goes on, by name."""
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)
             if not field.metadata["may_differ"]}
+
+
+def _defaults(config: RunConfig) -> dict[str, Any]:
+    """What the fixed flags are where nobody gives them, as json has it."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)
+                if not field.metadata["may_differ"]}
+    return json.loads(json.dumps(defaults))
 
 
 def _difference(before: dict, now: dict) -> str:

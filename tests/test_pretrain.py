@@ -167,6 +167,19 @@ def test_copied_checkpoint_starts_a_run_with_other_flags(finished, data, tmp_pat
     assert "--lr (0.1 there, 0.2 here)" in message
 
 
+def test_run_of_a_version_with_fewer_flags_goes_on_with_their_defaults(finished, data, tmp_path,
+                                                                       capsys):
+    out = shutil.copytree(finished[0], tmp_path / "run")
+    config = json.loads((out / "config.json").read_text())
+    del config["gamma"], config["balance"]
+    (out / "config.json").write_text(json.dumps(config))
+    flags = [*SMALL, "--probe-every", "1", "--data", str(data), "--out", str(out)]
+    pretrain.main(flags)
+    assert "is complete" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"--gamma \(1.0 1.0 there, 0.5 1.0 here\)"):
+        pretrain.main([*flags, "--gamma", "0.5", "1"])
+
+
 def test_run_goes_on_without_its_first_weights_and_in_another_precision(finished, data, tmp_path):
     shutil.copy(finished[0] / "encoder.pt", tmp_path / "first.pt")
     flags = [*SMALL, "--data", str(data), "--out", str(tmp_path / "run"),
