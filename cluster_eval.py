@@ -42,14 +42,15 @@ import run_folder
 from checkpoint import load_checkpoint, settings_of
 from common import DataError, valid_unicode, whole_file, write_text
 from dali_pipeline import Preprocessing, eval_loader
+from figures import FigureText, figure_text, legend_below
 from flags import ENCODERS, PRECISION, THREADS, flag
 from labels import labels_required
 from manifest import Manifest, read_manifest
 from manifest_csv import SPLITS
 from model import MEAN, STD, build_encoder, num_features
 from probe import cached_features, knn_class_shares
+from report import markdown_table, write_json
 from run import Compute
-from scores import FigureText, figure_text, legend_below, markdown_table, write_json
 
 # The table's columns and the keys of results.json.
 SCORES = ("accuracy", "balanced_accuracy", "NMI", "ARI", "purity", "silhouette",

@@ -46,7 +46,8 @@ from linear import LinearProbe, cross_validate, read_features
 from manifest import image_flags
 from model import extract_features
 from run import Compute
-from scores import report, report_folds, youden
+from report import report, report_folds
+from scores import youden
 from study import Combination, Outcome, Study, read_study
 from views import Augmentation
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from report import report
 from scores import (
-    REPLICATES, auroc, auroc_in_folds, calibration_error, interval, p_value, patient_counts, report,
-    score, val_score, youden)
+    REPLICATES, auroc, auroc_in_folds, calibration_error, interval, p_value, patient_counts, score,
+    val_score, youden)
 
 
 def test_scores_with_ties_and_masks_are_scikit_learns():
