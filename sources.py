@@ -18,12 +18,13 @@ from PIL import Image
 
 import phantom
 from common import DataError, read_text
-from doubts import Doubt, many_classes, untrained_classes
+from doubts import (
+    PATIENT_COLUMN, SPLIT_COLUMN, Doubt, classes_of_splits, drawings, folders_of_persons,
+    many_classes, may_name_patients, names_without_meaning, repeated_below, seem_patients,
+    untrained_classes)
 from flags import number_within
 from layout import (
-    PATIENT_COLUMN, SPLIT_COLUMN, Place, classes_of_splits, drawings, excluder, find_layout,
-    folders_of_persons, layout_text, levels_of, may_name_patients, names_without_meaning,
-    outside_splits, place_of, repeated_below, seem_patients, split_name)
+    Place, excluder, find_layout, layout_text, levels_of, outside_splits, place_of, split_name)
 from radiograph import EXTENSIONS, ImageSettings, Reading
 from tables import (
     LabelRules, Table, form_key, merged, read_labels, read_table, spellings, understand, value_of)
