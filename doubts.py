@@ -12,9 +12,9 @@ from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from common import DataError
-from layout import SPLIT_NAMES, place_of
+from layout import SPLIT_NAMES, place_of, split_name
 from manifest_csv import SPLITS
-from tables import form_key, most_classes
+from tables import form_key, most_classes, value_of
 
 ALLOW = {
     "empty-split": "train, val or test is empty",
@@ -34,6 +34,7 @@ ALLOW = {
                    "in another"}
 FEW = 3                         # images; fewer are not doubted
 FEW_LOST = 5                    # images; so many may be lost of whatever number
+MARKS = r"[\s_/\\|&,;.:()'-]"     # that make no other label of one
 
 
 class Doubt(NamedTuple):
@@ -135,18 +136,29 @@ def untrained_classes(names: list[str], splits: list[str],
             for name, found in sorted(places.items()) if "train" not in found]
 
 
-def many_classes(classes: int, images: int) -> list[Doubt]:
-    """A doubt where there are more class folders than images can teach."""
-    if classes <= most_classes(images):
+def many_classes(names: list[str], images: int) -> list[Doubt]:
+    """A doubt where there are more class folders than images can teach, or they seem to be of a
+    person each. names: of the classes."""
+    if seem_persons(names, images):
+        return [Doubt("many-classes", f"the {len(names):,} class folders, such as {names[0]}, seem "
+                      f"to be of one person each, with {images:,} images in all, which cannot "
+                      "teach so many classes: --layout says what each level of folders is, "
+                      "--layout patient that these are patients")]
+    if len(names) <= most_classes(images):
         return []
-    return [Doubt("many-classes", f"{classes:,} class folders are more than {images:,} images "
+    return [Doubt("many-classes", f"{len(names):,} class folders are more than {images:,} images "
                   "can teach: --layout says what each level of folders is")]
 
 
 def similar_labels(names: list[str]) -> list[Doubt]:
-    """Doubts for labels that differ in case, blanks, "-" and "_" only, as COVID19 and COVID-19."""
+    """Doubts for labels of the same letters and numbers in the same order: COVID19 and COVID-19,
+    MassNodule and Mass/Nodule. Signs that mean something by themselves, as + does, are left."""
+    def letters(name: str) -> str:
+        # Between two digits a mark is no form: 1.5 is not 15.
+        return re.sub(rf"(?<!\d){MARKS}+|{MARKS}+(?!\d)", "", form_key(name))
+
     return [Doubt("similar-labels", f"labels {one!r} and {other!r} differ in form only")
-            for one, other in pairs_alike(names, lambda name: form_key(name).replace(" ", ""))]
+            for one, other in pairs_alike(names, letters)]
 
 
 def similar_patients(patients: Iterable[str]) -> list[Doubt]:
@@ -196,6 +208,12 @@ NO_CLASSES = {"image", "images", "img", "imgs", "png", "jpg", "jpeg", "dicom", "
               "batch", "part", "chunk", "fold", "folder", "file", "files", "patient", "study",
               "series", "case", "subject", "subj", "sub", "scan", "scans", "pat", "unlabeled",
               "unlabelled", "unsorted", "person", "participant", "unknown"}
+# Words by which a name is one of findings, and not of a person.
+FINDINGS = re.compile(
+    "normal|healthy|finding|disease|covid|pneumo|bacteri|vir(al|us)|tubercul|tumou?r|cancer|malign"
+    "|benign|nodul|mass|effusion|edema|oedema|fibro|emphysem|atelecta|cardi|consolid|infiltr|opaci"
+    "|lesion|fractur|hernia|pleura|thick|device|lung|thora|sars|mers|flu|posit|negat|control|case"
+    "|class|label|grade|stage|mild|moder|sever|none|other|diseas|sick|patholog|view|lateral|front")
 PERSONS = {"p", "s", "id", "pt", "pid", "mrn"}          # with a number after them
 PERSON_WORDS = {"patient", "subject", "subj", "sub", "pat", "pt", "case", "person", "participant"}
 # Columns of a table that seem to tell one patient from another, or the splits.
@@ -206,8 +224,24 @@ ATTRIBUTES = {"age", "sex", "gender", "birth", "birthday", "birthdate", "dob", "
               "weight", "height", "size", "bmi", "race", "ethnicity", "position", "orientation",
               "view", "type", "class", "status", "group", "control", "history", "smoker", "count",
               "comment", "comments", "diagnosis", "label", "outcome", "survival", "location"}
+# Columns that say who somebody is, if their cells repeat; and what a column of numbers may count.
+NAME_COLUMN = re.compile(
+    r"((full|last|first|family|given|sur|short) ?)?names?|individual|client|hn|uhid|nhs|paciente"
+    r"|paziente|(hospital|medical record|record|chart|clinic|person)( ?(id|nr|no|number|code))")
+OTHER_NUMBERS = {"time", "width", "pixel", "pixels", "columns", "rows", "area", "zip", "zipcode",
+                 "postcode", "phone", "dose", "exposure", "kvp", "scanner", "device", "model",
+                 "serial", "manufacturer", "station", "site", "institution", "center", "centre",
+                 "reader", "rater", "radiologist", "doctor", "physician", "dx", "icd", "finding",
+                 "findings", "version", "url", "doi", "license", "threshold", "cost"}
+# Cells that number a person or an examination: P001, 20517, a UID, DOE^JANE; no day.
+ID_CELL = re.compile(
+    r"(?!(19|20)\d\d[01]\d[0-3]\d$)([a-z]{0,5}[ _-]?\d{5,}|[a-z]{1,7}[ _-]?\d{2,4}"
+    r"|[12]\.[\d.]{10,}|[0-9a-f]{8}[0-9a-f-]*|[^\s^]+\^.*)", re.IGNORECASE)
 SPLIT_COLUMN = re.compile(r"(data ?)?(split|subset|partition|set)( ?name)?|phase|usage")
+FOLD_COLUMN = re.compile(r"((cv|k|val|test) ?)?folds?( ?(id|nr|no|number|index))?|cv")
+SPLIT_FLAGS = {"is", "in", "for", "set", "flag", "data", "sample", "used", "use", "split"}
 MOST_OF_A_PATIENT = 20          # images, on average; folders of more are sites or kinds of disease
+FEW_OF_A_PERSON = 10            # images, on average; folders of more teach a class
 MANY = 10                       # more folders of one name and a number are no grades of a disease
 
 
@@ -240,6 +274,19 @@ def names_without_meaning(classes: list[str]) -> list[str]:
             or letters[name] in PERSONS and name.casefold() not in PERSONS
             or numbered[letters[name]] > MANY or is_number_of(name, numbered[letters[name]])
             or bool(CODE.fullmatch(name)) and sum(map(bool, map(CODE.fullmatch, classes))) > 2]
+
+
+def seem_persons(names: list[str], images: int) -> bool:
+    """Whether class folders are of a person each: they hold under ten images on average, and fewer
+    than a quarter of the names say a finding, where there are four or more names of three letters
+    at least, or all are of two such words, as Smith_John; or a name has the caret of DOE^JANE."""
+    if any("^" in name for name in names):
+        return True
+    words = [[word for word in words_of(name) if len(word) > 2] for name in names]
+    findings = sum(bool(FINDINGS.search(name.casefold())) for name in names)
+    if images >= FEW_OF_A_PERSON * len(names) or not all(words) or 4 * findings >= len(names):
+        return False
+    return len(names) > 3 or len(names) > 1 and all(len(of_one) == 2 for of_one in words)
 
 
 def is_number_of(name: str, alike: int) -> bool:
@@ -298,9 +345,42 @@ def may_name_patients(column: str) -> bool:
         for word in words)
 
 
-def seem_patients(cells: list[str]) -> bool:
-    """Whether cells repeat as patients do: fewer than there are images, and yet many."""
-    return 2 <= len(set(cells)) < len(cells) <= 50 * len(set(cells))
+def seem_patients(name: str, cells: list[str]) -> bool:
+    """Whether a column of a table seems to tell one patient from another.
+
+    By its name; or by its name and as its cells repeat, fewer than there are images and yet many;
+    or as they do, and are numbers of persons by their form. cells: those that are not blank."""
+    if PATIENT_COLUMN.fullmatch(form_key(name)):
+        return True
+    if not 2 <= len(set(cells)) < len(cells) <= 50 * len(set(cells)):
+        return False
+    if may_name_patients(name):
+        return True
+    if NAME_COLUMN.fullmatch(" ".join(words_of(name))):
+        # A column called Name may be of classes.
+        return not any(FINDINGS.search(cell.casefold()) for cell in set(cells))
+    of_persons = not (ATTRIBUTES | OTHER_NUMBERS) & set(words_of(name))
+    return (of_persons and len(cells) <= MOST_OF_A_PATIENT * len(set(cells))
+            and all(map(ID_CELL.fullmatch, set(cells))))
+
+
+def seem_splits(name: str, cells: list[str]) -> bool:
+    """Whether a column of a table seems to name train, val and test, or to number them.
+
+    By two of these words; by one, where its name says so as well; by 0 and 1 where it is called
+    is_train or the like; by anything where it is called fold. cells: those that are not blank."""
+    said = SPLIT_COLUMN.fullmatch(form_key(name))
+    different = set(cells)
+    # A cell of another word, such as holdout, is refused once the column is used.
+    if len(set(map(split_name, different)) - {""}) > (0 if said else 1):
+        return True
+    words = words_of(name)
+    flags = {split_name(word) for word in words if word not in SPLIT_FLAGS}
+    if flags and "" not in flags and different:
+        return {value_of(cell) for cell in different} <= {"0", "1"}
+    numbers = all(cell.isdigit() or len(cell) == 1 for cell in different)
+    return 2 <= len(different) <= MANY and (
+        bool(FOLD_COLUMN.fullmatch(" ".join(words))) or said is not None and numbers)
 
 
 def folders_of_persons(images: list[str], levels: list[str], by_word: bool = False) -> str:

@@ -24,6 +24,9 @@ SPLIT_NAMES = {             # names of folders and cells of tables -> the manife
     "train": "train", "training": "train",
     "val": "val", "valid": "val", "validate": "val", "validation": "val", "dev": "val",
     "test": "test", "tests": "test", "testing": "test"}
+# Short ones may as well be classes: folders are called so where all of their level are splits.
+SHORT_SPLITS = {"tr": "train", "trn": "train", "va": "val", "te": "test", "ts": "test",
+                "tst": "test"}
 LEVELS = ("split", "class", "patient", "*")
 
 
@@ -38,12 +41,16 @@ def split_name(name: str) -> str:
     """train, val or test, whichever a folder's or a cell's name says; "" if it says none.
 
     Case, digits, punctuation and a word such as "set" after it do not matter."""
-    # "train_set", "Test images" and "trainset" are the same kind of name.
+    word = split_word(name)
+    return SPLIT_NAMES.get(word) or SHORT_SPLITS.get(word, "")
+
+
+def split_word(name: str) -> str:
+    """What split_name looks up: `train` for train_set, trainset or Train images."""
     words = re.sub(r"[\W\d_]+", " ", name.casefold()).split()
     if len(words) > 1 and words[-1] in ("set", "data", "split", "images"):
         words.pop()
-    word = "".join(words)
-    return SPLIT_NAMES.get(word.removesuffix("set").removesuffix("data"), "")
+    return "".join(words).removesuffix("set").removesuffix("data")
 
 
 def layout_text(text: str) -> str:
@@ -72,15 +79,15 @@ def find_layout(images: list[str]) -> list[str]:
         return levels
 
     # train, val and test at the top, the classes below; any other folder beside them is left out.
-    if any(split_name(name) for name in names_at(parents, start)):
+    if are_splits(names_at(parents, start)):
         inside = [folders for folders in parents if split_name("".join(folders[start:start + 1]))]
         below = first_telling(inside, start + 1)
         levels += ["split", *["*"] * (below - start - 1)]
         return [*levels, "class"] if names_at(inside, below) else levels
 
     # train, val and test inside each class, or nowhere.
-    depths = {depth for folders in parents for depth, name in enumerate(folders)
-              if depth > start and split_name(name)}
+    depths = {depth for depth in range(start + 1, max(map(len, parents)))
+              if are_splits(names_at(parents, depth))}
     if not depths:
         return [*levels, "class"]
     depth = min(depths)
@@ -103,9 +110,16 @@ def first_telling(parents: list[tuple[str, ...]], level: int) -> int:
         names = names_at(parents, level)
         if len(names) != 1 or any(len(folders) <= level for folders in parents):
             return level
-        if split_name(*names):
+        if are_splits(names):
             return level
         level += 1
+
+
+def are_splits(names: set[str]) -> bool:
+    """Whether folders of one level are splits: any by a full name, or all by short ones."""
+    splits = {split_name(name) for name in names}
+    by_full_name = any(split_word(name) in SPLIT_NAMES for name in names)
+    return by_full_name or len(splits) > 1 and "train" in splits and "" not in splits
 
 
 def names_at(parents: list[tuple[str, ...]], level: int) -> set[str]:

@@ -19,15 +19,14 @@ from PIL import Image
 import phantom
 from common import DataError, read_text
 from doubts import (
-    PATIENT_COLUMN, SPLIT_COLUMN, Doubt, classes_of_splits, drawings, folders_of_persons,
-    many_classes, may_name_patients, names_without_meaning, repeated_below, seem_patients,
-    untrained_classes)
+    Doubt, classes_of_splits, drawings, folders_of_persons, many_classes, names_without_meaning,
+    repeated_below, seem_patients, seem_splits, untrained_classes)
 from flags import number_within
 from layout import (
     Place, excluder, find_layout, layout_text, levels_of, outside_splits, place_of, split_name)
 from radiograph import EXTENSIONS, ImageSettings, Reading
 from tables import (
-    LabelRules, Table, form_key, merged, read_labels, read_table, spellings, understand, value_of)
+    LabelRules, Table, merged, read_labels, read_table, spellings, understand, value_of)
 
 NIH_FINDINGS = [
     "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
@@ -301,7 +300,7 @@ def class_folders(source: Source, places: dict[str, Place]) -> dict[str, tuple[s
     counts = Counter((name, name) for name in names.values() if name)
     spelling = spellings(counts)
     source.label_names, source.classes = sorted(set(spelling.values())), True
-    source.doubts += many_classes(len(source.label_names), len(places))
+    source.doubts += many_classes(source.label_names, len(places))
     if merged(spelling):
         source.notes.append(f"Class folders.{merged(spelling)}")
     outside = sum(not name for name in names.values())
@@ -366,19 +365,17 @@ def doubt_unused_columns(source: Source, args: argparse.Namespace, table: Table,
     columns = {name: [cell for cell in map(further.column(name).get, keys)
                       if cell and value_of(cell) != ""] for name in names}
     if args.patient_column not in table.columns and "patient" not in levels:
-        for name in [name for name in names if PATIENT_COLUMN.fullmatch(form_key(name))
-                     or may_name_patients(name) and seem_patients(columns[name])][:1]:
+        for name in [name for name in names if seem_patients(name, columns[name])][:1]:
             source.doubts.append(Doubt(
                 "unknown-patients", f"column {name!r} of {table.file.name} seems to name the "
                 f"patients, whose images would come into several splits: --patient-column {name}"))
     if args.split_column not in table.columns and "split" not in levels:
-        for name, cells in columns.items():
-            # A cell of another word, such as holdout, is refused once the column is used.
-            splits = set(map(split_name, cells)) - {""}
-            if len(splits) > (0 if SPLIT_COLUMN.fullmatch(form_key(name)) else 1):
-                source.doubts.append(Doubt(
-                    "unused-splits", f"column {name!r} of {table.file.name} seems to name the "
-                    f"splits: --split-column {name} takes them"))
+        for name in [name for name in names if seem_splits(name, columns[name])]:
+            words = any(map(split_name, columns[name]))
+            write = "" if words else ", once train, val or test is written into it"
+            source.doubts.append(Doubt(
+                "unused-splits", f"column {name!r} of {table.file.name} seems to name the "
+                f"splits: --split-column {name} takes them{write}"))
 
 
 def read_image_table(args: argparse.Namespace) -> Table:
@@ -630,11 +627,11 @@ def chexpert_items(args: argparse.Namespace, files: list[str]) -> Source:
 
 def observations(table: Table) -> dict[str, tuple[str, ...]]:
     """The 14 observations by a table's key. DataError where a column of them holds words."""
-    names, labels = read_labels(table, CHEXPERT_OBSERVATIONS)
-    if names != CHEXPERT_OBSERVATIONS:
+    labels = read_labels(table, CHEXPERT_OBSERVATIONS)
+    if labels.names != CHEXPERT_OBSERVATIONS:
         raise DataError(f"{table.file}: the observations must be 1, 0, -1 or blank, one column "
                         "holds something else")
-    return labels
+    return labels.cells
 
 
 # --------------------------------------------------------------------------------------------------

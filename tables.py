@@ -46,6 +46,8 @@ CELL_WORDS = {
 # Of the last ones, those that programs write for a cell without content. The others may be a class
 # in a column of classes: none, mild, severe.
 OPEN = ("", "nan", "null", "#n/a", "<na>")
+# Of the values, one that is also an English prefix: a value only in a column of nothing else.
+PREFIX = "non"
 VALUES = {word: value for value, words in CELL_WORDS.items() for word in words}
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII)
 DASHES = re.compile("[\u2010-\u2015\u2212]")      # hyphens, en and em dashes, the minus sign
@@ -115,6 +117,11 @@ def read_table(file: Path, key: str, columns: list[str] | None = None,
 
             # The header: where is each of the columns?
             header = [name.strip() for name in next(lines, [])]
+            twice = next((name for name in header if name and header.count(name) > 1), "")
+            if twice:
+                one, other = [n for n, name in enumerate(header, 1) if name == twice][:2]
+                raise DataError(f"{file} must have one column {twice!r}, and columns {one} and "
+                                f"{other} are called so: rename one of them")
             columns = [name for name in header if name != key] if columns is None else columns
             for name in (key, *columns):
                 if header.count(name) != 1 and (name in header or name not in optional):
@@ -198,16 +205,15 @@ class Column(NamedTuple):
 
 
 def read_labels(table: Table, names: list[str], several_rows: str = "",
-                rater_column: str = "") -> tuple[list[str], dict[str, tuple[str, ...]]]:
-    """Columns `names` of a table as the manifest's label names, and {key: the manifest's cells}.
+                rater_column: str = "") -> Labels:
+    """Columns `names` of a table as labels, of all its rows.
 
     For columns that are to hold values: where one holds words its label names
     are others than `names`. They are not searched for lists, so that no message
     repeats a person's name."""
     rules = LabelRules(separator="none", several_rows=several_rows, rater_column=rater_column,
                        many_classes=True, flags=False)
-    labels = understand(table, names, list(table.rows), rules)
-    return labels.names, labels.cells
+    return understand(table, names, list(table.rows), rules)
 
 
 def understand(table: Table, names: list[str], keys: list[str], rules: LabelRules) -> Labels:
@@ -280,6 +286,8 @@ def understand_column(table: Table, name: str, keys: list[str], rules: LabelRule
     if not classes:
         if "+" in counts:               # beside present, a dash is absent
             values |= {cell: "0" for cell in counts if DASHES.sub("-", cell) == "-"}
+        if None in values.values():     # non and covid
+            values |= {cell: None for cell in counts if cell.casefold() == PREFIX}
         refuse_letters_of_two_kinds(where, rules)
     if classes and rules.not_mentioned is None:
         refuse_what_may_be_a_class(where)
@@ -511,7 +519,8 @@ def refuse_hidden_lists(words: list[str], where: dict[str, str]) -> None:
                     for word in words if mark in word}
         often = Counter(part for parts in parts_of.values() for part in set(parts))
         for word, parts in parts_of.items():
-            if any(part and (part in known or often[part] > 1) for part in parts):
+            # The + of TB+ separates nothing.
+            if all(parts) and any(part in known or often[part] > 1 for part in parts):
                 raise ask_for_separator(word, where)
     # Mass, Nodule, and Mass#Nodule, Mass with Nodule, or whatever separates them. A class of
     # several words rarely has two others in it.
@@ -527,6 +536,12 @@ def refuse_hidden_lists(words: list[str], where: dict[str, str]) -> None:
     for word in words:
         if ends & edges(form_key(word), last=False):
             raise ask_for_separator(word, where)
+    # Mass, Nodule, and MassNodule.
+    for word in words:
+        text = form_key(word)
+        for middle in range(2, len(text) - 1):
+            if text[:middle] in known and text[middle:] in known:
+                raise ask_for_separator(word, where)
     # Mass#Nodule, Nodule#Edema, Edema#Mass: none of them stands alone.
     parts_of = {word: [form_key(part) for part in OTHER_MARKS.split(word)] for word in words}
     often = Counter(part for parts in parts_of.values() for part in set(parts))
@@ -548,13 +563,18 @@ def runs(text: str) -> set[str]:
 def edges(text: str, last: bool) -> set[str]:
     """The runs of up to LONGEST_RUN words that begin a text, or end it, and are not all of it.
 
-    Numbers alone do not count, nor do texts of more than 30 words."""
+    Neither the run nor what is left of the text may be numbers alone, as in stage 1 and 1 stage.
+    Texts of more than 30 words do not count."""
     words = re.findall(r"\w+", text)
     if len(words) > 30:
         return set()
-    lengths = range(1, min(LONGEST_RUN + 1, len(words)))
-    found = {" ".join(words[-n:] if last else words[:n]) for n in lengths}
-    return {run for run in found if re.search(r"[^\W\d]", run)}
+    found = set()
+    for length in range(1, min(LONGEST_RUN + 1, len(words))):
+        middle = len(words) - length if last else length
+        parts = " ".join(words[:middle]), " ".join(words[middle:])
+        if all(re.search(r"[^\W\d]", part) for part in parts):
+            found.add(parts[last])
+    return found
 
 
 def ask_for_separator(word: str, where: dict[str, str]) -> DataError:

@@ -65,6 +65,14 @@ LIST = {"Mass": [1, 1, 0], "Nodule": [1, 0, 1]}
     *((cells * 2, "row [234], column y: .* may be a list") for cells in (
         ["Mass - Nodule", "Infiltrate - Edema", "Edema - Effusion", "Normal"], ["A B", "B C"],
         ["Mass-Nodule", "Nodule-Edema", "Mass"], ["Mass_Nodule", "Nodule_Edema"])),
+    *((cells * 2, "may be a list") for cells in (
+        ["MassNodule", *TWO], ["massnodule", "Mass", "NODULE"], ["TB-HIV", "TB", "HIV"])),
+    *((cells * 2, "labels .* and .* differ in form only") for cells in (
+        ["MassNodule", "Mass Nodule", "Edema"], ["Mass.Nodule", "Mass-Nodule", "Edema"])),
+    *((cells * 2, {one: [1, 0] * 2, other: [0, 1] * 2}) for cells, one, other in (
+        (["Stage 1", "1 stage"], "Stage 1", "1 stage"), (["non", "covid"], "y non", "y covid"),
+        (["Grade 1.5", "Grade 15"], "Grade 1.5", "Grade 15"), (["TB+", "TB"], "TB+", "TB"))),
+    (["non", "oui", "Non", ""], {"y": [0, 1, 0, ""]}),
     (["left effusion", "right effusion", "effusion"] * 2, {
         "effusion": [0, 0, 1] * 2, "left effusion": [1, 0, 0] * 2,
         "right effusion": [0, 1, 0] * 2}),
@@ -135,19 +143,33 @@ def test_blanks_and_marks_are_told(tmp_path, capsys, columns, rows, expected):
     ("{name}/{split}{i}.png", ("pt01", "pt02", "pt03"), "pt01 does not look like a class"),
     ("{name}/{split}{i}.png", ("A17", "B03", "C22"), "A17 does not look like a class"),
     ("{name}/{split}{i}.png", ("TB", "unknown"), "unknown does not look like a class"),
+    *(("{name}/{split}{i}.png", names, "seem to be of one person each.*--layout patient") for names in (
+        ("Smith_John", "Doe_Jane", "Roe_Richard", "Miles_Mary"), ("DOE^JANE", "ROE^R"),
+        ("Smith, John", "Doe, Jane"), ("mueller", "schmidt", "meier", "otto"))),
+    *(("{name}/{split}{i}.png", names, "class") for names in (
+        ("COVID", "Lung_Opacity", "Normal", "Viral Pneumonia"), ("No Finding", "Pleural Effusion"),
+        ("A", "B", "C", "D"))),
     ("{name}_{split}/{i}.png", ("normal", "tb"),
      "classes normal_test and normal_train seem to be of two splits by .*--allow odd-classes"),
     ("{split}{name}/{i}.png", ("A", "B"), "classes testA and trainA seem to be of two"),
     ("{name}/{split}{i}.png", ("TB", "TB_test"), "classes TB and TB_test seem to be of two"),
     ("{name}/{split}{i}.png", ("train_NORMAL", "test_TB"), "test_TB and train_NORMAL seem to be"),
     ("{name}/{split}{i}.png", ("train_NORMAL", "protest", "Device"), "class"),
-    ("{split}/{name}{i}.png", ("COVID19/", "COVID-19/"), "differ in form only"),
+    *(("{split}/{name}{i}.png", names, "differ in form only") for names in (
+        ("COVID19/", "COVID-19/"), ("MassNodule/", "Mass_Nodule/"), ("A&B/", "A B/"))),
+    ("{split}/{name}{i}.png", ("TB+/", "TB-/"), "split/class"),
+    *(("{Short}/{name}/{i}.png", names, layout) for names, layout in (
+        (("NORMAL", "TB"), "split/class"), (("0", "1"), "split/class"))),
+    ("{name}/{Short}_set/{i}.png", ("NORMAL", "TB"), "class/split"),
+    ("{name}/{split}{i}.png", ("VA", "NORMAL"), "class"),
     ("seen_{split}/{name}/{i}.png", ("NORMAL", "TB"), "NORMAL lies both below seen_"),
     ("{split}/x/{name}/{i}.png", ("TB", "../../holdout/x"), "images in holdout lie beside")])
 def test_layouts(tmp_path, capsys, pattern, classes, expected):
     names = {"test": "Testing", "val": "Validation", "train": "Train"}
+    short = {"test": "te", "val": "VA", "train": "tr"}
     src, out = tree(tmp_path, *(
-        os.path.normpath(pattern.format(split=split, Split=names[split], name=name, i=i))
+        os.path.normpath(pattern.format(split=split, Split=names[split], Short=short[split],
+                                        name=name, i=i))
         for split in names for name in classes for i in range(2)))
     for litter in ("__MACOSX/x/1.png", ".hidden/2.png", "Thumbs.db", "desktop.ini"):
         (src / litter).parent.mkdir(exist_ok=True, parents=True)
@@ -159,7 +181,8 @@ def test_layouts(tmp_path, capsys, pattern, classes, expected):
         manifest = read_manifest(out)
         assert len(manifest.paths) == 6 * len(classes)
         for path, split in splits_of(out).items():
-            assert "split" not in expected or split in path.lower() or names[split] in path
+            assert "split" not in expected or any(
+                name in path for name in (split, names[split], short[split]))
 
 
 @pytest.mark.parametrize("header, rows, expected", [
@@ -172,6 +195,17 @@ def test_layouts(tmp_path, capsys, pattern, classes, expected):
     ("path,subject_id", ["1", "1", "2", "3"], "--patient-column subject_id"),
     *((f"path,{name}", ["1", "1", "2", "3"], f"--patient-column {name} ") for name in (
         "patient.id", "PatientName", "id_patient", "patient_hash", "Case ID", "MRN_anon", "SUBJ")),
+    *((f"path,{name}", ["x", "x", "y", "z"], f"--patient-column {name} ") for name in (
+        "Name", "Patient Name", "pid", "subject", "mrn", "Hospital_No", "record number")),
+    *((f"path,{name}", cells, "column .code. of l.csv seems to name the patients") for name in ("code",)
+      for cells in (["P01", "P01", "P02", "P03"], ["10233", "10233", "10240", "10251"],
+                    ["DOE^JANE", "DOE^JANE", "ROE^R", "A^B"],
+                    ["1.2.840.113.7", "1.2.840.113.7", "1.2.840.113.8", "1.2.840.113.9"])),
+    *((header, cells, {"test": 1, "train": 2, "val": 1}) for header, cells in (
+        ("path,Name", ["Normal", "Normal", "Pneumonia", "Mass"]), ("path,made", ["20200131"] * 4),
+        ("path,made", ["20200131", "20200131", "20200202", "20200203"]),
+        ("path,scanner", ["CR85", "CR85", "DX20", "DX21"]), ("path,dose", ["12345", "12345", "2", "3"]),
+        ("path,view", ["PA", "PA", "AP", "L"]))),
     *((f"path,{name}", ["1", "1", "2", "3"], {"test": 1, "train": 2, "val": 1}) for name in (
         "Patient_Sex", "inpatient", "case type", "PatientAge", "patientage", "spatial")),
     ("path,Case ID", ["1", "2", "3", "4"], {"test": 1, "train": 2, "val": 1}),  # one image each
@@ -184,6 +218,16 @@ def test_layouts(tmp_path, capsys, pattern, classes, expected):
     ("path,Split", ["Train", "TEST", "valid", "training"], "--split-column Split takes them"),
     ("path,split", ["Train", "TEST", "dev", "training"], {"train": 2, "test": 1, "val": 1}),
     ("path,split", ["0", "1", "0", "1"], "row 2, column split: '0' is no split"),
+    ("path,split", ["tr", "TE", "va", "Tr"], {"train": 2, "test": 1, "val": 1}),
+    ("path,split", ["training", "testing", "validation", "dev"], {"train": 1, "test": 1, "val": 2}),
+    ("path,usage", ["trn", "tst", "Dev set", "trn"], "--split-column usage takes them"),
+    *((f"path,{name}", cells, f"column '{name}' .* splits: --split-column {name} takes them, once")
+      for name, cells in (
+        ("is_train", ["0", "1", "1", "1"]), ("train", ["TRUE", "TRUE", "FALSE", "TRUE"]),
+        ("isTest", ["1.0", "0.0", "0", "1"]), ("fold", ["0", "1", "2", "3"]),
+        ("kfold", ["A", "B", "A", "B"]), ("subset", ["1", "2", "2", "2"]))),
+    *((f"path,{name}", ["0", "1", "1", "0"], {"test": 1, "train": 2, "val": 1}) for name in (
+        "PCR test", "folder", "set up")),
     ("path,patient,split", ["1,train", "1,test", "2,train", "3,val"],
      "patient 1 is in test and in train")])
 def test_columns_of_patients_and_splits(tmp_path, header, rows, expected):
@@ -352,6 +396,9 @@ TABLE = "path,y\n" + "".join(f"{i}.png,{i % 2}\n" for i in range(4))
     (TABLE.replace(",1", ",1\0"), r"row 3, column y: '1\\x00' among values"),
     (TABLE + ",\n,\n", None), (TABLE + ",1\n", "row 6: its key is empty .column path"),
     (TABLE.replace("2.png,0", '2.png,"0'), "row 4: .*, as a quote that opens there is"),
+    (TABLE.replace("path,y", "path,y,y").replace(".png", ".png,1"), "columns 2 and 3 are called so"),
+    (TABLE.replace("path,y", "x,path,y,x").replace("\n", ",1\n0,").replace("x,1\n", "x\n")[:-2],
+     "one column 'x', and columns 1 and 4 are called so"),
     (b"PK\3\4" * 900, "must have one column 'path', its header is .{,3000}$"),
     ("", "must have one column 'path', its header is ''")])
 def test_tables(tmp_path, content, expected):
