@@ -143,7 +143,8 @@ def test_blanks_and_marks_are_told(tmp_path, capsys, columns, rows, expected):
     ("{name}/{split}{i}.png", ("pt01", "pt02", "pt03"), "pt01 does not look like a class"),
     ("{name}/{split}{i}.png", ("A17", "B03", "C22"), "A17 does not look like a class"),
     ("{name}/{split}{i}.png", ("TB", "unknown"), "unknown does not look like a class"),
-    *(("{name}/{split}{i}.png", names, "seem to be of one person each.*--layout patient") for names in (
+    *(("{name}/{split}{i}.png", names, "seem to be of one person each.*--layout patient")
+      for names in (
         ("Smith_John", "Doe_Jane", "Roe_Richard", "Miles_Mary"), ("DOE^JANE", "ROE^R"),
         ("Smith, John", "Doe, Jane"), ("mueller", "schmidt", "meier", "otto"))),
     *(("{name}/{split}{i}.png", names, "class") for names in (
@@ -197,15 +198,15 @@ def test_layouts(tmp_path, capsys, pattern, classes, expected):
         "patient.id", "PatientName", "id_patient", "patient_hash", "Case ID", "MRN_anon", "SUBJ")),
     *((f"path,{name}", ["x", "x", "y", "z"], f"--patient-column {name} ") for name in (
         "Name", "Patient Name", "pid", "subject", "mrn", "Hospital_No", "record number")),
-    *((f"path,{name}", cells, "column .code. of l.csv seems to name the patients") for name in ("code",)
-      for cells in (["P01", "P01", "P02", "P03"], ["10233", "10233", "10240", "10251"],
-                    ["DOE^JANE", "DOE^JANE", "ROE^R", "A^B"],
-                    ["1.2.840.113.7", "1.2.840.113.7", "1.2.840.113.8", "1.2.840.113.9"])),
+    *(("path,code", cells, "column 'code' of l.csv seems to name the patients") for cells in (
+        ["P01", "P01", "P02", "P03"], ["10233", "10233", "10240", "10251"],
+        ["DOE^JANE", "DOE^JANE", "ROE^R", "A^B"],
+        ["1.2.840.113.7", "1.2.840.113.7", "1.2.840.113.8", "1.2.840.113.9"])),
     *((header, cells, {"test": 1, "train": 2, "val": 1}) for header, cells in (
         ("path,Name", ["Normal", "Normal", "Pneumonia", "Mass"]), ("path,made", ["20200131"] * 4),
         ("path,made", ["20200131", "20200131", "20200202", "20200203"]),
-        ("path,scanner", ["CR85", "CR85", "DX20", "DX21"]), ("path,dose", ["12345", "12345", "2", "3"]),
-        ("path,view", ["PA", "PA", "AP", "L"]))),
+        ("path,scanner", ["CR85", "CR85", "DX20", "DX21"]),
+        ("path,dose", ["12345", "12345", "2", "3"]), ("path,view", ["PA", "PA", "AP", "L"]))),
     *((f"path,{name}", ["1", "1", "2", "3"], {"test": 1, "train": 2, "val": 1}) for name in (
         "Patient_Sex", "inpatient", "case type", "PatientAge", "patientage", "spatial")),
     ("path,Case ID", ["1", "2", "3", "4"], {"test": 1, "train": 2, "val": 1}),  # one image each
@@ -267,6 +268,43 @@ def test_a_patient_is_missing_in_an_official_table(tmp_path, source, table, row)
     (src / table).write_text(text.replace(",11", ","))
     with pytest.raises(SystemExit, match=f"{table}, {row}"):
         run(source, "--src", src, "--out", tmp_path / "out", "--workers", 1)
+
+
+@pytest.mark.parametrize("source", ["nih", "chexpert", "mimic", "folder"])
+def test_a_part_of_a_download_is_told_with_its_flag(tmp_path, source):
+    """Tables of 40 images, of which 4 are there."""
+    src, flags = tmp_path / "src", []
+    if source == "nih":
+        tree(tmp_path, *(f"images_001/{i}.png" for i in range(4)))
+        rows = "".join(f"{i}.png,Mass,1{i}\n" for i in range(40))
+        (src / "Data_Entry_2017.csv").write_text(f"Image Index,Finding Labels,Patient ID\n{rows}")
+        (src / "train_val_list.txt").write_text(" ".join(f"{i}.png" for i in range(20)) + " 3.png")
+        (src / "test_list.txt").write_text(" ".join(f"{i}.png" for i in range(20, 40)))
+    elif source == "chexpert":
+        tree(tmp_path, *(f"train/patient{i}/study1/view1_frontal.jpg" for i in range(4)))
+        for part, images in (("train", range(40)), ("valid", ())):
+            write_csv(src / f"{part}.csv", [
+                ("Path", "Frontal/Lateral", *CHEXPERT_OBSERVATIONS),
+                *((f"x/train/patient{i}/study1/view1_frontal.jpg", "Frontal", *["1"] * 14)
+                  for i in images)])
+    elif source == "mimic":
+        mimic(src, [(f"i{i}", f"5{i}", f"1{i}", "train", "PA") for i in range(40)])
+        for file in sorted(src.rglob("*.jpg"))[4:]:
+            file.unlink()
+    else:
+        tree(tmp_path, *(f"{i}.png" for i in range(4)))
+        (tmp_path / "l.csv").write_text("path,y\n" + "".join(
+            f"{i}.png,{i % 2}\n" for i in range(40)))
+        flags = ["--csv", tmp_path / "l.csv", "--label-columns", "y"]
+    command = [source, "--src", src, "--out", tmp_path / "out", "--workers", 1, *flags]
+    with pytest.raises(SystemExit) as caught:
+        run(*command)
+    text = str(caught.value)
+    assert "36 of 40 images would be left out, all of them for one reason: named in " in text
+    assert "missing on disk, such as " in text and "if that is meant: --allow many-left-out" in text
+    allowed = text.partition("--allow ")[2].rstrip(")").split()
+    run(*command, "--allow", *allowed)
+    assert len(read_manifest(tmp_path / "out").paths) == 4
 
 
 def test_folders_of_patients_beside_a_table(tmp_path):
@@ -341,6 +379,23 @@ def test_pixels(tmp_path, name, image, options):
     assert np.abs(levels / 255 - LEVELS).max() < 0.02
 
 
+@pytest.mark.parametrize("side, options, levels", [
+    (60, {"quality": 75}, (0, 255)), (64, {"quality": 95}, (40, 190)),
+    (72, {"quality": 60}, (255, 0)), (200, {"quality": 50}, (40, 190))])
+def test_masks_as_jpeg(tmp_path, side, options, levels):
+    y, x = np.mgrid[:side, :side] / side
+    lungs = np.hypot((np.abs(x - 0.5) - 0.2) / 0.15, (y - 0.5) / 0.35) < 1
+    Image.fromarray(np.where(lungs, *levels).astype(np.uint8)).save(tmp_path / "x.jpg", **options)
+    with pytest.raises(DataError, match="a mask or a drawing"):
+        load_image(tmp_path / "x.jpg", read_image, ImageSettings())
+    # A pale radiograph in a black frame is none, nor is a halftone.
+    frame = np.pad(100 + radiograph(1, side, side) / 12, side // 3)
+    halftone = Image.fromarray(radiograph(2, side, side)).convert("1").convert("L")
+    for image in (Image.fromarray(frame.astype(np.uint8)), halftone):
+        image.save(tmp_path / "x.jpg", **options)
+        load_image(tmp_path / "x.jpg", read_image, ImageSettings())
+
+
 WHITE = "window not used: it would have made most of the image white"
 NO_NUMBER = "window not used: its centre or width is missing or no number"
 PAST = np.where(EDGE, 4095, SCAN)                           # columns of padding
@@ -396,7 +451,8 @@ TABLE = "path,y\n" + "".join(f"{i}.png,{i % 2}\n" for i in range(4))
     (TABLE.replace(",1", ",1\0"), r"row 3, column y: '1\\x00' among values"),
     (TABLE + ",\n,\n", None), (TABLE + ",1\n", "row 6: its key is empty .column path"),
     (TABLE.replace("2.png,0", '2.png,"0'), "row 4: .*, as a quote that opens there is"),
-    (TABLE.replace("path,y", "path,y,y").replace(".png", ".png,1"), "columns 2 and 3 are called so"),
+    (TABLE.replace("path,y", "path,y,y").replace(".png", ".png,1"),
+     "columns 2 and 3 are called so"),
     (TABLE.replace("path,y", "x,path,y,x").replace("\n", ",1\n0,").replace("x,1\n", "x\n")[:-2],
      "one column 'x', and columns 1 and 4 are called so"),
     (b"PK\3\4" * 900, "must have one column 'path', its header is .{,3000}$"),
@@ -531,6 +587,17 @@ def test_predict_takes_what_prepare_takes(classifier, tmp_path, capsys):
     with open(tmp_path / "out/predictions.csv", newline="") as file:
         assert {row["path"] for row in csv.DictReader(file)} == {
             "a.JPEG", "below/b.tif", "below/c.bmp", 'd "e",\nf.png', "IM0001", "more/g.webp"}
+
+
+def test_predict_leaves_masks_out(classifier, tmp_path):
+    import predict
+    src, _ = tree(tmp_path, "a.png", "b.jpg", "c.jpg")
+    circle = np.hypot(*(np.mgrid[:64, :64] - 32)) < 20
+    for name in ("masks/a.png", "masks/b.jpg", "c.jpg"):
+        save(src / name, np.where(circle, 255, 0).astype(np.uint8))
+    with pytest.raises(SystemExit, match="3 of 5 images cannot be read"):
+        predict.main([str(classifier), str(src), "--threads", "1", "--out", str(tmp_path / "out")])
+    assert rejected(tmp_path / "out").keys() == {"masks/a.png", "masks/b.jpg", "c.jpg"}
 
 
 @pytest.mark.parametrize("flags, environment, words", [
