@@ -107,6 +107,8 @@ def constant_labels(names: list[str], rows: list[tuple[str, ...]], classes: bool
         # A blank cell is no negative: x and blank, or positive and blank, teach nothing.
         counts = Counter(row[place] for row in rows)
         blank = counts.pop("", 0)
+        # Uncertain is neither: 1 and -1 are often meant for 1 and 0.
+        uncertain = counts.pop("-1", 0) if len(counts) > 1 else 0
         if len(counts) > 1:
             continue
         value = "".join(counts)
@@ -114,6 +116,9 @@ def constant_labels(names: list[str], rows: list[tuple[str, ...]], classes: bool
         why = ""
         if value and blank:
             says += " that has a class" if classes else " that mentions it"
+        if uncertain:
+            says += f", or uncertain (-1, {uncertain:,}),"
+        if value and blank:
             why = f" ({blank:,} are blank, which does not mean absent: write 0 for that)"
         doubts.append(Doubt("constant-label", f"label {name!r} {says} and teaches nothing{why}"))
     return doubts
@@ -154,7 +159,8 @@ def similar_labels(names: list[str]) -> list[Doubt]:
     """Doubts for labels of the same letters and numbers in the same order: COVID19 and COVID-19,
     MassNodule and Mass/Nodule. Signs that mean something by themselves, as + does, are left."""
     def letters(name: str) -> str:
-        # Between two digits a mark is no form: 1.5 is not 15.
+        # Between two digits a mark is no form: 1.5 is not 15, but 1.0 is 1.
+        name = re.sub(r"(\d)\.0+(?!\d)", r"\1", name)
         return re.sub(rf"(?<!\d){MARKS}+|{MARKS}+(?!\d)", "", form_key(name))
 
     return [Doubt("similar-labels", f"labels {one!r} and {other!r} differ in form only")
@@ -169,6 +175,20 @@ def similar_patients(patients: Iterable[str]) -> list[Doubt]:
                   f"patients {one!r} and {other!r} differ in form only{more}: write each patient "
                   "in one way")
             for one, other in alike[:1]]
+
+
+def large_patients(patients: list[str]) -> list[Doubt]:
+    """A doubt for a patient of a third of all images and five times as many as any other has: a
+    name such as 0 may stand for all that are not known. patients: of all images."""
+    counts = Counter(patients).most_common(2)
+    if len(counts) < 2:
+        return []
+    (name, most), (_, next_most) = counts
+    if most < max(6, 5 * next_most) or 3 * most < len(patients):
+        return []
+    return [Doubt("unknown-patients", f"{most:,} of {len(patients):,} images are of patient "
+                  f"{name!r}, and of any other {next_most:,} at most: it may stand for patients "
+                  "that are not known")]
 
 
 def patient_key(patient: str) -> str:
@@ -202,18 +222,22 @@ def pairs_alike(names: Iterable[str], key: Callable[[str], str]) -> list[tuple[s
 DRAWINGS = {"mask", "masks", "segmentation", "segmentations", "annotation", "annotations",
             "contour", "contours", "heatmap", "heatmaps", "overlay", "overlays", "groundtruth",
             "seg", "segs", "annot", "annots", "gt", "label", "labels", "roi", "rois", "bbox",
-            "bboxes", "outline", "outlines", "saliency", "gradcam", "drawing", "drawings"}
-CODE = re.compile(r"[A-Za-z]{1,3}[ _-]?\d{2,}")        # A17
+            "bboxes", "outline", "outlines", "saliency", "gradcam", "cam", "cams", "segmented",
+            "drawing", "drawings"}
+CODE = re.compile(r"[A-Za-z]{1,3}[ _-]?\d{2,}|(?=.*\d)(?=.*[a-f])[0-9a-f]{6,}")   # A17, a3f9c2
 NO_CLASSES = {"image", "images", "img", "imgs", "png", "jpg", "jpeg", "dicom", "data", "dataset",
               "batch", "part", "chunk", "fold", "folder", "file", "files", "patient", "study",
               "series", "case", "subject", "subj", "sub", "scan", "scans", "pat", "unlabeled",
-              "unlabelled", "unsorted", "person", "participant", "unknown"}
+              "unlabelled", "unsorted", "person", "participant", "unknown", "all", "thumbnail",
+              "thumb", "recyclebin", "lostfound", "trash", "tmp", "temp", "backup", "misc"}
+# What makes the class of its own that is left without it another one: A - Copy, A_augmented.
+COPIES = ("copy", "augmented", "augmentation", "aug", "backup", "resized", "cropped", "new", "old")
 # Words by which a name is one of findings, and not of a person.
 FINDINGS = re.compile(
     "normal|healthy|finding|disease|covid|pneumo|bacteri|vir(al|us)|tubercul|tumou?r|cancer|malign"
     "|benign|nodul|mass|effusion|edema|oedema|fibro|emphysem|atelecta|cardi|consolid|infiltr|opaci"
     "|lesion|fractur|hernia|pleura|thick|device|lung|thora|sars|mers|flu|posit|negat|control|case"
-    "|class|label|grade|stage|mild|moder|sever|none|other|diseas|sick|patholog|view|lateral|front")
+    "|class|label|grade|stage|mild|moder|sever|none|other|sick|train|test|valid|patholog|view|lateral|front")
 PERSONS = {"p", "s", "id", "pt", "pid", "mrn"}          # with a number after them
 PERSON_WORDS = {"patient", "subject", "subj", "sub", "pat", "pt", "case", "person", "participant"}
 # Columns of a table that seem to tell one patient from another, or the splits.
@@ -226,7 +250,8 @@ ATTRIBUTES = {"age", "sex", "gender", "birth", "birthday", "birthdate", "dob", "
               "comment", "comments", "diagnosis", "label", "outcome", "survival", "location"}
 # Columns that say who somebody is, if their cells repeat; and what a column of numbers may count.
 NAME_COLUMN = re.compile(
-    r"((full|last|first|family|given|sur|short) ?)?names?|individual|client|hn|uhid|nhs|paciente"
+    r"((full|last|first|family|given|sur|short) ?)?names?|last|first|initials|vorname|nachname"
+    r"|nom|prenom|nombre|apellidos?|nome|cognome|id|identifier|identifiant|individual|client|hn|uhid|nhs|paciente"
     r"|paziente|(hospital|medical record|record|chart|clinic|person)( ?(id|nr|no|number|code))")
 OTHER_NUMBERS = {"time", "width", "pixel", "pixels", "columns", "rows", "area", "zip", "zipcode",
                  "postcode", "phone", "dose", "exposure", "kvp", "scanner", "device", "model",
@@ -239,6 +264,11 @@ ID_CELL = re.compile(
     r"|[12]\.[\d.]{10,}|[0-9a-f]{8}[0-9a-f-]*|[^\s^]+\^.*)", re.IGNORECASE)
 SPLIT_COLUMN = re.compile(r"(data ?)?(split|subset|partition|set)( ?name)?|phase|usage")
 FOLD_COLUMN = re.compile(r"((cv|k|val|test) ?)?folds?( ?(id|nr|no|number|index))?|cv")
+HELD_OUT = {"holdout", "eval", "evaluation"}
+# Words of which each suits train or test, where both are there.
+SPLIT_HINTS = {"derivation": "train", "development": "train", "discovery": "train",
+               "internal": "test", "external": "test", "private": "test", "public": "test",
+               **dict.fromkeys(HELD_OUT, "test")}
 SPLIT_FLAGS = {"is", "in", "for", "set", "flag", "data", "sample", "used", "use", "split"}
 MOST_OF_A_PATIENT = 20          # images, on average; folders of more are sites or kinds of disease
 FEW_OF_A_PERSON = 10            # images, on average; folders of more teach a class
@@ -271,6 +301,8 @@ def names_without_meaning(classes: list[str]) -> list[str]:
     return [name for name in classes
             if {letters[name], letters[name].removesuffix("s")} & NO_CLASSES
             or letters[name].startswith(("image", "img"))
+            or any(letters[name].removesuffix(word) in {*letters.values()} - {letters[name]}
+                   for word in COPIES)
             or letters[name] in PERSONS and name.casefold() not in PERSONS
             or numbered[letters[name]] > MANY or is_number_of(name, numbered[letters[name]])
             or bool(CODE.fullmatch(name)) and sum(map(bool, map(CODE.fullmatch, classes))) > 2]
@@ -279,14 +311,17 @@ def names_without_meaning(classes: list[str]) -> list[str]:
 def seem_persons(names: list[str], images: int) -> bool:
     """Whether class folders are of a person each: they hold under ten images on average, and fewer
     than a quarter of the names say a finding, where there are four or more names of three letters
-    at least, or all are of two such words, as Smith_John; or a name has the caret of DOE^JANE."""
+    at least, or all are of two such words, as Smith_John, or of two by a comma; or a name has the
+    caret of DOE^JANE."""
     if any("^" in name for name in names):
         return True
-    words = [[word for word in words_of(name) if len(word) > 2] for name in names]
     findings = sum(bool(FINDINGS.search(name.casefold())) for name in names)
-    if images >= FEW_OF_A_PERSON * len(names) or not all(words) or 4 * findings >= len(names):
+    if len(names) < 2 or images >= FEW_OF_A_PERSON * len(names) or 4 * findings >= len(names):
         return False
-    return len(names) > 3 or len(names) > 1 and all(len(of_one) == 2 for of_one in words)
+    if all("," in name for name in names):
+        return True
+    words = [[word for word in words_of(name) if len(word) > 2] for name in names]
+    return all(words) and (len(names) > 3 or all(len(of_one) == 2 for of_one in words))
 
 
 def is_number_of(name: str, alike: int) -> bool:
@@ -325,6 +360,18 @@ def classes_of_splits(names: list[str]) -> tuple[str, str] | None:
         if found[name][1] != found[names[0]][1]:
             return names[0], name
     return None
+
+
+def persons_in_names(images: list[str]) -> str:
+    """The name of a file that seems to be one of several of a person, as person1_virus_2.jpeg;
+    "" where there is none."""
+    first: dict[str, str] = {}                          # by the word and number, a file's name
+    for image in images:
+        name = PurePosixPath(image).stem
+        found = re.match(r"(patient|person|subject|pat|pt|case)[ _-]?(\d+)[ _-]", name.casefold())
+        if found and first.setdefault(found[0], name) != name:
+            return name
+    return ""
 
 
 def words_of(name: str) -> list[str]:
@@ -371,11 +418,15 @@ def seem_splits(name: str, cells: list[str]) -> bool:
     is_train or the like; by anything where it is called fold. cells: those that are not blank."""
     said = SPLIT_COLUMN.fullmatch(form_key(name))
     different = set(cells)
-    # A cell of another word, such as holdout, is refused once the column is used.
-    if len(set(map(split_name, different)) - {""}) > (0 if said else 1):
+    # A cell of another word, such as extra, is refused once the column is used.
+    splits = {split_name(cell) or next(
+        (SPLIT_HINTS[word] for word in words_of(cell) if word in SPLIT_HINTS), "")
+        for cell in different}
+    if len(splits - {""}) > (0 if said else 1):
         return True
     words = words_of(name)
-    flags = {split_name(word) for word in words if word not in SPLIT_FLAGS}
+    flags = {"test" if word in HELD_OUT else split_name(word)
+             for word in words if word not in SPLIT_FLAGS}
     if flags and "" not in flags and different:
         return {value_of(cell) for cell in different} <= {"0", "1"}
     numbers = all(cell.isdigit() or len(cell) == 1 for cell in different)

@@ -198,6 +198,7 @@ def what_it_is(file: Path) -> str:
     if not head:
         return "an empty file"
     known = {b"GIF8": "a GIF", b"%PDF": "a PDF", b"<": "a page of HTML or XML",
+             b"version https://git-lfs": "a pointer of Git LFS (git lfs pull brings the image)",
              b"PK\3\4": "a zip file", b"\x1f\x8b": "a gzip file"}
     name = next((name for start, name in known.items() if head.startswith(start)), "")
     if head[128:] == b"DICM":

@@ -20,7 +20,7 @@ import phantom
 from common import DataError, read_text
 from doubts import (
     Doubt, classes_of_splits, drawings, folders_of_persons, many_classes, names_without_meaning,
-    repeated_below, seem_patients, seem_splits, untrained_classes)
+    persons_in_names, repeated_below, seem_patients, seem_splits, untrained_classes)
 from flags import number_within
 from layout import (
     Place, excluder, find_layout, layout_text, levels_of, outside_splits, place_of, split_name)
@@ -210,6 +210,7 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
     # What the folders say, as far as the table is silent.
     levels = find_layout(images) if args.layout is None else levels_of(args.layout)
     if splits:
+        doubt_other_splits(source, splits, levels)
         levels = ["*" if level == "split" else level for level in levels]
     columns = [*args.label_columns, *args.class_columns]
     named = levels                  # as the folders' names say, whether that is used or not
@@ -275,6 +276,10 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
     source.patients_known = bool(patients)
     if not patients:
         source.notes.append("No patient is known: every image counts as a patient of its own.")
+        person = persons_in_names(images)
+        if person:
+            source.notes.append(f"The names of files seem to say the patient, such as {person}: a "
+                                "column of patients in a table would keep each in one split.")
     source.notes.append(f"Files passed over: {passed_over(others) or 'none'}.")
     return source
 
@@ -353,6 +358,18 @@ def doubt_unknown_patients(source: Source, images: list[str], levels: list[str],
             f"images would come into several splits: --layout {layout}"))
 
 
+def doubt_other_splits(source: Source, splits: dict[str, str], levels: list[str]) -> None:
+    """Add a doubt for files whose folder says another split than the table: {file: its cell}."""
+    others = [file for file, cell in splits.items()
+              if split_name(cell) and place_of(file, levels).split not in ("", None)
+              and place_of(file, levels).split != split_name(cell)]
+    if others:
+        source.doubts.append(Doubt(
+            "unused-splits", f"{len(others):,} images, such as {text_of(others[0])}, lie in the "
+            f"folder of another split than the table says, here {splits[others[0]]}, which would "
+            "be used"))
+
+
 def doubt_unused_columns(source: Source, args: argparse.Namespace, table: Table,
                          levels: list[str], keys: list[str]) -> None:
     """Add doubts for columns that seem to name patients or splits, where none is used for that.
@@ -360,12 +377,19 @@ def doubt_unused_columns(source: Source, args: argparse.Namespace, table: Table,
     keys: the rows of the images. Columns are judged by their cells in these."""
     used = {args.path_column, *args.label_columns, *args.class_columns, args.rater_column,
             *(text.partition("=")[0] for text in args.where)}
-    names = [name for name in table.header if name not in used and table.header.count(name) == 1]
+    names = [name for name in table.header if name and name not in used]
+    unused = [name for name in names if name not in table.columns]
+    if unused:
+        source.notes.append(unused_note(table, unused))
     further = read_table(table.file, args.path_column, names, normalise=plain_path, several=True)
     columns = {name: [cell for cell in map(further.column(name).get, keys)
                       if cell and value_of(cell) != ""] for name in names}
-    if args.patient_column not in table.columns and "patient" not in levels:
-        for name in [name for name in names if seem_patients(name, columns[name])][:1]:
+    # A column that is called so by chance, of another patient in each row, is none.
+    patients = table.column(args.patient_column)
+    by_chance = args.patient_column == "patient" and len(set(patients.values())) == len(patients)
+    if (not patients or by_chance) and "patient" not in levels:
+        others = [name for name in names if name != args.patient_column]
+        for name in [name for name in others if seem_patients(name, columns[name])][:1]:
             source.doubts.append(Doubt(
                 "unknown-patients", f"column {name!r} of {table.file.name} seems to name the "
                 f"patients, whose images would come into several splits: --patient-column {name}"))
@@ -376,6 +400,12 @@ def doubt_unused_columns(source: Source, args: argparse.Namespace, table: Table,
             source.doubts.append(Doubt(
                 "unused-splits", f"column {name!r} of {table.file.name} seems to name the "
                 f"splits: --split-column {name} takes them{write}"))
+
+
+def unused_note(table: Table, names: list[str]) -> str:
+    """A sentence on the columns of a table that are used for nothing."""
+    more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
+    return f"Columns of {table.file.name} that are not used: {', '.join(names[:10])}{more}."
 
 
 def read_image_table(args: argparse.Namespace) -> Table:

@@ -4,9 +4,9 @@ A cell of a label says one of four things, whether in capital or small letters.
 Numbers are compared as numbers:
 
     present        1, 1.0, +1, 1e0, yes, y, true, t, positive, pos, pos., present, ja, oui,
-                   +, (+), +ve
+                   +, (+), +ve, si, sí, sim, wahr, vrai, да, 是, ✓, ✔
     absent         0, 0.00, no, n, false, f, negative, neg, neg., absent, nein, non,
-                   (-), -ve
+                   (-), -ve, nao, não, falsch, faux, нет, 否, ✗, ✘
     uncertain      -1, -1.0, uncertain, u, maybe, unsure, possible, equivocal, indeterminate
     not mentioned  blank, nan, none, null, n/a, na, n.a., #n/a, <na>, -, not mentioned,
                    unknown, ?
@@ -37,9 +37,9 @@ from common import DataError, open_text
 # What a cell says -> as the manifest has it. Numbers are not listed: see value_of.
 CELL_WORDS = {
     "1": ("yes", "y", "true", "t", "positive", "pos", "pos.", "present", "ja", "oui", "+",
-          "(+)", "+ve"),
+          "(+)", "+ve", "si", "sí", "sim", "wahr", "vrai", "да", "是", "✓", "✔"),
     "0": ("no", "n", "false", "f", "negative", "neg", "neg.", "absent", "nein", "non",
-          "(-)", "-ve"),
+          "(-)", "-ve", "nao", "não", "falsch", "faux", "нет", "否", "✗", "✘"),
     "-1": ("uncertain", "u", "maybe", "unsure", "possible", "equivocal", "indeterminate"),
     "": ("", "nan", "none", "null", "n/a", "na", "n.a.", "#n/a", "<na>", "-", "not mentioned",
          "unknown", "?")}
@@ -51,6 +51,12 @@ PREFIX = "non"
 VALUES = {word: value for value, words in CELL_WORDS.items() for word in words}
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII)
 DASHES = re.compile("[\u2010-\u2015\u2212]")      # hyphens, en and em dashes, the minus sign
+NUMBER_OF = re.compile(r".*\S\s*[:=]\s*[+-]?([01]|\d*\.\d+)%?")         # Mass:0.9, Mass = 1
+# What has letters and yet names no class, and what to call it.
+NO_CLASS = {
+    "a date": re.compile(r"\d{1,4}[-/. ]?[a-z]{3,9}[-/. ,]*\d{2,4}", re.IGNORECASE),
+    "a file": re.compile(r".*\.(png|jpe?g|tiff?|dcm|bmp|jp2|webp|pgm|gif)", re.IGNORECASE),
+    "HTML": re.compile(r".*(&#?\w{2,6};|<\w+>).*", re.DOTALL)}
 DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
 
 # Lists: what separates their words, and what may stand around them.
@@ -59,6 +65,7 @@ SUSPECTS = ("/", "+", "&", " and ", "\n", "\t")         # separators that words 
 LIST_MARKS = re.compile("[,|;\uff0c\uff1b\uff5c\u3001]")      # the last ones as Chinese writes them
 OTHER_MARKS = re.compile(r"[^\w\s'().-]+")
 LONGEST_RUN = 5                 # words; longer names of classes are not searched for in others
+ICD = re.compile(r"[A-Za-z]\d\d(\.\d+)?")
 BRACKETS = {"[": "]", "(": ")", "{": "}"}
 QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
 
@@ -330,7 +337,7 @@ def understand_column(table: Table, name: str, keys: list[str], rules: LabelRule
 
 def value_of(cell: str) -> str | None:
     """1, 0, -1 or empty, as the manifest has it; None where a cell is no value of a label."""
-    text = " ".join(DASHES.sub("-", cell.casefold()).split())
+    text = " ".join(DASHES.sub("-", cell.casefold()).split()).strip("'\"")
     if NUMBER.fullmatch(text):
         return {1.0: "1", 0.0: "0", -1.0: "-1"}.get(float(text))
     return VALUES.get(text)
@@ -402,6 +409,14 @@ def refuse_what_is_no_class(values: dict[str, str | None], where: dict[str, str]
     if others:
         raise DataError(f"{where[words[0]]}: {words[0]!r} among values of 1, 0, -1 and blank, "
                         f"such as {others[0]!r}{ask}")
+    for word in words if rules.flags and rules.separator != "none" else ():
+        kind = next((kind for kind, form in NO_CLASS.items() if form.fullmatch(word)), "")
+        if not kind and any(map(NUMBER_OF.fullmatch, re.split(r"[|;,]", word))):
+            kind = "a finding and its number"
+        if not kind and re.search(r"\d", word) and not any(map(str.isalpha, word)):
+            kind = "a range, a date or other numbers"
+        if kind and not NUMBER.fullmatch(word.strip('=%"')):
+            raise DataError(f"{where[word]}: {word!r} seems to be {kind}, and no class{ask}")
     for word in words if rules.flags else ():
         if NUMBER.fullmatch(word.casefold().strip('=%"')):      # 100%, or ="1" as Excel writes it
             raise DataError(f"{where[word]}: the number {word!r} is none of 1, 0, -1{ask}")
@@ -481,8 +496,8 @@ def read_lists(words: list[str], where: dict[str, str], rules: LabelRules,
     if not separator and len(found) > 1:
         raise ask_for_separator(next(word for word in words if found[1] in word), where)
     separator = separator or "".join(found)
-    if not separator:
-        refuse_hidden_lists(words, where)
+    if not any(separator in word for word in words if separator):
+        refuse_hidden_lists(words, where)       # also where another separator was expected
         return {word: [word] for word in words}
     return {word: mentioned(word.split(separator), meaning) for word in words}
 
@@ -513,6 +528,11 @@ def refuse_hidden_lists(words: list[str], where: dict[str, str]) -> None:
         if LIST_MARKS.search(word) or word[0] in BRACKETS and BRACKETS[word[0]] == word[-1]:
             raise ask_for_separator(word, where)
     known = {form_key(word) for word in words}
+    # Several codes, as ICD has them: R91.8 J18.9.
+    for word in words:
+        parts = word.split()
+        if len(parts) > 1 and all(map(ICD.fullmatch, parts)):
+            raise ask_for_separator(word, where)
     # Mass, and Mass/Edema: by the usual marks one word that is found elsewhere is enough.
     for mark in SUSPECTS:
         parts_of = {word: [form_key(part) for part in word.split(mark)]
@@ -524,8 +544,11 @@ def refuse_hidden_lists(words: list[str], where: dict[str, str]) -> None:
                 raise ask_for_separator(word, where)
     # Mass, Nodule, and Mass#Nodule, Mass with Nodule, or whatever separates them. A class of
     # several words rarely has two others in it.
+    without_numbers = {" ".join(re.findall(r"[^\W\d]\w*", word)) for word in known} - {""}
     for word in words:
         others = (known & runs(form_key(word))) - {form_key(word)}
+        text = " ".join(re.findall(r"[^\W\d]\w*", form_key(word)))   # of 1. Mass 2. Nodule
+        others |= (without_numbers & runs(text)) - {text}
         if any(one not in other and other not in one for one in others for other in others):
             raise ask_for_separator(word, where)
     # Mass - Nodule, and Nodule - Edema: what ends one word begins another. Left effusion and right
