@@ -207,6 +207,7 @@ def look_back_at(files: list[Path], workers: int) -> list[Written]:
 def count_notes(written: list[Written]) -> list[str]:
     """Sentences on what was decided about images, and how often:
     `Window not used: 12, it would have made most of the image white.`"""
+    # `what was done: why`, the same words for all images of which they are true.
     sentences = []
     notes = Counter(note for image in written for note in image.notes)
     for note, count in sorted(notes.items()):
@@ -218,6 +219,7 @@ def count_notes(written: list[Written]) -> list[str]:
 def twins_note(items: list[Item], written: list[Written]) -> list[str]:
     """A sentence on pictures that several images show, or none: copies are no further patients."""
     first: dict[bytes, Item] = {}               # by the digest
+    # How many images show what an earlier one shows, how many of them in another split.
     twins, apart, example = 0, 0, ""
     for item, image in zip(items, written, strict=True):
         other = first.setdefault(image.digest, item)
@@ -367,6 +369,7 @@ def prepare(args: argparse.Namespace) -> None:
 def contradictions(source: Source) -> list[str]:
     """A sentence on images that have a finding, and at the same time none; or nothing."""
     sentences = []
+    # Official lists are as they are; there support devices may stand beside no finding.
     nothing = [name for name in source.label_names if NO_FINDING.fullmatch(form_key(name))]
     for name in [] if source.official_labels else nothing:
         place = source.label_names.index(name)
@@ -426,6 +429,7 @@ def takes_masks(reasons: Iterable[str]) -> str:
 
 def doubts_of(source: Source, args: argparse.Namespace, found: int) -> list[Doubt]:
     """Doubts that counting raises, of whatever source. found: images before any was decoded."""
+    # Images that nobody asked to leave out.
     lost = lost_images(source)
     doubts = [doubt._replace(sentence=doubt.sentence + takes_masks(why for _, why in lost))
               for doubt in many_left_out(len(source.items), lost)]
@@ -433,6 +437,7 @@ def doubts_of(source: Source, args: argparse.Namespace, found: int) -> list[Doub
     # A DICOM file's patient is a hash by now, which shows nothing of the identity's form.
     if source.patients_known and args.source != "dicom":
         doubts += similar_patients(item.patient for item in source.items)
+    # A stand-in such as 0 or ANON would put strangers into one split as one person.
     if source.patients_known and not source.official_labels:
         doubts += large_patients([item.patient for item in source.items])
     # Of the findings of an official list a few may be missing in a part of its images.
@@ -816,6 +821,7 @@ def check_flags(args: argparse.Namespace, error: Callable[[str], Any]) -> None:
                  "several_rows", "rater_column"):
         if table and getattr(args, name, None) and not getattr(args, table):
             error(f"--{name.replace('_', '-')} is about columns of --{table}, which is missing")
+    # A column that is read twice would give two labels of one name.
     if table:
         named = Counter([*args.label_columns, *args.class_columns])
         for name in [name for name, count in named.items() if count > 1]:

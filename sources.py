@@ -259,29 +259,41 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
             patient = f"{split}-{patient}"
         source.items.append(Item(file, path, text_of(patient), split, labels[file]))
 
-    # Splits in the names of classes, and classes that no image of train shows.
-    twins = classes_of_splits(source.label_names) if source.classes else None
-    if twins and (columns or args.layout is None):
+    doubt_classes(source, said=not columns and args.layout is not None)
+
+    # What the user has to know.
+    source.patients_known = bool(patients)
+    if not patients:
+        say_no_patients(source, images)
+    source.notes.append(f"Files passed over: {passed_over(others) or 'none'}.")
+    return source
+
+
+def doubt_classes(source: Source, said: bool) -> None:
+    """Add doubts for splits in the names of classes, and for classes that no image of train shows.
+
+    said: whether the user has said which folders are the classes."""
+    if not source.classes:
+        return
+    twins = None if said else classes_of_splits(source.label_names)
+    if twins:
         one, other = twins
         source.doubts.append(Doubt(
             "odd-classes", f"the classes {one} and {other} seem to be of two splits by their "
             "names: sort the images into folders such as train/NORMAL, or name the splits in a "
             "column"))
-    if source.classes:
-        source.doubts += untrained_classes(
-            source.label_names, [item.split for item in source.items],
-            [item.labels for item in source.items])
+    source.doubts += untrained_classes(
+        source.label_names, [item.split for item in source.items],
+        [item.labels for item in source.items])
 
-    # What the user has to know.
-    source.patients_known = bool(patients)
-    if not patients:
-        source.notes.append("No patient is known: every image counts as a patient of its own.")
-        person = persons_in_names(images)
-        if person:
-            source.notes.append(f"The names of files seem to say the patient, such as {person}: a "
-                                "column of patients in a table would keep each in one split.")
-    source.notes.append(f"Files passed over: {passed_over(others) or 'none'}.")
-    return source
+
+def say_no_patients(source: Source, images: list[str]) -> None:
+    """Add notes for images of which no patient is known."""
+    source.notes.append("No patient is known: every image counts as a patient of its own.")
+    person = persons_in_names(images)
+    if person:
+        source.notes.append(f"The names of files seem to say the patient, such as {person}: a "
+                            "column of patients in a table would keep each in one split.")
 
 
 def passed_over(others: Counter) -> str:

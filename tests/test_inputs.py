@@ -6,6 +6,7 @@ either a label's values, or the words of the refusal.
 import contextlib
 import csv
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -73,6 +74,20 @@ LIST = {"Mass": [1, 1, 0], "Nodule": [1, 0, 1]}
         (["Stage 1", "1 stage"], "Stage 1", "1 stage"), (["non", "covid"], "y non", "y covid"),
         (["Grade 1.5", "Grade 15"], "Grade 1.5", "Grade 15"), (["TB+", "TB"], "TB+", "TB"))),
     (["non", "oui", "Non", ""], {"y": [0, 1, 0, ""]}),
+    # What is no class: ranges, dates, files, HTML, numbers beside findings.
+    *((cells * 3, f"{re.escape(cells[0])}' seems to be {what}.*--class-columns")
+      for cells, what in (
+        (["0-1", "2-3"], "a range"), (["<5", "5-10"], "a range"), (["[1 0]", "[0 1]"], "a range"),
+        (["2020-01-31", "2020-02-01"], "a range, a date"),
+        (["31-Jan-2020", "1-Feb-2020"], "a date"),
+        (["A/1.png", "B/2.png"], "a file"), (["A &amp; B", "C"], "HTML"), (["A<br>B", "C"], "HTML"),
+        (["Mass:0.9|Nodule:0.1", "Mass:0.2"], "a finding and its number"),
+        (["Mass = 1", "Mass = 0"], "a finding and its number"))),
+    *((cells * 2, {"y": values * 2}) for cells, values in (
+        (["sí", "no", "si"], [1, 0, 1]), (["да", "нет", ""], [1, 0, ""]),
+        (["'True'", '"False"', "1"], [1, 0, 1]), (["✓", "✗", "?"], [1, 0, ""]))),
+    *((cells * 2, "may be a list") for cells in (
+        ["1. Mass 2. Nodule", "1. Mass", "1. Nodule"], ["R91.8 J18.9", "J18.9", "Z00.0"])),
     (["left effusion", "right effusion", "effusion"] * 2, {
         "effusion": [0, 0, 1] * 2, "left effusion": [1, 0, 0] * 2,
         "right effusion": [0, 1, 0] * 2}),
@@ -95,10 +110,35 @@ def test_cells(tmp_path, cells, expected):
         assert column(tmp_path, cells) == expected
 
 
+@pytest.mark.parametrize("cells, flags, words", [
+    (["Mass;Nodule", *TWO], ["--label-separator", ","], "'Mass;Nodule' may be a list"),
+    (["Mass+Nodule", *TWO], ["--label-separator", "/"], "may be a list"),
+    (["1", "1.0", "2"] * 3, ["--class-columns", "y"], "labels 'y 1' and 'y 1.0' differ in form"),
+    (["A 2.0", "A 2", "B"] * 3, ["--class-columns", "y"], "'A 2' and 'A 2.0' differ in form")])
+def test_flags_that_do_not_fit_the_cells(tmp_path, cells, flags, words):
+    with pytest.raises(SystemExit, match=words):
+        column(tmp_path, cells, *flags)
+
+
+def test_a_column_named_twice(tmp_path, capsys):
+    for flags in (["--label-columns", "y", "y"], ["--label-columns", "y", "--class-columns", "y"]):
+        with pytest.raises(SystemExit):
+            folder(tmp_path, tmp_path / "out", "--csv", tmp_path / "l.csv", *flags)
+        assert "name y twice" in capsys.readouterr().err
+
+
+def test_a_finding_and_none_at_once_are_told(tmp_path, capsys):
+    column(tmp_path, ["Mass|No finding", "Mass", "No finding", "Nodule"] * 2)
+    assert "Images that are 'No finding' and have another label as well: 2, such as images/000.jpg"\
+        in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("columns, rows, expected", [
     ("covid", ["positive", "", "positive", ""], "label 'covid' is 1 for every image that mentions "
      "it and teaches nothing .2 are blank, which does not mean absent: write 0 for that"),
     ("Mass,Nodule", ["x,", ",x", "x,x", ","], "'Mass x' is 1 .* 'Nodule x' is 1 for every image"),
+    ("y", ["1", "-1", "1", "-1"], "label 'y' is 1 for every image, or uncertain .-1, 2., and"),
+    ("y", ["0", "", "u", "no"], "is 0 for every image that mentions it, or uncertain .-1, 1., and"),
     ("dx", ["N", "T", "N", "T"], "row 3, column dx: 'T' beside 'N'"),
     ("Mass,dx", ["+,Y", "-,N", "-,no", "-,N"],
      "Column Mass: + read as 1 (1), - as 0 (3).\n"
@@ -147,6 +187,11 @@ def test_blanks_and_marks_are_told(tmp_path, capsys, columns, rows, expected):
       for names in (
         ("Smith_John", "Doe_Jane", "Roe_Richard", "Miles_Mary"), ("DOE^JANE", "ROE^R"),
         ("Smith, John", "Doe, Jane"), ("mueller", "schmidt", "meier", "otto"))),
+    *(("{name}/{split}{i}.png", names, "does not look like a class") for names in (
+        ("A", "A - Copy"), ("TB", "TB_augmented"), ("A", "thumbnails"), ("A", "$RECYCLE.BIN"),
+        ("a3f9c2", "b81e77", "c0ffee"))),
+    *(("{name}/{split}{i}.png", names, "seem to be masks") for names in (
+        ("A", "cams"), ("A", "segmented"))),
     *(("{name}/{split}{i}.png", names, "class") for names in (
         ("COVID", "Lung_Opacity", "Normal", "Viral Pneumonia"), ("No Finding", "Pleural Effusion"),
         ("A", "B", "C", "D"))),
@@ -227,6 +272,13 @@ def test_layouts(tmp_path, capsys, pattern, classes, expected):
         ("is_train", ["0", "1", "1", "1"]), ("train", ["TRUE", "TRUE", "FALSE", "TRUE"]),
         ("isTest", ["1.0", "0.0", "0", "1"]), ("fold", ["0", "1", "2", "3"]),
         ("kfold", ["A", "B", "A", "B"]), ("subset", ["1", "2", "2", "2"]))),
+    *((f"path,{name}", cells, f"--split-column {name} takes them") for name, cells in (
+        ("holdout", ["0", "1", "0", "0"]), ("cohort", ["derivation", "validation"] * 2),
+        ("centre", ["development", "external validation"] * 2),
+        ("Usage", ["Public", "Private"] * 2))),
+    *((f"path,{name}", ["a", "a", "b", "c"], f"--patient-column {name} ") for name in (
+        "ID", "initials", "Nachname")),
+    ("path,patient,PatientID", ["1,7", "2,7", "3,8", "4,9"], "--patient-column PatientID"),
     *((f"path,{name}", ["0", "1", "1", "0"], {"test": 1, "train": 2, "val": 1}) for name in (
         "PCR test", "folder", "set up")),
     ("path,patient,split", ["1,train", "1,test", "2,train", "3,val"],
@@ -239,6 +291,54 @@ def test_columns_of_patients_and_splits(tmp_path, header, rows, expected):
         folder(src, out, "--csv", tmp_path / "l.csv")
         splits = list(splits_of(out).values())
         assert {split: splits.count(split) for split in splits} == expected
+
+
+@pytest.mark.parametrize("stand_in", ["0", "ANON"])
+def test_one_patient_that_stands_for_many(tmp_path, stand_in):
+    src, out = tree(tmp_path, *(f"{i}.png" for i in range(14)))
+    rows = "".join(f"{i}.png,{stand_in if i % 2 else f'p{i}'}\n" for i in range(14))
+    (tmp_path / "l.csv").write_text(f"path,patient\n{rows}")
+    with pytest.raises(SystemExit, match=f"7 of 14 images are of patient '{stand_in}', and of any "
+                                         "other 1 at most"):
+        folder(src, out, "--csv", tmp_path / "l.csv")
+    folder(src, out, "--csv", tmp_path / "l.csv", "--allow", "unknown-patients")
+
+
+def test_folders_of_another_split_than_the_table_says(tmp_path):
+    src, out = tree(tmp_path, *(f"{part}/{i}.png" for part in ("train", "test") for i in range(4)))
+    rows = "".join(f"{part}/{i}.png,{'train' if i else 'test'}\n"
+                   for part in ("train", "test") for i in range(4))
+    (tmp_path / "l.csv").write_text(f"path,split\n{rows}")
+    with pytest.raises(SystemExit, match="4 images, such as train/0.png, lie in the folder of "
+                                         "another split than the table says, here test"):
+        folder(src, out, "--csv", tmp_path / "l.csv")
+    folder(src, out, "--csv", tmp_path / "l.csv", "--allow", "unused-splits")
+    assert splits_of(out)["images/train/0.jpg"] == "test"
+
+
+def test_what_is_not_used_is_told(tmp_path, capsys):
+    """Columns that nobody named, file names that say the patient, and the same picture twice."""
+    src, out = tree(tmp_path, *(f"A/person{i // 3}_virus_{i}.png" for i in range(9)),
+                    *(f"B/person{i // 3}_none_{i}.png" for i in range(9, 18)))
+    (src / "A/copy.png").write_bytes((src / "B/person3_none_9.png").read_bytes())
+    (src / "B/link.png").symlink_to("person3_none_10.png")
+    folder(src, out)
+    text = capsys.readouterr().out
+    assert "The same picture as another image: 2, " in text and "verify --drop" in text
+    assert "The names of files seem to say the patient, such as person0_virus_1:" in text
+    (tmp_path / "l.csv").write_text("path,Mass,Age\n" + "".join(
+        f"A/person{i // 3}_virus_{i}.png,{i % 2},{40 + i}\n" for i in range(9)))
+    folder(src, tmp_path / "b", "--csv", tmp_path / "l.csv", "--layout", "none")
+    assert "Columns of l.csv that are not used: Mass, Age." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("row", ["s3://b/{i}.png?v=1", "{i}.0"])
+def test_rows_that_find_no_file_are_shown(tmp_path, row):
+    src, out = tree(tmp_path, *(f"00{i}.png" for i in range(4)))
+    (tmp_path / "l.csv").write_text("path,y\n" + "".join(
+        f"{row.format(i=i)},{i % 2}\n" for i in range(4)))
+    with pytest.raises(SystemExit, match="missing on disk, such as .*0.*not in l.csv, such as 000"):
+        folder(src, out, "--csv", tmp_path / "l.csv", "--label-columns", "y")
 
 
 def test_a_class_that_stands_in_test_only(tmp_path):
@@ -362,6 +462,7 @@ TURNED[274] = 3
     ("pages.tif", GRAY, {"save_all": True, "append_images": [GRAY], "words": "2 frames"}),
     ("moving.png", GRAY, {"save_all": True, "append_images": [GRAY.rotate(9)], "words": "frames"}),
     ("zip.png", GRAY, {"words": "a zip file, none of PNG", "content": b"PK\3\4" + bytes(99)}),
+    ("lfs.png", GRAY, {"words": "a pointer of Git LFS", "content": b"version https://git-lfs.x"}),
     ("page.jpg", GRAY, {"words": "a page of HTML", "content": b"<html>log in</html>"})])
 def test_pixels(tmp_path, name, image, options):
     options = dict(options)
