@@ -227,8 +227,10 @@ def test_layouts(tmp_path, capsys, pattern, classes, expected):
         manifest = read_manifest(out)
         assert len(manifest.paths) == 6 * len(classes)
         for path, split in splits_of(out).items():
-            assert "split" not in expected or any(
-                name in path for name in (split, names[split], short[split]))
+            if "{Short}" in pattern:
+                assert f"/{short[split]}" in path
+            else:
+                assert "split" not in expected or split in path.lower() or names[split] in path
 
 
 @pytest.mark.parametrize("header, rows, expected", [
