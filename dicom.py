@@ -595,15 +595,15 @@ def label_items(source: Source, args: argparse.Namespace, table: Table,
     columns = [*args.label_columns, *args.class_columns]
     if columns:
         source.label_names, labels, notes = understand(table, columns, found, label_rules(args))
-        source.notes += notes
         source.classes = not set(columns) & set(source.label_names)
     else:
         columns = [name for name in table.columns if name != args.rater_column]
-        source.label_names, labels = read_labels(table, columns, args.several_rows,
-                                                 args.rater_column)
+        source.label_names, labels, notes = read_labels(
+            table, columns, args.several_rows, args.rater_column)
         if source.label_names != columns:
             raise DataError(f"{args.labels} must hold 1, 0, -1 or blanks: choose such columns by "
                             "--label-columns, or columns of classes by --class-columns")
+    source.notes += notes
     nothing = ("",) * len(source.label_names)
     for item in source.items:
         item.labels = labels.get(key_of[item.source], nothing)

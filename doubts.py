@@ -4,14 +4,17 @@ Each Doubt has a name, and `--allow NAME` is how a user says that it is meant. S
 labels are not doubted where there are fewer than three images, which cannot fill three splits;
 prepare.py says so.
 """
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from common import DataError
+from layout import SPLIT_NAMES, place_of, split_name
 from manifest_csv import SPLITS
-from tables import form_key, most_classes
+from tables import form_key, most_classes, value_of
 
 ALLOW = {
     "empty-split": "train, val or test is empty",
@@ -31,6 +34,7 @@ ALLOW = {
                    "in another"}
 FEW = 3                         # images; fewer are not doubted
 FEW_LOST = 5                    # images; so many may be lost of whatever number
+MARKS = r"[\s_/\\|&,;.:()'-]"     # that make no other label of one
 
 
 class Doubt(NamedTuple):
@@ -103,6 +107,8 @@ def constant_labels(names: list[str], rows: list[tuple[str, ...]], classes: bool
         # A blank cell is no negative: x and blank, or positive and blank, teach nothing.
         counts = Counter(row[place] for row in rows)
         blank = counts.pop("", 0)
+        # Uncertain is neither: 1 and -1 are often meant for 1 and 0.
+        uncertain = counts.pop("-1", 0) if len(counts) > 1 else 0
         if len(counts) > 1:
             continue
         value = "".join(counts)
@@ -110,6 +116,9 @@ def constant_labels(names: list[str], rows: list[tuple[str, ...]], classes: bool
         why = ""
         if value and blank:
             says += " that has a class" if classes else " that mentions it"
+        if uncertain:
+            says += f", or uncertain (-1, {uncertain:,}),"
+        if value and blank:
             why = f" ({blank:,} are blank, which does not mean absent: write 0 for that)"
         doubts.append(Doubt("constant-label", f"label {name!r} {says} and teaches nothing{why}"))
     return doubts
@@ -132,18 +141,30 @@ def untrained_classes(names: list[str], splits: list[str],
             for name, found in sorted(places.items()) if "train" not in found]
 
 
-def many_classes(classes: int, images: int) -> list[Doubt]:
-    """A doubt where there are more class folders than images can teach."""
-    if classes <= most_classes(images):
+def many_classes(names: list[str], images: int) -> list[Doubt]:
+    """A doubt where there are more class folders than images can teach, or they seem to be of a
+    person each. names: of the classes."""
+    if seem_persons(names, images):
+        return [Doubt("many-classes", f"the {len(names):,} class folders, such as {names[0]}, seem "
+                      f"to be of one person each, with {images:,} images in all, which cannot "
+                      "teach so many classes: --layout says what each level of folders is, "
+                      "--layout patient that these are patients")]
+    if len(names) <= most_classes(images):
         return []
-    return [Doubt("many-classes", f"{classes:,} class folders are more than {images:,} images "
+    return [Doubt("many-classes", f"{len(names):,} class folders are more than {images:,} images "
                   "can teach: --layout says what each level of folders is")]
 
 
 def similar_labels(names: list[str]) -> list[Doubt]:
-    """Doubts for labels that differ in case, blanks, "-" and "_" only, as COVID19 and COVID-19."""
+    """Doubts for labels of the same letters and numbers in the same order: COVID19 and COVID-19,
+    MassNodule and Mass/Nodule. Signs that mean something by themselves, as + does, are left."""
+    def letters(name: str) -> str:
+        # Between two digits a mark is no form: 1.5 is not 15, but 1.0 is 1.
+        name = re.sub(r"(\d)\.0+(?!\d)", r"\1", name)
+        return re.sub(rf"(?<!\d){MARKS}+|{MARKS}+(?!\d)", "", form_key(name))
+
     return [Doubt("similar-labels", f"labels {one!r} and {other!r} differ in form only")
-            for one, other in pairs_alike(names, lambda name: form_key(name).replace(" ", ""))]
+            for one, other in pairs_alike(names, letters)]
 
 
 def similar_patients(patients: Iterable[str]) -> list[Doubt]:
@@ -154,6 +175,20 @@ def similar_patients(patients: Iterable[str]) -> list[Doubt]:
                   f"patients {one!r} and {other!r} differ in form only{more}: write each patient "
                   "in one way")
             for one, other in alike[:1]]
+
+
+def large_patients(patients: list[str]) -> list[Doubt]:
+    """A doubt for a patient of a third of all images and five times as many as any other has: a
+    name such as 0 may stand for all that are not known. patients: of all images."""
+    counts = Counter(patients).most_common(2)
+    if len(counts) < 2:
+        return []
+    (name, most), (_, next_most) = counts
+    if most < max(6, 5 * next_most) or 3 * most < len(patients):
+        return []
+    return [Doubt("unknown-patients", f"{most:,} of {len(patients):,} images are of patient "
+                  f"{name!r}, and of any other {next_most:,} at most: it may stand for patients "
+                  "that are not known")]
 
 
 def patient_key(patient: str) -> str:
@@ -178,3 +213,289 @@ def pairs_alike(names: Iterable[str], key: Callable[[str], str]) -> list[tuple[s
         if known != name:
             pairs.append((known, name))
     return pairs
+
+
+# --------------------------------------------------------------------------------------------------
+# Names of folders and columns: what they seem to be, and are not used for.
+
+# Names of folders that hold drawings of radiographs, and names that are no class.
+DRAWINGS = {"mask", "masks", "segmentation", "segmentations", "annotation", "annotations",
+            "contour", "contours", "heatmap", "heatmaps", "overlay", "overlays", "groundtruth",
+            "seg", "segs", "annot", "annots", "gt", "label", "labels", "roi", "rois", "bbox",
+            "bboxes", "outline", "outlines", "saliency", "gradcam", "cam", "cams", "segmented",
+            "drawing", "drawings"}
+CODE = re.compile(r"[A-Za-z]{1,3}[ _-]?\d{2,}|(?=.*\d)(?=.*[a-f])[0-9a-f]{6,}")   # A17, a3f9c2
+NO_CLASSES = {"image", "images", "img", "imgs", "png", "jpg", "jpeg", "dicom", "data", "dataset",
+              "batch", "part", "chunk", "fold", "folder", "file", "files", "patient", "study",
+              "series", "case", "subject", "subj", "sub", "scan", "scans", "pat", "unlabeled",
+              "unlabelled", "unsorted", "person", "participant", "unknown", "all", "thumbnail",
+              "thumb", "recyclebin", "lostfound", "trash", "tmp", "temp", "backup", "misc"}
+# What makes the class of its own that is left without it another one: A - Copy, A_augmented.
+COPIES = ("copy", "augmented", "augmentation", "aug", "backup", "resized", "cropped", "new", "old")
+# Words by which a name is one of findings, and not of a person.
+FINDINGS = re.compile(
+    "normal|healthy|finding|disease|covid|pneumo|bacteri|vir(al|us)|tubercul|tumou?r|cancer|malign"
+    "|benign|nodul|mass|effusion|edema|oedema|fibro|emphysem|atelecta|cardi|consolid|infiltr|opaci"
+    "|lesion|fractur|hernia|pleura|thick|device|lung|thora|sars|mers|flu|posit|negat|control|case"
+    "|class|label|grade|stage|mild|moder|sever|none|other|sick|train|test|valid|patholog|view|lateral|front")
+PERSONS = {"p", "s", "id", "pt", "pid", "mrn"}          # with a number after them
+PERSON_WORDS = {"patient", "subject", "subj", "sub", "pat", "pt", "case", "person", "participant"}
+# Columns of a table that seem to tell one patient from another, or the splits.
+PATIENT_COLUMN = re.compile(
+    r"(patient|subject|person|participant|pat|pt)( ?(id|nr|no|number|key|code))?|pid|mrn")
+# What a column says of a patient, and not who it is.
+ATTRIBUTES = {"age", "sex", "gender", "birth", "birthday", "birthdate", "dob", "year", "date",
+              "weight", "height", "size", "bmi", "race", "ethnicity", "position", "orientation",
+              "view", "type", "class", "status", "group", "control", "history", "smoker", "count",
+              "comment", "comments", "diagnosis", "label", "outcome", "survival", "location"}
+# Columns that say who somebody is, if their cells repeat; and what a column of numbers may count.
+NAME_COLUMN = re.compile(
+    r"((full|last|first|family|given|sur|short) ?)?names?|last|first|initials|vorname|nachname"
+    r"|nom|prenom|nombre|apellidos?|nome|cognome|id|identifier|identifiant|individual|client|hn|uhid|nhs|paciente"
+    r"|paziente|(hospital|medical record|record|chart|clinic|person)( ?(id|nr|no|number|code))")
+OTHER_NUMBERS = {"time", "width", "pixel", "pixels", "columns", "rows", "area", "zip", "zipcode",
+                 "postcode", "phone", "dose", "exposure", "kvp", "scanner", "device", "model",
+                 "serial", "manufacturer", "station", "site", "institution", "center", "centre",
+                 "reader", "rater", "radiologist", "doctor", "physician", "dx", "icd", "finding",
+                 "findings", "version", "url", "doi", "license", "threshold", "cost"}
+# Cells that number a person or an examination: P001, 20517, a UID, DOE^JANE; no day.
+ID_CELL = re.compile(
+    r"(?!(19|20)\d\d[01]\d[0-3]\d$)([a-z]{0,5}[ _-]?\d{5,}|[a-z]{1,7}[ _-]?\d{2,4}"
+    r"|[12]\.[\d.]{10,}|[0-9a-f]{8}[0-9a-f-]*|[^\s^]+\^.*)", re.IGNORECASE)
+SPLIT_COLUMN = re.compile(r"(data ?)?(split|subset|partition|set)( ?name)?|phase|usage")
+FOLD_COLUMN = re.compile(r"((cv|k|val|test) ?)?folds?( ?(id|nr|no|number|index))?|cv")
+HELD_OUT = {"holdout", "eval", "evaluation"}
+# Words of which each suits train or test, where both are there.
+SPLIT_HINTS = {"derivation": "train", "development": "train", "discovery": "train",
+               "internal": "test", "external": "test", "private": "test", "public": "test",
+               **dict.fromkeys(HELD_OUT, "test")}
+SPLIT_FLAGS = {"is", "in", "for", "set", "flag", "data", "sample", "used", "use", "split"}
+MOST_OF_A_PATIENT = 20          # images, on average; folders of more are sites or kinds of disease
+FEW_OF_A_PERSON = 10            # images, on average; folders of more teach a class
+MANY = 10                       # more folders of one name and a number are no grades of a disease
+
+
+def drawings(images: list[str]) -> list[str]:
+    """Those images whose name, or a folder above them, says mask, segmentation or the like.
+
+    A folder that holds all images may have such a word among others, as with_annotations does."""
+    shared = os.path.commonprefix([PurePosixPath(image).parts[:-1] for image in images])
+
+    def is_drawing(image: str) -> bool:
+        # masks2 is one of masks, but what stands between digits is a random name.
+        parts = PurePosixPath(image).with_suffix("").parts[len(shared):]
+        words = {word.rstrip("0123456789") for part in parts
+                 for word in re.split(r"[\W_]+", part.casefold())}
+        whole = {re.sub(r"[\W_]+", "", part.casefold()) for part in (*shared, *parts)}
+        return bool(DRAWINGS & (words | whole)) or any("mask" in word for word in words)
+
+    return [image for image in images if is_drawing(image)]
+
+
+def names_without_meaning(classes: list[str]) -> list[str]:
+    """Those names of class folders that name a kind of file, a portion, a person or a day.
+
+    images_001 does, and p017; so do 00017, 2020-01-31, and JPCLN001 beside JPCLN002."""
+    letters = {name: "".join(re.findall(r"[^\W\d_]+", name.casefold())) for name in classes}
+    numbered = Counter(letters[name] for name in classes if re.search(r"\d", name))
+    return [name for name in classes
+            if {letters[name], letters[name].removesuffix("s")} & NO_CLASSES
+            or letters[name].startswith(("image", "img"))
+            or any(letters[name].removesuffix(word) in {*letters.values()} - {letters[name]}
+                   for word in COPIES)
+            or letters[name] in PERSONS and name.casefold() not in PERSONS
+            or numbered[letters[name]] > MANY or is_number_of(name, numbered[letters[name]])
+            or bool(CODE.fullmatch(name)) and sum(map(bool, map(CODE.fullmatch, classes))) > 2]
+
+
+def seem_persons(names: list[str], images: int) -> bool:
+    """Whether class folders are of a person each: they hold under ten images on average, and fewer
+    than a quarter of the names say a finding, where there are four or more names of three letters
+    at least, or all are of two such words, as Smith_John, or of two by a comma; or a name has the
+    caret of DOE^JANE."""
+    if any("^" in name for name in names):
+        return True
+    findings = sum(bool(FINDINGS.search(name.casefold())) for name in names)
+    if len(names) < 2 or images >= FEW_OF_A_PERSON * len(names) or 4 * findings >= len(names):
+        return False
+    if all("," in name for name in names):
+        return True
+    words = [[word for word in words_of(name) if len(word) > 2] for name in names]
+    return all(words) and (len(names) > 3 or all(len(of_one) == 2 for of_one in words))
+
+
+def is_number_of(name: str, alike: int) -> bool:
+    """Whether a folder's name seems to be the number of a person, an examination or a day.
+
+    alike: how many folders have the same letters and a number."""
+    digits = len(re.findall(r"\d", name))
+    return digits >= 5 or digits >= 3 and (alike > 1 or not re.search(r"[^\W\d_]", name))
+
+
+def split_in_name(name: str) -> tuple[str, str]:
+    """(what is left of a name, train or val or test) for normal_train, trainA; split "" for others.
+    """
+    text = form_key(name).replace(" ", "")
+    for word in sorted(SPLIT_NAMES, key=len, reverse=True):
+        if text.startswith(word):
+            return text.removeprefix(word), SPLIT_NAMES[word]
+        if text.endswith(word):
+            return text.removesuffix(word), SPLIT_NAMES[word]
+    return text, ""
+
+
+def classes_of_splits(names: list[str]) -> tuple[str, str] | None:
+    """Two classes that differ by the name of a split only, as normal_train and normal_test do, or
+    normal and normal_test; or by that among other things, where all classes have one. None where
+    there are none."""
+    first: dict[str, tuple[str, str]] = {}              # by what is left of a name: name, split
+    found = {name: split_in_name(name) for name in names}
+    for name, (rest, split) in found.items():
+        other, known = first.setdefault(rest, (name, split))
+        if known != split:
+            return other, name
+    # By a word of its own: a device and a contest are of no split.
+    separate = [name for name in names if SPLIT_NAMES.keys() & set(words_of(name))]
+    for name in separate if len(separate) == len(names) else ():
+        if found[name][1] != found[names[0]][1]:
+            return names[0], name
+    return None
+
+
+def persons_in_names(images: list[str]) -> str:
+    """The name of a file that seems to be one of several of a person, as person1_virus_2.jpeg;
+    "" where there is none."""
+    first: dict[str, str] = {}                          # by the word and number, a file's name
+    for image in images:
+        name = PurePosixPath(image).stem
+        found = re.match(r"(patient|person|subject|pat|pt|case)[ _-]?(\d+)[ _-]", name.casefold())
+        if found and first.setdefault(found[0], name) != name:
+            return name
+    return ""
+
+
+def words_of(name: str) -> list[str]:
+    """The words of a name in small letters: of patient_hash, MRN-anon, PatientName, trainA."""
+    words = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name))
+    return [word.casefold() for word in words]
+
+
+def may_name_patients(column: str) -> bool:
+    """Whether a column's name has a word for a patient in it, and none for what a patient has:
+    PatientName, id_patient, Case ID and MRN_anon do, Patient Age does not."""
+    words = words_of(column)
+    words += [word.removeprefix("patient") for word in words]
+    return not ATTRIBUTES & set(words) and any(
+        word.startswith(("patient", "subject", "participant"))
+        or word.endswith("patient") and word not in ("inpatient", "outpatient")
+        or word in PERSONS - {"p", "s", "id"} or word.removesuffix("id") in PERSON_WORDS
+        for word in words)
+
+
+def seem_patients(name: str, cells: list[str]) -> bool:
+    """Whether a column of a table seems to tell one patient from another.
+
+    By its name; or by its name and as its cells repeat, fewer than there are images and yet many;
+    or as they do, and are numbers of persons by their form. cells: those that are not blank."""
+    if PATIENT_COLUMN.fullmatch(form_key(name)):
+        return True
+    if not 2 <= len(set(cells)) < len(cells) <= 50 * len(set(cells)):
+        return False
+    if may_name_patients(name):
+        return True
+    if NAME_COLUMN.fullmatch(" ".join(words_of(name))):
+        # A column called Name may be of classes.
+        return not any(FINDINGS.search(cell.casefold()) for cell in set(cells))
+    of_persons = not (ATTRIBUTES | OTHER_NUMBERS) & set(words_of(name))
+    return (of_persons and len(cells) <= MOST_OF_A_PATIENT * len(set(cells))
+            and all(map(ID_CELL.fullmatch, set(cells))))
+
+
+def seem_splits(name: str, cells: list[str]) -> bool:
+    """Whether a column of a table seems to name train, val and test, or to number them.
+
+    By two of these words; by one, where its name says so as well; by 0 and 1 where it is called
+    is_train or the like; by anything where it is called fold. cells: those that are not blank."""
+    said = SPLIT_COLUMN.fullmatch(form_key(name))
+    different = set(cells)
+    # A cell of another word, such as extra, is refused once the column is used.
+    splits = {split_name(cell) or next(
+        (SPLIT_HINTS[word] for word in words_of(cell) if word in SPLIT_HINTS), "")
+        for cell in different}
+    if len(splits - {""}) > (0 if said else 1):
+        return True
+    words = words_of(name)
+    flags = {"test" if word in HELD_OUT else split_name(word)
+             for word in words if word not in SPLIT_FLAGS}
+    if flags and "" not in flags and different:
+        return {value_of(cell) for cell in different} <= {"0", "1"}
+    numbers = all(cell.isdigit() or len(cell) == 1 for cell in different)
+    return 2 <= len(different) <= MANY and (
+        bool(FOLD_COLUMN.fullmatch(" ".join(words))) or said is not None and numbers)
+
+
+def folders_of_persons(images: list[str], levels: list[str], by_word: bool = False) -> str:
+    """A folder of several images below those that `levels` tell of, whose name is a person's by its
+    form, or its place; "" where there is none. It may be of one level only, as NORMAL/p17.
+
+    by_word: only those of a few images that have a word such as patient, or p, and a number."""
+    inner: dict[str, set[str]] = {}         # name of the folder: names of its siblings
+    counts: Counter[str] = Counter()
+    for image in images:
+        folders = PurePosixPath(image).parts[:-1]
+        if len(folders) > len(levels):
+            path = "/".join(folders[:len(levels) + 1])
+            inner.setdefault("/".join(folders[:len(levels)]), set()).add(folders[len(levels)])
+            counts[path] += 1
+    few = counts.total() <= MOST_OF_A_PATIENT * len(counts)
+    for above, names in sorted(inner.items()):
+        for name in sorted(names):
+            path = f"{above}/{name}".lstrip("/")
+            letters = "".join(re.findall(r"[^\W\d_]+", name.casefold()))
+            numbered = bool(re.search(r"\d", name))
+            person = numbered and (letters in PERSON_WORDS or letters in PERSONS
+                                   or not by_word and is_number_of(name, len(names)))
+            if person and 1 < counts[path] and (not by_word or few):
+                return path
+    return "" if by_word else small_folders(images, levels)
+
+
+def small_folders(images: list[str], levels: list[str]) -> str:
+    """A folder below the classes that is one patient's by its place: each folder of that level
+    lies in one class only, and they hold a few images each; "" where there is none."""
+    deepest = max((len(PurePosixPath(image).parts) - 1 for image in images), default=0)
+    for depth in range(len(levels), deepest) if "class" in levels else ():
+        counts: Counter[str] = Counter()
+        classes: dict[str, set[str]] = {}           # that a name lies in
+        for image in images:
+            folders = PurePosixPath(image).parts[:-1]
+            if len(folders) > depth:
+                counts["/".join(folders[:depth + 1])] += 1
+                classes.setdefault(form_key(folders[depth]), set()).add(
+                    form_key(place_of(image, levels).class_name))
+        own = all(len(names) == 1 for names in classes.values())
+        few = counts.total() <= MOST_OF_A_PATIENT * len(counts)
+        if own and few and len(counts) > 2 and max(counts.values()) > 1:
+            return min(counts)
+    return ""
+
+
+def repeated_below(images: list[str], levels: list[str]) -> tuple[str, str, str] | None:
+    """A folder's name that is found below two classes, and these two; None where there is none.
+
+    siteA/NORMAL and siteB/NORMAL: the classes may be the inner folders."""
+    if levels[-1:] != ["class"]:
+        return None
+    # Folders for images and for drawings lie below each class, and are no classes.
+    level = len(levels) - 1
+    first: dict[str, tuple[str, str]] = {}          # inner name: key and name of the folder above
+    for image in images:
+        folders = PurePosixPath(image).parts[:-1]
+        if len(folders) > level + 1:
+            above, name = form_key(folders[level]), folders[level + 1]
+            if names_without_meaning([name]) or drawings([name]):
+                continue
+            known, shown = first.setdefault(form_key(name), (above, folders[level]))
+            if known != above:
+                return name, shown, folders[level]
+    return None

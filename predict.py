@@ -53,7 +53,7 @@ from labels import to_probabilities
 from manifest import Manifest, image_flags, read_manifest
 from model import (
     MEAN, STD, Classifier, build_encoder, extract_features, num_features, rebuild_projector)
-from prepare import Conversion, convert, count_notes
+from prepare import Conversion, convert, count_notes, look_back_at
 from radiograph import (
     EXTENSIONS, FORMATS, MIN_SIDE, ImageSettings, Reading, find_files, in_parallel, read_image,
     reason, refuse_mask)
@@ -473,7 +473,8 @@ def predict_one(config: Config, inputs: Inputs, net: Classifier, state: dict[str
         old.unlink()
     if not paths:
         raise DataError(f"no image of {data} can be read: {first_of(rejected)}")
-    for sentence in count_notes([target / jpeg_name(path) for path in paths], compute.threads):
+    written = look_back_at([target / jpeg_name(path) for path in paths], compute.threads)
+    for sentence in count_notes(written):
         compute.say(sentence)
 
     # Predict, and write the table once all of it is there.

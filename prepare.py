@@ -25,6 +25,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -47,8 +48,8 @@ from PIL import Image
 
 from dicom import dicom_flags, dicom_items, is_dicom, read_dicom
 from doubts import (
-    FEW, Doubt, allow_flag, constant_labels, empty_splits, many_left_out, refuse_doubts,
-    similar_labels, similar_patients)
+    FEW, Doubt, allow_flag, constant_labels, empty_splits, large_patients, many_left_out,
+    refuse_doubts, similar_labels, similar_patients)
 from flags import differing_flags, number_within
 from radiograph import (
     MASK, MIN_SIDE, Found, ImageSettings, Reader, blank_reason, find_files, in_parallel, load_image,
@@ -56,7 +57,7 @@ from radiograph import (
 from sources import (
     Item, Source, chexpert_flags, chexpert_items, demo_flags, demo_items, folder_flags,
     folder_items, mimic_items, nih_items, read_phantom, text_of)
-from tables import CELL_WORDS, read_table
+from tables import CELL_WORDS, form_key, read_table
 
 
 # --------------------------------------------------------------------------------------------------
@@ -145,6 +146,8 @@ def assign_splits(source: Source, args: argparse.Namespace) -> None:
 LONGEST_NAME = 251
 # Of which file each image was made, in --out: a run that goes on must not take it for another's.
 RECORD = "sources.csv"
+# Labels that say that there is none.
+NO_FINDING = re.compile(r"no (finding|abnormality|disease)s?|normal|healthy|negative")
 # Begins a line of a JPEG's comment that says what was decided about the image.
 NOTE = "prepare.py: "
 
@@ -181,22 +184,53 @@ def convert(item: Item, conversion: Conversion) -> str:
     return ""
 
 
-def notes_of(file: Path) -> list[str]:
-    """What was decided about an image that convert wrote."""
-    with Image.open(file) as image:
+class Written(NamedTuple):
+    """What an image that convert wrote says of itself."""
+    notes: list[str]                # what was decided about it
+    digest: bytes                   # the same for the same picture
+
+
+def look_back(file: Path) -> Written:
+    """Read an image that convert wrote once more. To be called in a process of a pool."""
+    content = file.read_bytes()
+    with Image.open(io.BytesIO(content)) as image:
         lines = image.info.get("comment", b"").decode(errors="replace").splitlines()
-    return [line.removeprefix(NOTE) for line in lines if line.startswith(NOTE)]
+    notes = [line.removeprefix(NOTE) for line in lines if line.startswith(NOTE)]
+    return Written(notes, hashlib.blake2b(content, digest_size=16).digest())
 
 
-def count_notes(files: list[Path], workers: int) -> list[str]:
-    """Sentences on what was decided about images that convert wrote, and how often:
+def look_back_at(files: list[Path], workers: int) -> list[Written]:
+    """The same of many images."""
+    return in_parallel(look_back, files, workers, "notes")
+
+
+def count_notes(written: list[Written]) -> list[str]:
+    """Sentences on what was decided about images, and how often:
     `Window not used: 12, it would have made most of the image white.`"""
-    notes = in_parallel(notes_of, files, workers, "notes")
+    # `what was done: why`, the same words for all images of which they are true.
     sentences = []
-    for note, count in sorted(Counter(note for of_one in notes for note in of_one).items()):
+    notes = Counter(note for image in written for note in image.notes)
+    for note, count in sorted(notes.items()):
         what, _, why = note.partition(": ")
         sentences.append(f"{what[:1].upper()}{what[1:]}: {count:,}, {why}.")
     return sentences
+
+
+def twins_note(items: list[Item], written: list[Written]) -> list[str]:
+    """A sentence on pictures that several images show, or none: copies are no further patients."""
+    first: dict[bytes, Item] = {}               # by the digest
+    # How many images show what an earlier one shows, how many of them in another split.
+    twins, apart, example = 0, 0, ""
+    for item, image in zip(items, written, strict=True):
+        other = first.setdefault(image.digest, item)
+        if other is not item:
+            twins += 1
+            apart += other.split != item.split
+            example = example or f"{other.path} and {item.path}"
+    if not twins:
+        return []
+    return [f"The same picture as another image: {twins:,}, {apart:,} of them in another split, "
+            f"such as {example}; `prepare.py verify --drop` takes them out."]
 
 
 def write_images(source: Source, args: argparse.Namespace) -> None:
@@ -226,7 +260,8 @@ def write_images(source: Source, args: argparse.Namespace) -> None:
 
     # What had to be decided about images.
     if args.source != "demo":
-        source.notes += count_notes([args.out / item.path for item in source.items], args.workers)
+        written = look_back_at([args.out / item.path for item in source.items], args.workers)
+        source.notes += [*count_notes(written), *twins_note(source.items, written)]
     masks = [file for file, why in failed.items() if why == MASK]
     if masks:
         source.notes.append(f"Left out as masks or drawings, by their few gray levels: "
@@ -302,6 +337,7 @@ def prepare(args: argparse.Namespace) -> None:
                                 "same for all were not refused.")
 
         # Say what was understood before any of it is refused: it shows best what went wrong.
+        source.notes += contradictions(source)
         print_notes(source)
         assign_splits(source, args)
         print_rows(source, args)
@@ -330,6 +366,21 @@ def prepare(args: argparse.Namespace) -> None:
                 for item in source.items]
         write_csv(args.out / "manifest.csv", [[*columns, *source.label_names], *rows])
     print(card)
+
+
+def contradictions(source: Source) -> list[str]:
+    """A sentence on images that have a finding, and at the same time none; or nothing."""
+    sentences = []
+    # Official lists are as they are; there support devices may stand beside no finding.
+    nothing = [name for name in source.label_names if NO_FINDING.fullmatch(form_key(name))]
+    for name in [] if source.official_labels else nothing:
+        place = source.label_names.index(name)
+        both = [item for item in source.items
+                if item.labels[place] == "1" and item.labels.count("1") > 1]
+        if both:
+            sentences.append(f"Images that are {name!r} and have another label as well: "
+                             f"{len(both):,}, such as {both[0].path}.")
+    return sentences
 
 
 def print_notes(source: Source) -> None:
@@ -380,6 +431,7 @@ def takes_masks(reasons: Iterable[str]) -> str:
 
 def doubts_of(source: Source, args: argparse.Namespace, found: int) -> list[Doubt]:
     """Doubts that counting raises, of whatever source. found: images before any was decoded."""
+    # Images that nobody asked to leave out.
     lost = lost_images(source)
     doubts = [doubt._replace(sentence=doubt.sentence + takes_masks(why for _, why in lost))
               for doubt in many_left_out(len(source.items), lost)]
@@ -387,6 +439,9 @@ def doubts_of(source: Source, args: argparse.Namespace, found: int) -> list[Doub
     # A DICOM file's patient is a hash by now, which shows nothing of the identity's form.
     if source.patients_known and args.source != "dicom":
         doubts += similar_patients(item.patient for item in source.items)
+    # A stand-in such as 0 or ANON would put strangers into one split as one person.
+    if source.patients_known and not source.official_labels:
+        doubts += large_patients([item.patient for item in source.items])
     # Of the findings of an official list a few may be missing in a part of its images.
     if not source.official_labels:
         doubts += similar_labels(source.label_names)
@@ -457,8 +512,11 @@ def check_source(source: Source, args: argparse.Namespace, files: list[str]) -> 
     # Most often the wrong --src was given, and the commonest reasons say so.
     if not source.items:
         reasons = Counter(why for _, why in source.rejected).most_common(3)
+        # An example shows how the names of two lists differ. A key of DICOM may be a person's.
+        examples = {why: f", such as {file}" for file, why in reversed(source.rejected)
+                    if args.source != "dicom"}
         # Or the files are of another kind, or of views that were not asked for.
-        says = [f"{count:,} files: {why}" for why, count in reasons]
+        says = [f"{count:,} files: {why}{examples.get(why, '')}" for why, count in reasons]
         says += [note.rstrip(".") for note in source.notes
                  if "left out: " in note or note.startswith("Files passed over: ")]
         if args.source != "dicom" and any(is_dicom(args.src / file) for file in files[:100]):
@@ -765,6 +823,11 @@ def check_flags(args: argparse.Namespace, error: Callable[[str], Any]) -> None:
                  "several_rows", "rater_column"):
         if table and getattr(args, name, None) and not getattr(args, table):
             error(f"--{name.replace('_', '-')} is about columns of --{table}, which is missing")
+    # A column that is read twice would give two labels of one name.
+    if table:
+        named = Counter([*args.label_columns, *args.class_columns])
+        for name in [name for name, count in named.items() if count > 1]:
+            error(f"--label-columns and --class-columns name {name} twice")
     if getattr(args, "not_mentioned", None) is not None and not args.class_columns:
         error("--not-mentioned is for --class-columns, which is missing")
     if getattr(args, "rater_column", "") and not args.several_rows:

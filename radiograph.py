@@ -48,6 +48,9 @@ MACHINE_ERRORS = {
 # The rest is for the blurred edges of a JPEG.
 MASK_LEVELS, MASK_SHARE = 8, 0.95
 MASK_FLAT = 0.8         # of neighbouring pixels, so many are equal
+# Or so much of it lies near two levels, a sixteenth of its range to both sides, and most of that
+# at these levels: so a small JPEG of a mask looks, whose edges ring in most of its blocks.
+TWO_LEVELS_SHARE, TWO_LEVELS_CORE = 0.93, 0.75
 
 # Most pixels (5th to 95th percentile) of an image share fewer of its 256 gray levels: a marker, or
 # the border, has the others.
@@ -195,6 +198,7 @@ def what_it_is(file: Path) -> str:
     if not head:
         return "an empty file"
     known = {b"GIF8": "a GIF", b"%PDF": "a PDF", b"<": "a page of HTML or XML",
+             b"version https://git-lfs": "a pointer of Git LFS (git lfs pull brings the image)",
              b"PK\3\4": "a zip file", b"\x1f\x8b": "a gzip file"}
     name = next((name for start, name in known.items() if head.startswith(start)), "")
     if head[128:] == b"DICM":
@@ -247,8 +251,31 @@ def refuse_mask(image: Image.Image) -> None:
     # What has hardly any range is blank, and will be called that. Two levels may be dithering: then
     # they are not flat.
     is_flat = (rows[:, 1:] == rows[:, :-1]).mean() > MASK_FLAT
-    if few <= MASK_LEVELS and is_flat and levels[-1] - levels[0] >= MIN_RANGE:
+    is_mask = few <= MASK_LEVELS and is_flat or image.mode == "L" and has_two_levels(rows)
+    if is_mask and levels[-1] - levels[0] >= MIN_RANGE:
         raise DataError(MASK)
+
+
+def has_two_levels(levels: np.ndarray) -> bool:
+    """Whether (H, W) uint8 are two levels, as a mask has, and what JPEG made of its edges.
+
+    A narrow radiograph inside a black border has such a share, too, but is spread around its own
+    commonest level."""
+    counts = np.bincount(levels.ravel(), minlength=256)
+    low, high = np.percentile(levels, (1, 99))
+    reach, near = max(2, round((high - low) / 16)), 0
+    steps = np.abs(np.diff(levels.astype(int)))                         # (H, W - 1)
+    if (steps <= 2 * reach).mean() <= MASK_FLAT:                        # dithering
+        return False
+    for _ in range(2):
+        level = int(counts.argmax())
+        around = counts[max(0, level - reach):level + reach + 1]
+        core = counts[max(0, level - 2):level + 3]
+        if core.sum() < TWO_LEVELS_CORE * around.sum():
+            return False
+        near += around.sum()
+        around[:] = 0                           # in counts, too
+    return bool(near >= TWO_LEVELS_SHARE * levels.size)
 
 
 def narrow_note(image: Image.Image) -> tuple[str, ...]:

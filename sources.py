@@ -18,15 +18,15 @@ from PIL import Image
 
 import phantom
 from common import DataError, read_text
-from doubts import Doubt, many_classes, untrained_classes
+from doubts import (
+    Doubt, classes_of_splits, drawings, folders_of_persons, many_classes, names_without_meaning,
+    persons_in_names, repeated_below, seem_patients, seem_splits, untrained_classes)
 from flags import number_within
 from layout import (
-    PATIENT_COLUMN, SPLIT_COLUMN, Place, classes_of_splits, drawings, excluder, find_layout,
-    folders_of_persons, layout_text, levels_of, may_name_patients, names_without_meaning,
-    outside_splits, place_of, repeated_below, seem_patients, split_name)
+    Place, excluder, find_layout, layout_text, levels_of, outside_splits, place_of, split_name)
 from radiograph import EXTENSIONS, ImageSettings, Reading
 from tables import (
-    LabelRules, Table, form_key, merged, read_labels, read_table, spellings, understand, value_of)
+    LabelRules, Table, merged, read_labels, read_table, spellings, understand, value_of)
 
 NIH_FINDINGS = [
     "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
@@ -212,6 +212,7 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
     # What the folders say, as far as the table is silent.
     levels = find_layout(images) if args.layout is None else levels_of(args.layout)
     if splits:
+        doubt_other_splits(source, splits, levels)
         levels = ["*" if level == "split" else level for level in levels]
     columns = [*args.label_columns, *args.class_columns]
     named = levels                  # as the folders' names say, whether that is used or not
@@ -260,25 +261,41 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
             patient = f"{split}-{patient}"
         source.items.append(Item(file, path, text_of(patient), split, labels[file]))
 
-    # Splits in the names of classes, and classes that no image of train shows.
-    twins = classes_of_splits(source.label_names) if source.classes else None
-    if twins and (columns or args.layout is None):
+    doubt_classes(source, said=not columns and args.layout is not None)
+
+    # What the user has to know.
+    source.patients_known = bool(patients)
+    if not patients:
+        say_no_patients(source, images)
+    source.notes.append(f"Files passed over: {passed_over(others) or 'none'}.")
+    return source
+
+
+def doubt_classes(source: Source, said: bool) -> None:
+    """Add doubts for splits in the names of classes, and for classes that no image of train shows.
+
+    said: whether the user has said which folders are the classes."""
+    if not source.classes:
+        return
+    twins = None if said else classes_of_splits(source.label_names)
+    if twins:
         one, other = twins
         source.doubts.append(Doubt(
             "odd-classes", f"the classes {one} and {other} seem to be of two splits by their "
             "names: sort the images into folders such as train/NORMAL, or name the splits in a "
             "column"))
-    if source.classes:
-        source.doubts += untrained_classes(
-            source.label_names, [item.split for item in source.items],
-            [item.labels for item in source.items])
+    source.doubts += untrained_classes(
+        source.label_names, [item.split for item in source.items],
+        [item.labels for item in source.items])
 
-    # What the user has to know.
-    source.patients_known = bool(patients)
-    if not patients:
-        source.notes.append("No patient is known: every image counts as a patient of its own.")
-    source.notes.append(f"Files passed over: {passed_over(others) or 'none'}.")
-    return source
+
+def say_no_patients(source: Source, images: list[str]) -> None:
+    """Add notes for images of which no patient is known."""
+    source.notes.append("No patient is known: every image counts as a patient of its own.")
+    person = persons_in_names(images)
+    if person:
+        source.notes.append(f"The names of files seem to say the patient, such as {person}: a "
+                            "column of patients in a table would keep each in one split.")
 
 
 def passed_over(others: Counter) -> str:
@@ -302,7 +319,7 @@ def class_folders(source: Source, places: dict[str, Place]) -> dict[str, tuple[s
     counts = Counter((name, name) for name in names.values() if name)
     spelling = spellings(counts)
     source.label_names, source.classes = sorted(set(spelling.values())), True
-    source.doubts += many_classes(len(source.label_names), len(places))
+    source.doubts += many_classes(source.label_names, len(places))
     if merged(spelling):
         source.notes.append(f"Class folders.{merged(spelling)}")
     outside = sum(not name for name in names.values())
@@ -355,6 +372,18 @@ def doubt_unknown_patients(source: Source, images: list[str], levels: list[str],
             f"images would come into several splits: --layout {layout}"))
 
 
+def doubt_other_splits(source: Source, splits: dict[str, str], levels: list[str]) -> None:
+    """Add a doubt for files whose folder says another split than the table: {file: its cell}."""
+    others = [file for file, cell in splits.items()
+              if split_name(cell) and place_of(file, levels).split not in ("", None)
+              and place_of(file, levels).split != split_name(cell)]
+    if others:
+        source.doubts.append(Doubt(
+            "unused-splits", f"{len(others):,} images, such as {text_of(others[0])}, lie in the "
+            f"folder of another split than the table says, here {splits[others[0]]}, which would "
+            "be used"))
+
+
 def doubt_unused_columns(source: Source, args: argparse.Namespace, table: Table,
                          levels: list[str], keys: list[str]) -> None:
     """Add doubts for columns that seem to name patients or splits, where none is used for that.
@@ -362,24 +391,35 @@ def doubt_unused_columns(source: Source, args: argparse.Namespace, table: Table,
     keys: the rows of the images. Columns are judged by their cells in these."""
     used = {args.path_column, *args.label_columns, *args.class_columns, args.rater_column,
             *(text.partition("=")[0] for text in args.where)}
-    names = [name for name in table.header if name not in used and table.header.count(name) == 1]
+    names = [name for name in table.header if name and name not in used]
+    unused = [name for name in names if name not in table.columns]
+    if unused:
+        source.notes.append(unused_note(table, unused))
     further = read_table(table.file, args.path_column, names, normalise=plain_path, several=True)
     columns = {name: [cell for cell in map(further.column(name).get, keys)
                       if cell and value_of(cell) != ""] for name in names}
-    if args.patient_column not in table.columns and "patient" not in levels:
-        for name in [name for name in names if PATIENT_COLUMN.fullmatch(form_key(name))
-                     or may_name_patients(name) and seem_patients(columns[name])][:1]:
+    # A column that is called so by chance, of another patient in each row, is none.
+    patients = table.column(args.patient_column)
+    by_chance = args.patient_column == "patient" and len(set(patients.values())) == len(patients)
+    if (not patients or by_chance) and "patient" not in levels:
+        others = [name for name in names if name != args.patient_column]
+        for name in [name for name in others if seem_patients(name, columns[name])][:1]:
             source.doubts.append(Doubt(
                 "unknown-patients", f"column {name!r} of {table.file.name} seems to name the "
                 f"patients, whose images would come into several splits: --patient-column {name}"))
     if args.split_column not in table.columns and "split" not in levels:
-        for name, cells in columns.items():
-            # A cell of another word, such as holdout, is refused once the column is used.
-            splits = set(map(split_name, cells)) - {""}
-            if len(splits) > (0 if SPLIT_COLUMN.fullmatch(form_key(name)) else 1):
-                source.doubts.append(Doubt(
-                    "unused-splits", f"column {name!r} of {table.file.name} seems to name the "
-                    f"splits: --split-column {name} takes them"))
+        for name in [name for name in names if seem_splits(name, columns[name])]:
+            words = any(map(split_name, columns[name]))
+            write = "" if words else ", once train, val or test is written into it"
+            source.doubts.append(Doubt(
+                "unused-splits", f"column {name!r} of {table.file.name} seems to name the "
+                f"splits: --split-column {name} takes them{write}"))
+
+
+def unused_note(table: Table, names: list[str]) -> str:
+    """A sentence on the columns of a table that are used for nothing."""
+    more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
+    return f"Columns of {table.file.name} that are not used: {', '.join(names[:10])}{more}."
 
 
 def read_image_table(args: argparse.Namespace) -> Table:
@@ -637,11 +677,11 @@ def chexpert_items(args: argparse.Namespace, files: list[str]) -> Source:
 
 def observations(table: Table) -> dict[str, tuple[str, ...]]:
     """The 14 observations by a table's key. DataError where a column of them holds words."""
-    names, labels = read_labels(table, CHEXPERT_OBSERVATIONS)
-    if names != CHEXPERT_OBSERVATIONS:
+    labels = read_labels(table, CHEXPERT_OBSERVATIONS)
+    if labels.names != CHEXPERT_OBSERVATIONS:
         raise DataError(f"{table.file}: the observations must be 1, 0, -1 or blank, one column "
                         "holds something else")
-    return labels
+    return labels.cells
 
 
 # --------------------------------------------------------------------------------------------------

@@ -4,9 +4,9 @@ A cell of a label says one of four things, whether in capital or small letters.
 Numbers are compared as numbers:
 
     present        1, 1.0, +1, 1e0, yes, y, true, t, positive, pos, pos., present, ja, oui,
-                   +, (+), +ve
+                   +, (+), +ve, si, sí, sim, wahr, vrai, да, 是, ✓, ✔
     absent         0, 0.00, no, n, false, f, negative, neg, neg., absent, nein, non,
-                   (-), -ve
+                   (-), -ve, nao, não, falsch, faux, нет, 否, ✗, ✘
     uncertain      -1, -1.0, uncertain, u, maybe, unsure, possible, equivocal, indeterminate
     not mentioned  blank, nan, none, null, n/a, na, n.a., #n/a, <na>, -, not mentioned,
                    unknown, ?
@@ -37,18 +37,26 @@ from common import DataError, open_text
 # What a cell says -> as the manifest has it. Numbers are not listed: see value_of.
 CELL_WORDS = {
     "1": ("yes", "y", "true", "t", "positive", "pos", "pos.", "present", "ja", "oui", "+",
-          "(+)", "+ve"),
+          "(+)", "+ve", "si", "sí", "sim", "wahr", "vrai", "да", "是", "✓", "✔"),
     "0": ("no", "n", "false", "f", "negative", "neg", "neg.", "absent", "nein", "non",
-          "(-)", "-ve"),
+          "(-)", "-ve", "nao", "não", "falsch", "faux", "нет", "否", "✗", "✘"),
     "-1": ("uncertain", "u", "maybe", "unsure", "possible", "equivocal", "indeterminate"),
     "": ("", "nan", "none", "null", "n/a", "na", "n.a.", "#n/a", "<na>", "-", "not mentioned",
          "unknown", "?")}
 # Of the last ones, those that programs write for a cell without content. The others may be a class
 # in a column of classes: none, mild, severe.
 OPEN = ("", "nan", "null", "#n/a", "<na>")
+# Of the values, one that is also an English prefix: a value only in a column of nothing else.
+PREFIX = "non"
 VALUES = {word: value for value, words in CELL_WORDS.items() for word in words}
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII)
 DASHES = re.compile("[\u2010-\u2015\u2212]")      # hyphens, en and em dashes, the minus sign
+NUMBER_OF = re.compile(r".*\S\s*[:=]\s*[+-]?([01]|\d*\.\d+)%?")         # Mass:0.9, Mass = 1
+# What has letters and yet names no class, and what to call it.
+NO_CLASS = {
+    "a date": re.compile(r"\d{1,4}[-/. ]?[a-z]{3,9}[-/. ,]*\d{2,4}", re.IGNORECASE),
+    "a file": re.compile(r".*\.(png|jpe?g|tiff?|dcm|bmp|jp2|webp|pgm|gif)", re.IGNORECASE),
+    "HTML": re.compile(r".*(&#?\w{2,6};|<\w+>).*", re.DOTALL)}
 DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
 
 # Lists: what separates their words, and what may stand around them.
@@ -57,6 +65,7 @@ SUSPECTS = ("/", "+", "&", " and ", "\n", "\t")         # separators that words 
 LIST_MARKS = re.compile("[,|;\uff0c\uff1b\uff5c\u3001]")      # the last ones as Chinese writes them
 OTHER_MARKS = re.compile(r"[^\w\s'().-]+")
 LONGEST_RUN = 5                 # words; longer names of classes are not searched for in others
+ICD = re.compile(r"[A-Za-z]\d\d(\.\d+)?")
 BRACKETS = {"[": "]", "(": ")", "{": "}"}
 QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
 
@@ -115,6 +124,11 @@ def read_table(file: Path, key: str, columns: list[str] | None = None,
 
             # The header: where is each of the columns?
             header = [name.strip() for name in next(lines, [])]
+            twice = next((name for name in header if name and header.count(name) > 1), "")
+            if twice:
+                one, other = [n for n, name in enumerate(header, 1) if name == twice][:2]
+                raise DataError(f"{file} must have one column {twice!r}, and columns {one} and "
+                                f"{other} are called so: rename one of them")
             columns = [name for name in header if name != key] if columns is None else columns
             for name in (key, *columns):
                 if header.count(name) != 1 and (name in header or name not in optional):
@@ -198,16 +212,15 @@ class Column(NamedTuple):
 
 
 def read_labels(table: Table, names: list[str], several_rows: str = "",
-                rater_column: str = "") -> tuple[list[str], dict[str, tuple[str, ...]]]:
-    """Columns `names` of a table as the manifest's label names, and {key: the manifest's cells}.
+                rater_column: str = "") -> Labels:
+    """Columns `names` of a table as labels, of all its rows.
 
     For columns that are to hold values: where one holds words its label names
     are others than `names`. They are not searched for lists, so that no message
     repeats a person's name."""
     rules = LabelRules(separator="none", several_rows=several_rows, rater_column=rater_column,
                        many_classes=True, flags=False)
-    labels = understand(table, names, list(table.rows), rules)
-    return labels.names, labels.cells
+    return understand(table, names, list(table.rows), rules)
 
 
 def understand(table: Table, names: list[str], keys: list[str], rules: LabelRules) -> Labels:
@@ -280,6 +293,8 @@ def understand_column(table: Table, name: str, keys: list[str], rules: LabelRule
     if not classes:
         if "+" in counts:               # beside present, a dash is absent
             values |= {cell: "0" for cell in counts if DASHES.sub("-", cell) == "-"}
+        if None in values.values():     # non and covid
+            values |= {cell: None for cell in counts if cell.casefold() == PREFIX}
         refuse_letters_of_two_kinds(where, rules)
     if classes and rules.not_mentioned is None:
         refuse_what_may_be_a_class(where)
@@ -322,7 +337,7 @@ def understand_column(table: Table, name: str, keys: list[str], rules: LabelRule
 
 def value_of(cell: str) -> str | None:
     """1, 0, -1 or empty, as the manifest has it; None where a cell is no value of a label."""
-    text = " ".join(DASHES.sub("-", cell.casefold()).split())
+    text = " ".join(DASHES.sub("-", cell.casefold()).split()).strip("'\"")
     if NUMBER.fullmatch(text):
         return {1.0: "1", 0.0: "0", -1.0: "-1"}.get(float(text))
     return VALUES.get(text)
@@ -394,6 +409,14 @@ def refuse_what_is_no_class(values: dict[str, str | None], where: dict[str, str]
     if others:
         raise DataError(f"{where[words[0]]}: {words[0]!r} among values of 1, 0, -1 and blank, "
                         f"such as {others[0]!r}{ask}")
+    for word in words if rules.flags and rules.separator != "none" else ():
+        kind = next((kind for kind, form in NO_CLASS.items() if form.fullmatch(word)), "")
+        if not kind and any(map(NUMBER_OF.fullmatch, re.split(r"[|;,]", word))):
+            kind = "a finding and its number"
+        if not kind and re.search(r"\d", word) and not any(map(str.isalpha, word)):
+            kind = "a range, a date or other numbers"
+        if kind and not NUMBER.fullmatch(word.strip('=%"')):
+            raise DataError(f"{where[word]}: {word!r} seems to be {kind}, and no class{ask}")
     for word in words if rules.flags else ():
         if NUMBER.fullmatch(word.casefold().strip('=%"')):      # 100%, or ="1" as Excel writes it
             raise DataError(f"{where[word]}: the number {word!r} is none of 1, 0, -1{ask}")
@@ -473,8 +496,8 @@ def read_lists(words: list[str], where: dict[str, str], rules: LabelRules,
     if not separator and len(found) > 1:
         raise ask_for_separator(next(word for word in words if found[1] in word), where)
     separator = separator or "".join(found)
-    if not separator:
-        refuse_hidden_lists(words, where)
+    if not any(separator in word for word in words if separator):
+        refuse_hidden_lists(words, where)       # also where another separator was expected
         return {word: [word] for word in words}
     return {word: mentioned(word.split(separator), meaning) for word in words}
 
@@ -505,18 +528,27 @@ def refuse_hidden_lists(words: list[str], where: dict[str, str]) -> None:
         if LIST_MARKS.search(word) or word[0] in BRACKETS and BRACKETS[word[0]] == word[-1]:
             raise ask_for_separator(word, where)
     known = {form_key(word) for word in words}
+    # Several codes, as ICD has them: R91.8 J18.9.
+    for word in words:
+        parts = word.split()
+        if len(parts) > 1 and all(map(ICD.fullmatch, parts)):
+            raise ask_for_separator(word, where)
     # Mass, and Mass/Edema: by the usual marks one word that is found elsewhere is enough.
     for mark in SUSPECTS:
         parts_of = {word: [form_key(part) for part in word.split(mark)]
                     for word in words if mark in word}
         often = Counter(part for parts in parts_of.values() for part in set(parts))
         for word, parts in parts_of.items():
-            if any(part and (part in known or often[part] > 1) for part in parts):
+            # The + of TB+ separates nothing.
+            if all(parts) and any(part in known or often[part] > 1 for part in parts):
                 raise ask_for_separator(word, where)
     # Mass, Nodule, and Mass#Nodule, Mass with Nodule, or whatever separates them. A class of
     # several words rarely has two others in it.
+    without_numbers = {" ".join(re.findall(r"[^\W\d]\w*", word)) for word in known} - {""}
     for word in words:
         others = (known & runs(form_key(word))) - {form_key(word)}
+        text = " ".join(re.findall(r"[^\W\d]\w*", form_key(word)))   # of 1. Mass 2. Nodule
+        others |= (without_numbers & runs(text)) - {text}
         if any(one not in other and other not in one for one in others for other in others):
             raise ask_for_separator(word, where)
     # Mass - Nodule, and Nodule - Edema: what ends one word begins another. Left effusion and right
@@ -527,6 +559,12 @@ def refuse_hidden_lists(words: list[str], where: dict[str, str]) -> None:
     for word in words:
         if ends & edges(form_key(word), last=False):
             raise ask_for_separator(word, where)
+    # Mass, Nodule, and MassNodule.
+    for word in words:
+        text = form_key(word)
+        for middle in range(2, len(text) - 1):
+            if text[:middle] in known and text[middle:] in known:
+                raise ask_for_separator(word, where)
     # Mass#Nodule, Nodule#Edema, Edema#Mass: none of them stands alone.
     parts_of = {word: [form_key(part) for part in OTHER_MARKS.split(word)] for word in words}
     often = Counter(part for parts in parts_of.values() for part in set(parts))
@@ -548,13 +586,18 @@ def runs(text: str) -> set[str]:
 def edges(text: str, last: bool) -> set[str]:
     """The runs of up to LONGEST_RUN words that begin a text, or end it, and are not all of it.
 
-    Numbers alone do not count, nor do texts of more than 30 words."""
+    Neither the run nor what is left of the text may be numbers alone, as in stage 1 and 1 stage.
+    Texts of more than 30 words do not count."""
     words = re.findall(r"\w+", text)
     if len(words) > 30:
         return set()
-    lengths = range(1, min(LONGEST_RUN + 1, len(words)))
-    found = {" ".join(words[-n:] if last else words[:n]) for n in lengths}
-    return {run for run in found if re.search(r"[^\W\d]", run)}
+    found = set()
+    for length in range(1, min(LONGEST_RUN + 1, len(words))):
+        middle = len(words) - length if last else length
+        parts = " ".join(words[:middle]), " ".join(words[middle:])
+        if all(re.search(r"[^\W\d]", part) for part in parts):
+            found.add(parts[last])
+    return found
 
 
 def ask_for_separator(word: str, where: dict[str, str]) -> DataError:

@@ -369,6 +369,18 @@ def test_dicom_labels(tmp_path):
         dicom(tmp_path, "--labels", table, out="zeros")
 
 
+def test_dicom_tells_which_words_were_read_as_values(tmp_path, capsys):
+    for i in range(4):
+        write_dicom(tmp_path / f"src/{i}.dcm", SCAN + i, patient=f"P{i}")
+    (tmp_path / "rows.csv").write_text(
+        "PatientID,Mass,Edema\nP0,pos,Y\nP1,neg,N\nP2,unknown,N\nP3,neg,1\n")
+    dicom(tmp_path, "--labels", tmp_path / "rows.csv")
+    for text in (capsys.readouterr().out, (tmp_path / "out/DATA.md").read_text()):
+        assert "Column Mass: neg read as 0 (2), pos as 1 (1)." in text
+        assert "Not mentioned in column Mass: 1 cells that say 'unknown'." in text
+        assert "Column Edema: N read as 0 (2), Y as 1 (1)." in text
+
+
 def test_dicom_labels_by_file_know_rejected_namesakes(tmp_path):
     """Of two files of one name the row may mean either, also where one is a CT or damaged."""
     for i in range(4):

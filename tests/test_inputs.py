@@ -6,6 +6,7 @@ either a label's values, or the words of the refusal.
 import contextlib
 import csv
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -65,6 +66,28 @@ LIST = {"Mass": [1, 1, 0], "Nodule": [1, 0, 1]}
     *((cells * 2, "row [234], column y: .* may be a list") for cells in (
         ["Mass - Nodule", "Infiltrate - Edema", "Edema - Effusion", "Normal"], ["A B", "B C"],
         ["Mass-Nodule", "Nodule-Edema", "Mass"], ["Mass_Nodule", "Nodule_Edema"])),
+    *((cells * 2, "may be a list") for cells in (
+        ["MassNodule", *TWO], ["massnodule", "Mass", "NODULE"], ["TB-HIV", "TB", "HIV"])),
+    *((cells * 2, "labels .* and .* differ in form only") for cells in (
+        ["MassNodule", "Mass Nodule", "Edema"], ["Mass.Nodule", "Mass-Nodule", "Edema"])),
+    *((cells * 2, {one: [1, 0] * 2, other: [0, 1] * 2}) for cells, one, other in (
+        (["Stage 1", "1 stage"], "Stage 1", "1 stage"), (["non", "covid"], "y non", "y covid"),
+        (["Grade 1.5", "Grade 15"], "Grade 1.5", "Grade 15"), (["TB+", "TB"], "TB+", "TB"))),
+    (["non", "oui", "Non", ""], {"y": [0, 1, 0, ""]}),
+    # What is no class: ranges, dates, files, HTML, numbers beside findings.
+    *((cells * 3, f"{re.escape(cells[0])}' seems to be {what}.*--class-columns")
+      for cells, what in (
+        (["0-1", "2-3"], "a range"), (["<5", "5-10"], "a range"), (["[1 0]", "[0 1]"], "a range"),
+        (["2020-01-31", "2020-02-01"], "a range, a date"),
+        (["31-Jan-2020", "1-Feb-2020"], "a date"),
+        (["A/1.png", "B/2.png"], "a file"), (["A &amp; B", "C"], "HTML"), (["A<br>B", "C"], "HTML"),
+        (["Mass:0.9|Nodule:0.1", "Mass:0.2"], "a finding and its number"),
+        (["Mass = 1", "Mass = 0"], "a finding and its number"))),
+    *((cells * 2, {"y": values * 2}) for cells, values in (
+        (["sí", "no", "si"], [1, 0, 1]), (["да", "нет", ""], [1, 0, ""]),
+        (["'True'", '"False"', "1"], [1, 0, 1]), (["✓", "✗", "?"], [1, 0, ""]))),
+    *((cells * 2, "may be a list") for cells in (
+        ["1. Mass 2. Nodule", "1. Mass", "1. Nodule"], ["R91.8 J18.9", "J18.9", "Z00.0"])),
     (["left effusion", "right effusion", "effusion"] * 2, {
         "effusion": [0, 0, 1] * 2, "left effusion": [1, 0, 0] * 2,
         "right effusion": [0, 1, 0] * 2}),
@@ -87,10 +110,35 @@ def test_cells(tmp_path, cells, expected):
         assert column(tmp_path, cells) == expected
 
 
+@pytest.mark.parametrize("cells, flags, words", [
+    (["Mass;Nodule", *TWO], ["--label-separator", ","], "'Mass;Nodule' may be a list"),
+    (["Mass+Nodule", *TWO], ["--label-separator", "/"], "may be a list"),
+    (["1", "1.0", "2"] * 3, ["--class-columns", "y"], "labels 'y 1' and 'y 1.0' differ in form"),
+    (["A 2.0", "A 2", "B"] * 3, ["--class-columns", "y"], "'A 2' and 'A 2.0' differ in form")])
+def test_flags_that_do_not_fit_the_cells(tmp_path, cells, flags, words):
+    with pytest.raises(SystemExit, match=words):
+        column(tmp_path, cells, *flags)
+
+
+def test_a_column_named_twice(tmp_path, capsys):
+    for flags in (["--label-columns", "y", "y"], ["--label-columns", "y", "--class-columns", "y"]):
+        with pytest.raises(SystemExit):
+            folder(tmp_path, tmp_path / "out", "--csv", tmp_path / "l.csv", *flags)
+        assert "name y twice" in capsys.readouterr().err
+
+
+def test_a_finding_and_none_at_once_are_told(tmp_path, capsys):
+    column(tmp_path, ["Mass|No finding", "Mass", "No finding", "Nodule"] * 2)
+    assert "Images that are 'No finding' and have another label as well: 2, such as images/000.jpg"\
+        in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("columns, rows, expected", [
     ("covid", ["positive", "", "positive", ""], "label 'covid' is 1 for every image that mentions "
      "it and teaches nothing .2 are blank, which does not mean absent: write 0 for that"),
     ("Mass,Nodule", ["x,", ",x", "x,x", ","], "'Mass x' is 1 .* 'Nodule x' is 1 for every image"),
+    ("y", ["1", "-1", "1", "-1"], "label 'y' is 1 for every image, or uncertain .-1, 2., and"),
+    ("y", ["0", "", "u", "no"], "is 0 for every image that mentions it, or uncertain .-1, 1., and"),
     ("dx", ["N", "T", "N", "T"], "row 3, column dx: 'T' beside 'N'"),
     ("Mass,dx", ["+,Y", "-,N", "-,no", "-,N"],
      "Column Mass: + read as 1 (1), - as 0 (3).\n"
@@ -135,19 +183,39 @@ def test_blanks_and_marks_are_told(tmp_path, capsys, columns, rows, expected):
     ("{name}/{split}{i}.png", ("pt01", "pt02", "pt03"), "pt01 does not look like a class"),
     ("{name}/{split}{i}.png", ("A17", "B03", "C22"), "A17 does not look like a class"),
     ("{name}/{split}{i}.png", ("TB", "unknown"), "unknown does not look like a class"),
+    *(("{name}/{split}{i}.png", names, "seem to be of one person each.*--layout patient")
+      for names in (
+        ("Smith_John", "Doe_Jane", "Roe_Richard", "Miles_Mary"), ("DOE^JANE", "ROE^R"),
+        ("Smith, John", "Doe, Jane"), ("mueller", "schmidt", "meier", "otto"))),
+    *(("{name}/{split}{i}.png", names, "does not look like a class") for names in (
+        ("A", "A - Copy"), ("TB", "TB_augmented"), ("A", "thumbnails"), ("A", "$RECYCLE.BIN"),
+        ("a3f9c2", "b81e77", "c0ffee"))),
+    *(("{name}/{split}{i}.png", names, "seem to be masks") for names in (
+        ("A", "cams"), ("A", "segmented"))),
+    *(("{name}/{split}{i}.png", names, "class") for names in (
+        ("COVID", "Lung_Opacity", "Normal", "Viral Pneumonia"), ("No Finding", "Pleural Effusion"),
+        ("A", "B", "C", "D"))),
     ("{name}_{split}/{i}.png", ("normal", "tb"),
      "classes normal_test and normal_train seem to be of two splits by .*--allow odd-classes"),
     ("{split}{name}/{i}.png", ("A", "B"), "classes testA and trainA seem to be of two"),
     ("{name}/{split}{i}.png", ("TB", "TB_test"), "classes TB and TB_test seem to be of two"),
     ("{name}/{split}{i}.png", ("train_NORMAL", "test_TB"), "test_TB and train_NORMAL seem to be"),
     ("{name}/{split}{i}.png", ("train_NORMAL", "protest", "Device"), "class"),
-    ("{split}/{name}{i}.png", ("COVID19/", "COVID-19/"), "differ in form only"),
+    *(("{split}/{name}{i}.png", names, "differ in form only") for names in (
+        ("COVID19/", "COVID-19/"), ("MassNodule/", "Mass_Nodule/"), ("A&B/", "A B/"))),
+    ("{split}/{name}{i}.png", ("TB+/", "TB-/"), "split/class"),
+    *(("{Short}/{name}/{i}.png", names, layout) for names, layout in (
+        (("NORMAL", "TB"), "split/class"), (("0", "1"), "split/class"))),
+    ("{name}/{Short}_set/{i}.png", ("NORMAL", "TB"), "class/split"),
+    ("{name}/{split}{i}.png", ("VA", "NORMAL"), "class"),
     ("seen_{split}/{name}/{i}.png", ("NORMAL", "TB"), "NORMAL lies both below seen_"),
     ("{split}/x/{name}/{i}.png", ("TB", "../../holdout/x"), "images in holdout lie beside")])
 def test_layouts(tmp_path, capsys, pattern, classes, expected):
     names = {"test": "Testing", "val": "Validation", "train": "Train"}
+    short = {"test": "te", "val": "VA", "train": "tr"}
     src, out = tree(tmp_path, *(
-        os.path.normpath(pattern.format(split=split, Split=names[split], name=name, i=i))
+        os.path.normpath(pattern.format(split=split, Split=names[split], Short=short[split],
+                                        name=name, i=i))
         for split in names for name in classes for i in range(2)))
     for litter in ("__MACOSX/x/1.png", ".hidden/2.png", "Thumbs.db", "desktop.ini"):
         (src / litter).parent.mkdir(exist_ok=True, parents=True)
@@ -159,7 +227,10 @@ def test_layouts(tmp_path, capsys, pattern, classes, expected):
         manifest = read_manifest(out)
         assert len(manifest.paths) == 6 * len(classes)
         for path, split in splits_of(out).items():
-            assert "split" not in expected or split in path.lower() or names[split] in path
+            if "{Short}" in pattern:
+                assert f"/{short[split]}" in path
+            else:
+                assert "split" not in expected or split in path.lower() or names[split] in path
 
 
 @pytest.mark.parametrize("header, rows, expected", [
@@ -172,6 +243,17 @@ def test_layouts(tmp_path, capsys, pattern, classes, expected):
     ("path,subject_id", ["1", "1", "2", "3"], "--patient-column subject_id"),
     *((f"path,{name}", ["1", "1", "2", "3"], f"--patient-column {name} ") for name in (
         "patient.id", "PatientName", "id_patient", "patient_hash", "Case ID", "MRN_anon", "SUBJ")),
+    *((f"path,{name}", ["x", "x", "y", "z"], f"--patient-column {name} ") for name in (
+        "Name", "Patient Name", "pid", "subject", "mrn", "Hospital_No", "record number")),
+    *(("path,code", cells, "column 'code' of l.csv seems to name the patients") for cells in (
+        ["P01", "P01", "P02", "P03"], ["10233", "10233", "10240", "10251"],
+        ["DOE^JANE", "DOE^JANE", "ROE^R", "A^B"],
+        ["1.2.840.113.7", "1.2.840.113.7", "1.2.840.113.8", "1.2.840.113.9"])),
+    *((header, cells, {"test": 1, "train": 2, "val": 1}) for header, cells in (
+        ("path,Name", ["Normal", "Normal", "Pneumonia", "Mass"]), ("path,made", ["20200131"] * 4),
+        ("path,made", ["20200131", "20200131", "20200202", "20200203"]),
+        ("path,scanner", ["CR85", "CR85", "DX20", "DX21"]),
+        ("path,dose", ["12345", "12345", "2", "3"]), ("path,view", ["PA", "PA", "AP", "L"]))),
     *((f"path,{name}", ["1", "1", "2", "3"], {"test": 1, "train": 2, "val": 1}) for name in (
         "Patient_Sex", "inpatient", "case type", "PatientAge", "patientage", "spatial")),
     ("path,Case ID", ["1", "2", "3", "4"], {"test": 1, "train": 2, "val": 1}),  # one image each
@@ -184,6 +266,23 @@ def test_layouts(tmp_path, capsys, pattern, classes, expected):
     ("path,Split", ["Train", "TEST", "valid", "training"], "--split-column Split takes them"),
     ("path,split", ["Train", "TEST", "dev", "training"], {"train": 2, "test": 1, "val": 1}),
     ("path,split", ["0", "1", "0", "1"], "row 2, column split: '0' is no split"),
+    ("path,split", ["tr", "TE", "va", "Tr"], {"train": 2, "test": 1, "val": 1}),
+    ("path,split", ["training", "testing", "validation", "dev"], {"train": 1, "test": 1, "val": 2}),
+    ("path,usage", ["trn", "tst", "Dev set", "trn"], "--split-column usage takes them"),
+    *((f"path,{name}", cells, f"column '{name}' .* splits: --split-column {name} takes them, once")
+      for name, cells in (
+        ("is_train", ["0", "1", "1", "1"]), ("train", ["TRUE", "TRUE", "FALSE", "TRUE"]),
+        ("isTest", ["1.0", "0.0", "0", "1"]), ("fold", ["0", "1", "2", "3"]),
+        ("kfold", ["A", "B", "A", "B"]), ("subset", ["1", "2", "2", "2"]))),
+    *((f"path,{name}", cells, f"--split-column {name} takes them") for name, cells in (
+        ("holdout", ["0", "1", "0", "0"]), ("cohort", ["derivation", "validation"] * 2),
+        ("centre", ["development", "external validation"] * 2),
+        ("Usage", ["Public", "Private"] * 2))),
+    *((f"path,{name}", ["a", "a", "b", "c"], f"--patient-column {name} ") for name in (
+        "ID", "initials", "Nachname")),
+    ("path,patient,PatientID", ["1,7", "2,7", "3,8", "4,9"], "--patient-column PatientID"),
+    *((f"path,{name}", ["0", "1", "1", "0"], {"test": 1, "train": 2, "val": 1}) for name in (
+        "PCR test", "folder", "set up")),
     ("path,patient,split", ["1,train", "1,test", "2,train", "3,val"],
      "patient 1 is in test and in train")])
 def test_columns_of_patients_and_splits(tmp_path, header, rows, expected):
@@ -194,6 +293,54 @@ def test_columns_of_patients_and_splits(tmp_path, header, rows, expected):
         folder(src, out, "--csv", tmp_path / "l.csv")
         splits = list(splits_of(out).values())
         assert {split: splits.count(split) for split in splits} == expected
+
+
+@pytest.mark.parametrize("stand_in", ["0", "ANON"])
+def test_one_patient_that_stands_for_many(tmp_path, stand_in):
+    src, out = tree(tmp_path, *(f"{i}.png" for i in range(14)))
+    rows = "".join(f"{i}.png,{stand_in if i % 2 else f'p{i}'}\n" for i in range(14))
+    (tmp_path / "l.csv").write_text(f"path,patient\n{rows}")
+    with pytest.raises(SystemExit, match=f"7 of 14 images are of patient '{stand_in}', and of any "
+                                         "other 1 at most"):
+        folder(src, out, "--csv", tmp_path / "l.csv")
+    folder(src, out, "--csv", tmp_path / "l.csv", "--allow", "unknown-patients")
+
+
+def test_folders_of_another_split_than_the_table_says(tmp_path):
+    src, out = tree(tmp_path, *(f"{part}/{i}.png" for part in ("train", "test") for i in range(4)))
+    rows = "".join(f"{part}/{i}.png,{'train' if i else 'test'}\n"
+                   for part in ("train", "test") for i in range(4))
+    (tmp_path / "l.csv").write_text(f"path,split\n{rows}")
+    with pytest.raises(SystemExit, match="4 images, such as train/0.png, lie in the folder of "
+                                         "another split than the table says, here test"):
+        folder(src, out, "--csv", tmp_path / "l.csv")
+    folder(src, out, "--csv", tmp_path / "l.csv", "--allow", "unused-splits")
+    assert splits_of(out)["images/train/0.jpg"] == "test"
+
+
+def test_what_is_not_used_is_told(tmp_path, capsys):
+    """Columns that nobody named, file names that say the patient, and the same picture twice."""
+    src, out = tree(tmp_path, *(f"A/person{i // 3}_virus_{i}.png" for i in range(9)),
+                    *(f"B/person{i // 3}_none_{i}.png" for i in range(9, 18)))
+    (src / "A/copy.png").write_bytes((src / "B/person3_none_9.png").read_bytes())
+    (src / "B/link.png").symlink_to("person3_none_10.png")
+    folder(src, out)
+    text = capsys.readouterr().out
+    assert "The same picture as another image: 2, " in text and "verify --drop" in text
+    assert "The names of files seem to say the patient, such as person0_virus_1:" in text
+    (tmp_path / "l.csv").write_text("path,Mass,Age\n" + "".join(
+        f"A/person{i // 3}_virus_{i}.png,{i % 2},{40 + i}\n" for i in range(9)))
+    folder(src, tmp_path / "b", "--csv", tmp_path / "l.csv", "--layout", "none")
+    assert "Columns of l.csv that are not used: Mass, Age." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("row", ["s3://b/{i}.png?v=1", "{i}.0"])
+def test_rows_that_find_no_file_are_shown(tmp_path, row):
+    src, out = tree(tmp_path, *(f"00{i}.png" for i in range(4)))
+    (tmp_path / "l.csv").write_text("path,y\n" + "".join(
+        f"{row.format(i=i)},{i % 2}\n" for i in range(4)))
+    with pytest.raises(SystemExit, match="missing on disk, such as .*0.*not in l.csv, such as 000"):
+        folder(src, out, "--csv", tmp_path / "l.csv", "--label-columns", "y")
 
 
 def test_a_class_that_stands_in_test_only(tmp_path):
@@ -223,6 +370,43 @@ def test_a_patient_is_missing_in_an_official_table(tmp_path, source, table, row)
     (src / table).write_text(text.replace(",11", ","))
     with pytest.raises(SystemExit, match=f"{table}, {row}"):
         run(source, "--src", src, "--out", tmp_path / "out", "--workers", 1)
+
+
+@pytest.mark.parametrize("source", ["nih", "chexpert", "mimic", "folder"])
+def test_a_part_of_a_download_is_told_with_its_flag(tmp_path, source):
+    """Tables of 40 images, of which 4 are there."""
+    src, flags = tmp_path / "src", []
+    if source == "nih":
+        tree(tmp_path, *(f"images_001/{i}.png" for i in range(4)))
+        rows = "".join(f"{i}.png,Mass,1{i}\n" for i in range(40))
+        (src / "Data_Entry_2017.csv").write_text(f"Image Index,Finding Labels,Patient ID\n{rows}")
+        (src / "train_val_list.txt").write_text(" ".join(f"{i}.png" for i in range(20)) + " 3.png")
+        (src / "test_list.txt").write_text(" ".join(f"{i}.png" for i in range(20, 40)))
+    elif source == "chexpert":
+        tree(tmp_path, *(f"train/patient{i}/study1/view1_frontal.jpg" for i in range(4)))
+        for part, images in (("train", range(40)), ("valid", ())):
+            write_csv(src / f"{part}.csv", [
+                ("Path", "Frontal/Lateral", *CHEXPERT_OBSERVATIONS),
+                *((f"x/train/patient{i}/study1/view1_frontal.jpg", "Frontal", *["1"] * 14)
+                  for i in images)])
+    elif source == "mimic":
+        mimic(src, [(f"i{i}", f"5{i}", f"1{i}", "train", "PA") for i in range(40)])
+        for file in sorted(src.rglob("*.jpg"))[4:]:
+            file.unlink()
+    else:
+        tree(tmp_path, *(f"{i}.png" for i in range(4)))
+        (tmp_path / "l.csv").write_text("path,y\n" + "".join(
+            f"{i}.png,{i % 2}\n" for i in range(40)))
+        flags = ["--csv", tmp_path / "l.csv", "--label-columns", "y"]
+    command = [source, "--src", src, "--out", tmp_path / "out", "--workers", 1, *flags]
+    with pytest.raises(SystemExit) as caught:
+        run(*command)
+    text = str(caught.value)
+    assert "36 of 40 images would be left out, all of them for one reason: named in " in text
+    assert "missing on disk, such as " in text and "if that is meant: --allow many-left-out" in text
+    allowed = text.partition("--allow ")[2].rstrip(")").split()
+    run(*command, "--allow", *allowed)
+    assert len(read_manifest(tmp_path / "out").paths) == 4
 
 
 def test_folders_of_patients_beside_a_table(tmp_path):
@@ -280,6 +464,7 @@ TURNED[274] = 3
     ("pages.tif", GRAY, {"save_all": True, "append_images": [GRAY], "words": "2 frames"}),
     ("moving.png", GRAY, {"save_all": True, "append_images": [GRAY.rotate(9)], "words": "frames"}),
     ("zip.png", GRAY, {"words": "a zip file, none of PNG", "content": b"PK\3\4" + bytes(99)}),
+    ("lfs.png", GRAY, {"words": "a pointer of Git LFS", "content": b"version https://git-lfs.x"}),
     ("page.jpg", GRAY, {"words": "a page of HTML", "content": b"<html>log in</html>"})])
 def test_pixels(tmp_path, name, image, options):
     options = dict(options)
@@ -295,6 +480,23 @@ def test_pixels(tmp_path, name, image, options):
         return
     levels = np.asarray(load_image(file, read_image, ImageSettings()).image, float)
     assert np.abs(levels / 255 - LEVELS).max() < 0.02
+
+
+@pytest.mark.parametrize("side, options, levels", [
+    (60, {"quality": 75}, (0, 255)), (64, {"quality": 95}, (40, 190)),
+    (72, {"quality": 60}, (255, 0)), (200, {"quality": 50}, (40, 190))])
+def test_masks_as_jpeg(tmp_path, side, options, levels):
+    y, x = np.mgrid[:side, :side] / side
+    lungs = np.hypot((np.abs(x - 0.5) - 0.2) / 0.15, (y - 0.5) / 0.35) < 1
+    Image.fromarray(np.where(lungs, *levels).astype(np.uint8)).save(tmp_path / "x.jpg", **options)
+    with pytest.raises(DataError, match="a mask or a drawing"):
+        load_image(tmp_path / "x.jpg", read_image, ImageSettings())
+    # A pale radiograph in a black frame is none, nor is a halftone.
+    frame = np.pad(100 + radiograph(1, side, side) / 12, side // 3)
+    halftone = Image.fromarray(radiograph(2, side, side)).convert("1").convert("L")
+    for image in (Image.fromarray(frame.astype(np.uint8)), halftone):
+        image.save(tmp_path / "x.jpg", **options)
+        load_image(tmp_path / "x.jpg", read_image, ImageSettings())
 
 
 WHITE = "window not used: it would have made most of the image white"
@@ -352,6 +554,10 @@ TABLE = "path,y\n" + "".join(f"{i}.png,{i % 2}\n" for i in range(4))
     (TABLE.replace(",1", ",1\0"), r"row 3, column y: '1\\x00' among values"),
     (TABLE + ",\n,\n", None), (TABLE + ",1\n", "row 6: its key is empty .column path"),
     (TABLE.replace("2.png,0", '2.png,"0'), "row 4: .*, as a quote that opens there is"),
+    (TABLE.replace("path,y", "path,y,y").replace(".png", ".png,1"),
+     "columns 2 and 3 are called so"),
+    (TABLE.replace("path,y", "x,path,y,x").replace("\n", ",1\n0,").replace("x,1\n", "x\n")[:-2],
+     "one column 'x', and columns 1 and 4 are called so"),
     (b"PK\3\4" * 900, "must have one column 'path', its header is .{,3000}$"),
     ("", "must have one column 'path', its header is ''")])
 def test_tables(tmp_path, content, expected):
@@ -484,6 +690,17 @@ def test_predict_takes_what_prepare_takes(classifier, tmp_path, capsys):
     with open(tmp_path / "out/predictions.csv", newline="") as file:
         assert {row["path"] for row in csv.DictReader(file)} == {
             "a.JPEG", "below/b.tif", "below/c.bmp", 'd "e",\nf.png', "IM0001", "more/g.webp"}
+
+
+def test_predict_leaves_masks_out(classifier, tmp_path):
+    import predict
+    src, _ = tree(tmp_path, "a.png", "b.jpg", "c.jpg")
+    circle = np.hypot(*(np.mgrid[:64, :64] - 32)) < 20
+    for name in ("masks/a.png", "masks/b.jpg", "c.jpg"):
+        save(src / name, np.where(circle, 255, 0).astype(np.uint8))
+    with pytest.raises(SystemExit, match="3 of 5 images cannot be read"):
+        predict.main([str(classifier), str(src), "--threads", "1", "--out", str(tmp_path / "out")])
+    assert rejected(tmp_path / "out").keys() == {"masks/a.png", "masks/b.jpg", "c.jpg"}
 
 
 @pytest.mark.parametrize("flags, environment, words", [
