@@ -63,15 +63,15 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float, patients: Tensor | None 
             log_r = _debiased(log_r, positive, log_n, temperature, prior)
         excess = log_r - positive  # (2, N)
         loss = excess if decoupled else F.softplus(excess)
-        return (batch.weights * loss).sum()
+        return (batch.shares * loss).sum()
 
 
 def _debiased(log_r: Tensor, positive: Tensor, log_n: Tensor, temperature: float,
               prior: float) -> Tensor:
-    """ln R after the expected share of negatives of the anchor's own kind is taken off, (2, N)."""
+    """ln of max((R - tau+ n exp(l_ip)) / (1 - tau+), n exp(-1 / temperature)), (2, N)."""
     floor = log_n - 1 / temperature
-    # What is left of R, as a share. The clamps keep what is out of range from overflowing; there
-    # the floor is taken instead.
+    # What is left of R, as a share of it. The clamps keep what is out of range from overflowing;
+    # there the floor is taken.
     share = 1 - prior * (log_n + positive - log_r).clamp_max(60).exp()
     left = log_r + share.clamp_min(1e-30).log() - math.log(1 - prior)
     return torch.where(share > 0, left, floor).maximum(floor)
@@ -88,7 +88,8 @@ def diagnostics(z1: Tensor, z2: Tensor, patients: Tensor | None = None,
     same that is never.
     alignment: mean squared distance of positives on the unit sphere, 0 at best.
     uniformity: log of the mean Gaussian potential of this process's pairs, about -4
-    at best, 0 where all projections are the same (both Wang and Isola 2020).
+    at best, 0 where all projections are the same (both Wang and Isola 2020); NaN for
+    one image a process.
     chance: the loss of this batch where all projections are the same."""
     with _without_autocast(z1.device.type):
         batch = _batch(z1, z2, patients, weights)
@@ -102,7 +103,7 @@ def diagnostics(z1: Tensor, z2: Tensor, patients: Tensor | None = None,
             "top1": (positive > nearest + 1e-6).float().mean(),
             "alignment": (z1 - z2).square().sum(1).mean(),
             "uniformity": (potentials[0] + potentials[1]) / 2,
-            "chance": 2 * (batch.weights * parts.log()).sum()}
+            "chance": 2 * (batch.shares * parts.log()).sum()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -115,7 +116,7 @@ class Batch(NamedTuple):
     patients: Tensor      # (N,) of this process's images; without patients, each its own
     all_patients: Tensor  # (W, N) of all processes' images
     negatives: Tensor     # (N,) how many an image's anchors have
-    weights: Tensor       # (N,) of its two anchors in the loss, 0 where they have no negative
+    shares: Tensor        # (N,) of each of its two anchors in the mean; 0 where it has no negative
 
 
 def _batch(z1: Tensor, z2: Tensor, patients: Tensor | None, weights: Tensor | None) -> Batch:
@@ -132,11 +133,11 @@ def _batch(z1: Tensor, z2: Tensor, patients: Tensor | None, weights: Tensor | No
     in_order = all_patients.flatten().sort().values
     last, first = (torch.searchsorted(in_order, patients, right=right) for right in (True, False))
     negatives = 2 * (world_size * images - (last - first))
-    # The weights add up to 1 over both views and, on average over the processes, over all images.
+    # The shares of all anchors of all processes add up to W, because DistributedDataParallel
+    # divides by it.
     weights = torch.ones_like(anchors[0, :, 0]) if weights is None else weights.float()
-    weights_of_all = 2 * _all_gather(weights).sum()
-    weights = weights * (negatives > 0) * (world_size / weights_of_all)
-    return Batch(anchors, keys, patients, all_patients, negatives, weights)
+    shares = weights * (world_size / (2 * _all_gather(weights).sum())) * (negatives > 0)
+    return Batch(anchors, keys, patients, all_patients, negatives, shares)
 
 
 def _all_gather(rows: Tensor) -> Tensor:
@@ -162,8 +163,10 @@ def _similarities(batch: Batch, block: slice, scale: float) -> Tensor:
     anchors = batch.anchors[:, block].flatten(0, 1) * scale  # (2n, D)
     similarities = anchors @ batch.keys.flatten(0, 2).T  # (2n, K)
     same = batch.patients[block, None, None] == batch.all_patients  # (n, W, N)
-    similarities.view(2, *same.shape[:2], 2, -1).masked_fill_(same[:, :, None], ABSENT)
-    return similarities.view(2, len(same), -1)
+    n, world_size, images = same.shape
+    by_image = similarities.view(2, n, world_size, 2, images)
+    by_image.masked_fill_(same[:, :, None], ABSENT)
+    return similarities.view(2, n, -1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -177,11 +180,15 @@ def log_sum_exp(batch: Batch, scale: float) -> Tensor:
 class LogSumExp(torch.autograd.Function):
     """`log_sum_exp` by blocks of similarities, so that all of them, (2N, 2WN), are never in memory.
 
-    The derivatives are a softmax over the negatives. But an anchor is also a key of the
-    other anchors, those of other processes too; without what it gets from there the loss
-    would still be right, and its gradient wrong. As similarities are symmetric, this
-    process can compute that part from its own: all it needs of another anchor is the sum
-    over that one's negatives and the gradient that arrived there."""
+    With r_i the result for anchor i and g_i the gradient that arrives there, the gradient
+    for anchor i is
+
+        scale * sum over k of (g_i exp(s_ik - r_i) + g_k exp(s_ki - r_k)) key_k
+
+    The first term is the softmax of its own negatives. The second is what it gets as a key
+    of the other anchors, those of other processes too; without it the loss would still be
+    right, and its gradient wrong. As s_ki = s_ik, this process can compute both from its
+    own similarities: all it needs of another anchor is r_k and g_k."""
 
     @staticmethod
     def forward(ctx, anchors: Tensor, batch: Batch, scale: float) -> Tensor:
@@ -189,22 +196,25 @@ class LogSumExp(torch.autograd.Function):
         for block in _blocks(batch):
             similarities = _similarities(batch, block, scale)  # (2, n, K)
             log_sums.append(similarities.logsumexp(2))
-        ctx.batch, ctx.scale, ctx.log_sum = batch, scale, torch.cat(log_sums, 1)  # (2, N)
+        log_sum = torch.cat(log_sums, 1)  # (2, N)
+        ctx.save_for_backward(log_sum)
+        ctx.batch, ctx.scale = batch, scale
         ctx.last_block = similarities  # the gradient begins there; a small batch has no other
-        return ctx.log_sum
+        return log_sum
 
     @staticmethod
     def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        batch, gradient = ctx.batch, ctx.scale * gradient  # (2, N)
+        batch, (log_sum,) = ctx.batch, ctx.saved_tensors
+        gradient = ctx.scale * gradient  # (2, N)
+        of_all = _all_gather(torch.stack([log_sum, gradient]))  # (W, 2, 2, N)
+        log_sums, gradients = of_all.transpose(0, 1).flatten(1)  # (K,) each, in the keys' order
         keys = batch.keys.flatten(0, 2)  # (K, D)
-        of_all = _all_gather(torch.stack([ctx.log_sum, gradient]))  # (W, 2, 2, N)
-        log_sums, gradients = of_all.transpose(0, 1).flatten(1)  # (K,) each
         for_anchors = torch.empty_like(batch.anchors)  # (2, N, D)
         similarities, ctx.last_block = ctx.last_block, None
         for block in reversed(_blocks(batch)):
             if similarities is None:
                 similarities = _similarities(batch, block, ctx.scale)  # (2, n, K)
-            as_anchor = similarities - ctx.log_sum[:, block, None]
+            as_anchor = similarities - log_sum[:, block, None]
             as_anchor = as_anchor.exp_().mul_(gradient[:, block, None])
             as_key = similarities.sub_(log_sums).exp_().mul_(gradients)
             for_anchors[:, block] = as_anchor.add_(as_key) @ keys

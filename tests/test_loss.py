@@ -1,7 +1,9 @@
 """NT-Xent and its variants against their definition, written out in float64, on one, two and
 four processes."""
+import gc
 import math
 import multiprocessing
+import weakref
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import ROOT  # noqa: F401  (puts the project on the path)
 
+import loss as loss_module
 from loss import _batch, _blocks, diagnostics, nt_xent
 
 VARIANTS = {
@@ -270,3 +273,22 @@ def test_diagnostics():
     assert other["uniformity"] < -2.5 < collapsed["uniformity"]
     # Projections that differ by rounding only tell nothing apart.
     assert diagnostics(*(z[:1] * torch.rand(2, 64, 1)))["top1"] == 0
+
+
+def test_a_step_leaves_no_tensor_behind():
+    """Without the garbage collector, which would come too late: a large batch would stay."""
+    z = torch.randn(2, 6, 16, requires_grad=True)
+    kept, gather = [], loss_module._all_gather
+
+    def remember(rows):
+        kept.append(weakref.ref(gathered := gather(rows).clone()))
+        return gathered
+
+    loss_module._all_gather = remember
+    gc.disable()
+    try:
+        nt_xent(*z, 0.1).backward()
+        assert kept and not any(reference() is not None for reference in kept)
+    finally:
+        gc.enable()
+        loss_module._all_gather = gather
