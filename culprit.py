@@ -25,11 +25,10 @@ def blame_image(manifest: Manifest, in_flight: list, error: RuntimeError,
                 load_alone: Callable[[int], object]) -> None:
     """Raise ImageError with the name of the image that broke the pipeline.
 
-    in_flight: of each batch that DALI was given and has not returned the image indices, an array
-    of any shape, and more.
+    in_flight: of each batch that DALI was given and has not returned its Work, and more.
     These images are read again one by one; where all of them can be read this returns.
     load_alone(i) puts one image through DALI, and calls this for it."""
-    images = list(dict.fromkeys(i for batch, _ in in_flight for i in batch.flat))
+    images = list(dict.fromkeys(i for work, _ in in_flight for i in work.files))
     for i in images:
         try:
             with Image.open(manifest.open(i)) as image:
@@ -74,7 +73,7 @@ class Watch:
     def _watch(self) -> None:
         while not self.closed.wait(PATIENCE / 10):
             if time.monotonic() - self.since > PATIENCE:
-                images = [i for batch, _ in self.in_flight for i in batch.flat]
+                images = [i for work, _ in self.in_flight for i in work.files]
                 silent = next((self.manifest.full_name(i) for i in images
                                if _never_read(self.manifest, i)), "an image")
                 print(f"{Path(sys.argv[0]).name}: {silent} cannot be read: nothing has come of "

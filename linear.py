@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from checkpoint import save_checkpoint
+from classifier import Classifier
 from common import DataError
 from dali_pipeline import eval_loader
 from labels import cell_weights, deal, draw, to_probabilities
-from model import Classifier, num_features
+from model import num_features
 from probe import STRENGTHS, cached_features, fit_logistic
 from study import Combination, Init, Outcome, Study
 

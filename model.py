@@ -1,4 +1,4 @@
-"""The networks: encoder, projection head, classifier, and the features of a data folder.
+"""The networks of pre-training, encoder and projection head, and the features of a data folder.
 
 The encoder is torchvision's ResNet with a one-channel stem and without `fc`, so that
 its state dict loads into torchvision's own model. Its input is a normalised radiograph,
@@ -12,8 +12,7 @@ import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
 
-from checkpoint import (
-    ARCHITECTURES, FORMAT, MALFORMED, CheckpointError, encoder_weights, load_checkpoint)
+from checkpoint import ARCHITECTURES, CheckpointError, encoder_weights
 
 if TYPE_CHECKING:
     from dali_pipeline import Loader
@@ -68,7 +67,7 @@ def fold_rgb_stem(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 # --------------------------------------------------------------------------------------------------
-# What stands on the encoder: a projection head for pre-training, a linear layer for labels.
+# What stands on the encoder for pre-training.
 
 class SimCLR(nn.Module):
     """Encoder and projection head: (B, 1, S, S) -> (B, proj_dim). Later stages drop the head, or
@@ -92,66 +91,6 @@ class SimCLR(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.projector(self.encoder(x))
-
-
-def rebuild_projector(weights: dict[str, Tensor], width: int) -> nn.Sequential:
-    """The layers of a projection head, (B, width) -> (B, C), whose state dict this is, or whose
-    first layers'; none where it is empty. One of MALFORMED where they do not fit."""
-    layers = []
-    for name, weight in weights.items():
-        if weight.ndim == 2:            # of a linear layer, (C, width)
-            bias = name.replace("weight", "bias") in weights
-            layers.append(nn.Linear(width, len(weight), bias))
-            width = len(weight)
-        elif name.endswith("running_mean"):
-            layers += [nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
-    projector = nn.Sequential(*layers)
-    projector.load_state_dict(weights)
-    return projector
-
-
-def first_layers(init: str, count: int, encoder: torchvision.models.ResNet) -> nn.Sequential:
-    """The projection head of a pre-training up to its `count`-th linear layer, with the batch norm
-    and the ReLU that follow this (Chen et al. 2020b): (B, D) -> (B, C). No layer for 0.
-
-    init: what the encoder was built from. CheckpointError where that has no such layer."""
-    if not count:
-        return nn.Sequential()
-    state = {} if init in ("random", "imagenet") else load_checkpoint(init)
-    if state.get("format") != FORMAT or not state.get("projector"):
-        raise CheckpointError(
-            f"--from-head {count}: {init} has no projection head, as an encoder.pt of pretrain.py "
-            "has; one that is older gets it where the command that made it is given again")
-    try:
-        projector = rebuild_projector(state["projector"], num_features(encoder))
-    except MALFORMED as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise CheckpointError(
-            f"{init} holds a projection head that does not fit: {reason}") from None
-    layers = len(linear_layers(projector))
-    if count > layers:
-        raise CheckpointError(f"--from-head {count}: the projection head in {init} has {layers} "
-                              f"layer{'s' if layers > 1 else ''}")
-    return projector[:3 * count]        # linear layer, batch norm, ReLU
-
-
-def linear_layers(net: nn.Sequential) -> list[nn.Linear]:
-    return [layer for layer in net if isinstance(layer, nn.Linear)]
-
-
-class Classifier(nn.Module):
-    """Encoder, the first layers of its projection head, if any, and one linear layer:
-    (B, 1, S, S) -> logits (B, outputs)."""
-
-    def __init__(self, encoder: torchvision.models.ResNet, outputs: int,
-                 projector: nn.Sequential | None = None):
-        super().__init__()
-        self.encoder, self.projector = encoder, projector or nn.Sequential()
-        widths = [layer.out_features for layer in linear_layers(self.projector)]
-        self.head = nn.Linear([num_features(encoder), *widths][-1], outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.projector(self.encoder(x)))
 
 
 # --------------------------------------------------------------------------------------------------

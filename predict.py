@@ -45,14 +45,14 @@ import run_folder
 from archive import Archive, Member
 from checkpoint import (
     MALFORMED, PREPROCESSING, CheckpointError, load_checkpoint, settings_of)
+from classifier import Classifier, rebuild_projector
 from common import DataError, plain_name, restart_in_utf8, whole_file, write_csv
 from dali_pipeline import Loader, Preprocessing, eval_loader
 from dicom import is_dicom, read_radiograph
 from flags import PRECISION, THREADS, differing_flags, flag, positional
 from labels import to_probabilities
 from manifest import Manifest, image_flags, read_manifest
-from model import (
-    MEAN, STD, Classifier, build_encoder, extract_features, num_features, rebuild_projector)
+from model import MEAN, STD, build_encoder, extract_features, num_features
 from prepare import Conversion, convert, count_notes, look_back_at
 from radiograph import (
     EXTENSIONS, FORMATS, MIN_SIDE, ImageSettings, Reading, find_files, in_parallel, read_image,

@@ -194,8 +194,9 @@ class Config:
 class Training:
     """All that a step changes, which is all that last.pt keeps.
 
-    images: a digest of the train split's paths. The views follow from it, the flags
-    and the step, so that last.pt needs no state of the loader."""
+    images: a digest of the train split's paths, which last.pt carries because it may be
+    copied without config.json. The views follow from these images, the flags and the
+    step, so that last.pt needs no state of the loader."""
 
     def __init__(self, config: Config, compute: Compute, images: str):
         torch.manual_seed(config.seed)
@@ -287,18 +288,34 @@ class Training:
 # --------------------------------------------------------------------------------------------------
 # What is prepared before the loop.
 
+def contents(config: Config, manifest: Manifest, train: np.ndarray,
+             probe: Probe | None) -> dict[str, dict[str, str]]:
+    """What the run is made of, as {flag: {path: digest}}: the same wherever the files lie."""
+    # Patients, studies and labels are part of what a run is trained on where it goes by them.
+    whole_table = config.balance or config.positives != "image"
+    content = run_folder.content_of_data(manifest, None if whole_table else train)
+    found = {"data": {config.data: content}}
+    if config.probe_data and probe:
+        content = run_folder.content_of_data(probe.manifest)
+        found["probe_data"] = {config.probe_data: content}
+    if Path(config.init).is_file():  # it is not needed once there is a last.pt
+        found["init"] = {config.init: run_folder.content_of_file(config.init)}
+    return found
+
+
 def begin_or_go_on(training: Training, contents: dict[str, dict[str, str]], config: Config,
                    compute: Compute, resources: contextlib.ExitStack) -> None:
     """Lock the run folder for this run and bring `training` to where its last.pt left off.
 
-    contents: of the data folders, which are the same wherever they lie."""
+    A run goes on with the flags and the contents that config.json has, but for flags
+    that `may_differ`. A last.pt that was copied from another run has no config.json
+    beside it: it fits if networks, optimizer, batch size and images are the same."""
     out, last = Path(config.out), Path(config.out) / "last.pt"
     if compute.rank == 0:
         if last.exists() and not (out / "config.json").exists() and not config.overwrite:
-            # It was copied from another run: what does not fit is refused before it is taken.
+            # Copied: refuse what does not fit before config.json is written. All processes load
+            # it below.
             training.load(last)
-        if Path(config.init).is_file():  # it is not needed once there is a last.pt
-            contents = contents | {"init": {config.init: run_folder.content_of_file(config.init)}}
         run_folder.open_run(config, "pretrain", RESULTS, resources, "last.pt", contents)
         if not last.exists():
             if (out / "encoder.pt").exists():
@@ -352,14 +369,16 @@ def choose_probe(config: Config, manifest: Manifest) -> Probe | None:
 
 
 class Sampling(NamedTuple):
-    """Of each of the manifest's N images (N,), or None where that is the same for all."""
+    """Of each of the manifest's N images, (N,), or None where that is the same for all."""
     draws: np.ndarray | None   # how often it is drawn, in proportion
-    losses: np.ndarray | None  # what the losses of its anchors weigh
     groups: np.ndarray | None  # a number, equal for those that may be each other's positive
+    patients: Tensor           # a number, equal for those that are not each other's negatives
+    losses: Tensor | None      # what the losses of its anchors weigh
 
 
 def choose_sampling(config: Config, manifest: Manifest, train: np.ndarray) -> Sampling:
-    """By --balance, --weigh-loss and --positives. DataError where the manifest lacks a column."""
+    """By --balance, --weigh-loss, --positives and --same-patient. DataError where the manifest
+    lacks a column."""
     weights = groups = None
     if config.balance:
         weights = image_weights(config.balance, manifest.patient_numbers(), manifest.labels,
@@ -368,8 +387,12 @@ def choose_sampling(config: Config, manifest: Manifest, train: np.ndarray) -> Sa
         groups = manifest.patient_numbers()
     if config.positives == "study":
         groups = manifest.study_numbers()
-    draws, losses = (None, weights) if config.weigh_loss else (weights, None)
-    return Sampling(draws, losses, groups)
+    # An image of the same patient is no negative: what it shows may well be the same.
+    patients = np.arange(len(manifest.paths)) if config.same_patient else manifest.patient_numbers()
+    draws, losses = weights, None
+    if config.weigh_loss:
+        draws, losses = None, torch.from_numpy(weights)
+    return Sampling(draws, groups, torch.from_numpy(patients), losses)
 
 
 class Schedule(NamedTuple):
@@ -384,13 +407,13 @@ class Schedule(NamedTuple):
     def temperature(self, limits: tuple[float, ...], step: int) -> float:
         """Constant, or a cosine from high to low and back over the run (Kukleva et al. 2023):
         low ones tell images apart, high ones bring groups together."""
-        low, high = limits[0], limits[-1]
+        low, high = limits[0], limits[-1]  # of one number, both
         return low + (high - low) * (1 + math.cos(2 * math.pi * step / self.total)) / 2
 
     def epoch(self, step: int) -> float:
         return step * self.batch_size / self.images
 
-    def place(self, step: int) -> str:
+    def position(self, step: int) -> str:
         return (f"epoch {step * self.batch_size // self.images:03d} "
                 f"step {step:05d}/{self.total}")
 
@@ -402,7 +425,7 @@ def plan(config: Config, probe: Probe | None, images: int) -> Schedule:
     if probe:
         epochs = range(0, config.epochs, config.probe_every)
         probes = {epoch * images // config.batch_size for epoch in epochs} | {total}
-    end = min(total, config.max_steps or total)
+    end = total if config.max_steps is None else min(total, config.max_steps)
     return Schedule(images, config.batch_size, total, warmup, end, probes)
 
 
@@ -469,24 +492,15 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     probe = choose_probe(config, manifest)
     schedule = plan(config, probe, len(train))
     preprocessing = Preprocessing(config.image_size, config.normalize, config.clahe)
-    augmentation = Augmentation(config.crop_area, config.rotation, config.blur, config.flip,
-                                config.brightness, config.contrast, config.gamma,
-                                config.equalize)
-
+    augmentation = Augmentation(**{field.name: getattr(config, field.name)
+                                   for field in dataclasses.fields(Augmentation)})
     sampling = choose_sampling(config, manifest, train)
 
     # Network, optimizer and step, as the last.pt of the run folder left them.
     paths = "\n".join(manifest.paths[i] for i in train)
     digest = hashlib.sha256(paths.encode(errors="surrogateescape")).hexdigest()
     training = Training(config, compute, digest)
-    # Patients, studies and labels are part of what a run is trained on where it goes by them.
-    whole_table = config.balance or config.positives != "image"
-    content = run_folder.content_of_data(manifest, None if whole_table else train)
-    contents = {"data": {config.data: content}}
-    if config.probe_data and probe:
-        content = run_folder.content_of_data(probe.manifest)
-        contents["probe_data"] = {config.probe_data: content}
-    begin_or_go_on(training, contents, config, compute, resources)
+    begin_or_go_on(training, contents(config, manifest, train, probe), config, compute, resources)
     net, optimizer, scaler = training.net, training.optimizer, training.scaler
     start_step, encoder = training.step, Path(config.out) / "encoder.pt"
     if start_step >= schedule.end:
@@ -501,13 +515,13 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     curves = Curves(config, compute.rank == 0, start_step)
     stop, progress = run.StopSignal(resources), Progress(
         config, config.batch_size, compute, start_step)
-    patient_of = torch.from_numpy(manifest.patient_numbers())           # (N,)
     loss, auroc = math.nan, math.nan  # the latest, for the table of hyper-parameters
     batches = iter(train_loader(
         manifest, train, config.batch_size, range(start_step, schedule.end), 2, augmentation,
         preprocessing, config.seed, weights=sampling.draws,
         numbers=sampling.groups, **compute.loader_arguments()))
     model.train()
+    # After `step` steps: probe, save, leave if it is time; then take one more.
     while True:
         step, stop_signal = training.step, stop.received(compute)
         at_end = step == schedule.end
@@ -521,7 +535,7 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
                     raise diverged(f"the features are not finite after step {step}", config)
                 training.probed, auroc = step, scores["probe/auroc"]
                 curves.add(step, schedule.epoch(step), scores)
-                say(f"{schedule.place(step)} | {probe_sentence(scores)}")
+                say(f"{schedule.position(step)} | {probe_sentence(scores)}")
 
             # Every few steps, after a probe, at the end, and when somebody wants the machine: save.
             due = step % config.save_every == 0 or step in schedule.probes or at_end or stop_signal
@@ -548,18 +562,16 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
         x = torch.cat([view1, view2])                                   # (2N, 1, S, S)
         if step == start_step:
             compute.rehearse(model, x[:2 * config.micro_batch] if config.micro_batch else x)
-        # An image of the same patient is no negative: what it shows may well be the same.
-        patients = None if config.same_patient else patient_of[index].to(
-            compute.device, non_blocking=True)                          # (N,)
-        weights = None if sampling.losses is None else torch.from_numpy(
-            sampling.losses[index]).to(compute.device, non_blocking=True)   # (N,)
+        patients = sampling.patients[index].to(compute.device, non_blocking=True)  # (N,)
+        weights = None if sampling.losses is None else \
+            sampling.losses[index].to(compute.device, non_blocking=True)  # (N,)
         loss_of = functools.partial(
             nt_xent, temperature=tau, patients=patients, weights=weights,
             decoupled=config.decoupled, hardness=config.hardness, prior=config.prior)
 
         # Encode the views as one batch, compare each projection with those of all processes, and
         # go back to the weights.
-        if config.micro_batch:
+        if 0 < config.micro_batch < len(index):
             z, batch_loss = backward_in_pieces(
                 model, x, 2 * config.micro_batch, loss_of, scaler, compute)
             z1, z2 = z.chunk(2)
@@ -586,7 +598,7 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
             curves.add(step, schedule.epoch(step), scalars)
             loss, speed = scalars["loss"], scalars["images_per_second"]
             left = int((schedule.end - step) * config.batch_size / speed)  # seconds
-            say(f"{schedule.place(step)} | loss {loss:.4f} (chance {scalars['chance']:.2f}) | "
+            say(f"{schedule.position(step)} | loss {loss:.4f} (chance {scalars['chance']:.2f}) | "
                 f"lr {lr:.2e} | "
                 f"{speed:.0f} img/s | wait {scalars['wait_share']:.0%} | "
                 f"eta {left // 3600}h{left // 60 % 60:02d}m")

@@ -14,13 +14,14 @@ import numpy as np
 
 import run_folder
 from checkpoint import FORMAT, CheckpointError, load_checkpoint, settings_of
+from classifier import Classifier, first_layers
 from common import DataError, plain_name
 from dali_pipeline import Preprocessing
 from flags import ENCODERS
 from labels import Draw, Task, draw, labels_required, make_task, policy_sentence
 from manifest import Manifest, read_manifest
 from manifest_csv import SPLITS
-from model import Classifier, build_encoder, first_layers
+from model import build_encoder
 from probe import PROBE_CELLS, counted_labels
 from run import Compute
 from scores import val_score

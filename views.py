@@ -26,15 +26,15 @@ SWITCHES = {"mirror", "equalize"}            # parameters of a view that are 0 o
 def batch_at(step: int, batch_size: int, images: np.ndarray, seed: int,
              part: slice = slice(None), order: Callable[[int], np.ndarray] | None = None,
              ) -> tuple[np.ndarray, np.ndarray]:
-    """Epochs (B,) and image indices (B,) of the global batch at `step`, or of a part of it.
+    """The global batch at `step`, or a part of it: times (B,) and image indices (B,).
 
-    Batches are cut from the endless sequence of the epochs' shuffles: every
-    epoch shows each of `images` once, whatever the batch size, and a batch
-    across two epochs belongs to both.
+    An image has other views each time that it is shown. Batches are cut from the endless
+    sequence of the epochs' shuffles: every epoch shows each of `images` once, whatever
+    the batch size, and a batch across two epochs belongs to both. So the time is the
+    epoch.
 
-    order(epoch): another sequence, (n,) places in `images`, in which one may come
-    several times, each time with other views: its place in the endless sequence
-    stands for the epoch."""
+    order(epoch): another sequence, (n,) places in `images`, which may have one of them
+    several times. Then the time is the place in the endless sequence."""
     positions = np.arange(step * batch_size, (step + 1) * batch_size)[part]
     epochs, places = np.divmod(positions, len(images))
     index = np.empty_like(places)
@@ -56,7 +56,8 @@ def resampled(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
 
     Systematic resampling: the images lie along a line, each as long as n times its
     share of the weight, and every point u, 1 + u, 2 + u, … is a draw of the image that
-    it lies in. So each is drawn as often as that expectation says, rounded down or up."""
+    it lies in. So each is drawn as often as that expectation says, rounded down or up:
+    of weights 1, 1 and 2 the expectations are 0.75, 0.75 and 1.5."""
     n = len(weights)
     philox = np.random.Philox(key=[seed, RESAMPLE], counter=[0, 0, 0, epoch])
     random = np.random.Generator(philox)
@@ -85,10 +86,10 @@ def grouped(numbers: np.ndarray, images: np.ndarray) -> Groups:
     return Groups(members, place, first, end - first)
 
 
-def partners(groups: Groups, seed: int, epochs: np.ndarray, images: np.ndarray) -> np.ndarray:
+def partners(groups: Groups, seed: int, times: np.ndarray, images: np.ndarray) -> np.ndarray:
     """Another image of the same group for each of B images, (B,), each with the same
     probability; the image itself where there is no other."""
-    u = uniform_numbers((seed, PARTNER), 1, 0, images, epochs)[0]       # (B,) in [0, 1)
+    u = uniform_numbers((seed, PARTNER), 1, 0, images, times)[0]       # (B,) in [0, 1)
     first, size = groups.first[images], groups.size[images]
     # So many places on, 1 to size - 1, and behind the last image comes the first.
     ahead = 1 + (u * (size - 1)).astype(int)
@@ -114,7 +115,7 @@ class Augmentation:
     equalize: float = 0.0                        # probability of histogram equalisation
 
 
-def view_parameters(augmentation: Augmentation, seed: int, epochs: np.ndarray, images: np.ndarray,
+def view_parameters(augmentation: Augmentation, seed: int, times: np.ndarray, images: np.ndarray,
                     view: int | np.ndarray) -> dict[str, np.ndarray]:
     """What makes view number `view` of each of B images, by the names of DALI's arguments.
 
@@ -124,12 +125,15 @@ def view_parameters(augmentation: Augmentation, seed: int, epochs: np.ndarray, i
     mirror (B,): 0 or 1.
     gamma (B,): the exponent of the gray levels in [0, 1]; left out where it is always 1.
     equalize (B,): 0 or 1; left out where it is always 0.
-    mean, std (B,): gray levels, 0 to 255. They normalise, and on the way apply brightness b and
-    contrast c: with m, s = MEAN, STD and x in [0, 1], contrast about m of brightened x is
-    c (b x - m) + m, and that normalised is (x - m / b) / (s / (b c)). torchvision's contrast pivots
-    on the image's own mean and clips; this one does neither."""
+    mean, std (B,): gray levels, 0 to 255, that normalise an image and on the way apply
+    brightness b and contrast c. With m, s = MEAN, STD and x in [0, 1]:
+
+        brightness, then contrast about m:  y = c (b x - m) + m
+        normalised:                         (y - m) / s = (x - m / b) / (s / (b c))
+
+    torchvision's contrast pivots on the image's own mean and clips; this one does neither."""
     # A new number goes to the end, so that those before it stay what they are.
-    u = uniform_numbers((seed, VIEW), 11, view, images, epochs)  # (11, B) in [0, 1)
+    u = uniform_numbers((seed, VIEW), 11, view, images, times)  # (11, B) in [0, 1)
 
     # The window's aspect ratio is log-uniform in 3/4 to 4/3, as far as the window fits. It is
     # relative to the image's own, because evaluation maps the whole image onto the square, too,

@@ -368,12 +368,14 @@ def test_second_image_that_never_arrives_is_named(folder):
 import os, sys, time
 import numpy as np
 import culprit
+from dali_pipeline import Work
 from manifest import read_manifest
 manifest = read_manifest({str(folder)!r})
 os.remove({str(pipe)!r})
 os.mkfifo({str(pipe)!r})
 culprit.PATIENCE = 1
-with culprit.Watch(manifest, [(np.array([[0, 1], [0, 5]]), [])]):
+work = Work(np.array([0, 1]), [], np.array([0, 5]))
+with culprit.Watch(manifest, [(work, [])]):
     time.sleep(60)
 """
     process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, text=True, timeout=50,

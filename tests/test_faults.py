@@ -44,11 +44,12 @@ import predict
 import prepare
 import pretrain
 from checkpoint import FORMAT, load_checkpoint, save_checkpoint
+from classifier import Classifier
 from common import DataError
 from dali_pipeline import Preprocessing, eval_loader
 from dicom import read_dicom, read_identity
 from manifest import read_manifest
-from model import Classifier, build_encoder
+from model import build_encoder
 from predict import load_classifier
 from radiograph import ImageSettings, in_parallel, load_image, read_image
 

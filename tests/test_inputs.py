@@ -17,10 +17,11 @@ import pytest
 from PIL import Image
 
 from checkpoint import FORMAT, save_checkpoint
+from classifier import Classifier
 from common import DataError, write_csv
 from dicom import read_dicom
 from manifest import read_manifest
-from model import Classifier, build_encoder
+from model import build_encoder
 from radiograph import ImageSettings, load_image, read_image
 from sources import CHEXPERT_OBSERVATIONS
 from test_dicom import EDGE, SCAN, write_dicom
