@@ -212,10 +212,10 @@ def on_paper(args: argparse.Namespace, gpus: int) -> dict[str, float]:
     speed, call = (NVLINK, NVLINK_CALL) if gpus <= 8 else (INFINIBAND, INFINIBAND_CALL)
     net = SimCLR(build_encoder(args.arch))
     share = (gpus - 1) / gpus
-    projections = 2 * args.batch_size * 128 * 4                         # bytes of a process
+    # Bytes of a process: its projections, its images' patients, two numbers of each anchor.
+    exchanged = args.batch_size * (2 * 128 * 4 + 8 + 2 * 2 * 4)
     channels = [m.num_features for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
-    # The loss gathers everybody's projections, and adds up everybody's gradients of them.
-    loss = 2 * call + (gpus - 1) * projections * (1 + 2) / speed
+    loss = 3 * call + (gpus - 1) * exchanged / speed
     norms = sum(2 * call + 2 * c * 4 * (gpus - 1 + 2 * share) / speed for c in channels)
     gradients = 2 * share * sum(p.numel() for p in net.parameters()) * 4 / speed
     last = 2 * share * 25e6 / speed

@@ -135,8 +135,10 @@ def _batch(z1: Tensor, z2: Tensor, patients: Tensor | None, weights: Tensor | No
     negatives = 2 * (world_size * images - (last - first))
     # The shares of all anchors of all processes add up to W, because DistributedDataParallel
     # divides by it.
-    weights = torch.ones_like(anchors[0, :, 0]) if weights is None else weights.float()
-    shares = weights * (world_size / (2 * _all_gather(weights).sum())) * (negatives > 0)
+    shares = torch.full_like(anchors[0, :, 0], 1 / (2 * images))
+    if weights is not None:
+        shares = weights.float() * (world_size / (2 * _all_gather(weights.float()).sum()))
+    shares = shares * (negatives > 0)
     return Batch(anchors, keys, patients, all_patients, negatives, shares)
 
 
