@@ -25,6 +25,8 @@ def pytest_configure(config):
     # `pytest -m gpu` sees it.
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # A process of pytest-xdist has no script, after which argparse would call the program.
+    sys.argv[0] = __file__
     # A shell starts a background job with Ctrl-C ignored, and all that the job starts inherits
     # that: a SIGINT would do nothing.
     signal.signal(signal.SIGINT, signal.default_int_handler)
