@@ -237,7 +237,8 @@ FINDINGS = re.compile(
     "normal|healthy|finding|disease|covid|pneumo|bacteri|vir(al|us)|tubercul|tumou?r|cancer|malign"
     "|benign|nodul|mass|effusion|edema|oedema|fibro|emphysem|atelecta|cardi|consolid|infiltr|opaci"
     "|lesion|fractur|hernia|pleura|thick|device|lung|thora|sars|mers|flu|posit|negat|control|case"
-    "|class|label|grade|stage|mild|moder|sever|none|other|sick|train|test|valid|patholog|view|lateral|front")
+    "|class|label|grade|stage|mild|moder|sever|none|other|sick|train|test|valid|patholog|view"
+    "|lateral|front")
 PERSONS = {"p", "s", "id", "pt", "pid", "mrn"}          # with a number after them
 PERSON_WORDS = {"patient", "subject", "subj", "sub", "pat", "pt", "case", "person", "participant"}
 # Columns of a table that seem to tell one patient from another, or the splits.
@@ -251,8 +252,9 @@ ATTRIBUTES = {"age", "sex", "gender", "birth", "birthday", "birthdate", "dob", "
 # Columns that say who somebody is, if their cells repeat; and what a column of numbers may count.
 NAME_COLUMN = re.compile(
     r"((full|last|first|family|given|sur|short) ?)?names?|last|first|initials|vorname|nachname"
-    r"|nom|prenom|nombre|apellidos?|nome|cognome|id|identifier|identifiant|individual|client|hn|uhid|nhs|paciente"
-    r"|paziente|(hospital|medical record|record|chart|clinic|person)( ?(id|nr|no|number|code))")
+    r"|nom|prenom|nombre|apellidos?|nome|cognome|id|identifier|identifiant|individual|client|hn"
+    r"|uhid|nhs|paciente|paziente"
+    r"|(hospital|medical record|record|chart|clinic|person)( ?(id|nr|no|number|code))")
 OTHER_NUMBERS = {"time", "width", "pixel", "pixels", "columns", "rows", "area", "zip", "zipcode",
                  "postcode", "phone", "dose", "exposure", "kvp", "scanner", "device", "model",
                  "serial", "manufacturer", "station", "site", "institution", "center", "centre",

@@ -264,8 +264,8 @@ class FineTuning:
             "history": self.history, "best": self.best, "peaks": self.peaks})
 
     def loss(self, logits: Tensor, index: Tensor) -> Tensor:
-        """Of a network's logits (B, G * K) for the images `index` (B,), on the CPU or not."""
-        index = index.to(self.targets.device, non_blocking=True)
+        """Of a network's logits (B, G * K) for the images `index` (B,), which the CPU has."""
+        index = self.study.compute.send(index)
         targets, weights = self.targets[index], self.weights[index]
         return masked_cross_entropy(logits.view(targets.shape), targets, weights)
 

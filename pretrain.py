@@ -562,9 +562,10 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
         x = torch.cat([view1, view2])                                   # (2N, 1, S, S)
         if step == start_step:
             compute.rehearse(model, x[:2 * config.micro_batch] if config.micro_batch else x)
-        patients = sampling.patients[index].to(compute.device, non_blocking=True)  # (N,)
-        weights = None if sampling.losses is None else \
-            sampling.losses[index].to(compute.device, non_blocking=True)  # (N,)
+        patients = compute.send(sampling.patients[index])               # (N,)
+        weights = None
+        if sampling.losses is not None:
+            weights = compute.send(sampling.losses[index])              # (N,)
         loss_of = functools.partial(
             nt_xent, temperature=tau, patients=patients, weights=weights,
             decoupled=config.decoupled, hardness=config.hardness, prior=config.prior)

@@ -66,29 +66,22 @@ def intervals_sentence(blocks: list[Block], what: str = "test ") -> str:
 
 def preface(about: dict[str, Any], truth: GroundTruth, patients: np.ndarray,
             intervals: str) -> str:
-    """What the numbers below it are."""
-    return (
-        f"# What pre-training buys: {about['data']}\n\n"
-        f"{len(truth.names)} labels: {about['labels']}; -1 is never scored. "
-        f"{len(truth.test)} test images of {len(set(patients))} patients. "
-        "Epoch, regularisation and thresholds are chosen on val: "
-        f"{len(truth.val)} labelled images beyond the fraction. "
-        f"Mean ± deviation over the draws. {intervals}\n")
-
-
-def folds_preface(about: dict[str, Any], truth: GroundTruth, patients: np.ndarray,
-                  intervals: str) -> str:
-    """The same where there is cross-validation."""
-    return (
-        f"# Cross-validated: {about['data']}\n\n"
-        f"{len(truth.names)} labels: {about['labels']}; -1 is never scored. "
-        f"{len(truth.test)} images of {len(set(patients))} patients, train and val together; no "
-        f"image of test was read. Each seed deals the patients to {about['folds']} folds. A fold "
-        "is predicted by a logistic regression on frozen features that has not seen it: the next "
-        "fold chose the regularisation, and the share of the labels was drawn from the patients "
-        "of the others, with one more patient for each class of a label that the share lacked. "
-        "AUROC compares images of the same fold. "
-        f"Mean ± deviation over the seeds. {intervals}\n")
+    """What the numbers below it are: on test, or by cross-validation."""
+    title = "What pre-training buys"
+    images = f"{len(truth.test)} test images of {len(set(patients))} patients. "
+    how = (f"Epoch, regularisation and thresholds are chosen on val: {len(truth.val)} labelled "
+           "images beyond the fraction. Mean ± deviation over the draws.")
+    if about.get("folds"):
+        title = "Cross-validated"
+        images = (f"{len(truth.test)} images of {len(set(patients))} patients, train and val "
+                  "together; no image of test was read. ")
+        how = (f"Each seed deals the patients to {about['folds']} folds. A fold is predicted by a "
+               "logistic regression on frozen features that has not seen it: the next fold chose "
+               "the regularisation, and the share of the labels was drawn from the patients of "
+               "the others, with one more patient for each class of a label that the share "
+               "lacked. AUROC compares images of the same fold. Mean ± deviation over the seeds.")
+    return (f"# {title}: {about['data']}\n\n{len(truth.names)} labels: {about['labels']}; -1 is "
+            f"never scored. {images}{how} {intervals}\n")
 
 
 def auroc_table(block: Block, names: list[str], heading: str) -> str:
@@ -160,7 +153,7 @@ def report_folds(out: Path, about: dict, runs: dict[tuple, dict], names: list[st
     has not seen its `fold` (n,). names: of the L labels. truth (n, L), patients (n,)."""
     ground_truth = GroundTruth(names, False, truth, truth, patient_counts(patients, REPLICATES))
     blocks = score_blocks(runs, ground_truth, score_folds)
-    text = folds_preface(about, ground_truth, patients, intervals_sentence(blocks, ""))
+    text = preface(about, ground_truth, patients, intervals_sentence(blocks, ""))
     for block in blocks:
         text += auroc_table(block, names, f"## {100 * block.fraction:g} % of the labels")
         text += differences(block, names)
