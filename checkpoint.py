@@ -125,7 +125,7 @@ def _read_safetensors(path: str | Path, header_size: int) -> dict[str, Tensor]:
 
 def _damage(state: dict) -> str:
     """What in one of our checkpoints is not what any stage writes there, or nothing."""
-    if not {"format", "rng"} & state.keys():            # of another tool
+    if not {"format", "scaler"} & state.keys():            # of another tool
         return ""
     for name in ("config", "encoder", "projector", "classifier", "model"):
         entry = state.get(name, {})

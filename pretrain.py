@@ -38,7 +38,6 @@ from checkpoint import (
 from common import DataError
 from dali_pipeline import Preprocessing, train_loader
 from flags import PRECISION, THREADS, flag
-from labels import image_weights
 from lars import LARS
 from loss import diagnostics, nt_xent
 from manifest import Manifest, read_manifest
@@ -46,6 +45,7 @@ from model import MEAN, STD, SimCLR, build_encoder
 from probe import Probe, probe_sentence
 from run import Compute
 from run_folder import Curves, Progress, diverged
+from sampling import choose_sampling
 from views import Augmentation
 
 # What a run writes, and --overwrite deletes. The first of them is what a run goes on from.
@@ -205,6 +205,7 @@ class Training:
         encoder = build_encoder(config.arch, "random" if goes_on else config.init, compute.say)
         net = SimCLR(encoder, config.proj_layers, config.proj_width, config.proj_dim)
         self.config, self.images = config, images
+        self.settings = dataclasses.asdict(config) | {"mean": MEAN, "std": STD}
         self.step = 0     # steps taken
         self.probed = -1  # the step after which the features were last probed
         self.net, self.cuda = compute.place(net), compute.cuda
@@ -228,7 +229,7 @@ class Training:
     def load(self, file: Path) -> None:
         """Go on from a last.pt; CheckpointError or DataError where it belongs to another run."""
         state = load_checkpoint(file)
-        if not {"model", "optimizer", "scaler", "step", "config", "images", "rng"} <= state.keys():
+        if not {"model", "optimizer", "scaler", "step", "config", "images"} <= state.keys():
             raise CheckpointError(f"{file} is no last.pt of a pre-training run")
         # Other shapes do not fit, and a step means so many images: batch_size stays, too.
         for name in ("arch", "optimizer", "batch_size"):
@@ -248,7 +249,6 @@ class Training:
             self.optimizer.load_state_dict(state["optimizer"])
             if state["scaler"]:  # empty where the run computed without one until now
                 self.scaler.load_state_dict(state["scaler"])
-            torch.set_rng_state(state["rng"])
             self.step = operator.index(state["step"])
             self.probed = operator.index(state.get("probed", self.step))
         except MALFORMED as error:
@@ -257,31 +257,22 @@ class Training:
         # load_state_dict took the weight decay from the file; a copied last.pt may have another.
         self.optimizer.param_groups[0]["weight_decay"] = self.config.weight_decay
 
-    def encoder_is_whole(self) -> bool:
-        """Whether encoder.pt is of this step: it may be older than last.pt, damaged or deleted, or
-        of a version that left the projection head out."""
-        with contextlib.suppress(CheckpointError):
-            state = load_checkpoint(Path(self.config.out) / "encoder.pt")
-            return state.get("step") == self.step and "projector" in state
-        return False
-
     def save(self) -> None:
-        """Write last.pt, then encoder.pt; FloatingPointError where a weight, or
-        what the optimizer remembers of it, is not finite.
-
-        A kill between the two files leaves an older encoder.pt; the next run writes it again."""
+        """Write last.pt and encoder.pt. FloatingPointError where a weight, or what the optimizer
+        remembers of it, is not finite."""
         # A poisoned state must not replace the last good one.
         if name := first_not_finite(self.net, self.optimizer):
             raise diverged(f"{name} is not finite after step {self.step}", self.config)
-        config = dataclasses.asdict(self.config) | {"mean": MEAN, "std": STD}
         save_checkpoint(Path(self.config.out) / "last.pt", {
             "model": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(), "step": self.step, "probed": self.probed,
-            "config": config,
-            "images": self.images, "rng": torch.get_rng_state()})
+            "config": self.settings, "images": self.images})
+        self.save_encoder()
+
+    def save_encoder(self) -> None:
         save_checkpoint(Path(self.config.out) / "encoder.pt", {
-            "format": FORMAT, "arch": self.config.arch, "step": self.step, "config": config,
-            "encoder": self.net.encoder.state_dict(),
+            "format": FORMAT, "arch": self.config.arch, "step": self.step,
+            "config": self.settings, "encoder": self.net.encoder.state_dict(),
             "projector": self.net.projector.state_dict()})
 
 
@@ -366,33 +357,6 @@ def choose_probe(config: Config, manifest: Manifest) -> Probe | None:
     if not (config.probe_every and manifest.label_names and "val" in manifest.splits):
         return None
     return Probe(manifest, config.probe_images, config.seed)
-
-
-class Sampling(NamedTuple):
-    """Of each of the manifest's N images, (N,), or None where that is the same for all."""
-    draws: np.ndarray | None   # how often it is drawn, in proportion
-    groups: np.ndarray | None  # a number, equal for those that may be each other's positive
-    patients: Tensor           # a number, equal for those that are not each other's negatives
-    losses: Tensor | None      # what the losses of its anchors weigh
-
-
-def choose_sampling(config: Config, manifest: Manifest, train: np.ndarray) -> Sampling:
-    """By --balance, --weigh-loss, --positives and --same-patient. DataError where the manifest
-    lacks a column."""
-    weights = groups = None
-    if config.balance:
-        weights = image_weights(config.balance, manifest.patient_numbers(), manifest.labels,
-                                manifest.label_names, train)
-    if config.positives == "patient":
-        groups = manifest.patient_numbers()
-    if config.positives == "study":
-        groups = manifest.study_numbers()
-    # An image of the same patient is no negative: what it shows may well be the same.
-    patients = np.arange(len(manifest.paths)) if config.same_patient else manifest.patient_numbers()
-    draws, losses = weights, None
-    if config.weigh_loss:
-        draws, losses = None, torch.from_numpy(weights)
-    return Sampling(draws, groups, torch.from_numpy(patients), losses)
 
 
 class Schedule(NamedTuple):
@@ -494,7 +458,8 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     preprocessing = Preprocessing(config.image_size, config.normalize, config.clahe)
     augmentation = Augmentation(**{field.name: getattr(config, field.name)
                                    for field in dataclasses.fields(Augmentation)})
-    sampling = choose_sampling(config, manifest, train)
+    sampling = choose_sampling(manifest, train, config.balance, config.weigh_loss,
+                               config.positives, config.same_patient)
 
     # Network, optimizer and step, as the last.pt of the run folder left them.
     paths = "\n".join(manifest.paths[i] for i in train)
@@ -504,8 +469,10 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     net, optimizer, scaler = training.net, training.optimizer, training.scaler
     start_step, encoder = training.step, Path(config.out) / "encoder.pt"
     if start_step >= schedule.end:
-        if compute.rank == 0 and not training.encoder_is_whole():
-            training.save()
+        # A kill between the two files of a checkpoint left an older encoder.pt, or somebody
+        # deleted it.
+        if compute.rank == 0:
+            training.save_encoder()
         what = "is complete" if start_step >= schedule.total else "has reached --max-steps"
         say(f"{config.out} {what}: step {start_step} of {schedule.total}, encoder in {encoder}")
         return
