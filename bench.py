@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,12 +95,12 @@ def demo_folder(args: argparse.Namespace, folder: Path) -> Manifest:
     return read_manifest(folder)
 
 
-def dali_loader(args: argparse.Namespace, manifest: Manifest, half: bool = CUDA) -> Loader:
+def dali_loader(args: argparse.Namespace, manifest: Manifest) -> Loader:
     """An endless one, by the published recipe; float16 on a GPU, as in pre-training."""
     return train_loader(
         manifest, np.arange(len(manifest.paths)), args.batch_size, steps=range(10**6), views=2,
         augmentation=Augmentation(), preprocessing=Preprocessing(args.size), seed=0,
-        device=DEVICE, threads=args.threads, half=half)
+        device=DEVICE, threads=args.threads)
 
 
 def written_well(size: int) -> Callable:
@@ -271,7 +270,7 @@ class Step:
         config = pretrain.Config(arch=args.arch, image_size=args.size, batch_size=pairs,
                                  optimizer=way.optimizer, precision=way.precision,
                                  threads=args.threads, out=str(folder))
-        self.compute = run.start(config, timedelta(minutes=1), run.Place())
+        self.compute = run.start(config)
         self.training, self.way = pretrain.Training(config, self.compute, ""), way
         net = self.training.net.to(memory_format=way.layout)    # pyright: ignore
         self.model = torch.compile(net) if way.compiled else net
@@ -515,7 +514,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if part not in PARTS:
             parser.error(f"{part!r} is none of {', '.join(PARTS)}")
     if args.threads is None:
-        args.threads = run.start(pretrain.Config(), timedelta(minutes=1), run.Place()).threads
+        args.threads = run.start(pretrain.Config()).threads
     return args
 
 

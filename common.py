@@ -1,4 +1,5 @@
-"""What all scripts share without PyTorch: errors in one sentence, files written whole.
+"""What all scripts share without PyTorch: errors in one sentence, torchrun's environment, files
+written whole.
 
 prepare.py, which needs no PyTorch, starts in half a second because of that.
 """
@@ -18,7 +19,7 @@ import threading
 import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, TextIO, cast
+from typing import BinaryIO, NamedTuple, TextIO, cast
 
 # --------------------------------------------------------------------------------------------------
 # Errors that a user can mend. Each is one sentence that names the file, the row or the flag.
@@ -129,6 +130,49 @@ def restart_in_utf8() -> None:
     if sys.getfilesystemencoding().lower() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+# --------------------------------------------------------------------------------------------------
+# The processes that torchrun started.
+
+class Place(NamedTuple):
+    """A process among those that torchrun started: of all machines, and of its own."""
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+
+ALONE = Place()
+# What torchrun tells each process. The latter two say where the processes meet.
+NUMBERS, MEETING_POINT = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("MASTER_ADDR", "MASTER_PORT")
+
+
+def read_place() -> Place:
+    """This process's place, from the environment; the only process's where that says nothing.
+
+    DataError where it says only half: a variable that was left by something else would make
+    this process wait for others that never come, or be silent as though it were not the first."""
+    variables = os.environ
+    present = [name for name in NUMBERS if name in variables]
+    if not present:  # the meeting point alone is set for torchrun by many a job script
+        return ALONE
+    advice = ("start the processes with torchrun, or this one alone after `unset "
+              f"{' '.join(name for name in (*NUMBERS, *MEETING_POINT) if name in variables)}`")
+    missing = [name for name in (*NUMBERS, *MEETING_POINT) if name not in variables]
+    if missing:
+        raise DataError(f"the environment has {', '.join(present)} but not {', '.join(missing)}, "
+                        f"as torchrun would set: {advice}")
+    try:
+        rank, world_size, local_rank = (int(variables[name]) for name in NUMBERS)
+        local_world_size = int(variables.get("LOCAL_WORLD_SIZE", 1))
+        int(variables["MASTER_PORT"])
+    except ValueError as error:
+        raise DataError(f"a variable of torchrun's is no number ({error}): {advice}") from None
+    if not (0 <= rank < world_size and 0 <= local_rank and local_world_size >= 1):
+        values = ", ".join(f"{name}={variables[name]}" for name in NUMBERS)
+        raise DataError(f"the environment has {values}, which cannot be: {advice}")
+    return Place(rank, world_size, local_rank, local_world_size)
 
 
 # --------------------------------------------------------------------------------------------------

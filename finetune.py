@@ -371,7 +371,7 @@ def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> O
             # ... the network sees one view of each image of the batch ...
             x, index = next(batches)                                        # (B, 1, S, S), (B,)
             if step == first * epoch_steps:
-                compute.rehearse(model, x)
+                compute.rehearse(model, tuple(x.shape))
             with compute.autocast():
                 logits = model(x.contiguous(memory_format=torch.channels_last))
             # ... and its answers are compared with the labels, as far as there are any.

@@ -9,7 +9,6 @@ images.tar may stand for images/, see archive.py.
 """
 import dataclasses
 import functools
-import hashlib
 import io
 import json
 import os
@@ -55,21 +54,6 @@ class Manifest:
         where = f"{self.archive.file}, {self.paths[i]}" if self.archive else \
             str(self.folder / self.paths[i])
         return where + (f" (row {i + 2} of manifest.csv)" if self.listed else "")
-
-    def rows_digest(self) -> str:
-        """Changes with every change of the table, and not with where it lies."""
-        columns = [self.paths, self.patients, self.splits, self.label_names]
-        columns += [column for column in (self.studies, self.views) if column is not None]
-        return _digest(*("\n".join(column).encode("utf-8", "surrogateescape")
-                         for column in columns), self.labels.tobytes())
-
-    def paths_digest(self, images: np.ndarray) -> str:
-        """Changes with which images these are, and with their order."""
-        return _digest(*(self.paths[i].encode("utf-8", "surrogateescape") for i in images))
-
-    def sizes_digest(self, images: np.ndarray) -> str:
-        """Changes where an image's file got another size; misses rewrites of the same size."""
-        return _digest(b"" if self.sizes is None else self.sizes[images].tobytes())
 
     def images(self, split: str) -> np.ndarray:
         """Image indices of a split, (n,) int64, in manifest order; DataError where it is empty."""
@@ -129,7 +113,8 @@ def read_manifest(folder: str | Path, packed: bool = True, images_on_disk: bool 
     file = Path(folder) / "manifest.csv"
     if not file.is_file():
         raise DataError(f"{folder} is not a data folder: {file} is missing "
-                        "(python prepare.py --help makes one; --data names another)")
+                        "(`python prepare.py --help` tells how to make one, --data names another, "
+                        "and `python pretrain.py --demo` brings its own)")
     # The slow way is taken where the fast one has doubts; it says which row and column is wrong.
     table = table_at_once(file) or table_by_rows(file, folder)
     manifest = Manifest(Path(folder), *table)
@@ -152,11 +137,3 @@ def image_flags(folder: str | Path) -> dict[str, Any]:
         return {name: made[name] for name in ("size", "quality", "stretch")}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-def _digest(*parts: bytes) -> str:
-    """16 hexadecimal digits that differ where the parts do."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part + b"\0")
-    return digest.hexdigest()[:16]

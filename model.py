@@ -50,6 +50,13 @@ def build_encoder(arch: str, init: str = "random",
     return encoder
 
 
+def num_features(encoder: torchvision.models.ResNet) -> int:
+    """D, the width of what the encoder gives."""
+    width = encoder.num_features
+    assert isinstance(width, int)
+    return width
+
+
 def fold_rgb_stem(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The one-channel network that computes what an RGB one does on a gray image repeated thrice.
 
@@ -96,13 +103,6 @@ class SimCLR(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # Features of the images of a data folder.
 
-def num_features(encoder: torchvision.models.ResNet) -> int:
-    """D, the width of what the encoder gives."""
-    width = encoder.num_features
-    assert isinstance(width, int)
-    return width
-
-
 @torch.no_grad()
 def extract_features(net: nn.Module, width: int, loader: "Loader",
                      dtype: torch.dtype | None = None) -> Tensor:
@@ -114,7 +114,7 @@ def extract_features(net: nn.Module, width: int, loader: "Loader",
     network's mode is restored."""
     training = net.training
     net.eval()
-    features = torch.zeros(loader.n, width, device=loader.device)
+    features = torch.zeros(len(loader.images), width, device=loader.device)
     row = loader.rank
     for x, _ in loader:
         with torch.autocast(loader.device.type, dtype, enabled=dtype is not None):

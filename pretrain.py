@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import run  # first: it answers Ctrl-C while PyTorch loads
 import numpy as np
@@ -53,7 +53,6 @@ RESULTS = ("last.pt", "encoder.pt", "log.jsonl", "events.out.tfevents.*")
 # Peak learning rates for a batch of 256; larger batches get more in proportion (Goyal et al. 2017).
 BASE_LR = {"lars": 0.3, "adam": 5e-4, "adamw": 5e-4}
 PUBLISHED = Augmentation()
-DEFAULT_DATA = "data/nih"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -63,38 +62,29 @@ DEFAULT_DATA = "data/nih"
 class Config:
     """The defaults are the published recipe; --demo has others."""
     data: str = flag(
-        DEFAULT_DATA, "data folder, made by prepare.py", section="data and run folder")
+        "data/nih", "data folder, made by prepare.py", section="data and run folder")
     out: str = flag("runs/pretrain", "run folder", may_differ=True)
-    demo: bool = flag(
-        False, "small run on data/demo, made if missing, into runs/demo")
+    demo: bool = flag(False, "small run on data/demo, made if missing, into runs/demo")
     overwrite: bool = flag(
         False, "begin anew in a run folder that holds a run", may_differ=True)
-    seed: int = flag(
-        0, "random seed of weights, order and views", 0, 2**63 - 1)
+    seed: int = flag(0, "random seed of weights, order and views", 0, 2**63 - 1)
 
-    arch: str = flag(
-        "resnet50", "encoder", choices=ARCHITECTURES, section="network")
-    init: str = flag(
-        "random", "first weights of the encoder", metavar="random|imagenet|PATH")
+    arch: str = flag("resnet50", "encoder", choices=ARCHITECTURES, section="network")
+    init: str = flag("random", "first weights of the encoder", metavar="random|imagenet|PATH")
     proj_layers: int = flag(2, "layers of the projection head", 1)
-    proj_width: int = flag(
-        0, "width inside the head; 0: that of the features", 0)
+    proj_width: int = flag(0, "width inside the head; 0: that of the features", 0)
     proj_dim: int = flag(128, "width of the projections", 1)
 
-    image_size: int = flag(
-        224, "side of a view, pixels", 1, section="preprocessing and views")
+    image_size: int = flag(224, "side of a view, pixels", 1, section="preprocessing and views")
     normalize: str = flag("fixed", "by a fixed mean and deviation, or each image to these",
                           choices=("fixed", "image"))
     clahe: bool = flag(False, "adaptive histogram equalisation of each image")
     crop_area: tuple[float, float] = flag(
         PUBLISHED.crop_area, "area of the crop, as a share of the image", metavar=("LOW", "HIGH"))
     flip: float = flag(PUBLISHED.flip, "probability of a mirror image", 0, 1)
-    rotation: float = flag(
-        PUBLISHED.rotation, "largest angle to either side, degrees", 0, 360)
-    brightness: float = flag(
-        PUBLISHED.brightness, "factor drawn from 1 ± this", 0, 0.999)
-    contrast: float = flag(
-        PUBLISHED.contrast, "factor drawn from 1 ± this", 0, 0.999)
+    rotation: float = flag(PUBLISHED.rotation, "largest angle to either side, degrees", 0, 360)
+    brightness: float = flag(PUBLISHED.brightness, "factor drawn from 1 ± this", 0, 0.999)
+    contrast: float = flag(PUBLISHED.contrast, "factor drawn from 1 ± this", 0, 0.999)
     blur: tuple[float, float] = flag(
         PUBLISHED.blur, "sigma, pixels of the view; 0 0 for none", metavar=("LOW", "HIGH"))
     gamma: tuple[float, float] = flag(
@@ -103,8 +93,7 @@ class Config:
     equalize: float = flag(
         PUBLISHED.equalize, "probability that a view's histogram is equalised", 0, 1)
 
-    epochs: int = flag(
-        100, "passes over the train split", 1, section="optimisation")
+    epochs: int = flag(100, "passes over the train split", 1, section="optimisation")
     batch_size: int = flag(512, "images over all processes", 1)
     micro_batch: int = flag(
         0, "images that a process encodes at once, where its batch is too large for the GPU's "
@@ -127,13 +116,11 @@ class Config:
         0.0, "how much more the similar negatives weigh, beta of Robinson et al.", 0, 100)
     prior: float = flag(
         0.0, "share of negatives that are of the anchor's kind, tau+ of Chuang et al.", 0, 0.999)
-    optimizer: str = flag(
-        "lars", "optimizer; lars as published", choices=tuple(BASE_LR))
+    optimizer: str = flag("lars", "optimizer; lars as published", choices=tuple(BASE_LR))
     lr: float = flag(  # None until __post_init__
         None, "peak learning rate for a batch of 256 (default: lars 0.3, adam and adamw 5e-4)",
         1e-12, 1e30)
-    weight_decay: float = flag(
-        1e-6, "decay of weights, not of biases and batch norm", 0, 1e6)
+    weight_decay: float = flag(1e-6, "decay of weights, not of biases and batch norm", 0, 1e6)
     warmup_epochs: float = flag(10.0, "epochs of linear warm-up", 0, 1e6)
     max_steps: int | None = flag(
         None, "stop after this step; the schedule still spans --epochs", 1, may_differ=True)
@@ -142,18 +129,13 @@ class Config:
                             section="probe: k nearest neighbours on val, where there are labels")
     probe_data: str | None = flag(
         None, "another data folder, with labels, to probe on (default: --data)")
-    probe_images: int = flag(
-        10_000, "images at most, of train and of val each", 1)
+    probe_images: int = flag(10_000, "images at most, of train and of val each", 1)
 
     precision: str = flag(**PRECISION, section="how it computes")
     compile: bool = flag(False, "torch.compile the network", may_differ=True)
     threads: int | None = flag(**THREADS)
-    log_every: int = flag(
-        10, "steps from one log line to the next", 1, may_differ=True)
-    save_every: int = flag(
-        250, "steps from one checkpoint to the next", 1, may_differ=True)
-
-    bf16_on_cpu: ClassVar[bool] = True  # where --precision is auto
+    log_every: int = flag(10, "steps from one log line to the next", 1, may_differ=True)
+    save_every: int = flag(250, "steps from one checkpoint to the next", 1, may_differ=True)
 
     @staticmethod
     def presets(args) -> dict:
@@ -165,7 +147,6 @@ class Config:
             optimizer="adamw", lr=2e-3, warmup_epochs=1.0, probe_every=4)
 
     def __post_init__(self):
-        self.data = str(Path(self.data))  # data/nih/ is data/nih
         self.lr = BASE_LR[self.optimizer] if self.lr is None else self.lr
         low, high = self.crop_area
         if not 0 < low <= high <= 1:
@@ -208,19 +189,18 @@ class Training:
         self.settings = dataclasses.asdict(config) | {"mean": MEAN, "std": STD}
         self.step = 0     # steps taken
         self.probed = -1  # the step after which the features were last probed
-        self.net, self.cuda = compute.place(net), compute.cuda
+        self.net = compute.place(net)
 
         # Decay shrinks what multiplies features, not what shifts or scales them.
         weights = [p for p in self.net.parameters() if p.ndim > 1]
         biases = [p for p in self.net.parameters() if p.ndim <= 1]  # and batch norm
         groups = [dict(params=weights, weight_decay=config.weight_decay),
                   dict(params=biases, weight_decay=0.0)]
-        self.peak_lr = config.lr * config.batch_size / 256
         if config.optimizer == "lars":
-            self.optimizer: torch.optim.Optimizer = LARS(groups, self.peak_lr)
+            self.optimizer: torch.optim.Optimizer = LARS(groups, config.lr)
         else:
             adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
-            self.optimizer = adam(groups, self.peak_lr, fused=compute.cuda)
+            self.optimizer = adam(groups, config.lr, fused=compute.cuda)
         # float16 underflows where gradients are small, so the loss is
         # scaled up; bf16 needs no scaling.
         self.scaler = torch.amp.GradScaler(
@@ -242,11 +222,10 @@ class Training:
                             f"when {file} was saved")
         # PyTorch itself compares the widths and the number of the layers.
         try:
-            for group in state["optimizer"]["param_groups"]:
-                if "fused" in group:  # Adam computes as this machine can, not as the last one did
-                    group["fused"] = self.cuda
             self.net.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            # The moments come from the file, what steers them from the flags and this machine.
+            moments = {"state": state["optimizer"]["state"]}
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | moments)
             if state["scaler"]:  # empty where the run computed without one until now
                 self.scaler.load_state_dict(state["scaler"])
             self.step = operator.index(state["step"])
@@ -254,8 +233,6 @@ class Training:
         except MALFORMED as error:
             reason = (str(error) or repr(error)).splitlines()[-1].strip()
             raise CheckpointError(f"{file} does not fit these flags: {reason}") from None
-        # load_state_dict took the weight decay from the file; a copied last.pt may have another.
-        self.optimizer.param_groups[0]["weight_decay"] = self.config.weight_decay
 
     def save(self) -> None:
         """Write last.pt and encoder.pt. FloatingPointError where a weight, or what the optimizer
@@ -279,13 +256,15 @@ class Training:
 # --------------------------------------------------------------------------------------------------
 # What is prepared before the loop.
 
-def contents(config: Config, manifest: Manifest, train: np.ndarray,
-             probe: Probe | None) -> dict[str, dict[str, str]]:
-    """What the run is made of, as {flag: {path: digest}}: the same wherever the files lie."""
-    # Patients, studies and labels are part of what a run is trained on where it goes by them.
+def input_digests(config: Config, manifest: Manifest, train: np.ndarray,
+                  probe: Probe | None) -> dict[str, dict[str, str]]:
+    """What the run is made of, as {name: {path: digest}}: the same wherever the files lie."""
+    # Labels may be added while a run rests, but where it goes by them.
     whole_table = config.balance or config.positives != "image"
     content = run_folder.content_of_data(manifest, None if whole_table else train)
     found = {"data": {config.data: content}}
+    if not config.same_patient:
+        found["patients"] = {config.data: run_folder.patients_digest(manifest, train)}
     if config.probe_data and probe:
         content = run_folder.content_of_data(probe.manifest)
         found["probe_data"] = {config.probe_data: content}
@@ -294,27 +273,23 @@ def contents(config: Config, manifest: Manifest, train: np.ndarray,
     return found
 
 
-def begin_or_go_on(training: Training, contents: dict[str, dict[str, str]], config: Config,
+def begin_or_go_on(training: Training, inputs: dict[str, dict[str, str]], config: Config,
                    compute: Compute, resources: contextlib.ExitStack) -> None:
     """Lock the run folder for this run and bring `training` to where its last.pt left off.
 
-    A run goes on with the flags and the contents that config.json has, but for flags
-    that `may_differ`. A last.pt that was copied from another run has no config.json
-    beside it: it fits if networks, optimizer, batch size and images are the same."""
+    A run goes on with the flags and the inputs that config.json has, but for flags that
+    `may_differ`. A last.pt that was copied from another run has no config.json beside it:
+    it fits if networks, optimizer, batch size and images are the same."""
     out, last = Path(config.out), Path(config.out) / "last.pt"
     if compute.rank == 0:
         if last.exists() and not (out / "config.json").exists() and not config.overwrite:
             # Copied: refuse what does not fit before config.json is written. All processes load
             # it below.
             training.load(last)
-        run_folder.open_run(config, "pretrain", RESULTS, resources, "last.pt", contents)
-        if not last.exists():
-            if (out / "encoder.pt").exists():
-                raise DataError(f"{out} holds an encoder.pt and no last.pt to go on from; choose "
-                                "another --out, or give it up with --overwrite")
-            # Curves of a run that was killed before its first checkpoint.
-            for old in [*out.glob("log.jsonl"), *out.glob("events.out.tfevents.*")]:
-                old.unlink()
+        run_folder.open_run(config, "pretrain", RESULTS, resources, "last.pt", inputs)
+        if (out / "encoder.pt").exists() and not last.exists():
+            raise DataError(f"{out} holds an encoder.pt and no last.pt to go on from; choose "
+                            "another --out, or give it up with --overwrite")
     # From here on the folder belongs to this run, and all processes start from the same file.
     compute.barrier()
     if last.exists():
@@ -331,11 +306,6 @@ def read_data(config: Config, compute: Compute) -> tuple[Manifest, np.ndarray]:
         import prepare  # stage 0 is needed for the demo alone
         prepare.main(["demo", "--out", config.data])
     compute.barrier()
-    if config.data == DEFAULT_DATA and not Path(config.data).exists():
-        raise DataError(
-            "data/nih does not exist: make it with `python prepare.py nih --src DIR --out "
-            "data/nih`, name another folder with --data, or try `python pretrain.py --demo`, which "
-            "brings its own")
     manifest = read_manifest(config.data)
     train = manifest.images("train")
     if config.batch_size > len(train):
@@ -351,46 +321,46 @@ def choose_probe(config: Config, manifest: Manifest) -> Probe | None:
     """On --probe-data or the data folder itself; None where it has no labels."""
     if config.probe_data:
         manifest = read_manifest(config.probe_data)
-        if not manifest.label_names or "val" not in manifest.splits:
-            raise DataError(f"--probe-data {config.probe_data} has no labels or no val split to "
-                            "probe by")
-    if not (config.probe_every and manifest.label_names and "val" in manifest.splits):
+    can_be_probed = manifest.label_names and "val" in manifest.splits
+    if config.probe_data and not can_be_probed:
+        raise DataError(f"--probe-data {config.probe_data} has no labels or no val split to "
+                        "probe by")
+    if not (config.probe_every and can_be_probed):
         return None
     return Probe(manifest, config.probe_images, config.seed)
 
 
-class Schedule(NamedTuple):
+class Schedule:
     """When things happen, in steps. Batches run on from one epoch into the next."""
-    images: int       # in the train split
-    batch_size: int   # over all processes
-    total: int        # steps of all --epochs
-    warmup: float     # steps
-    end: int          # where this run stops: total, or --max-steps
-    probes: set[int]  # steps after which the features are probed
 
-    def temperature(self, limits: tuple[float, ...], step: int) -> float:
+    def __init__(self, config: Config, images: int, probed: bool):
+        """images: in the train split. probed: whether there is a probe."""
+        self.images, self.batch_size = images, config.batch_size
+        self.peak_lr = config.lr * config.batch_size / 256
+        self.temperatures = config.temperature
+        self.total = config.epochs * images // config.batch_size
+        self.warmup = config.warmup_epochs * images / config.batch_size
+        # Where this run stops, and after which steps the features are probed.
+        self.end = self.total if config.max_steps is None else min(self.total, config.max_steps)
+        self.probes = set()
+        if probed:
+            epochs = range(0, config.epochs, config.probe_every)
+            self.probes = {epoch * images // config.batch_size for epoch in epochs} | {self.total}
+
+    def learning_rate(self, step: int) -> float:
+        return run.learning_rate(step, self.total, self.warmup, self.peak_lr)
+
+    def temperature(self, step: int) -> float:
         """Constant, or a cosine from high to low and back over the run (Kukleva et al. 2023):
         low ones tell images apart, high ones bring groups together."""
-        low, high = limits[0], limits[-1]  # of one number, both
+        low, high = self.temperatures[0], self.temperatures[-1]  # of one number, both
         return low + (high - low) * (1 + math.cos(2 * math.pi * step / self.total)) / 2
 
     def epoch(self, step: int) -> float:
         return step * self.batch_size / self.images
 
     def position(self, step: int) -> str:
-        return (f"epoch {step * self.batch_size // self.images:03d} "
-                f"step {step:05d}/{self.total}")
-
-
-def plan(config: Config, probe: Probe | None, images: int) -> Schedule:
-    total = config.epochs * images // config.batch_size
-    warmup = config.warmup_epochs * images / config.batch_size
-    probes = set()
-    if probe:
-        epochs = range(0, config.epochs, config.probe_every)
-        probes = {epoch * images // config.batch_size for epoch in epochs} | {total}
-    end = total if config.max_steps is None else min(total, config.max_steps)
-    return Schedule(images, config.batch_size, total, warmup, end, probes)
+        return f"epoch {int(self.epoch(step)):03d} step {step:05d}/{self.total}"
 
 
 def backward_in_pieces(model: Any, x: Tensor, size: int, loss_of: Callable,
@@ -437,7 +407,7 @@ def introduce(training: Training, schedule: Schedule, probe: Probe | None,
     say(f"{schedule.images} images of {config.data} at {config.image_size} px, {config.epochs} "
         f"epochs = {schedule.total} steps of {config.batch_size} images "
         f"({config.batch_size // compute.world_size} a process)")
-    say(f"{config.optimizer}, learning rate {training.peak_lr:.3g} = {config.lr:g} x "
+    say(f"{config.optimizer}, learning rate {schedule.peak_lr:.3g} = {config.lr:g} x "
         f"{config.batch_size} / 256")
     say(probe or "no probe of the features: it needs --probe-every, labels and a val split")
     if training.step:
@@ -454,7 +424,7 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     say = compute.say
     manifest, train = read_data(config, compute)
     probe = choose_probe(config, manifest)
-    schedule = plan(config, probe, len(train))
+    schedule = Schedule(config, len(train), probe is not None)
     preprocessing = Preprocessing(config.image_size, config.normalize, config.clahe)
     augmentation = Augmentation(**{field.name: getattr(config, field.name)
                                    for field in dataclasses.fields(Augmentation)})
@@ -465,7 +435,8 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     paths = "\n".join(manifest.paths[i] for i in train)
     digest = hashlib.sha256(paths.encode(errors="surrogateescape")).hexdigest()
     training = Training(config, compute, digest)
-    begin_or_go_on(training, contents(config, manifest, train, probe), config, compute, resources)
+    inputs = input_digests(config, manifest, train, probe)
+    begin_or_go_on(training, inputs, config, compute, resources)
     net, optimizer, scaler = training.net, training.optimizer, training.scaler
     start_step, encoder = training.step, Path(config.out) / "encoder.pt"
     if start_step >= schedule.end:
@@ -479,6 +450,9 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
 
     introduce(training, schedule, probe, compute)
     model = compute.data_parallel(torch.compile(net) if config.compile else net)
+    share = config.batch_size // compute.world_size
+    size = min(config.micro_batch or share, share)  # images that are encoded at once
+    compute.rehearse(model, (2 * size, 1, config.image_size, config.image_size))
     curves = Curves(config, compute.rank == 0, start_step)
     stop, progress = run.StopSignal(resources), Progress(
         config, config.batch_size, compute, start_step)
@@ -486,7 +460,7 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     batches = iter(train_loader(
         manifest, train, config.batch_size, range(start_step, schedule.end), 2, augmentation,
         preprocessing, config.seed, weights=sampling.draws,
-        numbers=sampling.groups, **compute.loader_arguments()))
+        groups=sampling.groups, **compute.loader_arguments()))
     model.train()
     # After `step` steps: probe, save, leave if it is time; then take one more.
     while True:
@@ -518,8 +492,7 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
             sys.exit(128 + stop_signal)
 
         # Set learning rate and temperature, which depend on the step alone.
-        lr = run.learning_rate(step, schedule.total, schedule.warmup, training.peak_lr)
-        tau = schedule.temperature(config.temperature, step)
+        lr, tau = schedule.learning_rate(step), schedule.temperature(step)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
@@ -527,8 +500,6 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
         with progress.waiting():
             view1, view2, index = next(batches)                         # (N, 1, S, S) each, (N,)
         x = torch.cat([view1, view2])                                   # (2N, 1, S, S)
-        if step == start_step:
-            compute.rehearse(model, x[:2 * config.micro_batch] if config.micro_batch else x)
         patients = compute.send(sampling.patients[index])               # (N,)
         weights = None
         if sampling.losses is not None:
@@ -539,9 +510,8 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
 
         # Encode the views as one batch, compare each projection with those of all processes, and
         # go back to the weights.
-        if 0 < config.micro_batch < len(index):
-            z, batch_loss = backward_in_pieces(
-                model, x, 2 * config.micro_batch, loss_of, scaler, compute)
+        if size < share:
+            z, batch_loss = backward_in_pieces(model, x, 2 * size, loss_of, scaler, compute)
             z1, z2 = z.chunk(2)
         else:
             with compute.autocast():
@@ -577,7 +547,8 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
 
 
 def main(argv: list[str] | None = None) -> None:
-    run.main(pretrain, Config, argv)
+    # Training gains from bf16 on a CPU, while probabilities should not depend on the machine.
+    run.main(pretrain, Config, argv, bf16_on_cpu=True)
 
 
 if __name__ == "__main__":

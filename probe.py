@@ -24,6 +24,7 @@ from dali_pipeline import Loader, Preprocessing, eval_loader
 from manifest import Manifest
 from model import extract_features, num_features
 from run import Compute
+from run_folder import rows_digest, sizes_digest
 
 # Of the neighbours' votes.
 TEMPERATURE = 0.07
@@ -236,7 +237,7 @@ def cached_features(net: nn.Module, width: int, loader: Loader, folder: Path,
     A file's name is a digest of the weights, the preprocessing and the images. Where
     the kept files exceed KEPT_FEATURES bytes, those that were not used for the longest
     time are deleted."""
-    digest = hashlib.sha256(f"{loader.fingerprint} {dtype}".encode())
+    digest = hashlib.sha256(f"{fingerprint(loader)} {dtype}".encode())
     for name, value in net.state_dict().items():
         digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
     file = folder / f"{digest.hexdigest()[:16]}.pt"
@@ -259,6 +260,13 @@ def cached_features(net: nn.Module, width: int, loader: Loader, folder: Path,
     os.replace(own, file)
     _delete_oldest(folder, file)
     return features
+
+
+def fingerprint(loader: Loader) -> str:
+    """Changes where the images or their preprocessing change, and not with where they lie."""
+    own = loader.images[loader.rank::loader.world_size]
+    return (f"{rows_digest(loader.manifest)} {sizes_digest(loader.manifest, own)} "
+            f"{loader.preprocessing} {own.tolist()}")
 
 
 def _delete_oldest(folder: Path, newest: Path) -> None:

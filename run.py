@@ -16,9 +16,10 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from common import DataError, errors_in_one_sentence, print_any_name  # first: answers Ctrl-C
+from common import (  # first: it answers Ctrl-C while PyTorch loads
+    ALONE, DataError, Place, errors_in_one_sentence, print_any_name, read_place)
 
 import torch
 import torch.distributed as dist
@@ -67,12 +68,9 @@ class Compute:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def loader_arguments(self) -> dict[str, Any]:
-        """What train_loader and eval_loader ask of the process that they load for.
-
-        half: float16 halves what is copied, and of a gray level's 8 bits it loses none on
-        the way to bf16."""
+        """What train_loader and eval_loader ask of the process that they load for."""
         return dict(device=self.device, rank=self.rank, world_size=self.world_size,
-                    threads=self.threads, half=self.dtype is not None)
+                    threads=self.threads)
 
     def without_others(self) -> "Compute":
         """The same device for work that one process does while the others wait."""
@@ -111,9 +109,8 @@ class Compute:
 
     def agree_on(self, number: int) -> bool:
         """Whether all processes have the same number."""
-        smallest_negated, largest = self.reduce(
-            torch.tensor([-number, number]), dist.ReduceOp.MAX).tolist()
-        return -smallest_negated == largest
+        smallest = self.reduce(torch.tensor(number), dist.ReduceOp.MIN)
+        return bool(smallest == self.reduce(torch.tensor(number), dist.ReduceOp.MAX))
 
     def place(self, net: nn.Module) -> Any:
         """A network on this process's device, with batch norm over the images of all processes."""
@@ -129,14 +126,17 @@ class Compute:
         return DistributedDataParallel(net, device_ids=[self.device.index] if self.cuda else None,
                                        gradient_as_bucket_view=True, **NO_BROADCAST)
 
-    def rehearse(self, model: nn.Module, x: Tensor) -> None:
+    def rehearse(self, model: nn.Module, shape: tuple[int, ...]) -> None:
         """A forward and backward pass that changes nothing, before the first step of every start.
 
         DistributedDataParallel lays out its gradients anew after its first backward pass, and
         sums of three or more round differently in another layout. Without this, a run that goes
-        on would take one step in the first layout and end with other bits. x: a batch."""
+        on would take one step in the first layout and end with other bits.
+        shape: of a batch."""
         if self.world_size == 1:
             return
+        parameter = next(model.parameters())
+        x = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
         with unchanged_statistics(model):
             with self.autocast():
                 y = model(x.contiguous(memory_format=torch.channels_last))
@@ -155,48 +155,10 @@ def unchanged_statistics(net: nn.Module) -> Iterator[None]:
             buffer.copy_(value)
 
 
-class Place(NamedTuple):
-    """A process among those that torchrun started: of all machines, and of its own."""
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_world_size: int = 1
-
-
-# What torchrun tells each process. The latter two say where the processes meet.
-NUMBERS, MEETING_POINT = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("MASTER_ADDR", "MASTER_PORT")
-
-
-def read_place() -> Place:
-    """This process's place, from the environment; the only process's where that says nothing.
-
-    DataError where it says only half: a variable that was left by something else would make
-    this process wait for others that never come, or be silent as though it were not the first."""
-    variables = os.environ
-    present = [name for name in NUMBERS if name in variables]
-    if not present:  # the meeting point alone is set for torchrun by many a job script
-        return Place()
-    advice = ("start the processes with torchrun, or this one alone after `unset "
-              f"{' '.join(name for name in (*NUMBERS, *MEETING_POINT) if name in variables)}`")
-    missing = [name for name in (*NUMBERS, *MEETING_POINT) if name not in variables]
-    if missing:
-        raise DataError(f"the environment has {', '.join(present)} but not {', '.join(missing)}, "
-                        f"as torchrun would set: {advice}")
-    try:
-        rank, world_size, local_rank = (int(variables[name]) for name in NUMBERS)
-        local_world_size = int(variables.get("LOCAL_WORLD_SIZE", 1))
-        int(variables["MASTER_PORT"])
-    except ValueError as error:
-        raise DataError(f"a variable of torchrun's is no number ({error}): {advice}") from None
-    if not (0 <= rank < world_size and 0 <= local_rank and local_world_size >= 1):
-        values = ", ".join(f"{name}={variables[name]}" for name in NUMBERS)
-        raise DataError(f"the environment has {values}, which cannot be: {advice}")
-    return Place(rank, world_size, local_rank, local_world_size)
-
-
-def start(config: RunConfig, timeout: timedelta, place: Place | None = None) -> Compute:
+def start(config: RunConfig, place: Place = ALONE, timeout: timedelta = timedelta(minutes=30),
+          bf16_on_cpu: bool = False) -> Compute:
     """Join the processes that torchrun started, or be the only one."""
-    rank, world_size, local_rank, local_world_size = place or read_place()
+    rank, world_size, local_rank, local_world_size = place
     cuda = torch.cuda.is_available()
     if cuda and local_rank >= torch.cuda.device_count():
         raise DataError(f"{local_world_size} processes are too many for "
@@ -214,7 +176,7 @@ def start(config: RunConfig, timeout: timedelta, place: Place | None = None) -> 
                 f"{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT): {reason}") from None
     precision = config.precision
     if precision == "auto":
-        precision = _fastest_precision(cuda, getattr(config, "bf16_on_cpu", False))
+        precision = _fastest_precision(cuda, bf16_on_cpu)
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     cores = len(os.sched_getaffinity(0))
     threads = config.threads or max(1, min(8, cores // local_world_size))
@@ -244,15 +206,15 @@ def learning_rate(step: int, total_steps: int, warmup_steps: float, peak: float 
 # How a run begins and ends.
 
 def main(stage: Callable, config_class: type, argv: list[str] | None = None,
-         timeout: timedelta = timedelta(minutes=30)) -> None:
+         timeout: timedelta = timedelta(minutes=30), bf16_on_cpu: bool = False) -> None:
     """Run `stage(config, compute, resources)`; what its user can mend ends it in one sentence.
 
     resources: an ExitStack; what the stage enters there is closed however the run ends.
     timeout: how long a process waits for another one in a collective call.
+    bf16_on_cpu: whether --precision auto may be bf16 there.
 
     A Config may say in `afterwards` what the same command does after Ctrl-C, where it does not
-    go on from what is in --out, and by `bf16_on_cpu` that --precision auto may be bf16 there.
-    Training gains from it, while probabilities should not depend on the machine."""
+    go on from what is in --out."""
     print_any_name()
     threading.excepthook = _but_for_tensorboard
     config, script = parse(config_class, argv), f"{stage.__name__}.py"
@@ -262,7 +224,7 @@ def main(stage: Callable, config_class: type, argv: list[str] | None = None,
     try:
         with (contextlib.ExitStack() as resources,
               errors_in_one_sentence(script, config.out, first, afterwards)):
-            stage(config, start(config, timeout, place), resources)
+            stage(config, start(config, place, timeout, bf16_on_cpu), resources)
     except FloatingPointError as error:
         sys.exit(f"{script}: {error}" if first else 1)
     except torch.OutOfMemoryError:

@@ -29,15 +29,46 @@ if TYPE_CHECKING:
     from run import Compute
 
 
+# --------------------------------------------------------------------------------------------------
+# Digests of what a run is made of: they change where it does, and not with where it lies.
+
 def content_of_data(manifest: Manifest, images: np.ndarray | None = None) -> str:
-    """A digest of a data folder, or of these images of it without their labels.
+    """Of a data folder, or of these images of it without their labels.
 
     A folder of the same rows whose images were made with another --size differs by
     their sizes in bytes."""
     if images is None:
-        sizes = manifest.sizes_digest(np.arange(len(manifest.paths)))
-        return f"{manifest.rows_digest()} {sizes}"
-    return f"{manifest.paths_digest(images)} {manifest.sizes_digest(images)}"
+        return f"{rows_digest(manifest)} {sizes_digest(manifest, np.arange(len(manifest.paths)))}"
+    paths = _digest(*(manifest.paths[i].encode("utf-8", "surrogateescape") for i in images))
+    return f"{paths} {sizes_digest(manifest, images)}"
+
+
+def rows_digest(manifest: Manifest) -> str:
+    """Of the whole table."""
+    columns = [manifest.paths, manifest.patients, manifest.splits, manifest.label_names]
+    columns += [column for column in (manifest.studies, manifest.views) if column is not None]
+    return _digest(*("\n".join(column).encode("utf-8", "surrogateescape")
+                     for column in columns), manifest.labels.tobytes())
+
+
+def sizes_digest(manifest: Manifest, images: np.ndarray) -> str:
+    """Of the sizes of some images' files; it misses rewrites of the same size."""
+    return _digest(b"" if manifest.sizes is None else manifest.sizes[images].tobytes())
+
+
+def patients_digest(manifest: Manifest, images: np.ndarray) -> str:
+    """Of which of some images are of the same patient, whatever the patients are called."""
+    _, first, number = np.unique(
+        manifest.patients[images], return_index=True, return_inverse=True)
+    return _digest(first[number].tobytes())
+
+
+def _digest(*parts: bytes) -> str:
+    """16 hexadecimal digits that differ where the parts do."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def content_of_file(path: str | Path) -> str:
@@ -147,6 +178,9 @@ class Curves:
         if not first:
             return
         path = Path(config.out) / "log.jsonl"
+        if not step:  # curves of a run that was killed before its first checkpoint
+            for old in [path, *path.parent.glob("events.out.tfevents.*")]:
+                old.unlink(missing_ok=True)
         if path.exists():
             lines = [line for line in path.read_text("utf-8").splitlines(keepends=True)
                      if line.endswith("\n") and json.loads(line)["step"] <= step]

@@ -14,8 +14,6 @@ from model import MEAN, STD
 from philox import uniform_numbers
 from sampling import VIEW
 
-SWITCHES = {"mirror", "equalize"}   # parameters of a view that are 0 or 1
-
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -50,43 +48,37 @@ def view_parameters(augmentation: Augmentation, seed: int, times: np.ndarray, im
         normalised:                         (y - m) / s = (x - m / b) / (s / (b c))
 
     torchvision's contrast pivots on the image's own mean and clips; this one does neither."""
-    # A new number goes to the end, so that those before it stay what they are.
-    u = uniform_numbers((seed, VIEW), 11, view, images, times)  # (11, B) in [0, 1)
+    # A new number goes to the end, so that those before it stay what they are. (B,) each:
+    area, aspect, top, left, angle, sigma, mirror, brightness, contrast, gamma, equalize = \
+        uniform_numbers((seed, VIEW), 11, view, images, times)
 
     # The window's aspect ratio is log-uniform in 3/4 to 4/3, as far as the window fits. It is
     # relative to the image's own, because evaluation maps the whole image onto the square, too,
     # tall or wide: nothing at the lungs' edges is cut off.
-    area = _between(augmentation.crop_area, u[0])
+    area = _between(augmentation.crop_area, area)
     widest = np.minimum(np.log(4 / 3), -np.log(area))
-    aspect = np.exp(_between((-widest, widest), u[1]))
+    aspect = np.exp(_between((-widest, widest), aspect))
     window = np.sqrt([area / aspect, area * aspect])  # (2, B): height, width
-    start = (1 - window) * u[2:4]                     # (2, B): top, left
+    start = (1 - window) * [top, left]                # (2, B)
 
-    b = _between((1 - augmentation.brightness, 1 + augmentation.brightness), u[7])
-    c = _between((1 - augmentation.contrast, 1 + augmentation.contrast), u[8])
+    b = _between((1 - augmentation.brightness, 1 + augmentation.brightness), brightness)
+    c = _between((1 - augmentation.contrast, 1 + augmentation.contrast), contrast)
     parameters = {
         "roi_start": start.T,
         "roi_end": (start + window).T.clip(max=1),
-        "angle": _between((-augmentation.rotation, augmentation.rotation), u[4]),
-        "sigma": _between(augmentation.blur, u[5]),
-        "mirror": u[6] < augmentation.flip,
-        "gamma": np.exp(_between(np.log(augmentation.gamma), u[9])),
-        "equalize": u[10] < augmentation.equalize,
+        "mirror": mirror < augmentation.flip,
         "mean": 255 * MEAN / b,
         "std": 255 * STD / (b * c)}
-    return {name: np.ascontiguousarray(
-                parameters[name], np.int32 if name in SWITCHES else np.float32)
-            for name in parameter_names(augmentation)}
-
-
-def parameter_names(augmentation: Augmentation) -> list[str]:
-    """What `view_parameters` gives: nothing of a step that no view takes."""
-    optional = {
-        "angle": augmentation.rotation,
-        "sigma": max(augmentation.blur),
-        "gamma": augmentation.gamma != (1, 1),
-        "equalize": augmentation.equalize}
-    return ["roi_start", "roi_end", "mirror", "mean", "std", *filter(optional.get, optional)]
+    if augmentation.rotation:
+        parameters["angle"] = _between((-augmentation.rotation, augmentation.rotation), angle)
+    if max(augmentation.blur):
+        parameters["sigma"] = _between(augmentation.blur, sigma)
+    if augmentation.gamma != (1, 1):
+        parameters["gamma"] = np.exp(_between(np.log(augmentation.gamma), gamma))
+    if augmentation.equalize:
+        parameters["equalize"] = equalize < augmentation.equalize
+    return {name: np.ascontiguousarray(value, np.int32 if value.dtype == bool else np.float32)
+            for name, value in parameters.items()}
 
 
 def _between(limits: tuple | np.ndarray, u: np.ndarray) -> np.ndarray:

@@ -50,7 +50,7 @@ def train(compute, data, live, first=0, state=None):
             state = {name: value.clone() for name, value in net.state_dict().items()}
         x = torch.cat([view1, view2]).to(precision)
         if step == first:
-            compute.rehearse(model, x)
+            compute.rehearse(model, tuple(x.shape))
         in_pieces = {}
         if not live:                    # a piece has a batch norm of its own
             backward_in_pieces(model, x, 3, loss_of, scaler, compute)

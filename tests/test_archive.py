@@ -16,6 +16,7 @@ import finetune
 import predict
 import prepare
 import pretrain
+import probe
 from archive import NAME
 from checkpoint import load_checkpoint
 from common import DataError, ImageError
@@ -41,7 +42,7 @@ def test_batches_are_the_same_to_the_bit(folder):
         loader = train_loader(manifest, manifest.images("train"), 4, range(3, 20), 2,
                               Augmentation(), Preprocessing(32, "image", True), 0, "cpu")
         whole = eval_loader(manifest, np.arange(12), 5, Preprocessing(48), "cpu")
-        return whole.fingerprint, [tensor for batch in [*loader, *whole] for tensor in batch]
+        return probe.fingerprint(whole), [tensor for batch in [*loader, *whole] for tensor in batch]
 
     fingerprint, expected = batches()
     prepare.main(["pack", str(folder), "--workers", "1"])

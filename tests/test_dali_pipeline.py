@@ -198,7 +198,7 @@ def test_batches_are_the_same_from_any_step_and_on_any_number_of_processes(data,
     def batches(steps, rank=0, world_size=1):
         return list(train_loader(manifest, manifest.images("train"), 8, steps, 2, STRONG,
                                  Preprocessing(32), 3, "cpu", rank, world_size, weights=weights,
-                                 numbers=numbers))
+                                 groups=numbers))
 
     whole = batches(range(8))                                   # across the seam at step 5.25
     for expected, got in zip(whole[5:], batches(range(5, 8)), strict=True):
@@ -333,7 +333,7 @@ def test_the_second_view_is_of_another_image(folder, data, numbers, packed):
     for preprocessing in (Preprocessing(48), Preprocessing(48, "image", True)):
         alone = next(iter(eval_loader(manifest, np.arange(60), 60, preprocessing, "cpu")))[0]
         loader = train_loader(manifest, train, 14, range(3), 2, plain, preprocessing, 3, "cpu",
-                              numbers=numbers)
+                              groups=numbers)
         pairs = []
         for view1, view2, index in loader:
             other = [int((alone - view).abs().amax((1, 2, 3)).argmin()) for view in view2]
@@ -358,7 +358,7 @@ def test_second_image_that_cannot_be_read_is_named(folder, damage):
     path.write_bytes(content[:len(content) // 2] if damage == "truncate" else b"no image")
     with pytest.raises(ImageError, match=f"{path.name} .row {bad + 2} of .* cannot be read"):
         list(train_loader(manifest, train, 2, range(1), 2, STRONG, Preprocessing(32), seed, "cpu",
-                          numbers=manifest.patient_numbers()))
+                          groups=manifest.patient_numbers()))
 
 
 def test_second_image_that_never_arrives_is_named(folder):
@@ -408,9 +408,8 @@ def test_bad_image_in_a_large_batch_does_not_crash_the_process(tmp_path, content
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("half", [False, True])
-def test_gpu_views_equal_cpu_views(tmp_path, half):
-    """Up to the JPEG decoders' rounding, and float16's: within two gray levels on average, 99 %
+def test_gpu_views_equal_cpu_views(tmp_path):
+    """Up to the JPEG decoders' rounding: within two gray levels on average, 99 %
     within six."""
     manifest = read_manifest(write_folder(tmp_path / "folder"))
     train = manifest.images("train")
@@ -418,8 +417,8 @@ def test_gpu_views_equal_cpu_views(tmp_path, half):
     for options, augmentation in (({}, STRONG), ({"normalize": "image"}, STRONG),
                                   ({"clahe": True}, STRONG), ({}, curved)):
         cpu, gpu = (next(iter(train_loader(
-            manifest, train, 16, range(1), 2, augmentation, Preprocessing(64, **options), 0, device,
-            half=half))) for device in ("cpu", "cuda"))
+            manifest, train, 16, range(1), 2, augmentation, Preprocessing(64, **options), 0, device
+        ))) for device in ("cpu", "cuda"))
         assert torch.equal(cpu[2], gpu[2]) and gpu[0].device.type == "cuda"
         for a, b in zip(cpu[:2], gpu[:2], strict=True):
             error = (a.float() - b.float().cpu()).abs() * STD * 255

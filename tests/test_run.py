@@ -9,7 +9,6 @@ import shutil
 import struct
 import subprocess
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +26,13 @@ import figures
 import finetune
 import predict
 import pretrain
+import probe
 from checkpoint import CheckpointError, load_checkpoint
-from common import DataError, lock
+from common import DataError, lock, read_place
 from dali_pipeline import Preprocessing, eval_loader
 from manifest import read_manifest
 from model import build_encoder
-from run import read_place, start
+from run import start
 
 STEPS = [*SMALL, "--max-steps", "1"]
 
@@ -167,13 +167,13 @@ def test_a_meeting_point_alone_is_no_environment(monkeypatch):
     assert read_place().world_size == 1
 
 
-def test_precision_on_a_cpu_is_bf16_for_pretraining_alone():
-    config = pretrain.Config()
+def test_precision_on_a_cpu_is_bf16_for_pretraining_alone(data, tmp_path, capsys):
     bf16 = {"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split())
-    assert start(config, timedelta(minutes=1)).precision == ("bf16" if bf16 else "fp32")
-    config.precision = "fp32"
-    assert start(config, timedelta(minutes=1)).precision == "fp32"
-    assert start(finetune.Config(), timedelta(minutes=1)).precision == "fp32"
+    for precision, expected in (("auto", "bf16" if bf16 else "fp32"), ("fp32", "fp32")):
+        pretrain.main([*SMALL, "--data", str(data), "--out", str(tmp_path / precision),
+                       "--max-steps", "1", "--precision", precision])
+        assert f"{expected} on 1 x CPU" in capsys.readouterr().out
+    assert start(finetune.Config()).precision == "fp32"
 
 
 def test_a_batch_of_one_is_refused(data, tmp_path, capsys):
@@ -377,7 +377,8 @@ def test_later_stages_know_moved_folders_again(labelled, encoder, tmp_path, monk
 def test_features_are_known_by_the_images_and_not_by_the_place(folder, tmp_path):
     def fingerprint(path):
         manifest = read_manifest(path)
-        return eval_loader(manifest, np.arange(5), 4, Preprocessing(32), "cpu").fingerprint
+        return probe.fingerprint(
+            eval_loader(manifest, np.arange(5), 4, Preprocessing(32), "cpu"))
 
     first = fingerprint(folder)
     folder.rename(tmp_path / "moved")
