@@ -339,8 +339,7 @@ def bench_fed(args: argparse.Namespace, folder: Path) -> None:
 
     Where both are equally fast, the loader keeps up and costs nothing."""
     step = Step(args, folder / "run", Way("default"), args.batch_size)
-    batches = iter(dali_loader(args, demo_folder(args, folder / "data"),
-                               step.compute.dtype is not None))
+    batches = iter(dali_loader(args, demo_folder(args, folder / "data")))
     same1, same2, _ = next(batches)
     steps = BATCHES if CUDA else 1
 

@@ -1,12 +1,9 @@
 """NT-Xent, the SimCLR loss, with negatives from every process; and what to watch beside it.
 
-    loss of anchor i  =  -l_ip + ln(exp(l_ip) + sum over negatives k of exp(l_ik))
-
-with l the cosine similarity over the temperature and p the positive, which is the other
-view of the anchor's image. The anchors of a process are the 2N projections of its own N
-images, two views of each; their keys are the 2WN projections of all W processes.
-DistributedDataParallel averages gradients over the processes, and so the loss of a process
-is made such that its average over them is the mean over all anchors.
+The anchors of a process are the 2N projections of its own N images, two views of each;
+their keys are the K = 2WN projections of all W processes. DistributedDataParallel averages
+gradients over the processes, and so the loss of a process is made such that its average
+over them is the mean over all anchors.
 """
 import contextlib
 import math
@@ -34,7 +31,8 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float, patients: Tensor | None 
 
         -l_ip + ln(exp(l_ip) + R),        R = sum over the negatives k of exp(l_ik)
 
-    All keys but the anchor itself and its positive are negatives, unless:
+    with l the cosine similarity over the temperature and p the positive, the anchor
+    image's other view. All keys but the anchor itself and its positive are negatives, unless:
 
     patients: (N,) integers, equal for images of the same patient. Then an anchor's
         negatives are the n keys of other patients. This covers an image that stands
@@ -62,6 +60,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float, patients: Tensor | None 
         if prior:
             log_r = _debiased(log_r, positive, log_n, temperature, prior)
         excess = log_r - positive  # (2, N)
+        # -l_ip + ln(exp(l_ip) + R) = ln(1 + exp(ln R - l_ip)), which is softplus.
         loss = excess if decoupled else F.softplus(excess)
         return (batch.shares * loss).sum()
 
@@ -77,46 +76,17 @@ def _debiased(log_r: Tensor, positive: Tensor, log_n: Tensor, temperature: float
     return torch.where(share > 0, left, floor).maximum(floor)
 
 
-@torch.no_grad()
-def diagnostics(z1: Tensor, z2: Tensor, patients: Tensor | None = None,
-                weights: Tensor | None = None, decoupled: bool = False) -> dict[str, Tensor]:
-    """What the loss hides, as scalars, to be averaged over the processes. Arguments
-    as in `nt_xent`.
-
-    top1: how often an anchor's positive is nearer than all its negatives on all
-    processes, by more than the rounding of float32: where all projections are the
-    same that is never.
-    alignment: mean squared distance of positives on the unit sphere, 0 at best.
-    uniformity: log of the mean Gaussian potential of this process's pairs, about -4
-    at best, 0 where all projections are the same (both Wang and Isola 2020); NaN for
-    one image a process.
-    chance: the loss of this batch where all projections are the same."""
-    with _without_autocast(z1.device.type):
-        batch = _batch(z1, z2, patients, weights)
-        z1, z2 = batch.anchors
-        positive = (z1 * z2).sum(1)  # (N,)
-        nearest = torch.cat([_similarities(batch, block, 1).amax(2)  # (2, N)
-                             for block in _blocks(batch)], 1)
-        potentials = [torch.pdist(z).square().mul(-2).exp().mean().log() for z in (z1, z2)]
-        parts = (batch.negatives + (not decoupled)).clamp_min(1)  # (N,)
-        return {
-            "top1": (positive > nearest + 1e-6).float().mean(),
-            "alignment": (z1 - z2).square().sum(1).mean(),
-            "uniformity": (potentials[0] + potentials[1]) / 2,
-            "chance": 2 * (batch.shares * parts.log()).sum()}
-
-
 # --------------------------------------------------------------------------------------------------
 # Who is compared with whom.
 
 class Batch(NamedTuple):
     """The global batch as one of W processes sees it."""
-    anchors: Tensor       # (2, N, D) projections of this process, of length 1
-    keys: Tensor          # (W, 2, N, D) projections of all processes, of length 1
-    patients: Tensor      # (N,) of this process's images; without patients, each its own
-    all_patients: Tensor  # (W, N) of all processes' images
-    negatives: Tensor     # (N,) how many an image's anchors have
-    shares: Tensor        # (N,) of each of its two anchors in the mean; 0 where it has no negative
+    anchors: Tensor    # (2, N, D) projections of this process, of length 1
+    keys: Tensor       # (K, D) projections of all processes, of length 1
+    patients: Tensor   # (N,) of this process's images; without patients, each its own
+    of_keys: Tensor    # (K,) the patients of the keys
+    negatives: Tensor  # (N,) how many an image's anchors have
+    shares: Tensor     # (N,) of each of its two anchors in the mean; 0 where it has no negative
 
 
 def _batch(z1: Tensor, z2: Tensor, patients: Tensor | None, weights: Tensor | None) -> Batch:
@@ -124,10 +94,11 @@ def _batch(z1: Tensor, z2: Tensor, patients: Tensor | None, weights: Tensor | No
     if dist.is_initialized():
         world_size, rank = dist.get_world_size(), dist.get_rank()
     anchors = F.normalize(torch.stack([z1, z2]).float(), dim=2)
-    keys = _all_gather(anchors.detach())
+    keys = _all_gather(anchors.detach()).flatten(0, 2)
     if patients is None:
         patients = torch.arange(rank * images, (rank + 1) * images, device=z1.device)
-    all_patients = _all_gather(patients)
+    all_patients = _all_gather(patients)  # (W, N)
+    of_keys = all_patients[:, None].expand(-1, 2, -1).flatten()
     # How many images are of the same patient is how far apart the first and the last of them lie
     # in a sorted list.
     in_order = all_patients.flatten().sort().values
@@ -139,7 +110,7 @@ def _batch(z1: Tensor, z2: Tensor, patients: Tensor | None, weights: Tensor | No
     if weights is not None:
         shares = weights.float() * (world_size / (2 * _all_gather(weights.float()).sum()))
     shares = shares * (negatives > 0)
-    return Batch(anchors, keys, patients, all_patients, negatives, shares)
+    return Batch(anchors, keys, patients, of_keys, negatives, shares)
 
 
 def _all_gather(rows: Tensor) -> Tensor:
@@ -154,21 +125,17 @@ def _all_gather(rows: Tensor) -> Tensor:
 def _blocks(batch: Batch) -> list[slice]:
     """Parts of a process's images whose similarities fit into cache, or a little of a GPU."""
     elements = 2**25 if batch.keys.is_cuda else 2**20
-    images, keys = batch.anchors.shape[1], batch.keys[..., 0].numel()
-    size = max(1, elements // (2 * keys))
+    images = len(batch.patients)
+    size = max(1, elements // (2 * len(batch.keys)))
     return [slice(start, min(start + size, images)) for start in range(0, images, size)]
 
 
 def _similarities(batch: Batch, block: slice, scale: float) -> Tensor:
     """Cosines of a block's 2n anchors with all K keys, times scale, (2, n, K); ABSENT where the
     key is no negative: the anchor, its positive, and what else is of its patient."""
-    anchors = batch.anchors[:, block].flatten(0, 1) * scale  # (2n, D)
-    similarities = anchors @ batch.keys.flatten(0, 2).T  # (2n, K)
-    same = batch.patients[block, None, None] == batch.all_patients  # (n, W, N)
-    n, world_size, images = same.shape
-    by_image = similarities.view(2, n, world_size, 2, images)
-    by_image.masked_fill_(same[:, :, None], ABSENT)
-    return similarities.view(2, n, -1)
+    similarities = (batch.anchors[:, block] * scale) @ batch.keys.T
+    same_patient = batch.patients[block, None] == batch.of_keys  # (n, K)
+    return similarities.masked_fill_(same_patient, ABSENT)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -210,7 +177,6 @@ class LogSumExp(torch.autograd.Function):
         gradient = ctx.scale * gradient  # (2, N)
         of_all = _all_gather(torch.stack([log_sum, gradient]))  # (W, 2, 2, N)
         log_sums, gradients = of_all.transpose(0, 1).flatten(1)  # (K,) each, in the keys' order
-        keys = batch.keys.flatten(0, 2)  # (K, D)
         for_anchors = torch.empty_like(batch.anchors)  # (2, N, D)
         similarities, ctx.last_block = ctx.last_block, None
         for block in reversed(_blocks(batch)):
@@ -219,7 +185,7 @@ class LogSumExp(torch.autograd.Function):
             as_anchor = similarities - log_sum[:, block, None]
             as_anchor = as_anchor.exp_().mul_(gradient[:, block, None])
             as_key = similarities.sub_(log_sums).exp_().mul_(gradients)
-            for_anchors[:, block] = as_anchor.add_(as_key) @ keys
+            for_anchors[:, block] = as_anchor.add_(as_key) @ batch.keys
             similarities = None
         return for_anchors, None, None
 
@@ -232,3 +198,36 @@ def _without_autocast(device: str) -> contextlib.AbstractContextManager:
     if torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
+
+
+# --------------------------------------------------------------------------------------------------
+# What to watch beside the loss.
+
+@torch.no_grad()
+def diagnostics(z1: Tensor, z2: Tensor, patients: Tensor | None = None,
+                weights: Tensor | None = None, decoupled: bool = False) -> dict[str, Tensor]:
+    """What the loss hides, as scalars, to be averaged over the processes. Arguments
+    as in `nt_xent`.
+
+    top1: how often an anchor's positive is nearer than all its negatives on all
+    processes, by more than the rounding of float32: where all projections are the
+    same that is never.
+    alignment: mean squared distance of positives on the unit sphere, 0 at best.
+    uniformity: log of the mean Gaussian potential of this process's pairs, about -4
+    at best, 0 where all projections are the same (both Wang and Isola 2020); NaN for
+    one image a process.
+    chance: the loss of this batch where all projections are the same."""
+    with _without_autocast(z1.device.type):
+        batch = _batch(z1, z2, patients, weights)
+        z1, z2 = batch.anchors
+        positive = (z1 * z2).sum(1)  # (N,)
+        nearest = torch.cat([_similarities(batch, block, 1).amax(2)  # (2, N)
+                             for block in _blocks(batch)], 1)
+        potentials = [torch.pdist(z).square().mul(-2).exp().mean().log() for z in (z1, z2)]
+        # If all similarities are the same, it is the logarithm of how many terms the sum has.
+        terms = (batch.negatives + (not decoupled)).clamp_min(1)  # (N,)
+        return {
+            "top1": (positive > nearest + 1e-6).float().mean(),
+            "alignment": (z1 - z2).square().sum(1).mean(),
+            "uniformity": (potentials[0] + potentials[1]) / 2,
+            "chance": 2 * (batch.shares * terms.log()).sum()}
