@@ -113,8 +113,8 @@ def read_manifest(folder: str | Path, packed: bool = True, images_on_disk: bool 
     file = Path(folder) / "manifest.csv"
     if not file.is_file():
         raise DataError(f"{folder} is not a data folder: {file} is missing "
-                        "(`python prepare.py --help` tells how to make one, --data names another, "
-                        "and `python pretrain.py --demo` brings its own)")
+                        "(`python prepare.py nih --src DIR --out DIR`, or another source, makes "
+                        "one; --data names another; `python pretrain.py --demo` brings its own)")
     # The slow way is taken where the fast one has doubts; it says which row and column is wrong.
     table = table_at_once(file) or table_by_rows(file, folder)
     manifest = Manifest(Path(folder), *table)

@@ -459,7 +459,7 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     loss, auroc = math.nan, math.nan  # the latest, for the table of hyper-parameters
     batches = iter(train_loader(
         manifest, train, config.batch_size, range(start_step, schedule.end), 2, augmentation,
-        preprocessing, config.seed, weights=sampling.draws,
+        preprocessing, config.seed, weights=sampling.draw_weights,
         groups=sampling.groups, **compute.loader_arguments()))
     model.train()
     # After `step` steps: probe, save, leave if it is time; then take one more.
@@ -502,8 +502,8 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
         x = torch.cat([view1, view2])                                   # (2N, 1, S, S)
         patients = compute.send(sampling.patients[index])               # (N,)
         weights = None
-        if sampling.losses is not None:
-            weights = compute.send(sampling.losses[index])              # (N,)
+        if sampling.loss_weights is not None:
+            weights = compute.send(sampling.loss_weights[index])        # (N,)
         loss_of = functools.partial(
             nt_xent, temperature=tau, patients=patients, weights=weights,
             decoupled=config.decoupled, hardness=config.hardness, prior=config.prior)

@@ -53,21 +53,22 @@ def _shuffle(n: int, seed: int, epoch: int) -> np.ndarray:
 
 class Sampling(NamedTuple):
     """Of each of the manifest's N images, (N,), or None where that is the same for all."""
-    draws: np.ndarray | None   # how often it is drawn, in proportion
-    groups: np.ndarray | None  # a number, equal for those that may be each other's positive
-    patients: Tensor           # a number, equal for those that are not each other's negatives
-    losses: Tensor | None      # what the losses of its anchors weigh
+    draw_weights: np.ndarray | None  # how often it is drawn, in proportion
+    groups: np.ndarray | None        # a number, equal for those that may be each other's positive
+    patients: Tensor                 # a number, equal for those that are no negatives
+    loss_weights: Tensor | None      # what the losses of its anchors weigh
 
 
 def choose_sampling(manifest: Manifest, train: np.ndarray, balance: tuple[str, ...],
                     weigh_loss: bool, positives: str, same_patient: bool) -> Sampling:
     """By the flags of these names. DataError where the manifest lacks a column."""
     patients = manifest.patient_numbers()
-    draws = groups = losses = None
+    draw_weights = groups = loss_weights = None
     if balance:
-        draws = image_weights(balance, patients, manifest.labels, manifest.label_names, train)
+        draw_weights = image_weights(
+            balance, patients, manifest.labels, manifest.label_names, train)
     if weigh_loss:
-        draws, losses = None, torch.from_numpy(draws)
+        draw_weights, loss_weights = None, torch.from_numpy(draw_weights)
     if positives == "patient":
         groups = patients
     if positives == "study":
@@ -75,7 +76,7 @@ def choose_sampling(manifest: Manifest, train: np.ndarray, balance: tuple[str, .
     # An image of the same patient is no negative: what it shows may well be the same.
     if same_patient:
         patients = np.arange(len(patients))
-    return Sampling(draws, groups, torch.from_numpy(patients), losses)
+    return Sampling(draw_weights, groups, torch.from_numpy(patients), loss_weights)
 
 
 def resampled(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
