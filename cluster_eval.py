@@ -51,6 +51,8 @@ from report import (
     sweep_figure, write_json)
 from run import Compute
 
+# What a run writes, and --overwrite deletes. Where the first of them is, everything is.
+RESULTS = ("results.json", "results.md")
 # The table's columns and the keys of results.json.
 SCORES = ("accuracy", "balanced_accuracy", "NMI", "ARI", "purity", "silhouette",
           "cosine_within", "cosine_between", "kNN_accuracy", "kNN_AUROC")
@@ -549,30 +551,35 @@ def table(rows: dict[str, dict[str, Any]], selection: Selection) -> str:
 # The stage.
 
 def open_run_folder(config: Config, inits: list[str], data: str, selection: Selection,
-                    resources: contextlib.ExitStack) -> str | None:
-    """Make the run folder this run's own, and empty; or the table, where the run is complete.
+                    resources: contextlib.ExitStack) -> None:
+    """Make the run folder this run's own, or recognise the run in it.
 
     --init and --data are compared by what is in the files that they stand for: tomorrow the
     same path may hold another training."""
-    out = Path(config.out)
-    results_json, results_md = out / "results.json", out / "results.md"
     run_folder.open_run(
-        config, "cluster_eval", (results_json.name, results_md.name), resources,
+        config, "cluster_eval", RESULTS, resources,
         contents={"init": {init: run_folder.content_of_file(init) for init in inits},
                   "data": {data: run_folder.content_of_data(selection.manifest)}},
         init=inits, data=data)
-    exported = not config.export or Path(config.export).exists()
-    if results_json.exists() and results_md.exists() and exported:
-        return results_md.read_text("utf-8", errors="surrogateescape")
-    # Parts of a run that was interrupted or given up.
-    results_json.unlink(missing_ok=True)
-    results_md.unlink(missing_ok=True)
+
+
+def is_complete(config: Config) -> bool:
+    """Whether the run folder holds all that its run leaves."""
+    files = [Path(config.out, name) for name in RESULTS]
+    if config.export:
+        files.append(Path(config.export))
+    return all(file.exists() for file in files)
+
+
+def clear(out: Path) -> None:
+    """Delete the parts of a run that was interrupted or given up."""
+    for name in RESULTS:
+        (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / "cluster_figures", ignore_errors=True)
-    return None
 
 
-def write_results(config: Config, results: dict[str, dict[str, Any]], curves: dict[str, dict],
-                  selection: Selection, text: FigureText, writer: SummaryWriter) -> None:
+def write_table(config: Config, results: dict[str, dict[str, Any]], curves: dict[str, dict],
+                selection: Selection, text: FigureText, writer: SummaryWriter) -> None:
     """All rows together: the table, and the sweep's figure. results.json comes last: where it
     is, everything is."""
     out = Path(config.out)
@@ -612,10 +619,12 @@ def cluster_eval(config: Config, compute: Compute, resources: contextlib.ExitSta
 
     # Where the results go, unless they are there already.
     out = Path(config.out)
-    complete = open_run_folder(config, list(checkpoints), data, selection, resources)
-    if complete is not None:
-        print(f"{out} is complete; --overwrite does it again\n\n{complete}")
+    open_run_folder(config, list(checkpoints), data, selection, resources)
+    if is_complete(config):
+        finished = (out / "results.md").read_text("utf-8", errors="surrogateescape")
+        print(f"{out} is complete; --overwrite does it again\n\n{finished}")
         return
+    clear(out)
     writer = SummaryWriter(str(out / "cluster_figures"))
     resources.callback(writer.close)
     text = figure_text(**{"class": selection.names, "row": [row.init for row in rows]})
@@ -649,7 +658,7 @@ def cluster_eval(config: Config, compute: Compute, resources: contextlib.ExitSta
 
     settings = dataclasses.replace(
         config, init=tuple(checkpoints), data=data, precision=compute.precision)
-    write_results(settings, results, curves, selection, text, writer)
+    write_table(settings, results, curves, selection, text, writer)
 
 
 def main(argv: list[str] | None = None) -> None:
