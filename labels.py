@@ -1,4 +1,5 @@
-"""What is asked of each image: labels read by a policy, a draw of the patients, weights, loss.
+"""What is asked of each image: labels read by a policy, a draw of the patients, weights, loss,
+and for clusters the class that it belongs to.
 
 Pure functions of arrays. A task asks G questions of K answers each about N images; L
 probabilities, one for each label, are read from a network's G * K logits.

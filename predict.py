@@ -464,8 +464,8 @@ def predict_one(config: Config, inputs: Inputs, net: Classifier, state: dict[str
     # The output folder remembers whose predictions it holds, and refuses those of others. Which
     # --stretch was inherited is the classifier's matter.
     run_folder.open_run(
-        config, "predict", RESULTS, resources, data=str(data.resolve()),
-        classifier=str(Path(config.classifier).resolve()), stretch=list(config.stretch) or None)
+        config, "predict", RESULTS, resources, classifier=str(Path(config.classifier).resolve()),
+        data=str(data.resolve()), stretch=list(config.stretch) or None)
 
     # The images as prepare.py makes them.
     say_how_read(inputs, settings, state, compute.say)
