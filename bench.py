@@ -10,25 +10,34 @@ other machines too. Parts that take minutes run where they are named.
 """
 import argparse
 import contextlib
+import csv
+import ctypes
 import io
 import itertools
 import json
+import multiprocessing
+import os
+import platform
+import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import run  # first: it answers Ctrl-C while PyTorch loads
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from nvidia.dali import __version__ as dali_version
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.utils.data import DataLoader
-from torchvision import transforms as v1
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
@@ -36,21 +45,101 @@ import phantom
 import prepare
 import pretrain
 from archive import write_archive
-from bench_growth import bench_manifest, bench_scaling
 from checkpoint import ARCHITECTURES
-from common import write_text
+from common import DataError, write_text
 from dali_pipeline import Loader, Preprocessing, train_loader
 from flags import number_within
 from labels import draw
 from loss import nt_xent
 from manifest import Manifest, read_manifest
+from manifest_csv import SPLITS
 from model import MEAN, STD, SimCLR, build_encoder
 from probe import STRENGTHS, fit_logistic
 from radiograph import ImageSettings, read_image
-from timing import CUDA, DEVICE, LINES, machine, median_seconds, peak_mib, report, seconds
+from syncbn import SyncBatchNorm
 from views import Augmentation
 
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
 BATCHES = 8                             # that a loader delivers between two looks at the clock
+TEMPERATURE = 0.07
+LINES: list[dict[str, Any]] = []        # every figure of this run
+
+
+# --------------------------------------------------------------------------------------------------
+# How time and memory are taken, and where the figures go.
+
+def seconds(work: Callable, clock: Callable = time.perf_counter) -> float:
+    """How long a call takes; the GPU's work is waited for."""
+    start = clock()
+    work()
+    if CUDA:
+        torch.cuda.synchronize()
+    return clock() - start
+
+
+def median_seconds(work: Callable, repeats: int, clock: Callable = time.perf_counter) -> float:
+    """Median of `repeats` calls, after one that warms up."""
+    return float(np.median([seconds(work, clock) for _ in range(repeats + 1)][1:]))
+
+
+def peak_mib(work: Callable) -> float:
+    """The most memory that `work` needs at any moment, beyond what is in use before."""
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    ctypes.CDLL(None).malloc_trim(0)                    # what was freed goes back to Linux, ...
+    Path("/proc/self/clear_refs").write_text("5")       # ... which forgets the peak so far
+    before = resident_kib("VmRSS")
+    work()
+    return (resident_kib("VmHWM") - before) / 2**10
+
+
+def resident_kib(name: str) -> int:
+    """The process's memory by Linux: VmRSS is that of now, VmHWM the peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def peak_gib() -> float:
+    """The most that PyTorch has had on the GPU since this was asked last; 0 without a GPU."""
+    if not CUDA:
+        return 0.0
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
+def report(part: str, unit: str, figures: dict[str, float]) -> None:
+    """Print a line for each contender; the first one is the project's own."""
+    own = next(iter(figures.values()))
+    for name, figure in figures.items():
+        print(f"{part:8s} {name:36s} {figure:10.2f} {unit}   {figure / own:6.2f} x ours",
+              flush=True)
+        LINES.append({"part": part, "contender": name, "figure": figure, "unit": unit,
+                      "ratio": figure / own})
+
+
+def machine() -> dict[str, str | int]:
+    """What a figure depends on beside the program's flags: hardware, versions, commit."""
+    def answer(*command: str) -> str:
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            return subprocess.check_output(command, cwd=Path(__file__).parent, text=True,
+                                           stderr=subprocess.DEVNULL).strip()
+        return ""
+
+    models = [line.split(":")[1].strip() for line in answer("cat", "/proc/cpuinfo").splitlines()
+              if line.startswith("model name")]
+    commit = answer("git", "rev-parse", "--short", "HEAD") or "unknown"
+    changed = " with changes" if answer("git", "status", "--porcelain", "-uno") else ""
+    return {"gpu": torch.cuda.get_device_name() if CUDA else "none",
+            "processor": models[0] if models else platform.processor(),
+            "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(),
+            "python": platform.python_version(), "torch": str(torch.__version__),
+            "cuda": str(torch.version.cuda) if CUDA else "none", "dali": dali_version,
+            "commit": commit + changed, "date": str(date.today())}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -64,7 +153,7 @@ def bench_prepare(args: argparse.Namespace, folder: Path) -> None:
     items = [prepare.Item(file.name, f"{file.stem}.jpg", "", "", ()) for file in files]
     conversion = prepare.Conversion(read_image, folder, folder / "out", ImageSettings())
 
-    def ours():
+    def convert():
         for item in items:
             assert not prepare.convert(item, conversion)
 
@@ -78,7 +167,7 @@ def bench_prepare(args: argparse.Namespace, folder: Path) -> None:
         for file in files:
             Image.open(file).load()
 
-    contenders = {"prepare.py": ours, "a loop over Pillow": loop, "decoding alone": decode}
+    contenders = {"prepare.py": convert, "a loop over Pillow": loop, "decoding alone": decode}
     report("prepare", "ms an image", {
         name: 1000 * median_seconds(work, args.repeats, time.process_time) / len(files)
         for name, work in contenders.items()})
@@ -103,54 +192,24 @@ def dali_loader(args: argparse.Namespace, manifest: Manifest) -> Loader:
         device=DEVICE, threads=args.threads)
 
 
-def written_well(size: int) -> Callable:
-    """The same views by torchvision, as well as one can: gray tensors, a short blur."""
+def written_well(args: argparse.Namespace, manifest: Manifest) -> DataLoader:
+    """The same views by torchvision, as well as one can: gray tensors, a short blur, and an
+    endless loader whose workers load where they would collate, so that the order of the images
+    is the whole data set."""
     recipe = Augmentation()
     transform = v2.Compose([
-        v2.RandomResizedCrop(size, recipe.crop_area, antialias=True),
+        v2.RandomResizedCrop(args.size, recipe.crop_area, antialias=True),
         v2.RandomHorizontalFlip(recipe.flip),
         v2.RandomRotation((-recipe.rotation, recipe.rotation), v2.InterpolationMode.BILINEAR),
         v2.ColorJitter(recipe.brightness, recipe.contrast),
         v2.GaussianBlur(13, recipe.blur),
         v2.ToDtype(torch.float32, scale=True),
         v2.Normalize([MEAN], [STD])])
-
-    def load(file: str) -> list[Tensor]:
-        image = decode_image(file, ImageReadMode.GRAY)
-        return [transform(image), transform(image)]
-    return load
-
-
-def written_as_usual(size: int) -> Callable:
-    """The published recipe on Pillow's images in RGB, which is how most scripts and solo-learn
-    load them."""
-    transform = v1.Compose([
-        v1.RandomResizedCrop(size, scale=(0.8, 1.0)), v1.RandomHorizontalFlip(),
-        v1.RandomRotation(10), v1.ColorJitter(0.4, 0.4, 0.2, 0.1), v1.RandomGrayscale(0.2),
-        v1.GaussianBlur(23, (0.1, 2.0)), v1.ToTensor(), v1.Normalize([MEAN] * 3, [STD] * 3)])
-
-    def load(file: str) -> list:
-        image = Image.open(file).convert("RGB")
-        return [transform(image), transform(image)]
-    return load
-
-
-def by_lightly(size: int) -> Callable:
-    """lightly's own transform, with rotation; ImportError where it is not installed."""
-    from lightly.transforms.simclr_transform import (  # pyright: ignore[reportMissingImports]
-        SimCLRTransform)
-    transform = SimCLRTransform(size, min_scale=0.8, gaussian_blur=1.0, sigmas=(0.1, 2.0),
-                                rr_prob=1.0, rr_degrees=10)
-    return lambda file: transform(Image.open(file).convert("RGB"))
-
-
-def worker_loader(args: argparse.Namespace, manifest: Manifest, load: Callable) -> DataLoader:
-    """An endless DataLoader; its workers load where they would collate, so that the order of the
-    images is the whole data set."""
     files = [str(manifest.folder / path) for path in manifest.paths]
 
     def batch(indices: list[int]) -> list[Tensor]:
-        return [torch.stack(views) for views in zip(*(load(files[i]) for i in indices))]
+        images = [decode_image(files[i], ImageReadMode.GRAY) for i in indices]
+        return [torch.stack([transform(image) for image in images]) for _ in range(2)]
 
     order = np.random.default_rng(0).integers(len(files), size=10**6).tolist()
     return DataLoader(order, args.batch_size, num_workers=args.threads, collate_fn=batch)
@@ -173,26 +232,15 @@ def bench_loader(args: argparse.Namespace, folder: Path) -> None:
     write_archive(folder, manifest.paths, manifest.path_bytes)
     packed = read_manifest(folder)
     figures["the same from images.tar"] = images_per_second(args, dali_loader(args, packed))
-    for name, contender in (("torchvision v2, written well", written_well),
-                            ("torchvision on Pillow, as usual", written_as_usual),
-                            ("lightly", by_lightly)):
-        with contextlib.suppress(ImportError):
-            loader = worker_loader(args, manifest, contender(args.size))
-            figures[name] = images_per_second(args, loader)
+    peer = written_well(args, manifest)
+    figures["torchvision v2, written well"] = images_per_second(args, peer)
     report("loader", "images/s", figures)
 
 
 # --------------------------------------------------------------------------------------------------
 # Loss.
 
-TEMPERATURE = 0.07
-
-
-def ours(z1: Tensor, z2: Tensor) -> Tensor:
-    return nt_xent(z1, z2, TEMPERATURE)
-
-
-def ours_with_patients(z1: Tensor, z2: Tensor) -> Tensor:
+def with_patients(z1: Tensor, z2: Tensor) -> Tensor:
     """Every patient has two images in the batch, and the other one is no negative."""
     return nt_xent(z1, z2, TEMPERATURE, torch.arange(len(z1), device=z1.device) // 2)
 
@@ -206,10 +254,11 @@ def written_out(z1: Tensor, z2: Tensor) -> Tensor:
 
 def losses() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """The contenders. That of lightly is among them where lightly is installed."""
-    contenders = {"loss.py": ours, "loss.py, with patients": ours_with_patients,
+    contenders = {"loss.py": lambda z1, z2: nt_xent(z1, z2, TEMPERATURE),
+                  "loss.py, with patients": with_patients,
                   "cross-entropy, written out": written_out}
     with contextlib.suppress(ImportError):
-        from lightly.loss import NTXentLoss
+        from lightly.loss import NTXentLoss  # pyright: ignore[reportMissingImports]
         contenders["lightly's NTXentLoss"] = NTXentLoss(TEMPERATURE)
     return contenders
 
@@ -274,6 +323,7 @@ class Step:
         self.training, self.way = pretrain.Training(config, self.compute, ""), way
         net = self.training.net.to(memory_format=way.layout)    # pyright: ignore
         self.model = torch.compile(net) if way.compiled else net
+        self.patients = torch.arange(pairs, device=DEVICE)      # each has one image
 
     def __call__(self, view1: Tensor, view2: Tensor) -> None:
         """view1, view2: (N, 1, S, S)."""
@@ -281,7 +331,7 @@ class Step:
         with self.compute.autocast():
             z1, z2 = self.model(x).chunk(2)                             # (N, 128) each
         scaler, optimizer = self.training.scaler, self.training.optimizer
-        scaler.scale(nt_xent(z1, z2, 0.07)).backward()
+        scaler.scale(nt_xent(z1, z2, TEMPERATURE, self.patients)).backward()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -300,20 +350,22 @@ def noise(args: argparse.Namespace, pairs: int) -> tuple[Tensor, ...]:
     return torch.randn(2 * pairs, 1, args.size, args.size, device=DEVICE).chunk(2)
 
 
-def peak_gib() -> float:
-    """The most that PyTorch has had on the GPU since this was asked last; 0 without a GPU."""
-    if not CUDA:
-        return 0.0
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    torch.cuda.reset_peak_memory_stats()
-    return peak
+def pairs_per_second(args: argparse.Namespace, step: Callable, pairs: int,
+                     batches: Iterator) -> float:
+    """Of a step of so many pairs; batches: two views each, without an end."""
+    steps = BATCHES if CUDA else 1          # a step takes seconds on a CPU
+
+    def several():
+        for view1, view2, *_ in itertools.islice(batches, steps):
+            step(view1, view2)
+
+    return steps * pairs / median_seconds(several, args.repeats)
 
 
 def bench_step(args: argparse.Namespace, folder: Path) -> None:
     """Whole steps on noise: precisions, compiled or not, optimizers, the bare encoder beside."""
-    steps = BATCHES if CUDA else 1          # a step takes seconds on a CPU
     for pairs in (64, 256) if CUDA else (args.batch_size,):
-        views, speeds, memory = noise(args, pairs), {}, {}
+        same, speeds, memory = itertools.repeat(noise(args, pairs)), {}, {}
         for way in ways(args):
             step = Step(args, folder, way, pairs)
             contenders: dict[str, Callable] = {f"{way.name} ({step.compute.precision})": step}
@@ -321,14 +373,9 @@ def bench_step(args: argparse.Namespace, folder: Path) -> None:
                 contenders["its encoder, bare"] = step.bare
             for name, work in contenders.items():
                 peak_gib()
-
-                def several(work=work, views=views):
-                    for _ in range(steps):
-                        work(*views)
-
-                speeds[name] = steps * pairs / median_seconds(several, args.repeats)
+                speeds[name] = pairs_per_second(args, work, pairs, same)
                 memory[name] = peak_gib()
-            del step, contenders, work, several     # or the next way's memory would count theirs
+            del step, contenders, work      # or the next way's memory would count theirs
         report("step", f"pairs/s, {args.arch}, {pairs} pairs", speeds)
         if CUDA:
             report("step", f"GiB, {args.arch}, {pairs} pairs", memory)
@@ -339,23 +386,12 @@ def bench_fed(args: argparse.Namespace, folder: Path) -> None:
 
     Where both are equally fast, the loader keeps up and costs nothing."""
     step = Step(args, folder / "run", Way("default"), args.batch_size)
-    batches = iter(dali_loader(args, demo_folder(args, folder / "data")))
-    same1, same2, _ = next(batches)
-    steps = BATCHES if CUDA else 1
-
-    def fed():
-        for _ in range(steps):
-            view1, view2, _ = next(batches)
-            step(view1, view2)
-
-    def unfed():
-        for _ in range(steps):
-            step(same1, same2)
-
-    contenders = {"fed by dali_pipeline.py": fed, "the same two views each time": unfed}
-    report("fed", "pairs/s", {
-        name: steps * args.batch_size / median_seconds(work, args.repeats)
-        for name, work in contenders.items()})
+    batches = iter(dali_loader(args, demo_folder(args, folder / "data"),
+                               step.compute.dtype is not None))
+    same = itertools.repeat(next(batches))
+    contenders = {"fed by dali_pipeline.py": batches, "the same two views each time": same}
+    report("fed", "pairs/s", {name: pairs_per_second(args, step, args.batch_size, views)
+                              for name, views in contenders.items()})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -395,20 +431,16 @@ def computed_gib(args: argparse.Namespace) -> float:
     return (two + image * (2 * args.batch_size - 2) + 3 * 4 * parameters) / 2**30
 
 
-def measured_gib(args: argparse.Namespace, folder: Path) -> float:
-    """The most that PyTorch had allocated on the GPU at any moment of three training steps."""
-    step, views = Step(args, folder, Way("default"), args.batch_size), noise(args, args.batch_size)
-    peak_gib()
-    for _ in range(3):
-        step(*views)
-    return peak_gib()
-
-
 def bench_memory(args: argparse.Namespace, folder: Path) -> None:
     """What --batch-size pairs need on one GPU, in bf16; measured as well where there is one."""
     figures = {f"{args.arch}, {args.batch_size} pairs, computed": computed_gib(args)}
     if CUDA:
-        figures["measured"] = measured_gib(args, folder)
+        step = Step(args, folder, Way("default"), args.batch_size)
+        views = noise(args, args.batch_size)
+        peak_gib()
+        for _ in range(3):
+            step(*views)
+        figures["measured"] = peak_gib()
     report("memory", "GiB", figures)
 
 
@@ -434,8 +466,8 @@ def bench_probe(args: argparse.Namespace, folder: Path) -> None:
     """Logistic regressions of 14 labels on ResNet-50 features, with all strengths of
     regularisation, on five draws each of 1, 10 and 100 %: once, without repeats.
 
-    Ours fits the labels and strengths of a draw together. scikit-learn fits one by one, and
-    only two of the labels, times 7."""
+    probe.py fits the labels and strengths of a draw together. scikit-learn fits one by one,
+    and only two of the labels, times 7."""
     labels, timed = 14, (3, 10)
     x, y = drawn_features(args.images, labels)
     patients = np.arange(args.images) // 3
@@ -444,27 +476,216 @@ def bench_probe(args: argparse.Namespace, folder: Path) -> None:
         draw(patients, y, fraction, seed).rows
         for fraction in (0.01, 0.1, 1.0) for seed in range(5))}.values()
 
-    def ours():
+    def at_once():
         for rows in draws:
             targets, weights = torch.tensor(y[rows, :, None]), torch.ones(len(rows), labels)
             fit_logistic(torch.tensor(x[rows]), targets, weights.double(),
                          torch.tensor(STRENGTHS))
 
-    def loop():
+    def one_by_one():
         for rows, strength, label in itertools.product(draws, STRENGTHS, timed):
             model = LogisticRegression(C=1 / (len(rows) * strength), max_iter=1000)
             model.fit(x[rows], y[rows, label])
 
-    figures = {}
-    for name, work, share in (("probe.py, all at once", ours, 1),
-                              ("scikit-learn, one by one", loop, labels / len(timed))):
-        start = time.perf_counter()
-        work()
-        figures[name] = share * (time.perf_counter() - start)
-    report("probe", "s", figures)
+    report("probe", "s", {
+        "probe.py, all at once": seconds(at_once),
+        "scikit-learn, one by one": labels / len(timed) * seconds(one_by_one)})
 
 
 # --------------------------------------------------------------------------------------------------
+# The start of a run: a manifest of a million rows.
+
+def write_large_folder(folder: Path, rows: int) -> None:
+    """A data folder of `rows` images, three of each patient and a thousand in each subfolder.
+
+    All are one JPEG: a file system allows tens of thousands of names for one file."""
+    jpeg = io.BytesIO()
+    Image.fromarray(phantom.phantom(0, 1, 0, 64)).save(jpeg, "JPEG", quality=50)
+    cells = np.random.default_rng(0).choice(["1", "0", "-1", ""], (997, 14))
+    labels = [",".join(row) for row in cells.tolist()]
+    with open(folder / "manifest.csv", "w") as table:
+        table.write(f"path,patient,split,{','.join(f'label {i}' for i in range(14))}\n")
+        for i in range(rows):
+            path, patient = f"images/{i // 1000:04d}/{i:08d}.jpg", i // 3
+            if i % 1000 == 0:
+                (folder / path).parent.mkdir(parents=True)
+            if i % 20_000 == 0:
+                first = folder / path
+                first.write_bytes(jpeg.getvalue())
+            else:
+                os.link(first, folder / path)
+            split = SPLITS[patient % 3]
+            table.write(f"{path},p{patient:07d},{split},{labels[i % 997]}\n")
+
+
+class Start(NamedTuple):
+    """What a process needs from its first line to its first batch."""
+    reading: float      # seconds of a core, of the manifest alone
+    batch: float        # seconds, with the first batch of 64 pairs
+    megabytes: float    # the most that the process held, with all libraries
+
+
+def first_batch(folder: Path) -> Start:
+    """By the project's own functions, in a process of its own."""
+    start, start_core = time.perf_counter(), time.process_time()
+    manifest = read_manifest(folder)
+    reading = time.process_time() - start_core
+    next(iter(train_loader(
+        manifest, manifest.images("train"), 64, range(9), views=2, augmentation=Augmentation(),
+        preprocessing=Preprocessing(64), seed=0, device="cpu")))
+    return Start(reading, time.perf_counter() - start, resident_kib("VmHWM") / 1000)
+
+
+def loop_over_rows(folder: Path) -> float:
+    """Seconds of a core of the loop that one would write to read and check the same table."""
+    start = time.process_time()
+    paths, labels, split_of = set(), [], {}
+    with open(folder / "manifest.csv", newline="") as table:
+        for row in csv.DictReader(table):
+            path, patient, split, *cells = row.values()
+            if not (folder / path).is_file() or path in paths:
+                raise DataError(path)
+            if split_of.setdefault(patient, split) != split:
+                raise DataError(patient)
+            paths.add(path)
+            labels.append([float(cell) if cell else np.nan for cell in cells])
+    np.array(labels)
+    return time.process_time() - start
+
+
+def bench_manifest(args: argparse.Namespace, folder: Path) -> None:
+    """From nothing to the first batch of a folder of --rows images, as files and as images.tar."""
+    write_large_folder(folder, args.rows)
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as processes:
+        files = processes.apply(first_batch, [folder])
+        loop = processes.apply(loop_over_rows, [folder])
+        manifest = read_manifest(folder)
+        write_archive(folder, manifest.paths, manifest.path_bytes)
+        packed = processes.apply(first_batch, [folder])
+    rows = f"{args.rows:,} rows"
+    report("manifest", f"s of a core, {rows} read and checked", {
+        "manifest.py": files.reading, "manifest.py, images.tar": packed.reading,
+        "csv.DictReader and a loop": loop})
+    report("manifest", f"s, {rows} to the first batch", {
+        "files": files.batch, "images.tar": packed.batch})
+    report("manifest", f"MB, {rows}", {
+        "files": files.megabytes, "images.tar": packed.megabytes})
+
+
+# --------------------------------------------------------------------------------------------------
+# Scaling: what the processes tell each other.
+
+class Traffic:
+    """Counts what PyTorch's collective calls move to each process, while it is entered."""
+
+    def __init__(self):
+        self.calls, self.bytes = 0, 0.0
+
+    def __enter__(self) -> "Traffic":
+        self.originals = dist.all_gather, dist.all_reduce
+        others = dist.get_world_size() - 1
+
+        def gather(tensors, own, *rest, **options):
+            self.calls, self.bytes = self.calls + 1, self.bytes + others * own.nbytes
+            return self.originals[0](tensors, own, *rest, **options)
+
+        def reduce(own, *rest, **options):      # around a ring, once to add and once to tell
+            self.calls += 1
+            self.bytes += 2 * others / (others + 1) * own.nbytes
+            return self.originals[1](own, *rest, **options)
+
+        dist.all_gather, dist.all_reduce = gather, reduce
+        return self
+
+    def __exit__(self, *error) -> None:
+        dist.all_gather, dist.all_reduce = self.originals
+
+
+class Exchange(NamedTuple):
+    """What one step's loss, or its batch norm, costs a process."""
+    milliseconds: float
+    kilobytes: float
+    calls: int
+
+
+def exchanges(rank: int, processes: int, folder: Path, args: argparse.Namespace) -> None:
+    """Measure both as one of the processes, and leave the first one's figures in a file."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet{processes}", rank=rank,
+                            world_size=processes)
+    z = torch.randn(2, args.batch_size, 128, requires_grad=True)
+
+    def loss():
+        nt_xent(z[0], z[1], TEMPERATURE).backward()
+
+    # All norms of the network, each on few pixels: what is left is the exchange.
+    encoder = build_encoder(args.arch)
+    SyncBatchNorm.replace_in(encoder)
+    norms = [module for module in encoder.modules() if isinstance(module, SyncBatchNorm)]
+
+    def batch_norm():
+        for norm in norms:
+            norm(torch.randn(4, norm.num_features, 2, 2, requires_grad=True)).sum().backward()
+
+    figures = []
+    for work in (loss, batch_norm):
+        milliseconds = 1000 * median_seconds(work, args.repeats)
+        with Traffic() as traffic:
+            work()
+        figures.append(Exchange(milliseconds, traffic.bytes / 1000, traffic.calls))
+    if rank == 0:
+        write_text(folder / f"{processes}.json", json.dumps(figures))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def bench_scaling(args: argparse.Namespace, folder: Path) -> None:
+    """Time and traffic of a step's loss and batch norm on 1, 2 and 4 processes of this machine."""
+    measured = {}
+    for processes in (1, 2, 4):
+        spawn(exchanges, (processes, folder, args), processes)
+        figures = json.loads((folder / f"{processes}.json").read_text())
+        measured[f"{processes} process" + "es" * (processes > 1)] = [
+            Exchange(*figure) for figure in figures]
+    for place, what in enumerate((f"loss, {args.batch_size} pairs a process",
+                                  f"batch norm of a {args.arch}")):
+        of_one = {name: figures[place] for name, figures in measured.items()}
+        report("scaling", f"ms, {what}", {n: x.milliseconds for n, x in of_one.items()})
+        report("scaling", f"kB to each process, {what}", {
+            f"{n}, {x.calls} calls": x.kilobytes for n, x in of_one.items() if x.kilobytes})
+    for gpus in (8, 64):
+        report("scaling", f"ms a step, {gpus} GPUs, on paper", on_paper(args, gpus))
+
+
+# Assumed, not measured: bytes a second that a GPU sends while it receives as many, and
+# seconds that a collective call takes beside.
+NVLINK, NVLINK_CALL = 300e9, 20e-6          # one machine of 8 GPUs
+INFINIBAND, INFINIBAND_CALL = 40e9, 60e-6   # a 400 Gbit/s adapter for each GPU
+
+
+def on_paper(args: argparse.Namespace, gpus: int) -> dict[str, float]:
+    """Milliseconds of a step and of its exchanges on so many GPUs with --batch-size pairs each.
+
+    Nobody computes during the exchanges of the loss and of batch norm. The gradients' overlap
+    with the backward pass, two thirds of a step, but for the last bucket of 25 MB."""
+    speed, call = (NVLINK, NVLINK_CALL) if gpus <= 8 else (INFINIBAND, INFINIBAND_CALL)
+    net = SimCLR(build_encoder(args.arch))
+    share = (gpus - 1) / gpus
+    # Bytes of a process: its projections, its images' patients, two numbers of each anchor.
+    exchanged = args.batch_size * (2 * 128 * 4 + 8 + 2 * 2 * 4)
+    channels = [m.num_features for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    loss = 3 * call + (gpus - 1) * exchanged / speed
+    norms = sum(2 * call + 2 * c * 4 * (gpus - 1 + 2 * share) / speed for c in channels)
+    gradients = 2 * share * sum(p.numel() for p in net.parameters()) * 4 / speed
+    last = 2 * share * 25e6 / speed
+    exposed = max(last, gradients - 2 / 3 * args.step_ms / 1000)
+    total = args.step_ms / 1000 + loss + norms + exposed
+    return {name: 1000 * duration for name, duration in {
+        "step on one GPU (--step-ms)": args.step_ms / 1000, "loss": loss, "batch norm": norms,
+        "gradients that nothing hides": exposed, "step": total}.items()}
+
+# --------------------------------------------------------------------------------------------------
+# The script.
 
 class Part(NamedTuple):
     """What a name on the command line runs."""

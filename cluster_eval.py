@@ -25,8 +25,7 @@ from typing import Any, ClassVar, NamedTuple, TypedDict
 import run  # first: it answers Ctrl-C while PyTorch loads
 import numpy as np
 import torch
-from matplotlib import color_sequences, rc_context
-from matplotlib.axes import Axes
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from scipy.optimize import linear_sum_assignment
 from sklearn import metrics
@@ -36,29 +35,29 @@ from sklearn.manifold import TSNE
 from sklearn.preprocessing import normalize
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.utils import make_grid
 
 import run_folder
 from checkpoint import load_checkpoint, settings_of
 from common import DataError, valid_unicode, whole_file, write_text
 from dali_pipeline import Preprocessing, eval_loader
-from figures import FigureText, figure_text, legend_below
 from flags import ENCODERS, PRECISION, THREADS, flag
-from labels import labels_required
+from labels import choose_classes, labels_required
 from manifest import Manifest, read_manifest
 from manifest_csv import SPLITS
 from model import MEAN, STD, build_encoder, num_features
 from probe import cached_features, knn_class_shares
-from report import markdown_table, write_json
+from report import (
+    FigureText, cluster_legend, draw_map, draw_sheet, draw_table, figure_text, markdown_table,
+    sweep_figure, write_json)
 from run import Compute
 
+# What a run writes, and --overwrite deletes. Where the first of them is, everything is.
+RESULTS = ("results.json", "results.md")
 # The table's columns and the keys of results.json.
 SCORES = ("accuracy", "balanced_accuracy", "NMI", "ARI", "purity", "silhouette",
           "cosine_within", "cosine_between", "kNN_accuracy", "kNN_AUROC")
 # Rows that need no checkpoint.
 NO_CHECKPOINT = ("random", "pixels", "imagenet")
-# What NIH and CheXpert call the column of images without any; VinBigData has "No finding".
-NO_FINDING = "No Finding"
 
 # With more images than this, k-means works on batches of 4,096.
 MINIBATCH_ABOVE = 20_000
@@ -239,50 +238,6 @@ def select(config: Config, data: str) -> Selection:
             f"{', '.join(label_names)}, may help")
     return Selection(manifest, images, chosen, truth, names, patients, k, available,
                      description)
-
-
-def choose_classes(labels: np.ndarray, names: list[str], rule: str,
-                   no_finding: str) -> tuple[np.ndarray, list[str]]:
-    """Each image's class (n,) int64, -1 where it is left out, and the classes' names.
-
-    labels (n, L) as in the manifest. rule: `single` takes images with one positive
-    finding and no uncertain one; `dominant` every image with a positive one, as the
-    rarest where it has several; `binary:LABEL` all but those where LABEL is
-    uncertain. An empty cell counts as absent, but a row of nothing else is left out.
-
-    The label "No Finding" is not a finding: with no_finding `keep`, images without a
-    positive or uncertain finding are a class, or in `binary` belong to the rest.
-    DataError: no such LABEL."""
-    findings = np.array([name.casefold() != NO_FINDING.casefold() for name in names], bool)
-    present = (labels == 1)[:, findings]                # (n, F)
-    uncertain = (labels == -1)[:, findings]             # (n, F)
-    # Healthy is who is said to be; where no column says so, who lacks some finding.
-    if not findings.all():
-        healthy = (labels[:, ~findings] == 1).any(1)
-    else:
-        healthy = (labels == 0).any(1)
-    healthy = healthy & ~(present | uncertain).any(1)   # (n,)
-
-    if rule not in ("single", "dominant"):
-        label = rule.removeprefix("binary:")
-        if label not in names:
-            raise DataError(f"--classes {rule}: there is no label {label!r}, only "
-                            f"{', '.join(names)}")
-        column = labels[:, names.index(label)]
-        excluded = (column == -1) | np.isnan(labels).all(1)
-        if no_finding == "drop":
-            excluded |= healthy & (column != 1)
-        return np.where(excluded, -1, column == 1), [f"not {label}", label]
-
-    # The last column is No Finding, as one class more.
-    present = np.c_[present, healthy & (no_finding == "keep")]      # (n, F + 1)
-    rarest = np.where(present, present.sum(0), np.inf).argmin(1)
-    if rule == "dominant":
-        chosen = present.any(1)
-    else:
-        chosen = (present.sum(1) == 1) & ~uncertain.any(1)
-    names = [name for name, finding in zip(names, findings) if finding] + [NO_FINDING]
-    return np.where(chosen, rarest, -1), names
 
 
 # --------------------------------------------------------------------------------------------------
@@ -481,42 +436,17 @@ def sweep(features: np.ndarray, selection: Selection) -> dict[str, list]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Figures. For them clusters are numbered as the classes assigned to them, and those
-# that got no class come after.
+# Figures, made of the parts in report.py.
 
-class Numbering(NamedTuple):
-    """Clusters by their class. K is the number of clusters or of classes, the larger one."""
-    clusters: np.ndarray                # (n,) the number of each image's cluster
-    table: np.ndarray                   # (C, K) images of each class in each cluster
-    numbers: np.ndarray                 # (k,) the numbers of all clusters, rising
-    centres: np.ndarray                 # (k,) k-means's own numbers of the same clusters
+def cluster_numbers(clusters: np.ndarray, k: int, truth: np.ndarray,
+                    classes: int) -> np.ndarray:
+    """A number (k,) for each cluster, by which figures name it: that of the class which is
+    assigned to it. Clusters that got no class come after the classes.
 
-
-def number_clusters(clusters: np.ndarray, k: int, truth: np.ndarray, classes: int) -> Numbering:
-    """clusters (n,): k-means's own numbers, below k; truth (n,), below `classes`."""
+    clusters (n,), below k; truth (n,), below `classes`."""
     table = metrics.confusion_matrix(truth, clusters, labels=range(max(k, classes)))
-    order = linear_sum_assignment(table, maximize=True)[1]      # the cluster of each number
-    number = np.argsort(order)                                  # the number of each cluster
-    centres = np.argsort(number[:k])
-    return Numbering(number[clusters], table[:classes, order], number[centres], centres)
-
-
-@dataclass(frozen=True)
-class Legend:
-    """Names and colours of K clusters; the first C are those of the classes."""
-    classes: int                        # C
-    names: list[str]                    # K of them
-    colours: list                       # K of them; clusters without a class are gray
-
-
-def cluster_legend(names: list[str], clusters: int) -> Legend:
-    """names: of the C classes; clusters: K, at least C."""
-    # Ten strong colours, then ten pale ones.
-    hues = [*color_sequences["tab10"], *color_sequences["tab20"][1::2]]
-    classes = range(len(names))
-    extra = range(len(names), clusters)
-    return Legend(len(names), [*names, *(f"cluster {c}" for c in extra)],
-                  [*(hues[c % 20] for c in classes), *("lightgray" for _ in extra)])
+    cluster_of_number = linear_sum_assignment(table, maximize=True)[1]
+    return np.argsort(cluster_of_number)[:k]
 
 
 def map_points(features: np.ndarray) -> np.ndarray:
@@ -526,58 +456,18 @@ def map_points(features: np.ndarray) -> np.ndarray:
     return TSNE(perplexity=min(30, (m - 1) / 3), random_state=0).fit_transform(components)
 
 
-def draw_map(axes: Axes, points: np.ndarray, values: np.ndarray, legend: Legend,
-             what: str) -> None:
-    """Points (m, 2) in the colours of their classes or clusters (m,)."""
-    # Clusters without a class share one entry in the legend.
-    without_class = values[values >= legend.classes].min(initial=len(legend.names))
-    for c in np.unique(values):
-        name = None
-        if c < legend.classes:
-            name = legend.names[c]
-        elif c == without_class:
-            name = "other clusters"
-        axes.scatter(*points[values == c].T, s=14, linewidths=0, alpha=0.8,
-                     color=legend.colours[c], label=name)
-    axes.set(title=f"t-SNE of {len(points):,} images, by {what}", xticks=[], yticks=[])
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3, fontsize=8,
-                frameon=False, markerscale=2)
-
-
-def draw_table(axes: Axes, table: np.ndarray, legend: Legend) -> None:
-    """Contingency table (C, K), shaded by the share of the class."""
-    axes.imshow(table / table.sum(1, keepdims=True), cmap="Blues", vmin=0, vmax=1.5,
-                aspect="auto")
-    # More columns have no room for numbers and names.
-    readable = table.shape[1] <= 30
-    if readable:
-        for (row, column), n in np.ndenumerate(table):
-            axes.text(column, row, f"{n:.0f}", ha="center", va="center")
-    axes.set(title="images of class and cluster", xlabel="cluster, named by its class",
-             yticks=range(legend.classes), yticklabels=legend.names[:legend.classes])
-    axes.set_xticks(range(len(legend.names)), legend.names, rotation=45, ha="right",
-                    rotation_mode="anchor")
-    axes.tick_params(axis="x", labelbottom=readable)
-
-
-def draw_sheet(axes: Axes, pictures: Tensor, classes: np.ndarray, numbers: np.ndarray,
-               legend: Legend) -> None:
-    """A row of eight pictures for each of R clusters: pictures (8 R, 1, S, S) in [0,
-    1], their classes (8 R,), and the clusters' numbers (R,)."""
-    size = pictures.shape[-1] + 2               # make_grid puts 2 pixels between them
-    row, column = np.divmod(np.arange(len(pictures)), 8)
-    axes.imshow(make_grid(pictures, nrow=8)[0].numpy(), cmap="gray", vmin=0, vmax=1)
-    axes.scatter(column * size + 16, row * size + 16, s=40,
-                 c=[legend.colours[c] for c in classes])
-    axes.set(title="nearest to each centre; the dot is the class", xticks=[],
-             yticks=np.arange(len(numbers)) * size + size / 2,
-             yticklabels=[legend.names[c] for c in numbers])
-
-
 def thumbnails(manifest: Manifest, images: np.ndarray, size: int) -> Tensor:
     """(m, 1, size, size) float32 in [0, 1] on the CPU."""
     loader = eval_loader(manifest, images, 64, Preprocessing(size), "cpu")
     return (torch.cat([x for x, _ in loader]) * STD + MEAN).clamp(0, 1)
+
+
+def tag_of(number: int, init: str) -> str:
+    """What a row's figure is called, as a file and in TensorBoard."""
+    # The end of a path is shown, as file systems take 255 bytes, and two rows may end alike, so
+    # that a number comes first.
+    end = valid_unicode(init.replace("/", "_")).encode()[-200:]
+    return f"{number}_{end.decode(errors='ignore')}"
 
 
 def figures(title: str, tag: str, features: np.ndarray, best: Any, selection: Selection,
@@ -585,10 +475,12 @@ def figures(title: str, tag: str, features: np.ndarray, best: Any, selection: Se
     """One row in four panels, as a PNG and in TensorBoard, and its features in the projector.
 
     tag: the name of the file; features (n, D); best: the row's k-means; text: of the classes."""
-    truth, images = selection.truth, selection.index
-    numbering = number_clusters(best.labels_, selection.k, truth, len(selection.names))
+    truth, images, classes = selection.truth, selection.index, len(selection.names)
+    number = cluster_numbers(best.labels_, selection.k, truth, classes)     # (k,)
+    clusters = number[best.labels_]                                         # (n,)
+    columns = max(selection.k, classes)
     names = [text.written[name] for name in selection.names]
-    legend = cluster_legend(names, numbering.table.shape[1])
+    legend = cluster_legend(names, columns)
     figure = Figure(figsize=(14, 13), dpi=90, layout="constrained")
     figure.suptitle(title)
     by_class, by_cluster, contingency, sheet = figure.subplots(2, 2).flat
@@ -596,48 +488,34 @@ def figures(title: str, tag: str, features: np.ndarray, best: Any, selection: Se
     # The map, twice.
     on_map = selection.subset(MAP)                      # (m,)
     points = map_points(features[on_map])
-    clusters = numbering.clusters[on_map]
     draw_map(by_class, points, truth[on_map], legend, "class")
-    draw_map(by_cluster, points, clusters, legend, "cluster, named by its class")
+    draw_map(by_cluster, points, clusters[on_map], legend, "cluster, named by its class")
 
     # Which class is in which cluster.
-    draw_table(contingency, numbering.table, legend)
+    table = metrics.confusion_matrix(truth, clusters, labels=range(columns))
+    draw_table(contingency, table[:classes], legend)
 
     # What a cluster looks like: the eight images nearest to its centre, some of them twice
     # if n < 8. Twelve clusters fit on the sheet.
-    centres, numbers = numbering.centres[:12], numbering.numbers[:12]       # (R,)
+    centres = number.argsort()[:12]                                         # (R,)
     nearest = best.transform(features)[:, centres].argsort(0)               # (n, R)
     eight = np.arange(8).clip(max=len(nearest) - 1)
     nearest = nearest[eight].T.ravel()                                      # (8 R,)
     pictures = thumbnails(selection.manifest, images[nearest], 96)
-    draw_sheet(sheet, pictures, truth[nearest], numbers, legend)
+    draw_sheet(sheet, pictures, truth[nearest], number[centres], legend)
     figure.savefig(f"{writer.log_dir}/{tag}.png")
     writer.add_figure(tag, figure)
 
     # TensorBoard's projector turns the features themselves in three dimensions.
     # Its table has a line for each image and tabs between the cells, whatever names hold.
     manifest, mapped = selection.manifest, images[on_map]
-    columns = (clusters, np.array(selection.names)[truth[on_map]],
-               manifest.patients[mapped], np.array(manifest.paths)[mapped])
-    metadata = [[" ".join(str(cell).split()) for cell in line] for line in zip(*columns)]
+    cells = (clusters[on_map], np.array(selection.names)[truth[on_map]],
+             manifest.patients[mapped], np.array(manifest.paths)[mapped])
+    metadata = [[" ".join(str(cell).split()) for cell in line] for line in zip(*cells)]
     writer.add_embedding(
         torch.from_numpy(features[on_map]), metadata,
         thumbnails(manifest, mapped, PIXELS), tag=tag,
         metadata_header=["cluster", "class", "patient", "path"])
-
-
-def sweep_figure(curves: dict[str, dict[str, list]], classes: int,
-                 written: dict[str, str]) -> Figure:
-    """Silhouette and inertia against k, a line for each row; written: the rows' names."""
-    figure = Figure(figsize=(11, 5), dpi=110, layout="constrained")
-    for axes, score in zip(figure.subplots(1, 2), ("silhouette", "inertia")):
-        for init, curve in curves.items():
-            axes.plot(curve["k"], curve[score], "o-", label=written[init])
-        axes.set(xlabel=f"k, clusters (there are {classes} classes)", title=score)
-        if score == "inertia":
-            axes.set_yscale("log")              # the rows' inertias differ by far
-        legend_below(axes)
-    return figure
 
 
 # --------------------------------------------------------------------------------------------------
@@ -673,26 +551,52 @@ def table(rows: dict[str, dict[str, Any]], selection: Selection) -> str:
 # The stage.
 
 def open_run_folder(config: Config, inits: list[str], data: str, selection: Selection,
-                    resources: contextlib.ExitStack) -> str | None:
-    """Make the run folder this run's own, and empty; or the table, where the run is complete.
+                    resources: contextlib.ExitStack) -> None:
+    """Make the run folder this run's own, or recognise the run in it.
 
     --init and --data are compared by what is in the files that they stand for: tomorrow the
     same path may hold another training."""
-    out = Path(config.out)
-    results_json, results_md = out / "results.json", out / "results.md"
     run_folder.open_run(
-        config, "cluster_eval", (results_json.name, results_md.name), resources,
+        config, "cluster_eval", RESULTS, resources,
         contents={"init": {init: run_folder.content_of_file(init) for init in inits},
                   "data": {data: run_folder.content_of_data(selection.manifest)}},
         init=inits, data=data)
-    exported = not config.export or Path(config.export).exists()
-    if results_json.exists() and results_md.exists() and exported:
-        return results_md.read_text("utf-8", errors="surrogateescape")
-    # Parts of a run that was interrupted or given up.
-    results_json.unlink(missing_ok=True)
-    results_md.unlink(missing_ok=True)
+
+
+def is_complete(config: Config) -> bool:
+    """Whether the run folder holds all that its run leaves."""
+    files = [Path(config.out, name) for name in RESULTS]
+    if config.export:
+        files.append(Path(config.export))
+    return all(file.exists() for file in files)
+
+
+def clear(out: Path) -> None:
+    """Delete the parts of a run that was interrupted or given up."""
+    for name in RESULTS:
+        (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / "cluster_figures", ignore_errors=True)
-    return None
+
+
+def write_table(config: Config, results: dict[str, dict[str, Any]], curves: dict[str, dict],
+                selection: Selection, text: FigureText, writer: SummaryWriter) -> None:
+    """All rows together: the table, and the sweep's figure. results.json comes last: where it
+    is, everything is."""
+    out = Path(config.out)
+    if curves:
+        figure = sweep_figure(curves, len(selection.names), text.written)
+        figure.savefig(f"{writer.log_dir}/sweep.png")
+        writer.add_figure("sweep", figure)
+    results = results | {"*majority class*": majority_row(selection.truth)}
+    markdown = table(results, selection) + text.legend
+    writer.add_text("results", valid_unicode(markdown))
+    writer.flush()
+    write_text(out / "results.md", markdown)
+    write_json(out / "results.json", {
+        "config": dataclasses.asdict(config), "images": selection.description,
+        "kept": selection.available, "k": selection.k, "algorithm": selection.algorithm,
+        "rows": results, "sweep": curves})
+    print(f"\n{markdown}\ndone: {out / 'results.md'}")
 
 
 def cluster_eval(config: Config, compute: Compute, resources: contextlib.ExitStack) -> None:
@@ -715,14 +619,16 @@ def cluster_eval(config: Config, compute: Compute, resources: contextlib.ExitSta
 
     # Where the results go, unless they are there already.
     out = Path(config.out)
-    text = open_run_folder(config, list(checkpoints), data, selection, resources)
-    if text is not None:
-        print(f"{out} is complete; --overwrite does it again\n\n{text}")
+    open_run_folder(config, list(checkpoints), data, selection, resources)
+    if is_complete(config):
+        finished = (out / "results.md").read_text("utf-8", errors="surrogateescape")
+        print(f"{out} is complete; --overwrite does it again\n\n{finished}")
         return
+    clear(out)
     writer = SummaryWriter(str(out / "cluster_figures"))
     resources.callback(writer.close)
-    for_figures = figure_text(**{"class": selection.names, "row": [row.init for row in rows]})
-    resources.enter_context(rc_context(for_figures.style))
+    text = figure_text(**{"class": selection.names, "row": [row.init for row in rows]})
+    resources.enter_context(rc_context(text.style))
 
     # Row by row: features ...
     results, curves = {}, {}
@@ -746,30 +652,13 @@ def cluster_eval(config: Config, compute: Compute, resources: contextlib.ExitSta
         if config.k == "sweep":
             curves[row.init] = sweep(features, selection)
 
-        # ... and figures. The end of a path is shown, as file systems take 255 bytes, and two
-        # rows may end alike, so that a number comes first.
-        end = valid_unicode(row.init.replace("/", "_")).encode()[-200:].decode(errors="ignore")
-        tag = f"{number}_{end}"
-        figures(for_figures.written[row.init], tag, features, evaluation.best, selection,
-                for_figures, writer)
+        # ... and figures.
+        figures(text.written[row.init], tag_of(number, row.init), features, evaluation.best,
+                selection, text, writer)
 
-    # All rows together. results.json comes last: where it is, everything is.
-    if curves:
-        figure = sweep_figure(curves, len(selection.names), for_figures.written)
-        figure.savefig(f"{writer.log_dir}/sweep.png")
-        writer.add_figure("sweep", figure)
-    results["*majority class*"] = majority_row(selection.truth)
-    text = table(results, selection) + for_figures.legend
-    writer.add_text("results", valid_unicode(text))
-    writer.flush()
-    write_text(out / "results.md", text)
-    settings = dataclasses.asdict(config) | {
-        "init": list(checkpoints), "data": data, "precision": compute.precision}
-    write_json(out / "results.json", {
-        "config": settings, "images": selection.description,
-        "kept": selection.available, "k": selection.k, "algorithm": selection.algorithm,
-        "rows": results, "sweep": curves})
-    print(f"\n{text}\ndone: {out / 'results.md'}")
+    settings = dataclasses.replace(
+        config, init=tuple(checkpoints), data=data, precision=compute.precision)
+    write_table(settings, results, curves, selection, text, writer)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -134,13 +134,17 @@ def finish(study: Study, c: Combination, outcome: Outcome) -> None:
         save_classifier(study, c, outcome)
 
     labels = study.task.training_labels[study.sample(c)]                    # (m, L)
-    study.predictions[tuple(c)] = outcome.details | {
+    of_its_mode = {"strength": outcome.strength, "epoch": outcome.epoch,
+                   "history": outcome.history, "peaks": outcome.peaks}
+    entry = {name: value for name, value in of_its_mode.items() if value is not None}
+    study.predictions[tuple(c)] = entry | {
         "val": torch.from_numpy(outcome.val), "test": torch.from_numpy(outcome.test),
         "val_score": score, "n_train": (~np.isnan(labels)).sum(0).tolist(),
         "positives": (labels == 1).sum(0).tolist()}
     save_checkpoint(study.out / "predictions.pt", study.predictions)
-    choice = ", ".join(f"{name} {value:g}" for name, value in outcome.details.items()
-                       if name in ("strength", "epoch"))
+    choice = f"epoch {outcome.epoch}"
+    if c.mode == "linear":
+        choice = f"strength {outcome.strength:g}"
     study.compute.say(f"{study.name(c)}: {study.measure} on val {score:.4f} ({choice})")
 
 
@@ -149,7 +153,7 @@ def save_classifier(study: Study, c: Combination, outcome: Outcome) -> None:
     init, val_truth = study.inits[c.init], study.truth("val")
     # The labels that the encoder has learned from; the linear probe, which is epoch 0 of the full
     # mode, leaves it as it came.
-    n_train = len(study.sample(c)) if outcome.details.get("epoch") else 0
+    n_train = len(study.sample(c)) if outcome.epoch else 0
     save_checkpoint(study.out / "classifier.pt", {
         "format": FORMAT, "arch": study.settings["arch"],
         "labels": study.label_names, "kind": study.task.kind,
@@ -412,10 +416,9 @@ def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> O
     log.close()
     best = training.best
     net.load_state_dict(best["model"])
-    details = {"epoch": best["epoch"], "history": training.history}
-    if training.peaks:
-        details["peaks"] = torch.stack(training.peaks)                      # (epochs, n, L)
-    return Outcome(net, best["val"].numpy(), probabilities(study, net, "test"), details)
+    peaks = torch.stack(training.peaks) if training.peaks else None         # (epochs, n, L)
+    return Outcome(net, best["val"].numpy(), probabilities(study, net, "test"),
+                   epoch=best["epoch"], history=training.history, peaks=peaks)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""What is asked of each image: labels read by a policy, a draw of the patients, weights, loss.
+"""What is asked of each image: labels read by a policy, a draw of the patients, weights, loss,
+and for clusters the class that it belongs to.
 
 Pure functions of arrays. A task asks G questions of K answers each about N images; L
 probabilities, one for each label, are read from a network's G * K logits.
@@ -212,6 +213,57 @@ def deal(patients: np.ndarray, folds: int, seed: int) -> np.ndarray:
     if len(names) < folds:
         raise DataError(f"--folds {folds} are too many for {len(names)} labelled patients")
     return np.random.default_rng([seed, folds]).permutation(len(names))[patient] % folds
+
+
+# --------------------------------------------------------------------------------------------------
+# Classes that exclude each other, with which clusters are compared.
+
+# What NIH and CheXpert call the column of images without any; VinBigData has "No finding".
+NO_FINDING = "No Finding"
+
+
+def choose_classes(labels: np.ndarray, names: list[str], rule: str,
+                   no_finding: str) -> tuple[np.ndarray, list[str]]:
+    """Each image's class (n,) int64, -1 where it is left out, and the classes' names.
+
+    labels (n, L) as in the manifest. rule: `single` takes images with one positive
+    finding and no uncertain one; `dominant` every image with a positive one, as the
+    rarest where it has several; `binary:LABEL` all but those where LABEL is
+    uncertain. An empty cell counts as absent, but a row of nothing else is left out.
+
+    The label "No Finding" is not a finding: with no_finding `keep`, images without a
+    positive or uncertain finding are a class, or in `binary` belong to the rest.
+    DataError: no such LABEL."""
+    findings = np.array([name.casefold() != NO_FINDING.casefold() for name in names], bool)
+    present = (labels == 1)[:, findings]                # (n, F)
+    uncertain = (labels == -1)[:, findings]             # (n, F)
+    # Healthy is who is said to be; where no column says so, who lacks some finding.
+    if not findings.all():
+        healthy = (labels[:, ~findings] == 1).any(1)
+    else:
+        healthy = (labels == 0).any(1)
+    healthy = healthy & ~(present | uncertain).any(1)   # (n,)
+
+    if rule not in ("single", "dominant"):
+        label = rule.removeprefix("binary:")
+        if label not in names:
+            raise DataError(f"--classes {rule}: there is no label {label!r}, only "
+                            f"{', '.join(names)}")
+        column = labels[:, names.index(label)]
+        excluded = (column == -1) | np.isnan(labels).all(1)
+        if no_finding == "drop":
+            excluded |= healthy & (column != 1)
+        return np.where(excluded, -1, column == 1), [f"not {label}", label]
+
+    # The last column is No Finding, as one class more.
+    present = np.c_[present, healthy & (no_finding == "keep")]      # (n, F + 1)
+    rarest = np.where(present, present.sum(0), np.inf).argmin(1)
+    if rule == "dominant":
+        chosen = present.any(1)
+    else:
+        chosen = (present.sum(1) == 1) & ~uncertain.any(1)
+    names = [name for name, finding in zip(names, findings) if finding] + [NO_FINDING]
+    return np.where(chosen, rarest, -1), names
 
 
 # --------------------------------------------------------------------------------------------------

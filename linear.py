@@ -99,8 +99,7 @@ class LinearProbe:
         head_bias = bias[best] - head_weight @ self.mean.double()           # (G * K,)
         net.head.load_state_dict(
             {"weight": head_weight.float(), "bias": head_bias.float()})
-        details = {"strength": float(STRENGTHS[best])}
-        return Outcome(net, val[best], test[best], details)
+        return Outcome(net, val[best], test[best], strength=float(STRENGTHS[best]))
 
     def _predict(self, split: str, weight: Tensor, bias: Tensor) -> list[np.ndarray]:
         """Probabilities (n, L) of a split's images for each of R strengths."""

@@ -56,7 +56,7 @@ from model import MEAN, STD, build_encoder, extract_features, num_features
 from prepare import Conversion, convert, count_notes, look_back_at
 from radiograph import (
     EXTENSIONS, FORMATS, MIN_SIDE, ImageSettings, Reading, find_files, in_parallel, read_image,
-    reason, refuse_mask)
+    reason, refuse_mask, what_it_is)
 from run import Compute
 from sources import Item
 
@@ -241,10 +241,12 @@ def read_any(file: Path, settings: ImageSettings, modalities: Sequence[str]) -> 
 
 
 def make_ready(path: str, conversion: Conversion, listed: bool) -> str:
-    """Write the JPEG of an input, named by jpeg_name; "" or the reason why there is none."""
+    """Write the JPEG of an input, named by jpeg_name, or link to an input that is one already;
+    "" or the reason why there is none."""
     file, name = conversion.src / path, jpeg_name(path)
     try:
-        if is_made_already(file, conversion.settings, listed):
+        ready = decodes(file) if listed else is_as_written(file, conversion.settings)
+        if ready:
             (conversion.out / name).symlink_to(file.resolve())
             return ""
     except Exception as error:          # a decoder may raise anything on a broken file
@@ -261,10 +263,9 @@ def unpack(member: Member, target: Path) -> str:
         return str(error)
     file.write_bytes(content)           # OSError of a full disk ends the run
     try:
-        is_made_already(file, ImageSettings(), listed=True)
+        return "" if decodes(file) else f"cannot identify the image: {what_it_is(file)}"
     except Exception as error:          # a decoder may raise anything on a broken file
         return reason(error)
-    return ""
 
 
 def jpeg_name(path: str) -> str:
@@ -274,39 +275,47 @@ def jpeg_name(path: str) -> str:
     return f"{digest}-{plain_name(path, 100)}.jpg"
 
 
-def is_made_already(file: Path, settings: ImageSettings, listed: bool) -> bool:
-    """Whether an image is one of a data folder (`listed`), or just as prepare.py would write it:
-    written again it would differ in the last bit.
+def open_if_image(file: Path) -> Image.Image | None:
+    """None where its first bytes are those of no image; prepare.py's readers say what it is."""
+    with contextlib.suppress(Image.UnidentifiedImageError):
+        return Image.open(file, formats=FORMATS)
+
+
+def decodes(file: Path) -> bool:
+    """Whether a file that a data folder lists is an image, which is then taken as it is.
 
     It is decoded, so that the loader meets no broken one. DataError, or whatever a decoder raises,
     where that is impossible."""
-    if listed and not file.is_file():
+    if not file.is_file():
         raise DataError("no file, but a folder, a named pipe, a socket or a device"
                         if file.exists() else "missing on disk")
-    # An image does not say whether its gray levels were stretched.
-    if not listed and (file.suffix.lower() not in (".jpg", ".jpeg") or not file.is_file()
-                       or settings.stretch):
+    if not (image := open_if_image(file)):
         return False
-    try:
-        image = Image.open(file, formats=FORMATS)
-    except Image.UnidentifiedImageError:
-        return False                    # convert will say what it is
     with image:
-        # Its quality is not written in a JPEG, but follows from its tables.
-        if not listed:
-            as_written = (
-                image.format == "JPEG" and image.mode == "L" and not image.getexif()
-                and MIN_SIDE <= min(image.size) <= settings.size
-                and quantization(image) == tables_of(settings.quality))
-            if not as_written:
-                return False
         if image.mode.startswith(("I", "F")):
             raise DataError("more than 8 bits a pixel, in a data folder: `prepare.py folder` "
                             "brings such images to 8")
         image.load()
-        if not listed:
+    return True
+
+
+def is_as_written(file: Path, settings: ImageSettings) -> bool:
+    """Whether a file is just what prepare.py would write: written again it would differ in the
+    last bit. Raises what `decodes` does."""
+    # An image does not say whether its gray levels were stretched.
+    is_jpeg = file.suffix.lower() in (".jpg", ".jpeg") and file.is_file()
+    if settings.stretch or not is_jpeg or not (image := open_if_image(file)):
+        return False
+    with image:
+        # Its quality is not written in a JPEG, but follows from its tables.
+        as_written = (
+            image.format == "JPEG" and image.mode == "L" and not image.getexif()
+            and MIN_SIDE <= min(image.size) <= settings.size
+            and quantization(image) == tables_of(settings.quality))
+        if as_written:
+            image.load()
             refuse_mask(image)
-        return True
+    return as_written
 
 
 def quantization(image: Any) -> dict[int, list[int]]:
@@ -454,9 +463,9 @@ def predict_one(config: Config, inputs: Inputs, net: Classifier, state: dict[str
 
     # The output folder remembers whose predictions it holds, and refuses those of others. Which
     # --stretch was inherited is the classifier's matter.
-    run_folder.open_run(config, "predict", RESULTS, resources,
-                 classifier=str(Path(config.classifier).resolve()),
-                 data=str(data.resolve()), stretch=list(config.stretch) or None)
+    run_folder.open_run(
+        config, "predict", RESULTS, resources, classifier=str(Path(config.classifier).resolve()),
+        data=str(data.resolve()), stretch=list(config.stretch) or None)
 
     # The images as prepare.py makes them.
     say_how_read(inputs, settings, state, compute.say)

@@ -115,8 +115,9 @@ class Probe:
 
     def __init__(self, manifest: Manifest, most: int, seed: int):
         """most: images of train, by which others are judged, and of val, which are."""
+        self.manifest = manifest
         # The same random images every time, so that two points of the curve can be compared.
-        self.manifest, self.bank, self.queries = manifest, *(
+        self.bank, self.queries = (
             np.sort(np.random.default_rng(seed).permutation(manifest.images(split))[:most])
             for split in ("train", "val"))
         self.counted = counted_labels(np.nan_to_num(manifest.labels[self.queries]))     # (L,)
@@ -140,7 +141,8 @@ class Probe:
         known = auroc[self.counted & ~np.isnan(auroc)]
         mean = {"probe/auroc": float(known.mean()) if len(known) else math.nan}
         names = [f"probe/{name}" for name in self.manifest.label_names]
-        return mean | dict(zip(names, auroc.tolist())) | mean   # whatever a label is called
+        # The mean comes first, and last once more: a label may be called auroc, too.
+        return mean | dict(zip(names, auroc.tolist())) | mean
 
     def __str__(self) -> str:
         counted, labels = self.counted.sum(), len(self.counted)

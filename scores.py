@@ -169,8 +169,8 @@ def score(p: np.ndarray, y: np.ndarray, threshold: float, counts: np.ndarray) ->
 
 
 # --------------------------------------------------------------------------------------------------
-# Scores of a run, of a row and of a block. A run is one combination of mode, fraction,
-# initialisation and draw of the labelled images; a row of a table pools an initialisation's
+# Scores of a combination, of a row and of a block. A combination is a mode, a fraction, an
+# initialisation and a draw of the labelled images; a row of a table pools an initialisation's
 # draws; a block is a table: one mode at one fraction, all initialisations.
 
 # The scores beside AUROC, in the order of the table's columns.
@@ -189,8 +189,8 @@ class GroundTruth:
 
 
 @dataclass(frozen=True)
-class RunScores:
-    """What one run achieved on test, for L labels."""
+class CombinationScores:
+    """What one combination achieved on test, for L labels."""
     rows: list[dict[str, Any]]          # L rows of results.json
     areas: np.ndarray                   # (L + 1, 1 + R) AUROC of each label, and their mean
     peaks: np.ndarray                   # (L + 1,) best accuracy of all epochs, and the mean
@@ -198,30 +198,54 @@ class RunScores:
     probabilities: np.ndarray           # (n, L)
 
 
-def score_run(about: dict[str, Any], run: dict[str, Any], truth: GroundTruth) -> RunScores:
-    """All scores of one run on test.
+def score_combination(about: dict[str, Any], predictions: dict[str, Any],
+                      truth: GroundTruth) -> CombinationScores:
+    """All scores of one combination on test.
 
-    about: its init, mode, fraction and seed; run: what `report` is given of it."""
-    val, test = run["val"].numpy(), run["test"].numpy()                     # (n_val, L), (n, L)
-    epochs = run["peaks"].numpy() if "peaks" in run else None               # (E, n, L)
+    about: its init, mode, fraction and seed; predictions: what `report` is given of it."""
+    val = predictions["val"].numpy()                                        # (n_val, L)
+    test = predictions["test"].numpy()                                      # (n, L)
+    epochs = None
+    if "peaks" in predictions:
+        epochs = predictions["peaks"].numpy()                               # (E, n, L)
     rows, areas = [], []
     for i, label in enumerate(truth.names):
         threshold = youden(val[:, i], truth.val[:, i])
         result = score(test[:, i], truth.test[:, i], threshold, truth.counts)
         peak = math.nan if epochs is None else peak_accuracy(epochs[..., i], truth.test[:, i])
         rows.append(about
-                    | {"label": label, "n_train": run["n_train"][i],
-                       "positives": run["positives"][i]}
+                    | {"label": label, "n_train": predictions["n_train"][i],
+                       "positives": predictions["positives"][i]}
                     | result.columns | {"peak_accuracy": peak})
         areas.append(result.areas)
 
     # Labels that exclude each other are also one question with one answer: where that has a
     # score, it stands for the mean over the labels.
-    means = {name: label_mean(rows, name) for name in (*OVERALL, "peak_accuracy")}
+    overall = {name: label_mean(rows, name) for name in (*OVERALL, "peak_accuracy")}
     if truth.exclusive:
-        means |= class_scores(test, epochs, truth.test)
-    peaks = [*(row["peak_accuracy"] for row in rows), means.pop("peak_accuracy")]
-    return RunScores(rows, with_mean(np.array(areas)), np.array(peaks), means, test)
+        overall |= class_scores(test, epochs, truth.test)
+    peaks = [*(row["peak_accuracy"] for row in rows), overall.pop("peak_accuracy")]
+    return CombinationScores(rows, with_mean(np.array(areas)), np.array(peaks), overall, test)
+
+
+def score_folds(about: dict[str, Any], predictions: dict[str, Any],
+                truth: GroundTruth) -> CombinationScores:
+    """AUROC of a combination that was cross-validated, and no other score.
+
+    about: as of `score_combination`. predictions: what `report_folds` is given of it;
+    `truth.test` is of the images that were predicted in turn."""
+    p, fold = predictions["predictions"].numpy(), predictions["fold"].numpy()   # (n, L), (n,)
+    areas = np.array([auroc_in_folds(p[:, i], truth.test[:, i], truth.counts, fold)
+                      for i in range(len(truth.names))])                    # (L, 1 + R)
+    rows = []
+    for label, area, y in zip(truth.names, areas, truth.test.T):
+        low, high = interval(area[1:])
+        rows.append(about | {
+            "label": label, "n": int((~np.isnan(y)).sum()), "positives": int((y == 1).sum()),
+            "auroc": float(area[0]), "auroc_low": low, "auroc_high": high})
+    return CombinationScores(
+        rows, with_mean(areas), peaks=np.full(len(areas) + 1, np.nan),
+        overall={name: math.nan for name in OVERALL}, probabilities=p)
 
 
 def peak_accuracy(epochs: np.ndarray, y: np.ndarray) -> float:
@@ -266,24 +290,25 @@ def with_mean(areas: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Row:
-    """An initialisation in a block: its runs, which differ in the draw of the labelled images."""
+    """An initialisation in a block: S combinations, which differ in the draw alone."""
     init: str
-    runs: list[RunScores]               # S of them
+    combinations: list[CombinationScores]
 
     @property
-    def draws(self) -> np.ndarray:
+    def areas(self) -> np.ndarray:
         """(S, L + 1) AUROC on the test set of each draw."""
-        return np.array([run.areas[:, 0] for run in self.runs])
+        return np.array([scores.areas[:, 0] for scores in self.combinations])
 
     @property
     def peaks(self) -> np.ndarray:
         """(S, L + 1) best accuracy of all epochs of each draw."""
-        return np.array([run.peaks for run in self.runs])
+        return np.array([scores.peaks for scores in self.combinations])
 
     @property
     def overall(self) -> np.ndarray:
         """(S, 6) the scores OVERALL of each draw."""
-        return np.array([[run.overall[name] for name in OVERALL] for run in self.runs])
+        return np.array([[scores.overall[name] for name in OVERALL]
+                         for scores in self.combinations])
 
     @functools.cached_property
     def pooled(self) -> np.ndarray:
@@ -291,7 +316,7 @@ class Row:
 
         The average comes before the interval, which therefore says what other test patients
         would show, and not what other training images would."""
-        return np.stack([run.areas for run in self.runs]).mean(0)
+        return np.stack([scores.areas for scores in self.combinations]).mean(0)
 
 
 @dataclass(frozen=True)
@@ -337,31 +362,15 @@ class Comparison:
     p: float
 
 
-def score_folds(about: dict[str, Any], run: dict[str, Any], truth: GroundTruth) -> RunScores:
-    """AUROC of a run that was cross-validated, and no other score; arguments as of `score_run`,
-    and `truth.test` is of the images that were predicted in turn."""
-    p, fold = run["predictions"].numpy(), run["fold"].numpy()               # (n, L), (n,)
-    areas = np.array([auroc_in_folds(p[:, i], truth.test[:, i], truth.counts, fold)
-                      for i in range(len(truth.names))])                    # (L, 1 + R)
-    rows = []
-    for label, area, y in zip(truth.names, areas, truth.test.T):
-        low, high = interval(area[1:])
-        rows.append(about | {
-            "label": label, "n": int((~np.isnan(y)).sum()), "positives": int((y == 1).sum()),
-            "auroc": float(area[0]), "auroc_low": low, "auroc_high": high})
-    return RunScores(rows, with_mean(areas), peaks=np.full(len(areas) + 1, np.nan),
-                     overall={name: math.nan for name in OVERALL}, probabilities=p)
-
-
-def score_blocks(runs: dict[tuple, dict], truth: GroundTruth,
-                 score_of: Callable = score_run) -> list[Block]:
-    """All runs in the order of the report; the keys are (mode, fraction, init, seed)."""
-    modes, fractions, inits, seeds = (list(dict.fromkeys(axis)) for axis in zip(*runs))
+def score_blocks(predictions: dict[tuple, dict], truth: GroundTruth,
+                 score_of: Callable = score_combination) -> list[Block]:
+    """All combinations in the order of the report; the keys are (mode, fraction, init, seed)."""
+    modes, fractions, inits, seeds = (list(dict.fromkeys(axis)) for axis in zip(*predictions))
 
     def row(mode, fraction, init):
         return Row(init, [
             score_of({"init": init, "mode": mode, "fraction": fraction, "seed": seed},
-                     runs[mode, fraction, init, seed], truth)
+                     predictions[mode, fraction, init, seed], truth)
             for seed in seeds])
 
     return [Block(mode, fraction, [row(mode, fraction, init) for init in inits])

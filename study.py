@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 import run_folder
 from checkpoint import FORMAT, CheckpointError, load_checkpoint, settings_of
@@ -70,11 +71,14 @@ class Init(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a combination ends with."""
+    """What a combination ends with; None is what its mode does not have."""
     net: Classifier
     val: np.ndarray                     # (n_val, L) probabilities
     test: np.ndarray                    # (n_test, L)
-    details: dict[str, Any]             # what val chose: a `strength`, or an `epoch`
+    strength: float | None = None       # linear: of the regularisation that val chose
+    epoch: int | None = None            # full: the best on val; 0 is the linear probe
+    history: list[dict[str, Any]] | None = None     # full: its lines of log.jsonl
+    peaks: Tensor | None = None         # full, --peak: (epochs, n_test, L), test after each
 
 
 @dataclass(frozen=True)
@@ -120,9 +124,10 @@ class Study:
         return Preprocessing(self.settings["image_size"], self.settings["normalize"],
                              self.settings["clahe"])
 
-    def classifier(self, init: Init) -> Classifier:
-        """The network that training starts from, with a new linear layer."""
-        encoder = build_encoder(self.settings["arch"], init.source)
+    def classifier(self, init: Init, say: Callable = lambda text: None) -> Classifier:
+        """The network that training starts from, with a new linear layer; CheckpointError where
+        the encoder does not fit. say: is told what of a file of another tool was taken."""
+        encoder = build_encoder(self.settings["arch"], init.source, say)
         projector = first_layers(init.source, self.config.from_head or 0, encoder)
         return Classifier(encoder, self.task.outputs, projector)
 
@@ -197,8 +202,7 @@ def read_inits(config: "Config", say: Callable) -> list[Init]:
 def inherit(config: "Config", inits: list[Init], say: Callable) -> dict[str, Any]:
     """Data, architecture and preprocessing: as the flags say, else as the first checkpoint does.
 
-    They are the same for all initialisations, so that these can be compared.
-    CheckpointError where an encoder does not fit."""
+    They are the same for all initialisations, so that these can be compared."""
     flags = {name: getattr(config, name) for name in INHERITED
              if getattr(config, name) is not None}
     files = [init for init in inits if init.is_file]
@@ -213,10 +217,6 @@ def inherit(config: "Config", inits: list[Init], say: Callable) -> dict[str, Any
         if differences:
             say(f"{init.source} was trained with {', '.join(differences)}, which is not what it "
                 "is given here")
-    for init in inits:
-        # What does not fit is refused now.
-        encoder = build_encoder(inherited["arch"], init.source, say)
-        first_layers(init.source, config.from_head or 0, encoder)
     return inherited
 
 
@@ -319,5 +319,10 @@ def read_study(config: "Config", compute: Compute) -> Study:
         raise DataError(f"--batch-size {config.batch_size} is global and must divide by the "
                         f"{compute.world_size} processes")
     settings = run_folder.fixed_flags(config) | inherited
-    return Study(config, compute, manifest, settings, {init.key: init for init in inits}, names,
-                 task, policy, splits, draws)
+    study = Study(config, compute, manifest, settings, {init.key: init for init in inits}, names,
+                  task, policy, splits, draws)
+    # Each combination builds its own network. An encoder that does not fit is refused now, and
+    # not after hours of training another one.
+    for init in inits:
+        study.classifier(init, say)
+    return study

@@ -20,9 +20,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import cluster_eval
 import pretrain
 from checkpoint import load_checkpoint, save_checkpoint
-from cluster_eval import agreement, choose_classes, evaluate, k_means
+from cluster_eval import agreement, evaluate, k_means
 from common import DataError
 from dali_pipeline import Preprocessing, eval_loader
+from labels import choose_classes
 from manifest import read_manifest
 from model import build_encoder, extract_features
 from probe import knn_class_shares

@@ -22,11 +22,11 @@ from matplotlib import font_manager
 from PIL import Image
 
 import cluster_eval
-import figures
 import finetune
 import predict
 import pretrain
 import probe
+import report
 from checkpoint import CheckpointError, load_checkpoint
 from common import DataError, lock, read_place
 from dali_pipeline import Preprocessing, eval_loader
@@ -271,13 +271,13 @@ def test_names_are_written_in_a_font_that_has_them_or_numbered(tmp_path, monkeyp
     make_font(tmp_path / "font.ttf", "Triangles", "\U000f0000\U000f0001")
     font_manager.fontManager.addfont(tmp_path / "font.ttf")
     names = ["\U000f0000\U000f0001", "\U000f0002", "Пневмония", "_odd $5 and $6", "a\x07b"]
-    text = figures.figure_text(label=names, row=["\U000f0002/encoder.pt"])
+    text = report.figure_text(label=names, row=["\U000f0002/encoder.pt"])
     assert "Triangles" in text.style["font.family"]
     assert [text.written[name] for name in names] == [
         "\U000f0000\U000f0001", "label 2", "Пневмония", r" _odd \$5 and \$6", "label 5"]
     assert text.legend == ("\nIn the figures label 2 is \U000f0002, label 5 is a\x07b, row 1 is "
                            "\U000f0002/encoder.pt.\n")
-    assert not figures.figure_text(label=["Effusion", "Köhler–Größe"]).legend
+    assert not report.figure_text(label=["Effusion", "Köhler–Größe"]).legend
 
 
 @pytest.mark.filterwarnings("error:Glyph")

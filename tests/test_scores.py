@@ -105,11 +105,11 @@ def test_mean_and_its_interval_keep_to_the_same_labels(tmp_path):
     # The last label has one class.
     truth = np.c_[rng.integers(0, 2, 80), np.arange(80) < 2, np.ones(80)].astype(float)
     p = np.clip(truth + rng.standard_normal((80, 3)) / 2, 0, 1)
-    run = {"val": torch.tensor(p), "test": torch.tensor(p), "n_train": [9] * 3,
-           "positives": [3] * 3}
+    entry = {"val": torch.tensor(p), "test": torch.tensor(p), "n_train": [9] * 3,
+             "positives": [3] * 3}
     about = {"data": "here", "kind": "binary", "labels": "as they are", "draws": {1.0: ["all"]}}
-    runs = {("full", 1.0, "Scratch", 0): run}
-    report(tmp_path, about, runs, ["a", "b", "c"], truth, truth, patients)
+    predictions = {("full", 1.0, "Scratch", 0): entry}
+    report(tmp_path, about, predictions, ["a", "b", "c"], truth, truth, patients)
     means = []
     for counts in patient_counts(patients, REPLICATES):
         drawn = np.repeat(np.arange(80), counts)
@@ -122,18 +122,18 @@ def test_mean_and_its_interval_keep_to_the_same_labels(tmp_path):
     assert f"the {len(means) - 1} times that every label had" in text
 
 
-def test_the_order_of_the_runs_does_not_matter(tmp_path):
-    rng, runs = np.random.default_rng(5), {}
+def test_the_order_of_the_combinations_does_not_matter(tmp_path):
+    rng, predictions = np.random.default_rng(5), {}
     truth, patients = rng.integers(0, 2, (40, 1)).astype(float), np.arange(40).astype(str)
     for key in rng.permutation(list(np.ndindex(2, 2, 3))).tolist():
         p = torch.tensor(rng.random((40, 1)))
         name = ("linear", "full")[key[0]], (0.1, 1.0)[key[1]], f"init {key[2]}", 0
-        runs[name] = {"val": p, "test": p, "n_train": [9], "positives": [3]}
+        predictions[name] = {"val": p, "test": p, "n_train": [9], "positives": [3]}
     about = {"data": "here", "kind": "binary", "labels": "as they are",
              "draws": {0.1: ["some"], 1.0: ["all"]}}
-    report(tmp_path, about, runs, ["a"], truth, truth, patients)
+    report(tmp_path, about, predictions, ["a"], truth, truth, patients)
     for mean in json.loads((tmp_path / "results.json").read_text())["means"]:
-        p = runs[mean["mode"], mean["fraction"], mean["init"], 0]["test"]
+        p = predictions[mean["mode"], mean["fraction"], mean["init"], 0]["test"]
         assert mean["auroc"] == pytest.approx(roc_auc_score(truth[:, 0], p[:, 0]))
 
 
@@ -141,13 +141,13 @@ def test_exclusive_classes_have_one_accuracy(tmp_path):
     rng = np.random.default_rng(4)
     classes = rng.integers(0, 3, 50)
     p, peaks = rng.dirichlet(np.ones(3), 50), torch.tensor(rng.dirichlet(np.ones(3), (4, 50)))
-    run = {"val": torch.tensor(p), "test": torch.tensor(p), "peaks": peaks, "n_train": [9] * 3,
-           "positives": [3] * 3}
+    entry = {"val": torch.tensor(p), "test": torch.tensor(p), "peaks": peaks, "n_train": [9] * 3,
+             "positives": [3] * 3}
     about = {"data": "here", "kind": "exclusive", "labels": "as they are",
              "draws": {1.0: ["all"]}}
     truth, patients = np.eye(3)[classes], np.arange(50).astype(str)
-    runs = {("full", 1.0, "Scratch", 0): run}
-    report(tmp_path, about, runs, list("abc"), truth, truth, patients)
+    predictions = {("full", 1.0, "Scratch", 0): entry}
+    report(tmp_path, about, predictions, list("abc"), truth, truth, patients)
     mean, = json.loads((tmp_path / "results.json").read_text())["means"]
     assert mean["accuracy"] == (p.argmax(1) == classes).mean()
     assert mean["majority"] == np.bincount(classes).max() / 50
@@ -162,12 +162,12 @@ def test_names_that_would_break_a_table_and_one_test_patient(tmp_path):
     rng, count = np.random.default_rng(7), 102
     names = ["a|b\nc", "mean", *(f"label {i}" for i in range(count - 2))]
     truth = rng.integers(0, 2, (12, count)).astype(float)
-    runs = {("linear", 1.0, name, 0): {"val": p, "test": p, "n_train": [9] * count,
-                                       "positives": [3] * count}
-            for name, p in (("x|y", torch.tensor(rng.random((12, count)))),
-                            ("z", torch.tensor(rng.random((12, count)))))}
+    predictions = {("linear", 1.0, name, 0): {"val": p, "test": p, "n_train": [9] * count,
+                                              "positives": [3] * count}
+                   for name, p in (("x|y", torch.tensor(rng.random((12, count)))),
+                                   ("z", torch.tensor(rng.random((12, count)))))}
     about = {"data": "here", "kind": "binary", "labels": "as they are", "draws": {1.0: ["all"]}}
-    report(tmp_path, about, runs, names, truth, truth, np.full(12, "p"))
+    report(tmp_path, about, predictions, names, truth, truth, np.full(12, "p"))
     lines = (tmp_path / "results.md").read_text().splitlines()
     header, _, first, second = lines[lines.index("AUROC on test") + 2:][:4]
     for line in (header, first, second):
@@ -186,11 +186,11 @@ def test_a_number_that_is_none_becomes_null_and_a_name_stays(tmp_path):
     """NaN is no JSON. A label, and a folder, may be called so all the same."""
     truth, patients = np.c_[np.arange(40) % 2, np.ones(40)].astype(float), np.arange(40).astype(str)
     p = torch.tensor(np.random.default_rng(6).random((40, 2)))
-    run = {"val": p, "test": p, "n_train": [9] * 2, "positives": [3] * 2}
+    entry = {"val": p, "test": p, "n_train": [9] * 2, "positives": [3] * 2}
     about = {"data": "data/NaN", "kind": "binary", "labels": "as they are",
              "draws": {1.0: ["all"]}}
-    runs = {("full", 1.0, "NaN", 0): run}
-    report(tmp_path, about, runs, ["a", "NaN"], truth, truth, patients)
+    predictions = {("full", 1.0, "NaN", 0): entry}
+    report(tmp_path, about, predictions, ["a", "NaN"], truth, truth, patients)
 
     def refuse(constant):
         raise AssertionError(f"{constant} is no JSON")
