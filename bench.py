@@ -386,8 +386,7 @@ def bench_fed(args: argparse.Namespace, folder: Path) -> None:
 
     Where both are equally fast, the loader keeps up and costs nothing."""
     step = Step(args, folder / "run", Way("default"), args.batch_size)
-    batches = iter(dali_loader(args, demo_folder(args, folder / "data"),
-                               step.compute.dtype is not None))
+    batches = iter(dali_loader(args, demo_folder(args, folder / "data")))
     same = itertools.repeat(next(batches))
     contenders = {"fed by dali_pipeline.py": batches, "the same two views each time": same}
     report("fed", "pairs/s", {name: pairs_per_second(args, step, args.batch_size, views)
