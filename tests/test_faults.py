@@ -936,16 +936,17 @@ def computed(stage, out):
     return [{key: value for key, value in row.items() if key != "init"} for row in results]
 
 
-def test_hostile_checkpoints(data, labelled, encoder, classifier, rng, long, tmp_path, capsys,
-                             report):
+def test_hostile_checkpoints(data, folder, labelled, encoder, classifier, rng, long, tmp_path,
+                             capsys, report):
     """Refused in a sentence by every stage that reads one, or with no effect on what comes out."""
     out = tmp_path / "run"
     pretrain.main([*SMALL, "--max-steps", "1", "--data", str(data), "--out", str(out)])
     last, count, outcome = out / "last.pt", 500 if long else 12, Counter()
     readers = {
         encoder: ("finetune", ["--init", encoder, "--data", labelled, "--mode", "linear",
-                               "--overwrite", "--out", tmp_path / "finetune/run"]),
-        classifier: ("predict", [classifier, labelled, "--overwrite", "--out",
+                               "--threads", "1", "--overwrite", "--out",
+                               tmp_path / "finetune/run"]),
+        classifier: ("predict", [classifier, folder, "--threads", "1", "--overwrite", "--out",
                                  tmp_path / "predict"]),
         last: ("pretrain", [*SMALL, "--max-steps", "1", "--data", data, "--out", out])}
     readers = {file: (stage, [*map(str, arguments)]) for file, (stage, arguments)
