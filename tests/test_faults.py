@@ -3,7 +3,7 @@
     python -m pytest tests/test_faults.py               minutes: a few of each fault
     python -m pytest tests/test_faults.py --long -s     the campaign, and its table
 
-The campaign takes hours. Its parts, chosen by -k, add their rows to one file, --fault-table.
+Parts of the campaign, chosen by -k, add their rows to one file, --fault-table.
 What is drawn at random follows from --fault-seed (0), which is printed.
 """
 import contextlib
@@ -988,6 +988,16 @@ def test_hostile_checkpoints(data, folder, labelled, encoder, classifier, rng, l
            f"{', '.join(f'{n} {what}' for what, n in outcome.items())} |")
 
 
+def test_a_counter_that_is_missing_is_missed(encoder, tmp_path):
+    """PyTorch would begin it anew, and a run that goes on would end with other bits."""
+    state = load_checkpoint(encoder)
+    state["encoder"] = {key: value for key, value in state["encoder"].items()
+                        if key != "bn1.num_batches_tracked"}
+    torch.save(state, tmp_path / "encoder.pt")
+    with pytest.raises(DataError, match="its encoder has no bn1.num_batches_tracked"):
+        load_checkpoint(tmp_path / "encoder.pt")
+
+
 class Bomb:
     def __init__(self, file):
         self.file = file
@@ -1012,10 +1022,12 @@ def test_code_in_a_pickle_does_not_run(save, tmp_path):
 # --------------------------------------------------------------------------------------------------
 # Long runs: what a process holds does not grow.
 
-# With each line on the terminal a process says what it holds: memory as the system counts it, what
-# of this glibc's malloc (2.33 or newer) has free in its heaps, open handles, and threads.
+# With each line on the terminal a process says what it holds: memory as the system counts it, but
+# for that of files, which the system takes back when it likes; what of this glibc's malloc (2.33 or
+# newer) has free in its heaps; open handles; and threads.
 COUNTED = """
-import ctypes
+import ctypes, re
+from pathlib import Path
 
 class Mallinfo2(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in (
@@ -1027,7 +1039,8 @@ mallinfo2.restype = Mallinfo2
 
 def say_and_count(self, *words):
     say(self, *words)
-    resident = int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE")
+    status = Path("/proc/self/status").read_text()
+    resident = sum(map(int, re.findall(r"Rss(?:Anon|Shmem):\\s+(\\d+)", status))) * 1024
     say(self, "holds", resident, mallinfo2().fordblks, len(os.listdir("/proc/self/fd")),
         len(os.listdir("/proc/self/task")))
 
