@@ -132,8 +132,8 @@ def _damage(state: dict) -> str:
         if not isinstance(entry, dict) or not all(isinstance(key, str) for key in entry):
             return f"its {name} is no table of names"
         # PyTorch would begin a batch norm's counter anew where it is missing.
-        counters = {f"{key.removesuffix('running_mean')}num_batches_tracked" for key in entry
-                    if key.endswith("running_mean")}
+        counters = {key.replace("running_mean", "num_batches_tracked")
+                    for key in entry if key.endswith("running_mean")}
         if lost := sorted(counters - entry.keys()):
             return f"its {name} has no {lost[0]}"
     # Without these the defaults would be taken, and other features would come out.
