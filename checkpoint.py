@@ -131,6 +131,11 @@ def _damage(state: dict) -> str:
         entry = state.get(name, {})
         if not isinstance(entry, dict) or not all(isinstance(key, str) for key in entry):
             return f"its {name} is no table of names"
+        # PyTorch would begin a batch norm's counter anew where it is missing.
+        counters = {key.replace("running_mean", "num_batches_tracked")
+                    for key in entry if key.endswith("running_mean")}
+        if lost := sorted(counters - entry.keys()):
+            return f"its {name} has no {lost[0]}"
     # Without these the defaults would be taken, and other features would come out.
     missing = sorted(PREPROCESSING - state.get("config", {}).keys())
     if state.get("format") == FORMAT and missing:
