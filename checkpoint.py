@@ -167,11 +167,16 @@ def encoder_weights(init: str | Path, arch: str, expected: dict[str, Tensor],
         if not reason and not all(value.isfinite().all() for value in state.values()):
             reason = "some of its weights are not finite"
     except MALFORMED as error:
-        reason = str(error).splitlines()[-1].strip()
+        reason = last_line(error)
     if reason:
         raise CheckpointError(
             f"{init} does not fit a {arch} with a one-channel stem: {reason}")
     return state
+
+
+def last_line(error: Exception) -> str:
+    """What is wrong, where PyTorch tells it after lines about where that was."""
+    return (str(error) or repr(error)).splitlines()[-1].strip()
 
 
 def _imagenet_state(arch: str) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ on the features themselves (SimCLR v2, Chen et al. 2020b).
 import torchvision
 from torch import Tensor, nn
 
-from checkpoint import FORMAT, MALFORMED, CheckpointError, load_checkpoint
+from checkpoint import FORMAT, MALFORMED, CheckpointError, last_line, load_checkpoint
 from model import num_features
 
 
@@ -56,7 +56,7 @@ def first_layers(init: str, count: int, encoder: torchvision.models.ResNet) -> n
     try:
         projector = rebuild_projector(state["projector"], num_features(encoder))
     except MALFORMED as error:
-        reason = str(error).splitlines()[-1].strip()
+        reason = last_line(error)
         raise CheckpointError(
             f"{init} holds a projection head that does not fit: {reason}") from None
     layers = len(linear_layers(projector))

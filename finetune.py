@@ -36,8 +36,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 import run_folder
 from checkpoint import (
-    ARCHITECTURES, FORMAT, MALFORMED, CheckpointError, first_not_finite, load_checkpoint,
-    save_checkpoint)
+    ARCHITECTURES, FORMAT, MALFORMED, CheckpointError, first_not_finite, last_line,
+    load_checkpoint, save_checkpoint)
 from common import write_text
 from dali_pipeline import eval_loader, train_loader
 from flags import ENCODERS, PRECISION, THREADS, flag
@@ -257,7 +257,7 @@ class FineTuning:
                 self.scaler.load_state_dict(state["scaler"])
             self.history, self.best, self.peaks = state["history"], state["best"], state["peaks"]
         except MALFORMED as error:
-            reason = (str(error) or repr(error)).splitlines()[-1].strip()
+            reason = last_line(error)
             raise CheckpointError(f"{self.study.last} does not fit this run ({reason}): delete "
                                   "it, and the same command begins that training anew") from None
 

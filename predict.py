@@ -44,7 +44,7 @@ from torch import Tensor
 import run_folder
 from archive import Archive, Member
 from checkpoint import (
-    MALFORMED, PREPROCESSING, CheckpointError, load_checkpoint, settings_of)
+    MALFORMED, PREPROCESSING, CheckpointError, last_line, load_checkpoint, settings_of)
 from classifier import Classifier, rebuild_projector
 from common import DataError, plain_name, restart_in_utf8, whole_file, write_csv
 from dali_pipeline import Loader, Preprocessing, eval_loader
@@ -146,7 +146,7 @@ def load_classifier(path: str | Path) -> tuple[Classifier, dict]:
         net = Classifier(encoder, outputs, projector)
         net.head.load_state_dict(state["classifier"])
     except MALFORMED as error:
-        reason = str(error).splitlines()[-1].strip()
+        reason = last_line(error)
         raise CheckpointError(f"{path} holds a head that does not fit: {reason}") from None
     return net.eval(), state
 

@@ -33,8 +33,8 @@ from torchvision.utils import make_grid
 
 import run_folder
 from checkpoint import (
-    ARCHITECTURES, FORMAT, MALFORMED, CheckpointError, first_not_finite, load_checkpoint,
-    save_checkpoint)
+    ARCHITECTURES, FORMAT, MALFORMED, CheckpointError, first_not_finite, last_line,
+    load_checkpoint, save_checkpoint)
 from common import DataError
 from dali_pipeline import Preprocessing, train_loader
 from flags import PRECISION, THREADS, flag
@@ -231,7 +231,7 @@ class Training:
             self.step = operator.index(state["step"])
             self.probed = operator.index(state.get("probed", self.step))
         except MALFORMED as error:
-            reason = (str(error) or repr(error)).splitlines()[-1].strip()
+            reason = last_line(error)
             raise CheckpointError(f"{file} does not fit these flags: {reason}") from None
 
     def save(self) -> None:
