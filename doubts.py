@@ -20,7 +20,7 @@ ALLOW = {
     "empty-split": "train, val or test is empty",
     "constant-label": "a label is the same for every image",
     "mixed-letters": "a column holds y or n beside t or f",
-    "similar-labels": "labels differ in case or blanks only",
+    "similar-labels": "labels differ in form only, or hardly in spelling",
     "many-classes": "a column holds more classes than its images can teach",
     "similar-patients": "patients differ in case, blanks or leading zeros only",
     "masks": "images seem to be masks, segmentations or other drawings",
@@ -163,8 +163,56 @@ def similar_labels(names: list[str]) -> list[Doubt]:
         name = re.sub(r"(\d)\.0+(?!\d)", r"\1", name)
         return re.sub(rf"(?<!\d){MARKS}+|{MARKS}+(?!\d)", "", form_key(name))
 
-    return [Doubt("similar-labels", f"labels {one!r} and {other!r} differ in form only")
-            for one, other in pairs_alike(names, letters)]
+    in_form = pairs_alike(names, letters)
+    doubts = [f"labels {one!r} and {other!r} differ in form only" for one, other in in_form]
+    doubts += [f"labels {one!r} and {other!r} are spelled almost alike: write a class in one way"
+               for one, other in pairs_misspelled(names) if (one, other) not in in_form]
+    return [Doubt("similar-labels", sentence) for sentence in doubts]
+
+
+def pairs_misspelled(names: list[str]) -> list[tuple[str, str]]:
+    """Pairs of names that may be one: nodule and nodules, Pneumonia and Pnuemonia, Mass and
+    Mass.1, as pandas calls a second column Mass. One word of them may differ."""
+    pairs = []
+    groups: dict[tuple[str, ...], list[tuple[str, list[str]]]] = {}
+    for name in names:
+        second = re.fullmatch(r"(.+)\.\d+", name)
+        if second and second[1] in names:
+            pairs.append((second[1], name))
+        # Only those whose words begin alike need to be compared.
+        words = form_key(name).split()
+        group = groups.setdefault(tuple(word[:2] for word in words), [])
+        for other, known in group:
+            differing = [pair for pair in zip(words, known) if len(set(pair)) > 1]
+            if len(differing) == 1 and are_one_word(*differing[0]):
+                pairs.append((other, name))
+        group.append((name, words))
+    return pairs
+
+
+def are_one_word(one: str, other: str) -> bool:
+    """Whether two words that begin with the same two letters are one and its plural, or differ by
+    a letter that is missing, another, or in the wrong place, and are long enough for that."""
+    if singular(one) == singular(other):
+        return True
+    short, long = sorted((one, other), key=len)
+    if len(short) < 5 or not (one.isalpha() and other.isalpha()):
+        return False
+    if len(long) == len(short) + 1:
+        return any(long[:i] + long[i + 1:] == short for i in range(2, len(long)))
+    apart = [i for i, pair in enumerate(zip(one, other)) if len(set(pair)) > 1]
+    if len(long) > len(short) or len(apart) > 2:
+        return False
+    if len(apart) == 1:
+        return len(short) > 7
+    first, second = apart
+    return len(short) > 5 and second == first + 1 and one[first] == other[second] and one[second] == other[first]
+
+
+def singular(word: str) -> str:
+    """A word without the end of an English plural."""
+    word = re.sub(r"(s|x|z|ch|sh)es$", r"\1", word)
+    return re.sub(r"(?<=[^\W\d_]{2}[^\W\d_su])s$", "", word)
 
 
 def similar_patients(patients: Iterable[str]) -> list[Doubt]:
@@ -199,7 +247,8 @@ def patient_key(patient: str) -> str:
     if re.fullmatch(r"\d{1,3}(,\d{3})+", patient):
         patient = patient.replace(",", "")
     # A blank between a letter and a number, ".0" as spreadsheets append it, leading zeros.
-    text = re.sub(r"(?<=[a-z]) (?=\d)", "", form_key(patient))
+    text = form_key(re.sub(r"[\^,]+", " ", patient))           # DOE^JANE^^, Doe, Jane
+    text = re.sub(r"(?<=[a-z]) (?=\d)", "", text)
     text = re.sub(r"^(\d+)\.0*$", r"\1", text)
     return re.sub(r"(?<![\d.])0+(?=\d)", "", text)
 
@@ -224,6 +273,7 @@ DRAWINGS = {"mask", "masks", "segmentation", "segmentations", "annotation", "ann
             "seg", "segs", "annot", "annots", "gt", "label", "labels", "roi", "rois", "bbox",
             "bboxes", "outline", "outlines", "saliency", "gradcam", "cam", "cams", "segmented",
             "drawing", "drawings"}
+NUMBERED_LABEL = re.compile(r"labels?[\W_]*\d+")     # label_0, label_1: classes
 CODE = re.compile(r"[A-Za-z]{1,3}[ _-]?\d{2,}|(?=.*\d)(?=.*[a-f])[0-9a-f]{6,}")   # A17, a3f9c2
 NO_CLASSES = {"image", "images", "img", "imgs", "png", "jpg", "jpeg", "dicom", "data", "dataset",
               "batch", "part", "chunk", "fold", "folder", "file", "files", "patient", "study",
@@ -231,7 +281,9 @@ NO_CLASSES = {"image", "images", "img", "imgs", "png", "jpg", "jpeg", "dicom", "
               "unlabelled", "unsorted", "person", "participant", "unknown", "all", "thumbnail",
               "thumb", "recyclebin", "lostfound", "trash", "tmp", "temp", "backup", "misc"}
 # What makes the class of its own that is left without it another one: A - Copy, A_augmented.
-COPIES = ("copy", "augmented", "augmentation", "aug", "backup", "resized", "cropped", "new", "old")
+COPIES = ("copy", "copie", "copia", "kopie", "augmented", "augmentation", "aug", "backup",
+          "resized", "cropped", "new", "old")
+COPY_OF = ("copyof", "copiede", "copiade", "kopievon")
 # Words by which a name is one of findings, and not of a person.
 FINDINGS = re.compile(
     "normal|healthy|finding|disease|covid|pneumo|bacteri|vir(al|us)|tubercul|tumou?r|cancer|malign"
@@ -255,6 +307,10 @@ NAME_COLUMN = re.compile(
     r"|nom|prenom|nombre|apellidos?|nome|cognome|id|identifier|identifiant|individual|client|hn"
     r"|uhid|nhs|paciente|paziente"
     r"|(hospital|medical record|record|chart|clinic|person)( ?(id|nr|no|number|code))")
+VIEW_COLUMN = re.compile(r"(.* )?(view|projection|body ?part|anatomy)( .*)?|frontal lateral|ap pa")
+STUDY_COLUMN = re.compile(
+    r"(study|exam|examination|accession|encounter|episode|admission|hadm|stay|order|report)"
+    r" ?(instance ?)?(id|uid|nr|no|number|num|key|code)|accession|uid|study uid")
 OTHER_NUMBERS = {"time", "width", "pixel", "pixels", "columns", "rows", "area", "zip", "zipcode",
                  "postcode", "phone", "dose", "exposure", "kvp", "scanner", "device", "model",
                  "serial", "manufacturer", "station", "site", "institution", "center", "centre",
@@ -273,6 +329,7 @@ SPLIT_HINTS = {"derivation": "train", "development": "train", "discovery": "trai
                **dict.fromkeys(HELD_OUT, "test")}
 SPLIT_FLAGS = {"is", "in", "for", "set", "flag", "data", "sample", "used", "use", "split"}
 MOST_OF_A_PATIENT = 20          # images, on average; folders of more are sites or kinds of disease
+MOST_COPIES = 50                # images whose names differ by CHANGED; more are numbered by it
 FEW_OF_A_PERSON = 10            # images, on average; folders of more teach a class
 MANY = 10                       # more folders of one name and a number are no grades of a disease
 
@@ -287,7 +344,7 @@ def drawings(images: list[str]) -> list[str]:
         # masks2 is one of masks, but what stands between digits is a random name.
         parts = PurePosixPath(image).with_suffix("").parts[len(shared):]
         words = {word.rstrip("0123456789") for part in parts
-                 for word in re.split(r"[\W_]+", part.casefold())}
+                 for word in re.split(r"[\W_]+", NUMBERED_LABEL.sub("", part.casefold()))}
         whole = {re.sub(r"[\W_]+", "", part.casefold()) for part in (*shared, *parts)}
         return bool(DRAWINGS & (words | whole)) or any("mask" in word for word in words)
 
@@ -303,11 +360,22 @@ def names_without_meaning(classes: list[str]) -> list[str]:
     return [name for name in classes
             if {letters[name], letters[name].removesuffix("s")} & NO_CLASSES
             or letters[name].startswith(("image", "img"))
-            or any(letters[name].removesuffix(word) in {*letters.values()} - {letters[name]}
-                   for word in COPIES)
+            or is_copy(name, letters)
             or letters[name] in PERSONS and name.casefold() not in PERSONS
             or numbered[letters[name]] > MANY or is_number_of(name, numbered[letters[name]])
             or bool(CODE.fullmatch(name)) and sum(map(bool, map(CODE.fullmatch, classes))) > 2]
+
+
+def is_copy(name: str, letters: dict[str, str]) -> bool:
+    """Whether a folder is a copy of another, as A - Copy, A (1), A 2 and Kopie von A are of A.
+
+    letters: of all names, this one among them."""
+    own = letters[name]
+    others = {*letters.values()} - {own}
+    numbered = re.fullmatch(r"(.+?) ?\(\d\)|(.+) \d", name)
+    return (numbered is not None and (numbered[1] or numbered[2]) in letters
+            or any(own.removesuffix(word) in others for word in COPIES)
+            or any(own.removeprefix(word) in others for word in COPY_OF))
 
 
 def seem_persons(names: list[str], images: int) -> bool:
@@ -364,13 +432,37 @@ def classes_of_splits(names: list[str]) -> tuple[str, str] | None:
     return None
 
 
+# What programs append to the name of a changed copy, and the view that a name may say.
+CHANGED = re.compile(
+    r"[\W_]*(?<![^\W\d_])((aug(mented|mentation)?|[hv]?flip(ped)?|flip_?(lr|ud|[hv])|mirror(ed)?|rot"
+    r"(ate|ated|ation)?|crop(ped)?|zoom(ed)?|shift(ed)?|shear(ed)?|blur(red)?|noisy?|noise|clahe"
+    r"|bright(ness|er|ened)?|dark(er|ened)?|contrast|gamma|equali[sz]ed|resized?|scaled"
+    r"|transform(ed)?|copy)([\W_]*\d{1,3})?|rf\.[0-9a-f]{32}|frontal|lateral|lat|pa|ap)"
+    r"(?![^\W_])[)\]]*")
+
+
+def same_pictures(images: list[str]) -> dict[str, str]:
+    """{image: the name that it shares with others}, of images that seem to be changed copies or
+    further views of one another: x1.png, x1_flip.png and aug_2_x1.png; x1.png and x1.jpg."""
+    sharing: dict[str, list[str]] = {}
+    for image in images:
+        path = PurePosixPath(image)
+        name = CHANGED.sub("", path.stem.casefold()).strip(" ._-")
+        # What is left must number a picture; crop_1 and crop_2 may be of two.
+        if re.search(r"\d", name):
+            sharing.setdefault(f"{path.parent}/{name}", []).append(image)
+    return {image: name for name, group in sharing.items() for image in group
+            if 1 < len(group) <= MOST_COPIES}
+
+
 def persons_in_names(images: list[str]) -> str:
-    """The name of a file that seems to be one of several of a person, as person1_virus_2.jpeg;
-    "" where there is none."""
+    """The name of a file that seems to be one of several of a person, as person1_virus_2.jpeg or
+    00000013_005.png; "" where there is none."""
     first: dict[str, str] = {}                          # by the word and number, a file's name
     for image in images:
         name = PurePosixPath(image).stem
-        found = re.match(r"(patient|person|subject|pat|pt|case)[ _-]?(\d+)[ _-]", name.casefold())
+        found = re.match(r"(patient|person|subject|pat|pt|case)[ _-]?\d+[ _-]|\d{5,8}[_-]",
+                         name.casefold())
         if found and first.setdefault(found[0], name) != name:
             return name
     return ""
@@ -411,6 +503,20 @@ def seem_patients(name: str, cells: list[str]) -> bool:
     of_persons = not (ATTRIBUTES | OTHER_NUMBERS) & set(words_of(name))
     return (of_persons and len(cells) <= MOST_OF_A_PATIENT * len(set(cells))
             and all(map(ID_CELL.fullmatch, set(cells))))
+
+
+def seem_studies(name: str, cells: list[str]) -> bool:
+    """Whether a column of a table seems to tell one examination from another, of a few images each.
+
+    cells: those that are not blank."""
+    few = 2 <= len(set(cells)) < len(cells) <= MOST_OF_A_PATIENT * len(set(cells))
+    return few and bool(STUDY_COLUMN.fullmatch(" ".join(words_of(name))))
+
+
+def seem_views(name: str, cells: list[str]) -> bool:
+    """Whether a column of a table says which part of the body an image shows, or from where, and
+    not the same of all of them. cells: those that are not blank."""
+    return 2 <= len(set(cells)) <= MANY and bool(VIEW_COLUMN.fullmatch(" ".join(words_of(name))))
 
 
 def seem_splits(name: str, cells: list[str]) -> bool:

@@ -12,6 +12,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
@@ -20,7 +21,8 @@ import phantom
 from common import DataError, read_text
 from doubts import (
     Doubt, classes_of_splits, drawings, folders_of_persons, many_classes, names_without_meaning,
-    persons_in_names, repeated_below, seem_patients, seem_splits, untrained_classes)
+    persons_in_names, repeated_below, same_pictures, seem_patients, seem_splits, seem_studies,
+    seem_views, untrained_classes)
 from flags import number_within
 from layout import (
     Place, excluder, find_layout, layout_text, levels_of, outside_splits, place_of, split_name)
@@ -248,6 +250,7 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
 
     # One item an image. Where x.png lies beside x.jpg both keep their suffix, as x.png.jpg.
     sharing = Counter(map(jpeg_path, images))
+    pictures = {} if patients else same_pictures(images)
     for file in images:
         split = splits[file]
         if split is None:
@@ -257,6 +260,8 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
             continue
         path = jpeg_path(file if sharing[jpeg_path(file)] == 1 else file + ".jpg")
         patient = patients.get(file, path)
+        if file in pictures:        # in one split, unless the source gives them several
+            patient = pictures[file] + (f" {split}" if split else "")
         if args.patients_per_split and split:
             patient = f"{split}-{patient}"
         source.items.append(Item(file, path, text_of(patient), split, labels[file]))
@@ -266,7 +271,7 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
     # What the user has to know.
     source.patients_known = bool(patients)
     if not patients:
-        say_no_patients(source, images)
+        say_no_patients(source, images, pictures)
     source.notes.append(f"Files passed over: {passed_over(others) or 'none'}.")
     return source
 
@@ -289,9 +294,15 @@ def doubt_classes(source: Source, said: bool) -> None:
         [item.labels for item in source.items])
 
 
-def say_no_patients(source: Source, images: list[str]) -> None:
-    """Add notes for images of which no patient is known."""
+def say_no_patients(source: Source, images: list[str], pictures: dict[str, str]) -> None:
+    """Add notes for images of which no patient is known. pictures: those of same_pictures."""
     source.notes.append("No patient is known: every image counts as a patient of its own.")
+    if pictures:
+        one, *_, other = [file for file in pictures if pictures[file] == min(pictures.values())]
+        source.notes.append(
+            f"By their names {len(pictures):,} images, such as {text_of(one)} and {text_of(other)}, "
+            f"are changed copies or views of one another: they count as {len({*pictures.values()}):,} "
+            "patients, so that none of them comes into two splits that are carved here.")
     person = persons_in_names(images)
     if person:
         source.notes.append(f"The names of files seem to say the patient, such as {person}: a "
@@ -340,7 +351,15 @@ def doubt_folders(source: Source, images: list[str], levels: list[str], guessed:
             "or other drawings: --exclude, followed by the name of their folder or by '*_mask*', "
             "leaves them out"))
     # A user who says what the levels are has looked at them.
-    if not guessed or "class" not in levels:
+    if not guessed:
+        return
+    slashes = [file for file in images if "\\" in file]
+    if 2 * len(slashes) > len(images):
+        source.doubts.append(Doubt(
+            "odd-classes", f"{len(slashes):,} names of files, such as {text_of(slashes[0])}, hold "
+            "\\ in place of folders, as an archive that Windows packed gives: unpack it by unzip "
+            "or 7z"))
+    if "class" not in levels:
         return
     ask = "--layout says what each level of folders is, --layout none that none is a class"
     odd = names_without_meaning(sorted({place_of(file, levels).class_name for file in images}))
@@ -398,15 +417,21 @@ def doubt_unused_columns(source: Source, args: argparse.Namespace, table: Table,
     further = read_table(table.file, args.path_column, names, normalise=plain_path, several=True)
     columns = {name: [cell for cell in map(further.column(name).get, keys)
                       if cell and value_of(cell) != ""] for name in names}
+    for name in [name for name in names if seem_views(name, columns[name])]:
+        counts = [f"{cell} ({count:,})" for cell, count in Counter(columns[name]).most_common(8)]
+        source.notes.append(f"Column {name} is not used and holds {', '.join(counts)}: --where "
+                            f"{name}=VALUE,VALUE takes some of them.")
     # A column that is called so by chance, of another patient in each row, is none.
     patients = table.column(args.patient_column)
     by_chance = args.patient_column == "patient" and len(set(patients.values())) == len(patients)
     if (not patients or by_chance) and "patient" not in levels:
         others = [name for name in names if name != args.patient_column]
-        for name in [name for name in others if seem_patients(name, columns[name])][:1]:
+        found = [(name, "patients") for name in others if seem_patients(name, columns[name])]
+        found += [(name, "examinations") for name in others if seem_studies(name, columns[name])]
+        for name, what in found[:1]:
             source.doubts.append(Doubt(
                 "unknown-patients", f"column {name!r} of {table.file.name} seems to name the "
-                f"patients, whose images would come into several splits: --patient-column {name}"))
+                f"{what}, whose images would come into several splits: --patient-column {name}"))
     if args.split_column not in table.columns and "split" not in levels:
         for name in [name for name in names if seem_splits(name, columns[name])]:
             words = any(map(split_name, columns[name]))
@@ -553,8 +578,10 @@ def unique(images: list[str], plain: Callable[[str], str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for image in images:
         if found.setdefault(plain(image), image) != image:
-            raise DataError(f"{image!r} and {found[plain(image)]!r} have the same name, written in "
-                            "two ways: rename one of them")
+            ways = ", written in two ways" if plain_path(image) == plain_path(
+                found[plain(image)]) else ""
+            raise DataError(f"{image!r} and {found[plain(image)]!r} have the same name{ways}: "
+                            "rename one of them")
     return found
 
 
@@ -601,7 +628,8 @@ def check_patient(cell: str, where: str) -> None:
 # NIH ChestX-ray14.
 
 def nih_items(args: argparse.Namespace, files: list[str]) -> Source:
-    """ChestX-ray14: Data_Entry_2017*.csv and the two official lists; PNGs in any folder below."""
+    """ChestX-ray14: Data_Entry_2017*.csv and the two official lists; the images in any folder
+    below, PNG as they are distributed or of another format under the same names."""
     tables = list(args.src.glob("Data_Entry_2017*.csv"))
     if len(tables) != 1:
         raise DataError(f"{args.src} must hold one Data_Entry_2017*.csv, it holds {len(tables)}")
@@ -616,8 +644,9 @@ def nih_items(args: argparse.Namespace, files: list[str]) -> Source:
     # The table and the lists go by an image's name, whichever folder it was unpacked into.
     images = {}
     for file in files:
-        name = PurePosixPath(file).name
-        if file.endswith(".png") and images.setdefault(name, file) != file:
+        path = PurePosixPath(file)
+        name = path.with_suffix(".png").name
+        if path.suffix.lower() in EXTENSIONS and images.setdefault(name, file) != file:
             raise DataError(f"{file} and {images[name]} of {args.src} have the same name")
 
     optional = ["Follow-up #", "View Position"]
@@ -656,10 +685,9 @@ def chexpert_items(args: argparse.Namespace, files: list[str]) -> Source:
     for part, split in (("train", "train"), ("valid", "test")):
         images = {file: file for file in files
                   if file.startswith(f"{part}/") and file.lower().endswith(EXTENSIONS)}
-        # CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg: the first part is --src.
         table = read_table(args.src / f"{part}.csv", "Path",
                            ["Frontal/Lateral", "AP/PA", *CHEXPERT_OBSERVATIONS], ["AP/PA"],
-                           normalise=lambda path: path.replace("\\", "/").partition("/")[2])
+                           normalise=partial(path_from, part))
         views, positions = table.column("Frontal/Lateral"), table.column("AP/PA")
         labels = observations(table)
         frontal = {image for image, view in views.items() if args.all_views or view == "Frontal"}
@@ -672,7 +700,19 @@ def chexpert_items(args: argparse.Namespace, files: list[str]) -> Source:
             source.items.append(Item(image, jpeg_path(image), patient, split, labels[image],
                                      study, position or views[image]))
     source.notes.append(f"Lateral views left out: {laterals:,} (--all-views takes them).")
+    others = sum(not file.startswith(("train/", "valid/")) and file.lower().endswith(EXTENSIONS)
+                 for file in files)
+    if others:
+        source.notes.append(f"Images outside train and valid, which are not used: {others:,}.")
     return source
+
+
+def path_from(part: str, path: str) -> str:
+    """The path of an image from the folder `part` on; what is before it is --src, wherever it was:
+    CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg."""
+    path = path.replace("\\", "/")
+    start = f"/{path}".rfind(f"/{part}/")
+    return path[start:] if start >= 0 else path
 
 
 def observations(table: Table) -> dict[str, tuple[str, ...]]:

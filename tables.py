@@ -3,15 +3,13 @@
 A cell of a label says one of four things, whether in capital or small letters.
 Numbers are compared as numbers:
 
-    present        1, 1.0, +1, 1e0, yes, y, true, t, positive, pos, pos., present, ja, oui,
-                   +, (+), +ve, si, sí, sim, wahr, vrai, да, 是, ✓, ✔
-    absent         0, 0.00, no, n, false, f, negative, neg, neg., absent, nein, non,
-                   (-), -ve, nao, não, falsch, faux, нет, 否, ✗, ✘
-    uncertain      -1, -1.0, uncertain, u, maybe, unsure, possible, equivocal, indeterminate
-    not mentioned  blank, nan, none, null, n/a, na, n.a., #n/a, <na>, -, not mentioned,
-                   unknown, ?
+    present        1, 1.0, +1, 1e0, yes, true, positive, present, checked, +, ✓, ja, oui, …
+    absent         0, 0.00, no, false, negative, absent, unchecked, ✗, nein, non, …
+    uncertain      -1, -1.0, uncertain, maybe, unsure, possible, equivocal, …
+    not mentioned  blank, nan, none, n/a, -, ., missing, not available, unknown, ?, …
 
-In a column in which + stands, - is absent. What was read as a value is told, with counts.
+CELL_WORDS has all of them. In a column in which + stands, - is absent. What was read as a
+value is told, with counts.
 A column of such cells is one label, by the column's name. A column of words is a
 column of classes: one label for each word. In one that is called a column of classes
 by its user, none may be one, too (OPEN). Words that differ in case, blanks,
@@ -36,16 +34,21 @@ from common import DataError, open_text
 
 # What a cell says -> as the manifest has it. Numbers are not listed: see value_of.
 CELL_WORDS = {
-    "1": ("yes", "y", "true", "t", "positive", "pos", "pos.", "present", "ja", "oui", "+",
-          "(+)", "+ve", "si", "sí", "sim", "wahr", "vrai", "да", "是", "✓", "✔"),
-    "0": ("no", "n", "false", "f", "negative", "neg", "neg.", "absent", "nein", "non",
-          "(-)", "-ve", "nao", "não", "falsch", "faux", "нет", "否", "✗", "✘"),
+    "1": ("yes", "y", "true", "t", "positive", "pos", "pos.", "present", "checked", "+", "(+)",
+          "+ve", "✓", "✔", "☑", "ja", "oui", "si", "sí", "sim", "wahr", "vrai", "verdadero",
+          "verdadeiro", "vero", "waar", "positiv", "positif", "positivo", "да", "是", "有",
+          "阳性", "陽性"),
+    "0": ("no", "n", "false", "f", "negative", "neg", "neg.", "absent", "unchecked", "(-)",
+          "-ve", "✗", "✘", "☐", "nein", "non", "nao", "não", "falsch", "faux", "falso",
+          "onwaar", "negativ", "negatif", "négatif", "negativo", "нет", "否", "无", "無",
+          "阴性", "陰性"),
     "-1": ("uncertain", "u", "maybe", "unsure", "possible", "equivocal", "indeterminate"),
-    "": ("", "nan", "none", "null", "n/a", "na", "n.a.", "#n/a", "<na>", "-", "not mentioned",
-         "unknown", "?")}
+    "": ("", "nan", "nat", "none", "nil", "null", "n/a", "na", "n.a.", "n.d.", "#n/a", "<na>",
+         "-", "--", ".", "..", "...", "missing", "not available", "not applicable", "not done",
+         "not mentioned", "not reported", "tbd", "unk", "unknown", "?")}
 # Of the last ones, those that programs write for a cell without content. The others may be a class
 # in a column of classes: none, mild, severe.
-OPEN = ("", "nan", "null", "#n/a", "<na>")
+OPEN = ("", "nan", "nat", "null", "#n/a", "<na>")
 # Of the values, one that is also an English prefix: a value only in a column of nothing else.
 PREFIX = "non"
 VALUES = {word: value for value, words in CELL_WORDS.items() for word in words}
@@ -53,8 +56,12 @@ NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII)
 DASHES = re.compile("[\u2010-\u2015\u2212]")      # hyphens, en and em dashes, the minus sign
 NUMBER_OF = re.compile(r".*\S\s*[:=]\s*[+-]?([01]|\d*\.\d+)%?")         # Mass:0.9, Mass = 1
 # What has letters and yet names no class, and what to call it.
+MONTH = "(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]{0,6}"
 NO_CLASS = {
-    "a date": re.compile(r"\d{1,4}[-/. ]?[a-z]{3,9}[-/. ,]*\d{2,4}", re.IGNORECASE),
+    "a date": re.compile(r"\d{1,4}[-/. ]?[a-z]{3,9}[-/. ,]*\d{2,4}"
+                         rf"|\d\d?[-/. ]{MONTH}|{MONTH}[-/. ]\d\d", re.IGNORECASE),
+    "an error of a spreadsheet": re.compile(r"#[A-Z0-9/]+[!?]", re.IGNORECASE),
+    "damaged by zero bytes": re.compile(r".*\0.*", re.DOTALL),
     "a file": re.compile(r".*\.(png|jpe?g|tiff?|dcm|bmp|jp2|webp|pgm|gif)", re.IGNORECASE),
     "HTML": re.compile(r".*(&#?\w{2,6};|<\w+>).*", re.DOTALL)}
 DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
@@ -70,6 +77,13 @@ BRACKETS = {"[": "]", "(": ")", "{": "}"}
 QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
 
 MOST_CELLS = 100_000_000        # images times labels: what a machine can hold
+
+# A line that Excel writes and reads before the header, and what is no CSV file by its first bytes.
+SEP_LINE = re.compile(r'"?sep=.?"?\s*', re.IGNORECASE)
+OTHER_TABLES = {b"PK\3\4": "an Excel workbook or a zip file",
+                b"\xd0\xcf\x11\xe0": "an Excel workbook", b"PAR1": "a Parquet file",
+                b"SQLite": "a database", b"\x89HDF": "an HDF5 file"}
+SAVE_AS_CSV = ": save its table as CSV in UTF-8"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -112,15 +126,23 @@ def read_table(file: Path, key: str, columns: list[str] | None = None,
     columns: those to read; None for all but `key`. One that is `optional` may be missing.
     normalise: what a key passes through. A key comes once, or with `several` as often as it likes;
     `hint` is added to the message where it may not.
-    Commas, semicolons or tabs may stand between the cells. A byte-order mark, CRLF and blanks
-    around a cell do not matter. DataError names the file, the
+    Commas, semicolons, tabs or | may stand between the cells. A byte-order mark, CRLF, blanks
+    around a cell and what spreadsheets write for themselves, a first line `sep=;` and
+    cells such as ="007", do not matter. DataError names the file, the
     row and the column where a column is missing, a row is short, or a key comes twice."""
-    rows, further, number = {}, {}, 0
+    rows, further, number, first = {}, {}, 0, 1
     try:
         with open_text(file) as f:
-            lines = csv.reader(                     # a quote that is never closed is an error
-                f, strict=True, delimiter=delimiter_of(f.readline(), key))
-            f.seek(0)
+            refuse_other_files(file)
+            if SEP_LINE.fullmatch(f.readline()):
+                first = 2
+            else:
+                f.seek(0)
+            start = f.tell()
+            mark = delimiter_of(f.readline(), key)
+            f.seek(start)
+            # A quote that is never closed is an error.
+            lines = csv.reader(f, strict=True, delimiter=mark)
 
             # The header: where is each of the columns?
             header = [name.strip() for name in next(lines, [])]
@@ -138,14 +160,14 @@ def read_table(file: Path, key: str, columns: list[str] | None = None,
             places = [header.index(name) for name in (key, *columns)]
 
             # The rows, by their keys.
-            for number, line in enumerate(lines, 2):
+            for number, line in enumerate(lines, first + 1):
                 if not any(map(str.strip, line)):       # a blank line, or commas alone
                     continue
                 if len(line) != len(header):
                     raise DataError(f"{file}, row {number}: {len(line)} cells where the header "
                                     f"has {len(header)}")
                 # The same few words fill most columns: interned, each is in memory once.
-                value, *cells = [sys.intern(line[place].strip()) for place in places]
+                value, *cells = [sys.intern(plain_cell(line[place])) for place in places]
                 if not value:
                     raise DataError(f"{file}, row {number}: its key is empty (column {key})")
                 value = normalise(value)
@@ -160,8 +182,24 @@ def read_table(file: Path, key: str, columns: list[str] | None = None,
         if isinstance(error, OSError) and error.filename:               # it is not there
             raise
         raise DataError(f"{file} is not a CSV file in UTF-8 ({csv_fault(number, error)})"
-                        ) from None
+                        f"{SAVE_AS_CSV if isinstance(error, UnicodeError) else ''}") from None
     return Table(file, columns, rows, header, further)
+
+
+def refuse_other_files(file: Path) -> None:
+    """DataError for what is a table, but no CSV file, by its first bytes."""
+    with open(file, "rb") as f:
+        head = f.read(16)
+    kind = next((kind for start, kind in OTHER_TABLES.items() if head.startswith(start)), "")
+    if kind:
+        raise DataError(f"{file} is {kind}, and no CSV file{SAVE_AS_CSV}")
+
+
+def plain_cell(text: str) -> str:
+    """A cell without the blanks around it, and without ="…", by which a spreadsheet is told that
+    007 is no number."""
+    text = text.strip()
+    return text[2:-1].strip() if text.startswith('="') and text.endswith('"') else text
 
 
 def csv_fault(number: int, error: Exception) -> str:
@@ -175,7 +213,7 @@ def csv_fault(number: int, error: Exception) -> str:
 
 def delimiter_of(first_line: str, key: str) -> str:
     """What stands between the cells of a table in whose first line the column `key` must be."""
-    for mark in ",;\t":
+    for mark in ",;\t|":
         if key in [name.strip() for name in next(csv.reader([first_line], delimiter=mark), [])]:
             return mark
     return ","
@@ -498,7 +536,7 @@ def read_lists(words: list[str], where: dict[str, str], rules: LabelRules,
     separator = separator or "".join(found)
     if not any(separator in word for word in words if separator):
         refuse_hidden_lists(words, where)       # also where another separator was expected
-        return {word: [word] for word in words}
+        return {word: mentioned([word], meaning) for word in words}
     return {word: mentioned(word.split(separator), meaning) for word in words}
 
 
@@ -576,7 +614,8 @@ def refuse_hidden_lists(words: list[str], where: dict[str, str]) -> None:
 def runs(text: str) -> set[str]:
     """All runs of up to LONGEST_RUN words in a text, as form_key writes them. A text of more than
     30 words is a report, and none are looked for."""
-    words = re.findall(r"\w+", text)
+    # No Lung Opacity names no Lung Opacity.
+    words = re.findall(r"\w+", re.sub(r"\b(no|not|without) +(?=\w)", r"\1", text))
     if len(words) > 30:
         return set()
     return {" ".join(words[start:end]) for start in range(len(words))
