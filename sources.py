@@ -206,7 +206,8 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
         key_of = rows_of_files(table, images, args.src, source)
         take_where(table, key_of, args.where, source)
         images = list(key_of)
-        check_patients_and_splits(table, list(key_of.values()), args)
+        check_patients_and_splits(
+            table, list(key_of.values()), args.patient_column, args.split_column)
         for column, cells in ((args.patient_column, patients), (args.split_column, splits)):
             column = table.column(column)
             cells |= {file: column[key] for file, key in key_of.items() if column}
@@ -433,12 +434,31 @@ def doubt_unused_columns(source: Source, args: argparse.Namespace, table: Table,
                 "unknown-patients", f"column {name!r} of {table.file.name} seems to name the "
                 f"{what}, whose images would come into several splits: --patient-column {name}"))
     if args.split_column not in table.columns and "split" not in levels:
-        for name in [name for name in names if seem_splits(name, columns[name])]:
-            words = any(map(split_name, columns[name]))
-            write = "" if words else ", once train, val or test is written into it"
-            source.doubts.append(Doubt(
-                "unused-splits", f"column {name!r} of {table.file.name} seems to name the "
-                f"splits: --split-column {name} takes them{write}"))
+        source.doubts += unused_splits(table, columns)
+
+
+def doubt_unused_splits(source: Source, table: Table, key: str, names: list[str],
+                        keys: list[str], normalise: Callable[[str], str]) -> None:
+    """Say which columns `names` of a table by `key` are not used, and doubt those of splits."""
+    if names:
+        source.notes.append(unused_note(table, names))
+    further = read_table(table.file, key, names, normalise=normalise, several=True)
+    columns = {name: [cell for cell in map(further.column(name).get, keys)
+                      if cell and value_of(cell) != ""] for name in names}
+    if not any(item.split for item in source.items):
+        source.doubts += unused_splits(table, columns)
+
+
+def unused_splits(table: Table, columns: dict[str, list[str]]) -> list[Doubt]:
+    """A doubt for each column, {name: its cells}, that seems to name the splits."""
+    doubts = []
+    for name in [name for name, cells in columns.items() if seem_splits(name, cells)]:
+        words = any(map(split_name, columns[name]))
+        write = "" if words else ", once train, val or test is written into it"
+        doubts.append(Doubt(
+            "unused-splits", f"column {name!r} of {table.file.name} seems to name the splits: "
+            f"--split-column {name} takes them{write}"))
+    return doubts
 
 
 def unused_note(table: Table, names: list[str]) -> str:
@@ -596,20 +616,20 @@ def ends_alike(one: str, other: str) -> bool:
     return f"/{one}".endswith(f"/{other}") or f"/{other}".endswith(f"/{one}")
 
 
-def check_patients_and_splits(table: Table, keys: list[str], args: argparse.Namespace) -> None:
+def check_patients_and_splits(table: Table, keys: list[str], patients: str, splits: str) -> None:
     """DataError for the first row of `keys` whose patient is missing or whose split is unknown.
 
-    The rows of one image must agree in both."""
-    for name in (args.patient_column, args.split_column):
+    patients, splits: the columns of them. The rows of one image must agree in both."""
+    for name in (patients, splits):
         if name not in table.columns:
             continue
         place = table.columns.index(name)
         for key in keys:
             for row in table.all_rows(key):
                 cell, where = row.cells[place], f"{table.file}, row {row.number}, column {name}"
-                if name == args.patient_column:
+                if name == patients:
                     check_patient(cell, where)
-                if name == args.split_column and not split_name(cell) and value_of(cell) != "":
+                if name == splits and not split_name(cell) and value_of(cell) != "":
                     raise DataError(f"{where}: {cell!r} is no split")
                 if cell != table.rows[key].cells[place]:
                     raise DataError(f"{where}: {cell!r}, but {table.rows[key].cells[place]!r} in "
