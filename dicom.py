@@ -311,7 +311,7 @@ def stored_pixels(dataset) -> np.ndarray:
     try:
         return pixel_array(dataset, correct_unused_bits=False)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        raise DataError(f"its pixels cannot be decoded ({error})") from error
+        raise DataError(f"its pixels cannot be decoded ({reason(error)})") from error
 
 
 def with_right_sign(stored: np.ndarray, dataset, notes: list[str]) -> np.ndarray:

@@ -7,7 +7,7 @@ prepare.py says so.
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -200,13 +200,14 @@ def are_one_word(one: str, other: str) -> bool:
         return False
     if len(long) == len(short) + 1:
         return any(long[:i] + long[i + 1:] == short for i in range(2, len(long)))
-    apart = [i for i, pair in enumerate(zip(one, other)) if len(set(pair)) > 1]
+    apart = [i for i in range(len(short)) if one[i] != other[i]]
     if len(long) > len(short) or len(apart) > 2:
         return False
     if len(apart) == 1:
         return len(short) > 7
-    first, second = apart
-    return len(short) > 5 and second == first + 1 and one[first] == other[second] and one[second] == other[first]
+    i, j = apart
+    swapped = one[i] + one[j] == other[j] + other[i]
+    return len(short) > 5 and j == i + 1 and swapped
 
 
 def singular(word: str) -> str:
@@ -441,18 +442,38 @@ CHANGED = re.compile(
     r"(?![^\W_])[)\]]*")
 
 
+def picture_name(image: str) -> str:
+    """The name of a file without what CHANGED finds in it; "" where no number is left that would
+    tell a picture from others: crop_1 and crop_2 may be of two."""
+    name = CHANGED.sub("", PurePosixPath(image).stem.casefold()).strip(" ._-")
+    return name if re.search(r"\d", name) else ""
+
+
 def same_pictures(images: list[str]) -> dict[str, str]:
-    """{image: the name that it shares with others}, of images that seem to be changed copies or
-    further views of one another: x1.png, x1_flip.png and aug_2_x1.png; x1.png and x1.jpg."""
+    """{image: the name that it shares with others}, of images of one folder that seem to be changed
+    copies or further views of one another: x1.png, x1_flip.png and aug_2_x1.png; x1.png, x1.jpg."""
     sharing: dict[str, list[str]] = {}
     for image in images:
-        path = PurePosixPath(image)
-        name = CHANGED.sub("", path.stem.casefold()).strip(" ._-")
-        # What is left must number a picture; crop_1 and crop_2 may be of two.
-        if re.search(r"\d", name):
-            sharing.setdefault(f"{path.parent}/{name}", []).append(image)
+        if name := picture_name(image):
+            sharing.setdefault(f"{PurePosixPath(image).parent}/{name}", []).append(image)
     return {image: name for name, group in sharing.items() for image in group
             if 1 < len(group) <= MOST_COPIES}
+
+
+def strayed_copies(images: list[str], places: list[tuple[str, Hashable]]) -> list[str]:
+    """Those images whose names are of changed copies, and of which the picture itself is in another
+    split, as far as splits are given. places: (split or "", class) of each image."""
+    found: dict[Hashable, dict[str, list[str]]] = {}    # by the class and name, by the split
+    for image, (split, kind) in zip(images, places):
+        if split and (name := picture_name(image)):
+            found.setdefault((kind, name), {}).setdefault(split, []).append(image)
+    return [image for by_split in found.values() if len(by_split) > 1
+            for group in by_split.values() if all(map(is_changed, group)) for image in group]
+
+
+def is_changed(image: str) -> bool:
+    """Whether a file's name says that it is a changed copy, or which view it is."""
+    return bool(CHANGED.search(PurePosixPath(image).stem.casefold()))
 
 
 def persons_in_names(images: list[str]) -> str:

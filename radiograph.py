@@ -182,7 +182,7 @@ def read_image(file: Path, settings: ImageSettings) -> Reading:
             gray = image.getchannel("Y")
         else:
             gray = image if image.mode == "L" else image.convert("L")
-        if is_cut and gray.getextrema()[1] < 128:       # 12 bits in 16, say
+        if is_cut and np.asarray(gray).max() < 128:       # 12 bits in 16, say
             raise DataError("colours or transparency of 16 bits, of which only the upper 8 can be "
                             "read, and they hold next to nothing: save it in gray")
         return Reading(gray, (COLOUR_NOTE,) if is_colourful(image) else ())

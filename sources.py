@@ -22,7 +22,7 @@ from common import DataError, read_text
 from doubts import (
     Doubt, classes_of_splits, drawings, folders_of_persons, many_classes, names_without_meaning,
     persons_in_names, repeated_below, same_pictures, seem_patients, seem_splits, seem_studies,
-    seem_views, untrained_classes)
+    seem_views, strayed_copies, untrained_classes)
 from flags import number_within
 from layout import (
     Place, excluder, find_layout, layout_text, levels_of, outside_splits, place_of, split_name)
@@ -273,6 +273,12 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
     source.patients_known = bool(patients)
     if not patients:
         say_no_patients(source, images, pictures)
+        strayed = strayed_copies([item.source for item in source.items],
+                                 [(item.split, item.labels) for item in source.items])
+        if strayed:
+            source.notes.append(
+                f"By their names {len(strayed):,} images, such as {text_of(strayed[0])}, are "
+                "changed copies or views of images that the source gives to another split.")
     source.notes.append(f"Files passed over: {passed_over(others) or 'none'}.")
     return source
 
@@ -299,11 +305,11 @@ def say_no_patients(source: Source, images: list[str], pictures: dict[str, str])
     """Add notes for images of which no patient is known. pictures: those of same_pictures."""
     source.notes.append("No patient is known: every image counts as a patient of its own.")
     if pictures:
-        one, *_, other = [file for file in pictures if pictures[file] == min(pictures.values())]
+        first, count = min(pictures.values()), len(set(pictures.values()))
+        one, *_, other = (text_of(file) for file in pictures if pictures[file] == first)
         source.notes.append(
-            f"By their names {len(pictures):,} images, such as {text_of(one)} and {text_of(other)}, "
-            f"are changed copies or views of one another: they count as {len({*pictures.values()}):,} "
-            "patients, so that none of them comes into two splits that are carved here.")
+            f"By their names {len(pictures):,} images, such as {one} and {other}, are changed "
+            f"copies or views of one another: they count as {count:,} patients.")
     person = persons_in_names(images)
     if person:
         source.notes.append(f"The names of files seem to say the patient, such as {person}: a "
