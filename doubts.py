@@ -60,7 +60,8 @@ def allow_flag(flag: Callable) -> None:
 
 
 def many_left_out(images: int, lost: list[tuple[str, str]]) -> list[Doubt]:
-    """A doubt where many images are lost: damaged, say, or in a table only, by another name.
+    """A doubt where many images are lost: damaged, say, or in a table only,
+    by another name.
 
     images: how many are not. lost: the others, each with the reason."""
     total = images + len(lost)
@@ -84,7 +85,8 @@ def empty_splits(splits: list[str], patients: int, fractions: dict[str, float],
 
     splits: of all images. patients: how many there are. fractions: of val and
     test, if they are to be carved where the source does not give them; a
-    fraction of 0 asks for an empty split. found: images before some were left out."""
+    fraction of 0 asks for an empty split. found: images before some were left
+    out."""
     counts, doubts = Counter(splits), []
     # A fraction of 0 asks for an empty split, and says so in the command.
     for split in SPLITS if max(found, len(splits)) >= FEW else ():
@@ -98,10 +100,11 @@ def empty_splits(splits: list[str], patients: int, fractions: dict[str, float],
 
 def constant_labels(names: list[str], rows: list[tuple[str, ...]], classes: bool,
                     found: int = 0) -> list[Doubt]:
-    """Doubts for labels that say the same of every image of which they say anything.
+    """Doubts for labels that say the same of every image of which they say
+    anything.
 
-    rows: the labels of each image. classes: whether the labels are names of classes.
-    found: images before some were left out."""
+    rows: the labels of each image. classes: whether the labels are names of
+    classes. found: images before some were left out."""
     doubts = []
     for place, name in enumerate(names) if max(found, len(rows)) >= FEW else ():
         # A blank cell is no negative: x and blank, or positive and blank, teach nothing.
@@ -126,7 +129,8 @@ def constant_labels(names: list[str], rows: list[tuple[str, ...]], classes: bool
 
 def untrained_classes(names: list[str], splits: list[str],
                       rows: list[tuple[str, ...]]) -> list[Doubt]:
-    """A doubt for each class that stands in the val or test split of a source, but not in train.
+    """A doubt for each class that stands in the val or test split of a
+    source, but not in train.
 
     splits: as the source gives them; "" may become train."""
     places: dict[str, set[str]] = {}                    # the splits in which each class stands
@@ -142,8 +146,8 @@ def untrained_classes(names: list[str], splits: list[str],
 
 
 def many_classes(names: list[str], images: int) -> list[Doubt]:
-    """A doubt where there are more class folders than images can teach, or they seem to be of a
-    person each. names: of the classes."""
+    """A doubt where there are more class folders than images can teach, or
+    they seem to be of a person each. names: of the classes."""
     if seem_persons(names, images):
         return [Doubt("many-classes", f"the {len(names):,} class folders, such as {names[0]}, seem "
                       f"to be of one person each, with {images:,} images in all, which cannot "
@@ -156,8 +160,9 @@ def many_classes(names: list[str], images: int) -> list[Doubt]:
 
 
 def similar_labels(names: list[str]) -> list[Doubt]:
-    """Doubts for labels of the same letters and numbers in the same order: COVID19 and COVID-19,
-    MassNodule and Mass/Nodule. Signs that mean something by themselves, as + does, are left."""
+    """Doubts for labels of the same letters and numbers in the same order:
+    COVID19 and COVID-19, MassNodule and Mass/Nodule. Signs that mean
+    something by themselves, as + does, are left."""
     def letters(name: str) -> str:
         # Between two digits a mark is no form: 1.5 is not 15, but 1.0 is 1.
         name = re.sub(r"(\d)\.0+(?!\d)", r"\1", name)
@@ -171,8 +176,9 @@ def similar_labels(names: list[str]) -> list[Doubt]:
 
 
 def pairs_misspelled(names: list[str]) -> list[tuple[str, str]]:
-    """Pairs of names that may be one: nodule and nodules, Pneumonia and Pnuemonia, Mass and
-    Mass.1, as pandas calls a second column Mass. One word of them may differ."""
+    """Pairs of names that may be one: nodule and nodules, Pneumonia and
+    Pnuemonia, Mass and Mass.1, as pandas calls a second column Mass. One word
+    of them may differ."""
     pairs = []
     groups: dict[tuple[str, ...], list[tuple[str, list[str]]]] = {}
     for name in names:
@@ -191,8 +197,9 @@ def pairs_misspelled(names: list[str]) -> list[tuple[str, str]]:
 
 
 def are_one_word(one: str, other: str) -> bool:
-    """Whether two words that begin with the same two letters are one and its plural, or differ by
-    a letter that is missing, another, or in the wrong place, and are long enough for that."""
+    """Whether two words that begin with the same two letters are one and its
+    plural, or differ by a letter that is missing, another, or in the wrong
+    place, and are long enough for that."""
     if singular(one) == singular(other):
         return True
     short, long = sorted((one, other), key=len)
@@ -217,7 +224,8 @@ def singular(word: str) -> str:
 
 
 def similar_patients(patients: Iterable[str]) -> list[Doubt]:
-    """Doubts for patients that differ in form only, and might come into different splits."""
+    """Doubts for patients that differ in form only, and might come into
+    different splits."""
     alike = pairs_alike(patients, patient_key)
     more = f", and {len(alike) - 1:,} more pairs" if len(alike) > 1 else ""
     return [Doubt("similar-patients",
@@ -227,8 +235,9 @@ def similar_patients(patients: Iterable[str]) -> list[Doubt]:
 
 
 def large_patients(patients: list[str]) -> list[Doubt]:
-    """A doubt for a patient of a third of all images and five times as many as any other has: a
-    name such as 0 may stand for all that are not known. patients: of all images."""
+    """A doubt for a patient of a third of all images and five times as many
+    as any other has: a name such as 0 may stand for all that are not known.
+    patients: of all images."""
     counts = Counter(patients).most_common(2)
     if len(counts) < 2:
         return []
@@ -241,7 +250,8 @@ def large_patients(patients: list[str]) -> list[Doubt]:
 
 
 def patient_key(patient: str) -> str:
-    """What is equal for 7, 007, 7. and 7.0, for 1000, 1e3 and 1,000, for P7, p07 and P 7."""
+    """What is equal for 7, 007, 7. and 7.0, for 1000, 1e3 and 1,000, for P7,
+    p07 and P 7."""
     # Large numbers as spreadsheets write them.
     if re.fullmatch(r"\d+(\.\d+)?e\+?\d{1,3}", patient.casefold()):
         patient = f"{float(patient):.0f}"
@@ -255,7 +265,8 @@ def patient_key(patient: str) -> str:
 
 
 def pairs_alike(names: Iterable[str], key: Callable[[str], str]) -> list[tuple[str, str]]:
-    """(a name, a later one) for each different name whose key an earlier one has."""
+    """(a name, a later one) for each different name whose key an earlier one
+    has."""
     first: dict[str, str] = {}          # by the key, the first name that has it
     pairs = []
     for name in dict.fromkeys(names):
@@ -336,9 +347,11 @@ MANY = 10                       # more folders of one name and a number are no g
 
 
 def drawings(images: list[str]) -> list[str]:
-    """Those images whose name, or a folder above them, says mask, segmentation or the like.
+    """Those images whose name, or a folder above them, says mask,
+    segmentation or the like.
 
-    A folder that holds all images may have such a word among others, as with_annotations does."""
+    A folder that holds all images may have such a word among others, as
+    with_annotations does."""
     shared = os.path.commonprefix([PurePosixPath(image).parts[:-1] for image in images])
 
     def is_drawing(image: str) -> bool:
@@ -353,9 +366,11 @@ def drawings(images: list[str]) -> list[str]:
 
 
 def names_without_meaning(classes: list[str]) -> list[str]:
-    """Those names of class folders that name a kind of file, a portion, a person or a day.
+    """Those names of class folders that name a kind of file, a portion, a
+    person or a day.
 
-    images_001 does, and p017; so do 00017, 2020-01-31, and JPCLN001 beside JPCLN002."""
+    images_001 does, and p017; so do 00017, 2020-01-31, and JPCLN001 beside
+    JPCLN002."""
     letters = {name: "".join(re.findall(r"[^\W\d_]+", name.casefold())) for name in classes}
     numbered = Counter(letters[name] for name in classes if re.search(r"\d", name))
     return [name for name in classes
@@ -368,7 +383,8 @@ def names_without_meaning(classes: list[str]) -> list[str]:
 
 
 def is_copy(name: str, letters: dict[str, str]) -> bool:
-    """Whether a folder is a copy of another, as A - Copy, A (1), A 2 and Kopie von A are of A.
+    """Whether a folder is a copy of another, as A - Copy, A (1), A 2 and
+    Kopie von A are of A.
 
     letters: of all names, this one among them."""
     own = letters[name]
@@ -380,10 +396,11 @@ def is_copy(name: str, letters: dict[str, str]) -> bool:
 
 
 def seem_persons(names: list[str], images: int) -> bool:
-    """Whether class folders are of a person each: they hold under ten images on average, and fewer
-    than a quarter of the names say a finding, where there are four or more names of three letters
-    at least, or all are of two such words, as Smith_John, or of two by a comma; or a name has the
-    caret of DOE^JANE."""
+    """Whether class folders are of a person each: they hold under ten images
+    on average, and fewer than a quarter of the names say a finding, where
+    there are four or more names of three letters at least, or all are of two
+    such words, as Smith_John, or of two by a comma; or a name has the caret
+    of DOE^JANE."""
     if any("^" in name for name in names):
         return True
     findings = sum(bool(FINDINGS.search(name.casefold())) for name in names)
@@ -396,7 +413,8 @@ def seem_persons(names: list[str], images: int) -> bool:
 
 
 def is_number_of(name: str, alike: int) -> bool:
-    """Whether a folder's name seems to be the number of a person, an examination or a day.
+    """Whether a folder's name seems to be the number of a person, an
+    examination or a day.
 
     alike: how many folders have the same letters and a number."""
     digits = len(re.findall(r"\d", name))
@@ -404,8 +422,8 @@ def is_number_of(name: str, alike: int) -> bool:
 
 
 def split_in_name(name: str) -> tuple[str, str]:
-    """(what is left of a name, train or val or test) for normal_train, trainA; split "" for others.
-    """
+    """(what is left of a name, train or val or test) for normal_train,
+    trainA; split "" for others. """
     text = form_key(name).replace(" ", "")
     for word in sorted(SPLIT_NAMES, key=len, reverse=True):
         if text.startswith(word):
@@ -416,9 +434,9 @@ def split_in_name(name: str) -> tuple[str, str]:
 
 
 def classes_of_splits(names: list[str]) -> tuple[str, str] | None:
-    """Two classes that differ by the name of a split only, as normal_train and normal_test do, or
-    normal and normal_test; or by that among other things, where all classes have one. None where
-    there are none."""
+    """Two classes that differ by the name of a split only, as normal_train
+    and normal_test do, or normal and normal_test; or by that among other
+    things, where all classes have one. None where there are none."""
     first: dict[str, tuple[str, str]] = {}              # by what is left of a name: name, split
     found = {name: split_in_name(name) for name in names}
     for name, (rest, split) in found.items():
@@ -443,15 +461,17 @@ CHANGED = re.compile(
 
 
 def picture_name(image: str) -> str:
-    """The name of a file without what CHANGED finds in it; "" where no number is left that would
-    tell a picture from others: crop_1 and crop_2 may be of two."""
+    """The name of a file without what CHANGED finds in it; "" where no number
+    is left that would tell a picture from others: crop_1 and crop_2 may be of
+    two."""
     name = CHANGED.sub("", PurePosixPath(image).stem.casefold()).strip(" ._-")
     return name if re.search(r"\d", name) else ""
 
 
 def same_pictures(images: list[str]) -> dict[str, str]:
-    """{image: the name that it shares with others}, of images of one folder that seem to be changed
-    copies or further views of one another: x1.png, x1_flip.png and aug_2_x1.png; x1.png, x1.jpg."""
+    """{image: the name that it shares with others}, of images of one folder
+    that seem to be changed copies or further views of one another: x1.png,
+    x1_flip.png and aug_2_x1.png; x1.png, x1.jpg."""
     sharing: dict[str, list[str]] = {}
     for image in images:
         if name := picture_name(image):
@@ -461,8 +481,9 @@ def same_pictures(images: list[str]) -> dict[str, str]:
 
 
 def strayed_copies(images: list[str], places: list[tuple[str, Hashable]]) -> list[str]:
-    """Those images whose names are of changed copies, and of which the picture itself is in another
-    split, as far as splits are given. places: (split or "", class) of each image."""
+    """Those images whose names are of changed copies, and of which the
+    picture itself is in another split, as far as splits are given. places:
+    (split or "", class) of each image."""
     found: dict[Hashable, dict[str, list[str]]] = {}    # by the class and name, by the split
     for image, (split, kind) in zip(images, places):
         if split and (name := picture_name(image)):
@@ -472,13 +493,14 @@ def strayed_copies(images: list[str], places: list[tuple[str, Hashable]]) -> lis
 
 
 def is_changed(image: str) -> bool:
-    """Whether a file's name says that it is a changed copy, or which view it is."""
+    """Whether a file's name says that it is a changed copy, or which view it
+    is."""
     return bool(CHANGED.search(PurePosixPath(image).stem.casefold()))
 
 
 def persons_in_names(images: list[str]) -> str:
-    """The name of a file that seems to be one of several of a person, as person1_virus_2.jpeg or
-    00000013_005.png; "" where there is none."""
+    """The name of a file that seems to be one of several of a person, as
+    person1_virus_2.jpeg or 00000013_005.png; "" where there is none."""
     first: dict[str, str] = {}                          # by the word and number, a file's name
     for image in images:
         name = PurePosixPath(image).stem
@@ -490,14 +512,16 @@ def persons_in_names(images: list[str]) -> str:
 
 
 def words_of(name: str) -> list[str]:
-    """The words of a name in small letters: of patient_hash, MRN-anon, PatientName, trainA."""
+    """The words of a name in small letters: of patient_hash, MRN-anon,
+    PatientName, trainA."""
     words = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name))
     return [word.casefold() for word in words]
 
 
 def may_name_patients(column: str) -> bool:
-    """Whether a column's name has a word for a patient in it, and none for what a patient has:
-    PatientName, id_patient, Case ID and MRN_anon do, Patient Age does not."""
+    """Whether a column's name has a word for a patient in it, and none for
+    what a patient has: PatientName, id_patient, Case ID and MRN_anon do,
+    Patient Age does not."""
     words = words_of(column)
     words += [word.removeprefix("patient") for word in words]
     return not ATTRIBUTES & set(words) and any(
@@ -510,8 +534,9 @@ def may_name_patients(column: str) -> bool:
 def seem_patients(name: str, cells: list[str]) -> bool:
     """Whether a column of a table seems to tell one patient from another.
 
-    By its name; or by its name and as its cells repeat, fewer than there are images and yet many;
-    or as they do, and are numbers of persons by their form. cells: those that are not blank."""
+    By its name; or by its name and as its cells repeat, fewer than there are
+    images and yet many; or as they do, and are numbers of persons by their
+    form. cells: those that are not blank."""
     if PATIENT_COLUMN.fullmatch(form_key(name)):
         return True
     if not 2 <= len(set(cells)) < len(cells) <= 50 * len(set(cells)):
@@ -527,7 +552,8 @@ def seem_patients(name: str, cells: list[str]) -> bool:
 
 
 def seem_studies(name: str, cells: list[str]) -> bool:
-    """Whether a column of a table seems to tell one examination from another, of a few images each.
+    """Whether a column of a table seems to tell one examination from another,
+    of a few images each.
 
     cells: those that are not blank."""
     few = 2 <= len(set(cells)) < len(cells) <= MOST_OF_A_PATIENT * len(set(cells))
@@ -535,16 +561,19 @@ def seem_studies(name: str, cells: list[str]) -> bool:
 
 
 def seem_views(name: str, cells: list[str]) -> bool:
-    """Whether a column of a table says which part of the body an image shows, or from where, and
-    not the same of all of them. cells: those that are not blank."""
+    """Whether a column of a table says which part of the body an image shows,
+    or from where, and not the same of all of them. cells: those that are not
+    blank."""
     return 2 <= len(set(cells)) <= MANY and bool(VIEW_COLUMN.fullmatch(" ".join(words_of(name))))
 
 
 def seem_splits(name: str, cells: list[str]) -> bool:
-    """Whether a column of a table seems to name train, val and test, or to number them.
+    """Whether a column of a table seems to name train, val and test, or to
+    number them.
 
-    By two of these words; by one, where its name says so as well; by 0 and 1 where it is called
-    is_train or the like; by anything where it is called fold. cells: those that are not blank."""
+    By two of these words; by one, where its name says so as well; by 0 and 1
+    where it is called is_train or the like; by anything where it is called
+    fold. cells: those that are not blank."""
     said = SPLIT_COLUMN.fullmatch(form_key(name))
     different = set(cells)
     # A cell of another word, such as extra, is refused once the column is used.
@@ -564,10 +593,12 @@ def seem_splits(name: str, cells: list[str]) -> bool:
 
 
 def folders_of_persons(images: list[str], levels: list[str], by_word: bool = False) -> str:
-    """A folder of several images below those that `levels` tell of, whose name is a person's by its
-    form, or its place; "" where there is none. It may be of one level only, as NORMAL/p17.
+    """A folder of several images below those that `levels` tell of, whose
+    name is a person's by its form, or its place; "" where there is none. It
+    may be of one level only, as NORMAL/p17.
 
-    by_word: only those of a few images that have a word such as patient, or p, and a number."""
+    by_word: only those of a few images that have a word such as patient, or
+    p, and a number."""
     inner: dict[str, set[str]] = {}         # name of the folder: names of its siblings
     counts: Counter[str] = Counter()
     for image in images:
@@ -590,8 +621,9 @@ def folders_of_persons(images: list[str], levels: list[str], by_word: bool = Fal
 
 
 def small_folders(images: list[str], levels: list[str]) -> str:
-    """A folder below the classes that is one patient's by its place: each folder of that level
-    lies in one class only, and they hold a few images each; "" where there is none."""
+    """A folder below the classes that is one patient's by its place: each
+    folder of that level lies in one class only, and they hold a few images
+    each; "" where there is none."""
     deepest = max((len(PurePosixPath(image).parts) - 1 for image in images), default=0)
     for depth in range(len(levels), deepest) if "class" in levels else ():
         counts: Counter[str] = Counter()
@@ -610,7 +642,8 @@ def small_folders(images: list[str], levels: list[str]) -> str:
 
 
 def repeated_below(images: list[str], levels: list[str]) -> tuple[str, str, str] | None:
-    """A folder's name that is found below two classes, and these two; None where there is none.
+    """A folder's name that is found below two classes, and these two; None
+    where there is none.
 
     siteA/NORMAL and siteB/NORMAL: the classes may be the inner folders."""
     if levels[-1:] != ["class"]:

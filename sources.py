@@ -45,7 +45,8 @@ CHEXPERT_OBSERVATIONS = [
 
 @dataclass(slots=True)
 class Item:
-    """One image on its way into the data folder, and its row of the manifest."""
+    """One image on its way into the data folder, and its row of the
+    manifest."""
     source: str                     # the file, below --src; of a phantom, what it is made from
     path: str                       # images/….jpg, below --out
     patient: str                    # whatever tells one patient from another
@@ -57,7 +58,8 @@ class Item:
 
 @dataclass
 class Source:
-    """The images that a source offers, those that it does not, and what its user has to know."""
+    """The images that a source offers, those that it does not, and what its
+    user has to know."""
     label_names: list[str]                                              # as in the manifest
     items: list[Item] = field(default_factory=list)
     rejected: list[tuple[str, str]] = field(default_factory=list)       # file, reason
@@ -73,7 +75,8 @@ class Source:
 # What sources have in common.
 
 def one_hot(word: str, words: list[str]) -> tuple[str, ...]:
-    """Present for the word, absent for all others; all open where there is no word."""
+    """Present for the word, absent for all others; all open where there is no
+    word."""
     if not word:
         return ("",) * len(words)
     return tuple("1" if word == other else "0" for other in words)
@@ -83,7 +86,8 @@ def in_table_and_on_disk(table: Table, files: dict[str, str], source: Source,
                          wanted: Callable[[str], bool] = lambda key: True) -> Iterator[str]:
     """Yield the keys of a table's rows that are also in {key: file on disk}.
 
-    What is in only one of the two is rejected; rows that are not wanted are not missed."""
+    What is in only one of the two is rejected; rows that are not wanted are
+    not missed."""
     for key in table.rows:
         if key in files:
             yield key
@@ -113,7 +117,8 @@ def demo_flags(flag: Callable) -> None:
 
 
 def demo_items(args: argparse.Namespace, files: list[str]) -> Source:
-    """Phantoms: --patients people, --images-per-patient radiographs of each, and the truth."""
+    """Phantoms: --patients people, --images-per-patient radiographs of each,
+    and the truth."""
     source = Source([*phantom.FINDINGS, "No Finding"], official_labels=True)
     for patient in range(args.patients):
         for image in range(args.images_per_patient):
@@ -127,7 +132,8 @@ def demo_items(args: argparse.Namespace, files: list[str]) -> Source:
 
 
 def read_phantom(file: Path, settings: ImageSettings) -> Reading:
-    """The phantom that seed/patient/image names. There is no such file: it is computed."""
+    """The phantom that seed/patient/image names. There is no such file: it is
+    computed."""
     seed, patient, image = map(int, file.parts)
     return Reading(Image.fromarray(phantom.phantom(seed, patient, image, settings.size)))
 
@@ -156,7 +162,8 @@ def folder_flags(flag: Callable) -> None:
 
 
 def label_flags(flag: Callable, default: str) -> None:
-    """The flags on the labels of a table. default: what the labels are without any."""
+    """The flags on the labels of a table. default: what the labels are
+    without any."""
     flag("--label-columns", nargs="+", default=[], metavar="COLUMN",
          help="its columns of values as listed below, or of class names "
               f"(default: {default})")
@@ -184,7 +191,8 @@ def label_rules(args: argparse.Namespace) -> LabelRules:
 
 
 def condition(text: str) -> str:
-    """A --where as it was given. ValueError, as argparse wants it, for what is none."""
+    """A --where as it was given. ValueError, as argparse wants it, for what
+    is none."""
     column, _, values = text.partition("=")
     if not column or not values:
         raise ValueError(text)
@@ -192,7 +200,8 @@ def condition(text: str) -> str:
 
 
 def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
-    """Images in folders, a table of them, or both. Where they disagree, the table wins."""
+    """Images in folders, a table of them, or both. Where they disagree, the
+    table wins."""
     source, excluded = Source([]), excluder(args.exclude)
     images = [file for file in files
               if file.lower().endswith(EXTENSIONS) and not excluded(file)]
@@ -284,7 +293,8 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
 
 
 def doubt_classes(source: Source, said: bool) -> None:
-    """Add doubts for splits in the names of classes, and for classes that no image of train shows.
+    """Add doubts for splits in the names of classes, and for classes that no
+    image of train shows.
 
     said: whether the user has said which folders are the classes."""
     if not source.classes:
@@ -302,7 +312,8 @@ def doubt_classes(source: Source, said: bool) -> None:
 
 
 def say_no_patients(source: Source, images: list[str], pictures: dict[str, str]) -> None:
-    """Add notes for images of which no patient is known. pictures: those of same_pictures."""
+    """Add notes for images of which no patient is known. pictures: those of
+    same_pictures."""
     source.notes.append("No patient is known: every image counts as a patient of its own.")
     if pictures:
         first, count = min(pictures.values()), len(set(pictures.values()))
@@ -324,15 +335,18 @@ def passed_over(others: Counter) -> str:
 
 
 def suffix_of(file: str) -> str:
-    """The suffix of a file, in words if it has none: the last part of 1.2.840.17 is none."""
+    """The suffix of a file, in words if it has none: the last part of
+    1.2.840.17 is none."""
     suffix = PurePosixPath(file).suffix
     return "without suffix" if not suffix or suffix[1:].isdigit() else suffix
 
 
 def class_folders(source: Source, places: dict[str, Place]) -> dict[str, tuple[str, ...]]:
-    """The labels of each file by the class folder it lies in; their names go to the source.
+    """The labels of each file by the class folder it lies in; their names go
+    to the source.
 
-    Folders that differ in form only, as train/NORMAL and test/Normal do, are one class."""
+    Folders that differ in form only, as train/NORMAL and test/Normal do, are
+    one class."""
     names = {file: text_of(place.class_name) for file, place in places.items()}
     counts = Counter((name, name) for name in names.values() if name)
     spelling = spellings(counts)
@@ -382,9 +396,11 @@ def doubt_folders(source: Source, images: list[str], levels: list[str], guessed:
 
 def doubt_unknown_patients(source: Source, images: list[str], levels: list[str],
                            labelled: bool) -> None:
-    """Add a doubt for folders that seem to be patients, where every image would be one.
+    """Add a doubt for folders that seem to be patients, where every image
+    would be one.
 
-    labelled: the labels come from a table, and what would be class folders may be patients."""
+    labelled: the labels come from a table, and what would be class folders
+    may be patients."""
     folder = folders_of_persons(images, levels)
     if labelled and "class" in levels:
         above = levels[:levels.index("class")]
@@ -399,7 +415,8 @@ def doubt_unknown_patients(source: Source, images: list[str], levels: list[str],
 
 
 def doubt_other_splits(source: Source, splits: dict[str, str], levels: list[str]) -> None:
-    """Add a doubt for files whose folder says another split than the table: {file: its cell}."""
+    """Add a doubt for files whose folder says another split than the table:
+    {file: its cell}."""
     others = [file for file, cell in splits.items()
               if split_name(cell) and place_of(file, levels).split not in ("", None)
               and place_of(file, levels).split != split_name(cell)]
@@ -412,9 +429,11 @@ def doubt_other_splits(source: Source, splits: dict[str, str], levels: list[str]
 
 def doubt_unused_columns(source: Source, args: argparse.Namespace, table: Table,
                          levels: list[str], keys: list[str]) -> None:
-    """Add doubts for columns that seem to name patients or splits, where none is used for that.
+    """Add doubts for columns that seem to name patients or splits, where none
+    is used for that.
 
-    keys: the rows of the images. Columns are judged by their cells in these."""
+    keys: the rows of the images. Columns are judged by their cells in
+    these."""
     used = {args.path_column, *args.label_columns, *args.class_columns, args.rater_column,
             *(text.partition("=")[0] for text in args.where)}
     names = [name for name in table.header if name and name not in used]
@@ -445,7 +464,8 @@ def doubt_unused_columns(source: Source, args: argparse.Namespace, table: Table,
 
 def doubt_unused_splits(source: Source, table: Table, key: str, names: list[str],
                         keys: list[str], normalise: Callable[[str], str]) -> None:
-    """Say which columns `names` of a table by `key` are not used, and doubt those of splits."""
+    """Say which columns `names` of a table by `key` are not used, and doubt
+    those of splits."""
     if names:
         source.notes.append(unused_note(table, names))
     further = read_table(table.file, key, names, normalise=normalise, several=True)
@@ -456,7 +476,8 @@ def doubt_unused_splits(source: Source, table: Table, key: str, names: list[str]
 
 
 def unused_splits(table: Table, columns: dict[str, list[str]]) -> list[Doubt]:
-    """A doubt for each column, {name: its cells}, that seems to name the splits."""
+    """A doubt for each column, {name: its cells}, that seems to name the
+    splits."""
     doubts = []
     for name in [name for name, cells in columns.items() if seem_splits(name, cells)]:
         words = any(map(split_name, columns[name]))
@@ -474,7 +495,8 @@ def unused_note(table: Table, names: list[str]) -> str:
 
 
 def read_image_table(args: argparse.Namespace) -> Table:
-    """--csv by its column of paths, with the columns that the other flags name."""
+    """--csv by its column of paths, with the columns that the other flags
+    name."""
     labels = [*args.label_columns, *args.class_columns]
     columns = [args.patient_column, args.split_column, *labels,
                *(text.partition("=")[0] for text in args.where)]
@@ -491,7 +513,8 @@ def read_image_table(args: argparse.Namespace) -> Table:
 
 def take_where(table: Table, key_of: dict[str, str], conditions: list[str],
                source: Source) -> None:
-    """Keep only the rows that meet every condition, and reject the files that have none left."""
+    """Keep only the rows that meet every condition, and reject the files that
+    have none left."""
     for text in conditions:         # COLUMN=VALUE,VALUE
         column, _, values = text.partition("=")
         values = [value.strip() for value in values.split(",")]
@@ -514,7 +537,8 @@ def take_where(table: Table, key_of: dict[str, str], conditions: list[str],
 
 
 def plain_path(path: str) -> str:
-    """A path as it is compared: with slashes, without ./, accented letters as one character."""
+    """A path as it is compared: with slashes, without ./, accented letters as
+    one character."""
     return unicodedata.normalize("NFC", os.path.normpath(path.replace("\\", "/")))
 
 
@@ -583,9 +607,11 @@ def rows_of_files(table: Table, images: list[str], src: Path, source: Source) ->
 
 
 def refuse_mixed_names(table: Table, images: list[str], file_of: dict[str, str]) -> None:
-    """DataError where a row names a file that is not there, and one of its name has no row.
+    """DataError where a row names a file that is not there, and one of its
+    name has no row.
 
-    file_of: the rows that were found by their path. Where there are none, names are as good."""
+    file_of: the rows that were found by their path. Where there are none,
+    names are as good."""
     found = set(file_of.values())
     by_name = {PurePosixPath(plain_path(file)).name.casefold(): file
                for file in images if file not in found}
@@ -612,7 +638,8 @@ def unique(images: list[str], plain: Callable[[str], str]) -> dict[str, str]:
 
 
 def without_suffix(path: str) -> str:
-    """A path without the suffix of an image file. Other dots belong to the name."""
+    """A path without the suffix of an image file. Other dots belong to the
+    name."""
     stem, suffix = os.path.splitext(path)
     return stem if suffix.lower() in (*EXTENSIONS, ".dcm", ".dicom") else path
 
@@ -623,9 +650,11 @@ def ends_alike(one: str, other: str) -> bool:
 
 
 def check_patients_and_splits(table: Table, keys: list[str], patients: str, splits: str) -> None:
-    """DataError for the first row of `keys` whose patient is missing or whose split is unknown.
+    """DataError for the first row of `keys` whose patient is missing or whose
+    split is unknown.
 
-    patients, splits: the columns of them. The rows of one image must agree in both."""
+    patients, splits: the columns of them. The rows of one image must agree in
+    both."""
     for name in (patients, splits):
         if name not in table.columns:
             continue
@@ -643,7 +672,8 @@ def check_patients_and_splits(table: Table, keys: list[str], patients: str, spli
 
 
 def check_patient(cell: str, where: str) -> None:
-    """DataError where a cell names no patient: all images without one would be of one person.
+    """DataError where a cell names no patient: all images without one would
+    be of one person.
 
     where: file, row and column of the cell."""
     if value_of(cell) == "":
@@ -654,8 +684,9 @@ def check_patient(cell: str, where: str) -> None:
 # NIH ChestX-ray14.
 
 def nih_items(args: argparse.Namespace, files: list[str]) -> Source:
-    """ChestX-ray14: Data_Entry_2017*.csv and the two official lists; the images in any folder
-    below, PNG as they are distributed or of another format under the same names."""
+    """ChestX-ray14: Data_Entry_2017*.csv and the two official lists; the
+    images in any folder below, PNG as they are distributed or of another
+    format under the same names."""
     tables = list(args.src.glob("Data_Entry_2017*.csv"))
     if len(tables) != 1:
         raise DataError(f"{args.src} must hold one Data_Entry_2017*.csv, it holds {len(tables)}")
@@ -706,7 +737,8 @@ def chexpert_flags(flag: Callable) -> None:
 
 
 def chexpert_items(args: argparse.Namespace, files: list[str]) -> Source:
-    """CheXpert-v1.0 or -small: train.csv, and valid.csv as the test split; -1 stays -1."""
+    """CheXpert-v1.0 or -small: train.csv, and valid.csv as the test split; -1
+    stays -1."""
     source, laterals = Source(CHEXPERT_OBSERVATIONS, official_labels=True), 0
     for part, split in (("train", "train"), ("valid", "test")):
         images = {file: file for file in files
@@ -734,7 +766,8 @@ def chexpert_items(args: argparse.Namespace, files: list[str]) -> Source:
 
 
 def path_from(part: str, path: str) -> str:
-    """The path of an image from the folder `part` on; what is before it is --src, wherever it was:
+    """The path of an image from the folder `part` on; what is before it is
+    --src, wherever it was:
     CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg."""
     path = path.replace("\\", "/")
     start = f"/{path}".rfind(f"/{part}/")
@@ -742,7 +775,8 @@ def path_from(part: str, path: str) -> str:
 
 
 def observations(table: Table) -> dict[str, tuple[str, ...]]:
-    """The 14 observations by a table's key. DataError where a column of them holds words."""
+    """The 14 observations by a table's key. DataError where a column of them
+    holds words."""
     labels = read_labels(table, CHEXPERT_OBSERVATIONS)
     if labels.names != CHEXPERT_OBSERVATIONS:
         raise DataError(f"{table.file}: the observations must be 1, 0, -1 or blank, one column "
@@ -754,9 +788,11 @@ def observations(table: Table) -> dict[str, tuple[str, ...]]:
 # MIMIC-CXR-JPG.
 
 def mimic_items(args: argparse.Namespace, files: list[str]) -> Source:
-    """MIMIC-CXR-JPG: the CheXpert labels of each study, the official splits, frontal views.
+    """MIMIC-CXR-JPG: the CheXpert labels of each study, the official splits,
+    frontal views.
 
-    Its three tables are those of MIMIC-CXR-JPG, packed or not; the images lie at any depth."""
+    Its three tables are those of MIMIC-CXR-JPG, packed or not; the images lie
+    at any depth."""
     split_file = one_file(args.src, "mimic-cxr-*-split.csv*")
     label_file = one_file(args.src, "mimic-cxr-*-chexpert.csv*")
     view_file = one_file(args.src, "mimic-cxr-*-metadata.csv*")
@@ -796,7 +832,8 @@ def check_shared(rows: Table, ours: Collection[str], theirs: Collection[str], co
                  file: Path) -> None:
     """DataError where another table has none of the ids of our images.
 
-    rows: the table that has both kinds of ids. ours: ids of the images on disk."""
+    rows: the table that has both kinds of ids. ours: ids of the images on
+    disk."""
     ids = sorted(ours)
     if ids and not any(id_ in theirs for id_ in ids):
         raise DataError(f"{file}, column {column}: none of the {len(ids):,} ids of the images "
@@ -804,7 +841,8 @@ def check_shared(rows: Table, ours: Collection[str], theirs: Collection[str], co
 
 
 def one_file(folder: Path, pattern: str) -> Path:
-    """The one file of a folder that a pattern matches. DataError where there is none, or more."""
+    """The one file of a folder that a pattern matches. DataError where there
+    is none, or more."""
     found = sorted(folder.glob(pattern))
     if len(found) != 1:
         raise DataError(f"{folder} must hold one {pattern}, it holds {len(found)}")
