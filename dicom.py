@@ -295,23 +295,28 @@ def read_dicom(file: Path, settings: ImageSettings) -> Reading:
 
 def stored_pixels(dataset) -> np.ndarray:
     """The pixels (H, W) of a file as they are stored; DataError where they cannot be decoded."""
-    # A compressed image says itself what it is. In colour, or of another size, it would be noise.
-    if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
-        stream = io.BytesIO(next(generate_frames(dataset.PixelData, number_of_frames=1)))
-        try:
-            with Image.open(stream) as image:
-                size, bands = image.size, len(image.getbands())
-        except Image.UnidentifiedImageError:        # lossless JPEG, say, which Pillow does not know
-            size, bands = (dataset.Columns, dataset.Rows), 1
-        if bands > 1:
-            raise DataError("in colour, although its header says that it is gray")
-        if size != (dataset.Columns, dataset.Rows):
-            raise DataError(f"its image has {size[0]} x {size[1]} pixels, and its header says "
-                            f"{dataset.Columns} x {dataset.Rows}")
     try:
+        if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
+            check_frame(next(generate_frames(dataset.PixelData, number_of_frames=1)), dataset)
         return pixel_array(dataset, correct_unused_bits=False)
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, NotImplementedError, RuntimeError, StopIteration, TypeError,
+            ValueError) as error:
         raise DataError(f"its pixels cannot be decoded ({reason(error)})") from error
+
+
+def check_frame(frame: bytes, dataset) -> None:
+    """DataError where a compressed image says itself that it is in colour, or of another size than
+    the header says: it would become noise."""
+    try:
+        with Image.open(io.BytesIO(frame)) as image:
+            size, bands = image.size, len(image.getbands())
+    except Image.UnidentifiedImageError:        # lossless JPEG, say, which Pillow does not know
+        return
+    if bands > 1:
+        raise DataError("in colour, although its header says that it is gray")
+    if size != (dataset.Columns, dataset.Rows):
+        raise DataError(f"its image has {size[0]} x {size[1]} pixels, and its header says "
+                        f"{dataset.Columns} x {dataset.Rows}")
 
 
 def with_right_sign(stored: np.ndarray, dataset, notes: list[str]) -> np.ndarray:

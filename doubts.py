@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from common import DataError
-from layout import SPLIT_NAMES, place_of, split_name
+from layout import SPLIT_NAMES, place_of, split_name, without_accents
 from manifest_csv import SPLITS
 from tables import form_key, most_classes, value_of
 
@@ -165,7 +165,7 @@ def similar_labels(names: list[str]) -> list[Doubt]:
     something by themselves, as + does, are left."""
     def letters(name: str) -> str:
         # Between two digits a mark is no form: 1.5 is not 15, but 1.0 is 1.
-        name = re.sub(r"(\d)\.0+(?!\d)", r"\1", name)
+        name = re.sub(r"(\d)\.0+(?!\d)", r"\1", without_accents(name))
         return re.sub(rf"(?<!\d){MARKS}+|{MARKS}+(?!\d)", "", form_key(name))
 
     in_form = pairs_alike(names, letters)
@@ -180,28 +180,27 @@ def pairs_misspelled(names: list[str]) -> list[tuple[str, str]]:
     Pnuemonia, Mass and Mass.1, as pandas calls a second column Mass. One word
     of them may differ."""
     pairs = []
-    groups: dict[tuple[str, ...], list[tuple[str, list[str]]]] = {}
+    groups: dict[tuple[str, ...], list[tuple[str, list[str], list[str]]]] = {}
     for name in names:
         second = re.fullmatch(r"(.+)\.\d+", name)
         if second and second[1] in names:
             pairs.append((second[1], name))
         # Only those whose words begin alike need to be compared.
         words = form_key(name).split()
-        group = groups.setdefault(tuple(word[:2] for word in words), [])
-        for other, known in group:
-            differing = [pair for pair in zip(words, known) if len(set(pair)) > 1]
-            if len(differing) == 1 and are_one_word(*differing[0]):
+        plain = [plain_word(word) for word in words]
+        group = groups.setdefault(tuple(word[:2] for word in plain), [])
+        for other, known, known_plain in group:
+            apart = [i for i in range(len(words)) if plain[i] != known_plain[i]]
+            if not apart or len(apart) == 1 and are_one_word(words[apart[0]], known[apart[0]]):
                 pairs.append((other, name))
-        group.append((name, words))
+        group.append((name, words, plain))
     return pairs
 
 
 def are_one_word(one: str, other: str) -> bool:
-    """Whether two words that begin with the same two letters are one and its
-    plural, or differ by a letter that is missing, another, or in the wrong
-    place, and are long enough for that."""
-    if singular(one) == singular(other):
-        return True
+    """Whether two words that begin with the same two letters differ by a letter
+    that is missing, another, or in the wrong place, and are long enough for
+    that."""
     short, long = sorted((one, other), key=len)
     if len(short) < 5 or not (one.isalpha() and other.isalpha()):
         return False
@@ -217,10 +216,11 @@ def are_one_word(one: str, other: str) -> bool:
     return len(short) > 5 and j == i + 1 and swapped
 
 
-def singular(word: str) -> str:
-    """A word without the end of an English plural."""
-    word = re.sub(r"(s|x|z|ch|sh)es$", r"\1", word)
-    return re.sub(r"(?<=[^\W\d_]{2}[^\W\d_su])s$", "", word)
+def plain_word(word: str) -> str:
+    """A word without the end of an English plural, oedema and haemo- as edema and hemo-."""
+    plural = r"(?<=[sxz])es$|(?<=[cs]h)es$|(?<=[^\W\d_]{2}[^\W\d_siu])s$"
+    word = re.sub(plural, "", word)
+    return re.sub("[ao]e", "e", word)
 
 
 def similar_patients(patients: Iterable[str]) -> list[Doubt]:
@@ -321,7 +321,7 @@ NAME_COLUMN = re.compile(
     r"|(hospital|medical record|record|chart|clinic|person)( ?(id|nr|no|number|code))")
 VIEW_COLUMN = re.compile(r"(.* )?(view|projection|body ?part|anatomy)( .*)?|frontal lateral|ap pa")
 STUDY_COLUMN = re.compile(
-    r"(study|exam|examination|accession|encounter|episode|admission|hadm|stay|order|report)"
+    r"(study|series|exam|examination|accession|encounter|episode|admission|hadm|stay|order|report)"
     r" ?(instance ?)?(id|uid|nr|no|number|num|key|code)|accession|uid|study uid")
 OTHER_NUMBERS = {"time", "width", "pixel", "pixels", "columns", "rows", "area", "zip", "zipcode",
                  "postcode", "phone", "dose", "exposure", "kvp", "scanner", "device", "model",
@@ -412,6 +412,13 @@ def seem_persons(names: list[str], images: int) -> bool:
     return all(words) and (len(names) > 3 or all(len(of_one) == 2 for of_one in words))
 
 
+def may_be_persons(names: list[str], images: int) -> bool:
+    """Whether class folders may be of a person each although seem_persons says
+    nothing: few images in each, and no name says a finding."""
+    return images < FEW_OF_A_PERSON * len(names) and not any(
+        FINDINGS.search(name.casefold()) or len("".join(words_of(name))) < 3 for name in names)
+
+
 def is_number_of(name: str, alike: int) -> bool:
     """Whether a folder's name seems to be the number of a person, an
     examination or a day.
@@ -423,7 +430,7 @@ def is_number_of(name: str, alike: int) -> bool:
 
 def split_in_name(name: str) -> tuple[str, str]:
     """(what is left of a name, train or val or test) for normal_train,
-    trainA; split "" for others. """
+    trainA; split "" for others."""
     text = form_key(name).replace(" ", "")
     for word in sorted(SPLIT_NAMES, key=len, reverse=True):
         if text.startswith(word):

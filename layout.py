@@ -54,11 +54,15 @@ def split_word(name: str) -> str:
     """What split_name looks up: `train` for train_set, trainset or Train images.
 
     Letters count without their accents."""
-    name = re.sub(r"[\u0300-\u036f]", "", unicodedata.normalize("NFKD", name.casefold()))
-    words = re.sub(r"[\W\d_]+", " ", name).split()
+    words = re.sub(r"[\W\d_]+", " ", without_accents(name.casefold())).split()
     if len(words) > 1 and words[-1] in ("set", "data", "split", "images"):
         words.pop()
     return "".join(words).removesuffix("set").removesuffix("data")
+
+
+def without_accents(text: str) -> str:
+    """Validacion for Validación: letters without the signs above and below them."""
+    return re.sub(r"[\u0300-\u036f]", "", unicodedata.normalize("NFKD", text))
 
 
 def layout_text(text: str) -> str:

@@ -20,9 +20,9 @@ from PIL import Image
 import phantom
 from common import DataError, read_text
 from doubts import (
-    Doubt, classes_of_splits, drawings, folders_of_persons, many_classes, names_without_meaning,
-    persons_in_names, repeated_below, same_pictures, seem_patients, seem_splits, seem_studies,
-    seem_views, strayed_copies, untrained_classes)
+    Doubt, classes_of_splits, drawings, folders_of_persons, many_classes, may_be_persons,
+    names_without_meaning, persons_in_names, repeated_below, same_pictures, seem_patients,
+    seem_splits, seem_studies, seem_views, strayed_copies, untrained_classes)
 from flags import number_within
 from layout import (
     Place, excluder, find_layout, layout_text, levels_of, outside_splits, place_of, split_name)
@@ -282,12 +282,6 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
     source.patients_known = bool(patients)
     if not patients:
         say_no_patients(source, images, pictures)
-        strayed = strayed_copies([item.source for item in source.items],
-                                 [(item.split, item.labels) for item in source.items])
-        if strayed:
-            source.notes.append(
-                f"By their names {len(strayed):,} images, such as {text_of(strayed[0])}, are "
-                "changed copies or views of images that the source gives to another split.")
     source.notes.append(f"Files passed over: {passed_over(others) or 'none'}.")
     return source
 
@@ -321,6 +315,12 @@ def say_no_patients(source: Source, images: list[str], pictures: dict[str, str])
         source.notes.append(
             f"By their names {len(pictures):,} images, such as {one} and {other}, are changed "
             f"copies or views of one another: they count as {count:,} patients.")
+    strayed = strayed_copies([item.source for item in source.items],
+                             [(item.split, item.labels) for item in source.items])
+    if strayed:
+        source.notes.append(
+            f"By their names {len(strayed):,} images, such as {text_of(strayed[0])}, are "
+            "changed copies or views of images that the source gives to another split.")
     person = persons_in_names(images)
     if person:
         source.notes.append(f"The names of files seem to say the patient, such as {person}: a "
@@ -354,6 +354,9 @@ def class_folders(source: Source, places: dict[str, Place]) -> dict[str, tuple[s
     source.doubts += many_classes(source.label_names, len(places))
     if merged(spelling):
         source.notes.append(f"Class folders.{merged(spelling)}")
+    if may_be_persons(source.label_names, len(places)):
+        source.notes.append(f"No class folder, such as {source.label_names[0]}, is called as a "
+                            "finding is: if they are persons, --layout says patient there.")
     outside = sum(not name for name in names.values())
     if source.label_names and outside:
         source.notes.append(f"Images in no class folder: {outside:,}; nothing is mentioned for "

@@ -73,7 +73,8 @@ LIST = {"Mass": [1, 1, 0], "Nodule": [1, 0, 1]}
     *((cells * 2, "may be a list") for cells in (
         ["MassNodule", *TWO], ["massnodule", "Mass", "NODULE"], ["TB-HIV", "TB", "HIV"])),
     *((cells * 2, "labels .* and .* differ in form only") for cells in (
-        ["MassNodule", "Mass Nodule", "Edema"], ["Mass.Nodule", "Mass-Nodule", "Edema"])),
+        ["MassNodule", "Mass Nodule", "Edema"], ["Mass.Nodule", "Mass-Nodule", "Edema"],
+        ["\u00e9panchement", "epanchement", "normal"])),
     *((cells * 2, {one: [1, 0] * 2, other: [0, 1] * 2}) for cells, one, other in (
         (["Stage 1", "1 stage"], "Stage 1", "1 stage"), (["non", "covid"], "y non", "y covid"),
         (["Grade 1.5", "Grade 15"], "Grade 1.5", "Grade 15"), (["TB+", "TB"], "TB+", "TB"))),
@@ -145,8 +146,9 @@ def test_flags_that_do_not_fit_the_cells(tmp_path, cells, flags, words):
 @pytest.mark.parametrize("one, other, alike", [
     ("nodule", "Nodules", True), ("Pleural effusion", "pleural effusions", True),
     ("Mass", "Masses", True), ("Mass", "Mass.1", True), ("Pneumonia", "Pnuemonia", True),
-    ("Tumor", "Tumour", True), ("Cardiomegaly", "Cardiomegely", True), ("Atelectasis", "Atelctasis",
-                                                                      True),
+    ("Tumor", "Tumour", True), ("Cardiomegaly", "Cardiomegely", True),
+    ("Atelectasis", "Atelectases", True), ("Oedema", "Edema", True),
+    ("Haemothorax", "Hemothorax", True), ("Pelvis", "Pelvic", False),
     ("Normal", "Abnormal", False), ("typical", "atypical", False), ("Grade I", "Grade II", False),
     ("Category A", "Category B", False), ("Stage 1", "Stage 2", False), ("mass", "mask", False),
     ("scoliosis", "sclerosis", False), ("virus", "viral", False), ("SARS", "SAR-1", False),
@@ -319,7 +321,7 @@ def test_layouts(tmp_path, capsys, pattern, classes, expected):
         ["treino", "teste", "valida\u00e7\u00e3o", "treino"])),
     *((f"path,{name}", ["1", "1", "2", "3"], f"column '{name}' of l.csv seems to name the exam.*"
        f"--patient-column {name} ") for name in (
-        "study_id", "accession", "Exam No", "uid", "encounter_id", "StudyNumber")),
+        "study_id", "accession", "Exam No", "uid", "SeriesUID", "encounter_id", "StudyNumber")),
     *((f"path,{name}", ["1", "1", "2", "3"], {"test": 1, "train": 2, "val": 1}) for name in (
         "visit", "study", "exam", "report")),
     ("path,study_id", ["1", "2", "3", "4"], {"test": 1, "train": 2, "val": 1}),
@@ -392,6 +394,17 @@ def test_what_is_not_used_is_told(tmp_path, capsys):
         f"A/person{i // 3}_virus_{i}.png,{i % 2},{40 + i}\n" for i in range(9)))
     folder(src, tmp_path / "b", "--csv", tmp_path / "l.csv", "--layout", "none")
     assert "Columns of l.csv that are not used: Mass, Age." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("names, told", [
+    (("mueller", "schmidt"), True),
+    (("\u674e\u5c0f\u660e\u5148", "\u738b\u5927\u660e\u5148"), True),
+    (("normal", "mueller"), False), (("0", "1"), False), (("A", "B", "C"), False)])
+def test_folders_that_may_be_persons_are_told(tmp_path, capsys, names, told):
+    src, out = tree(tmp_path, *(f"{name}/{i}.png" for name in names for i in range(4)))
+    folder(src, out)
+    text = f"No class folder, such as {min(names)}, is called as a finding is"
+    assert (text in capsys.readouterr().out) == told
 
 
 @pytest.mark.parametrize("names, pictures", [
