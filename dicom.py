@@ -750,7 +750,9 @@ def rows_note(taken: dict[str, Identity], key_of: dict[str, str], found: set[str
             studies_of.setdefault(key_of[file], []).append(identity.StudyInstanceUID)
     several = sum(len(studies) > 1 for studies in studies_of.values())
     if several:
-        note += f" A row is of a {key} and labels all its images: {several:,} rows label several"
+        article = "an" if key.startswith("A") else "a"
+        note += (f" A row is of {article} {key} and labels all its images: {several:,} rows label "
+                 "several")
         if key == "PatientID":
             apart = sum(len(set(studies)) > 1 for studies in studies_of.values())
             note += f", {apart:,} of them several studies, whose findings may differ"

@@ -829,6 +829,8 @@ def check_flags(args: argparse.Namespace, error: Callable[[str], Any]) -> None:
                  "several_rows", "rater_column"):
         if table and getattr(args, name, None) and not getattr(args, table):
             error(f"--{name.replace('_', '-')} is about columns of --{table}, which is missing")
+    if args.source == "dicom" and args.split_column and not args.labels:
+        error("--split-column is about columns of --labels, which is missing")
     # A column that is read twice would give two labels of one name.
     if table:
         named = Counter([*args.label_columns, *args.class_columns])

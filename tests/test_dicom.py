@@ -639,6 +639,13 @@ def test_splits_of_a_table_of_labels(tmp_path, column, flags, splits):
     assert Counter(read_manifest(tmp_path / "out").splits.tolist()) == splits
 
 
+def test_a_column_of_splits_needs_its_table(tmp_path, capsys):
+    several(tmp_path)
+    with pytest.raises(SystemExit):
+        dicom(tmp_path, "--split-column", "Set")
+    assert "--split-column is about columns of --labels" in capsys.readouterr().err
+
+
 def test_ids_of_a_table_that_differ_in_form_are_told(tmp_path):
     several(tmp_path)
     write_csv(tmp_path / "l.csv", [("PatientID", "y"), *((f"p0{i}", i % 2) for i in range(6))])
