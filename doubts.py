@@ -280,18 +280,20 @@ def pairs_alike(names: Iterable[str], key: Callable[[str], str]) -> list[tuple[s
 # Names of folders and columns: what they seem to be, and are not used for.
 
 # Names of folders that hold drawings of radiographs, and names that are no class.
-DRAWINGS = {"mask", "masks", "segmentation", "segmentations", "annotation", "annotations",
-            "contour", "contours", "heatmap", "heatmaps", "overlay", "overlays", "groundtruth",
-            "seg", "segs", "annot", "annots", "gt", "label", "labels", "roi", "rois", "bbox",
-            "bboxes", "outline", "outlines", "saliency", "gradcam", "cam", "cams", "segmented",
+DRAWINGS = {"mask", "masks", "segmentation", "segmentations", "annotation",
+            "annotations", "contour", "contours", "heatmap", "heatmaps", "overlay",
+            "overlays", "groundtruth", "seg", "segs", "annot", "annots", "gt",
+            "label", "labels", "roi", "rois", "bbox", "bboxes", "outline",
+            "outlines", "saliency", "gradcam", "cam", "cams", "segmented",
             "drawing", "drawings"}
 NUMBERED_LABEL = re.compile(r"labels?[\W_]*\d+")     # label_0, label_1: classes
 CODE = re.compile(r"[A-Za-z]{1,3}[ _-]?\d{2,}|(?=.*\d)(?=.*[a-f])[0-9a-f]{6,}")   # A17, a3f9c2
-NO_CLASSES = {"image", "images", "img", "imgs", "png", "jpg", "jpeg", "dicom", "data", "dataset",
-              "batch", "part", "chunk", "fold", "folder", "file", "files", "patient", "study",
-              "series", "case", "subject", "subj", "sub", "scan", "scans", "pat", "unlabeled",
-              "unlabelled", "unsorted", "person", "participant", "unknown", "all", "thumbnail",
-              "thumb", "recyclebin", "lostfound", "trash", "tmp", "temp", "backup", "misc"}
+NO_CLASSES = {"image", "images", "img", "imgs", "png", "jpg", "jpeg", "dicom",
+              "data", "dataset", "batch", "part", "chunk", "fold", "folder", "file",
+              "files", "patient", "study", "series", "case", "subject", "subj",
+              "sub", "scan", "scans", "pat", "unlabeled", "unlabelled", "unsorted",
+              "person", "participant", "unknown", "all", "thumbnail", "thumb",
+              "recyclebin", "lostfound", "trash", "tmp", "temp", "backup", "misc"}
 # What makes the class of its own that is left without it another one: A - Copy, A_augmented.
 COPIES = ("copy", "copie", "copia", "kopie", "augmented", "augmentation", "aug", "backup",
           "resized", "cropped", "new", "old")
@@ -309,10 +311,11 @@ PERSON_WORDS = {"patient", "subject", "subj", "sub", "pat", "pt", "case", "perso
 PATIENT_COLUMN = re.compile(
     r"(patient|subject|person|participant|pat|pt)( ?(id|nr|no|number|key|code))?|pid|mrn")
 # What a column says of a patient, and not who it is.
-ATTRIBUTES = {"age", "sex", "gender", "birth", "birthday", "birthdate", "dob", "year", "date",
-              "weight", "height", "size", "bmi", "race", "ethnicity", "position", "orientation",
-              "view", "type", "class", "status", "group", "control", "history", "smoker", "count",
-              "comment", "comments", "diagnosis", "label", "outcome", "survival", "location"}
+ATTRIBUTES = {"age", "sex", "gender", "birth", "birthday", "birthdate", "dob",
+              "year", "date", "weight", "height", "size", "bmi", "race",
+              "ethnicity", "position", "orientation", "view", "type", "class",
+              "status", "group", "control", "history", "smoker", "count", "comment",
+              "comments", "diagnosis", "label", "outcome", "survival", "location"}
 # Columns that say who somebody is, if their cells repeat; and what a column of numbers may count.
 NAME_COLUMN = re.compile(
     r"((full|last|first|family|given|sur|short) ?)?names?|last|first|initials|vorname|nachname"
@@ -323,11 +326,13 @@ VIEW_COLUMN = re.compile(r"(.* )?(view|projection|body ?part|anatomy)( .*)?|fron
 STUDY_COLUMN = re.compile(
     r"(study|series|exam|examination|accession|encounter|episode|admission|hadm|stay|order|report)"
     r" ?(instance ?)?(id|uid|nr|no|number|num|key|code)|accession|uid|study uid")
-OTHER_NUMBERS = {"time", "width", "pixel", "pixels", "columns", "rows", "area", "zip", "zipcode",
-                 "postcode", "phone", "dose", "exposure", "kvp", "scanner", "device", "model",
-                 "serial", "manufacturer", "station", "site", "institution", "center", "centre",
-                 "reader", "rater", "radiologist", "doctor", "physician", "dx", "icd", "finding",
-                 "findings", "version", "url", "doi", "license", "threshold", "cost"}
+OTHER_NUMBERS = {"time", "width", "pixel", "pixels", "columns", "rows", "area",
+                 "zip", "zipcode", "postcode", "phone", "dose", "exposure", "kvp",
+                 "scanner", "device", "model", "serial", "manufacturer", "station",
+                 "site", "institution", "center", "centre", "reader", "rater",
+                 "radiologist", "doctor", "physician", "dx", "icd", "finding",
+                 "findings", "version", "url", "doi", "license", "threshold",
+                 "cost"}
 # Cells that number a person or an examination: P001, 20517, a UID, DOE^JANE; no day.
 ID_CELL = re.compile(
     r"(?!(19|20)\d\d[01]\d[0-3]\d$)([a-z]{0,5}[ _-]?\d{5,}|[a-z]{1,7}[ _-]?\d{2,4}"
