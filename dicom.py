@@ -6,8 +6,10 @@ of who, which study and which image it is. All that touches an identity stands i
 import argparse
 import hashlib
 import hmac
+import io
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -16,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import pydicom
 from PIL import Image
+from pydicom.encaps import generate_frames
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels.processing import apply_modality_lut, apply_voi, apply_windowing
 from pydicom.pixels.utils import pixel_array
@@ -23,8 +26,12 @@ from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, Implic
 
 from common import DataError
 from doubts import Doubt, pairs_alike, patient_key
-from radiograph import ImageSettings, Reading, eight_bits, in_parallel, load_image, reason
-from sources import Item, Source, ends_alike, label_flags, label_rules, plain_path
+from layout import split_name
+from radiograph import (
+    EXTENSIONS, ImageSettings, Reading, eight_bits, in_parallel, load_image, reason)
+from sources import (
+    Item, Source, check_patients_and_splits, doubt_unused_splits, ends_alike, label_flags,
+    label_rules, plain_path)
 from tables import Table, read_labels, read_table, understand
 
 
@@ -33,6 +40,11 @@ NO_DICOM = "not a DICOM file"                       # the reason of most files t
 
 # ViewPosition goes on into the manifest as one of these; another text might name a person.
 VIEWS = {"AP", "PA", "LATERAL", "LL", "RL", "LLD", "RLD", "LLO", "RLO", "OBLIQUE"}
+SIDE_VIEWS = VIEWS - {"AP", "PA"}
+# BodyPartExamined is told as one of these, too. What has CHEST, THORA or LUNG in it is CHEST.
+BODY_PARTS = {"CHEST", "ABDOMEN", "ANKLE", "ARM", "BREAST", "CSPINE", "ELBOW", "EXTREMITY", "FEMUR",
+              "FINGER", "FOOT", "HAND", "HEAD", "HIP", "JAW", "KNEE", "LEG", "LSPINE", "NECK",
+              "PELVIS", "SHOULDER", "SKULL", "SPINE", "TSPINE", "WRIST"}
 
 # Why a file is not taken whose image another file has.
 COPY = "SOPInstanceUID of an earlier file"
@@ -45,10 +57,12 @@ class Identity(NamedTuple):
     PatientID: str
     StudyInstanceUID: str
     SOPInstanceUID: str
-    ViewPosition: str = ""              # no identity, but read with it
+    AccessionNumber: str = ""           # by which a hospital's tables may go
+    ViewPosition: str = ""              # no identity, but read with it, as is the next
+    BodyPartExamined: str = ""
 
 
-KEYS = Identity._fields[:3]             # what --labels may go by
+KEYS = Identity._fields[:4]             # what --labels may go by
 
 
 # --------------------------------------------------------------------------------------------------
@@ -121,12 +135,35 @@ def is_dicom(file: Path) -> bool:
 
 
 def read_radiograph(file: Path, settings: ImageSettings, modalities: Sequence[str]) -> Reading:
-    """read_dicom, after the same checks as for a data folder; who it is of does not matter."""
+    """read_dicom, after the same checks as for a data folder; who it is of does not matter.
+
+    Notes say which images may be of another kind than the classifier's own."""
     try:
-        check_header(open_dicom(file, pixels=False), modalities, settings.max_megapixels)
+        header = open_dicom(file, pixels=False)
+        check_header(header, modalities, settings.max_megapixels)
     except InvalidDicomError as error:
         raise DataError("not a DICOM file") from error
-    return read_dicom(file, settings)
+    reading, notes = read_dicom(file, settings), []
+    view, part = view_of(header.get("ViewPosition")), body_part(header.get("BodyPartExamined"))
+    if view in SIDE_VIEWS:
+        notes.append(f"no frontal view: ViewPosition says {view}")
+    if part not in ("CHEST", ""):
+        notes.append(f"no chest: BodyPartExamined says {part}")
+    return Reading(reading.image, (*reading.notes, *notes))
+
+
+def view_of(text: object) -> str:
+    """ViewPosition as one of VIEWS, or "" for another text."""
+    word = str(text or "").strip().upper()
+    return word if word in VIEWS else ""
+
+
+def body_part(text: object) -> str:
+    """BodyPartExamined as one of BODY_PARTS, OTHER for another text, "" for none."""
+    word = str(text or "").strip().upper()
+    if any(part in word for part in ("CHEST", "THORA", "LUNG")):
+        return "CHEST"
+    return word if word in BODY_PARTS or not word else "OTHER"
 
 
 def check_header(header, modalities: Sequence[str], max_megapixels: float) -> None:
@@ -135,7 +172,8 @@ def check_header(header, modalities: Sequence[str], max_megapixels: float) -> No
 
     modalities: those to take; `none`, in any case, stands for a file that has no Modality."""
     if "Rows" not in header:
-        raise DataError(f"not an image ({header.file_meta.MediaStorageSOPClassUID.name})")
+        kind = UID(str(header.file_meta.get("MediaStorageSOPClassUID") or "")).name
+        raise DataError(f"not an image ({kind or 'of an unknown kind'})")
     modality = str(header.get("Modality") or "").strip()
     if (modality.lower() or "none") not in [name.lower() or "none" for name in modalities]:
         if not modality:
@@ -151,7 +189,8 @@ def check_header(header, modalities: Sequence[str], max_megapixels: float) -> No
     if header.BitsAllocated == 1:
         raise DataError("1 bit a pixel: a mask and no radiograph")
     kind = UID(str(header.get("SOPClassUID") or "")).name
-    if header.get("PresentationIntentType") == "FOR PROCESSING" or kind.endswith("For Processing"):
+    intent = str(header.get("PresentationIntentType") or "").strip().upper()
+    if intent == "FOR PROCESSING" or kind.endswith("For Processing"):
         raise DataError("FOR PROCESSING: raw data of the detector, in which bone may be black")
     if header.Rows * header.Columns > max_megapixels * 1e6:
         raise DataError(f"{header.Columns} x {header.Rows} pixels are more than --max-megapixels")
@@ -218,12 +257,12 @@ def read_dicom(file: Path, settings: ImageSettings) -> Reading:
     DataError where all is padding, or the Modality LUT cannot be applied. Other exceptions where
     the pixel data are damaged."""
     dataset = open_dicom(file)
-    if "PixelData" not in dataset and "FloatPixelData" not in dataset:
+    if not dataset.get("PixelData") and not dataset.get("FloatPixelData"):
         raise DataError("there is no pixel data in it")
     notes: list[str] = []
 
     # The pixels of the radiograph, without what else may lie in them.
-    stored = pixel_array(dataset, correct_unused_bits=False)            # (H, W)
+    stored = stored_pixels(dataset)                                     # (H, W)
     stored = with_right_sign(stored, dataset, notes)                    # (H, W)
     raw = without_overlay(stored, dataset, notes)                       # (H, W)
     padding = padding_of(stored, raw, dataset, notes)                   # (H, W) bool
@@ -252,6 +291,32 @@ def read_dicom(file: Path, settings: ImageSettings) -> Reading:
         except DataError as error:
             notes.append(f"{name} not used: {error}")
     return Reading(Image.fromarray(plain), tuple(notes))
+
+
+def stored_pixels(dataset) -> np.ndarray:
+    """The pixels (H, W) of a file as they are stored; DataError where they cannot be decoded."""
+    try:
+        if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
+            check_frame(next(generate_frames(dataset.PixelData, number_of_frames=1)), dataset)
+        return pixel_array(dataset, correct_unused_bits=False)
+    except (AttributeError, NotImplementedError, RuntimeError, StopIteration, TypeError,
+            ValueError) as error:
+        raise DataError(f"its pixels cannot be decoded ({reason(error)})") from error
+
+
+def check_frame(frame: bytes, dataset) -> None:
+    """DataError where a compressed image says itself that it is in colour, or of another size than
+    the header says: it would become noise."""
+    try:
+        with Image.open(io.BytesIO(frame)) as image:
+            size, bands = image.size, len(image.getbands())
+    except Image.UnidentifiedImageError:        # lossless JPEG, say, which Pillow does not know
+        return
+    if bands > 1:
+        raise DataError("in colour, although its header says that it is gray")
+    if size != (dataset.Columns, dataset.Rows):
+        raise DataError(f"its image has {size[0]} x {size[1]} pixels, and its header says "
+                        f"{dataset.Columns} x {dataset.Rows}")
 
 
 def with_right_sign(stored: np.ndarray, dataset, notes: list[str]) -> np.ndarray:
@@ -445,6 +510,10 @@ def dicom_flags(flag: Callable) -> None:
     flag("--patient-from", choices=("header", "folder", "file"), default="header",
          help="one patient for each PatientID (or else StudyInstanceUID), folder, or file "
               "(default: header)")
+    flag("--view", nargs="+", metavar="VIEW",
+         help="take only these, such as PA AP; none: files that say none (default: all)")
+    flag("--body-part", nargs="+", metavar="PART",
+         help="take only these, such as CHEST; none: files that say none (default: all)")
     flag("--salt", type=Path,
          help="file of the secret for hashing identities, made if missing (default: OUT.salt)")
     flag("--labels", type=Path, help="CSV of labels")
@@ -452,6 +521,8 @@ def dicom_flags(flag: Callable) -> None:
          help="whose they are, by a header element or the file's name or path (default: "
               "PatientID)")
     flag("--key-column", metavar="COLUMN", help="its column of that (default: named as --key)")
+    flag("--split-column", metavar="COLUMN",
+         help="its column of train, val, test (default: split, if there is one)")
     label_flags(flag, "all other columns, which must hold values then")
 
 
@@ -472,6 +543,7 @@ def dicom_items(args: argparse.Namespace, files: list[str]) -> Source:
                  if isinstance(identity, Identity) and identity.PatientID}
     taken: dict[str, Identity] = {}                     # by the file
     rejected: dict[str, str] = {}                       # {file: reason}
+    views, parts = Counter(), Counter()                 # of the images that are taken
     copies = reject_copies(dict(zip(files, identities, strict=True)), args)
     source.asked_for |= {COPY, DAMAGED_COPY}            # the image is there
     for file, identity in zip(files, identities, strict=True):
@@ -483,17 +555,30 @@ def dicom_items(args: argparse.Namespace, files: list[str]) -> Source:
         if file in copies:
             source.rejected.append((file, copies[file]))
             continue
+        view, part = view_of(identity.ViewPosition), body_part(identity.BodyPartExamined)
+        why = not_asked_for(view, part, args)
+        if why:
+            rejected[file] = why
+            source.asked_for.add(why)
+            continue
+        views[view or "none"] += 1
+        parts[part or "none"] += 1
         if identity.StudyInstanceUID and not identity.PatientID:
             person = person_of.get(identity.StudyInstanceUID, "")
             identity = identity._replace(PatientID=person)
         image = identity.SOPInstanceUID or f"file {file}"
         taken[file] = identity
         patient = code(patient_text(identity, file, args.patient_from))
-        study, view = identity.StudyInstanceUID, identity.ViewPosition.upper()
+        study = identity.StudyInstanceUID
         source.items.append(Item(
             file, f"images/{patient}/{code(image)}.jpg", patient, split="", labels=(),
-            study=code(study) if study else "", view=view if view in VIEWS else ""))
+            study=code(study) if study else "", view=view))
     source.rejected += rejected.items()
+    for what, flag_name, counts in (("Views", "view", views), ("Body parts", "body-part", parts)):
+        if len(counts) > 1 or not counts.keys() <= {"AP", "PA", "CHEST", "none"}:
+            texts = [f"{word} {count:,}" for word, count in counts.most_common()]
+            source.notes.append(f"{what} by the headers: {', '.join(texts)}. --{flag_name} takes "
+                                "some of them.")
 
     if table:
         label_items(source, args, table, taken, rejected)
@@ -503,6 +588,15 @@ def dicom_items(args: argparse.Namespace, files: list[str]) -> Source:
     else:
         source.notes.append(patient_note(taken, args.patient_from))
     return source
+
+
+def not_asked_for(view: str, part: str, args: argparse.Namespace) -> str:
+    """Why an image is not taken by --view or --body-part, or ""."""
+    for what, word, wanted in (("view", view, args.view), ("body part", part, args.body_part)):
+        words = [name.upper() for name in wanted or ()]
+        if wanted and (word or "NONE") not in words:
+            return f"{what} {word or 'not said'}, not {' or '.join(words)}"
+    return ""
 
 
 def is_no_radiograph(file: str, why: str) -> bool:
@@ -553,18 +647,20 @@ def pixel_digest(file: Path, settings: ImageSettings) -> bytes:
 def read_label_table(args: argparse.Namespace) -> Table:
     """--labels by its column of keys. DataError where a key is empty."""
     columns = [*args.label_columns, *args.class_columns]
-    if columns and args.rater_column:
-        columns.append(args.rater_column)
+    if columns:
+        columns += filter(None, [args.rater_column, args.split_column or "split"])
     table = read_table(args.labels, args.key_column or args.key,
                        list(dict.fromkeys(columns)) or None,
+                       () if args.split_column else {"split"},
                        normalise=plain_name_of if args.key == "file" else str,
                        several=bool(args.several_rows),
                        hint="; --several-rows says how several rows become one")
     if "" in table.rows:                # it would label every file without that key
         raise DataError(f"{args.labels}, row {table.rows[''].number}: its key is empty")
-    if args.rater_column and args.rater_column not in table.columns:
-        raise DataError(f"{args.labels} must have one column {args.rater_column!r}, "
-                        f"its header is {','.join(table.header)!r}")
+    for name in filter(None, [args.rater_column, args.split_column]):
+        if name not in table.columns:
+            raise DataError(f"{args.labels} must have one column {name!r}, "
+                            f"its header is {','.join(table.header)!r}")
     return table
 
 
@@ -584,7 +680,10 @@ def label_items(source: Source, args: argparse.Namespace, table: Table,
     # Labels of images that are not there. If that is all of them, the key is the wrong one.
     found = [key for key in table.rows if key in files_of]
     if not found:
-        raise DataError(f"{args.labels}: no {args.key} in it is that of a DICOM file in {args.src}")
+        alike = set(map(patient_key, table.rows)) & set(map(patient_key, files_of))
+        form = ", though some differ in form only, as 7.0 and 007 do" if alike else ""
+        raise DataError(f"{args.labels}: no {args.key} in it is that of a DICOM file in {args.src}"
+                        f"{form}")
     elsewhere = f"{args.key} in {args.labels.name}, in no DICOM file"
     source.rejected += [(key, elsewhere) for key in table.rows if key not in files_of]
     source.asked_for.add(elsewhere)
@@ -592,12 +691,12 @@ def label_items(source: Source, args: argparse.Namespace, table: Table,
         refuse_namesakes(args, found, files_of, rejected)
 
     # Without a word of the user a column of words might be one of names.
-    columns = [*args.label_columns, *args.class_columns]
+    columns, split_column = [*args.label_columns, *args.class_columns], args.split_column or "split"
     if columns:
         source.label_names, labels, notes = understand(table, columns, found, label_rules(args))
         source.classes = not set(columns) & set(source.label_names)
     else:
-        columns = [name for name in table.columns if name != args.rater_column]
+        columns = [name for name in table.columns if name not in (args.rater_column, split_column)]
         source.label_names, labels, notes = read_labels(
             table, columns, args.several_rows, args.rater_column)
         if source.label_names != columns:
@@ -605,8 +704,16 @@ def label_items(source: Source, args: argparse.Namespace, table: Table,
                             "--label-columns, or columns of classes by --class-columns")
     source.notes += notes
     nothing = ("",) * len(source.label_names)
+    splits = table.column("" if split_column in columns else split_column)
+    check_patients_and_splits(table, found, "", split_column if splits else "")
     for item in source.items:
-        item.labels = labels.get(key_of[item.source], nothing)
+        key = key_of[item.source]
+        item.labels, item.split = labels.get(key, nothing), split_name(splits.get(key, ""))
+    key_column = args.key_column or args.key
+    used = {*columns, args.rater_column, key_column, split_column if splits else ""}
+    doubt_unused_splits(source, table, key_column,
+                        [name for name in table.header if name not in used], found,
+                        plain_name_of if args.key == "file" else str)
     source.notes.append(rows_note(taken, key_of, set(found), args.key))
 
 
@@ -643,7 +750,9 @@ def rows_note(taken: dict[str, Identity], key_of: dict[str, str], found: set[str
             studies_of.setdefault(key_of[file], []).append(identity.StudyInstanceUID)
     several = sum(len(studies) > 1 for studies in studies_of.values())
     if several:
-        note += f" A row is of a {key} and labels all its images: {several:,} rows label several"
+        article = "an" if key.startswith("A") else "a"
+        note += (f" A row is of {article} {key} and labels all its images: {several:,} rows label "
+                 "several")
         if key == "PatientID":
             apart = sum(len(set(studies)) > 1 for studies in studies_of.values())
             note += f", {apart:,} of them several studies, whose findings may differ"
@@ -704,7 +813,7 @@ def keys_by_path(table: Table, files: list[str]) -> dict[str, str]:
 
 
 def plain_name_of(file: str) -> str:
-    """A path as --key file compares it: with slashes, without the suffix of a DICOM file."""
+    """A path as --key file compares it: with slashes, without the suffix of an image."""
     path = PurePosixPath(plain_path(file)) if file else PurePosixPath()
     return str(path.with_name(without_suffix(str(path)))) if path.name else ""
 
@@ -713,7 +822,7 @@ def without_suffix(file: str) -> str:
     """The name of a file without folders and suffix. `1.2.840.5` is a name without a suffix."""
     name = PurePosixPath(file).name
     stem, suffix = os.path.splitext(name)
-    return stem if suffix.lower() in SUFFIXES else name
+    return stem if suffix.lower() in (*SUFFIXES, *EXTENSIONS) else name
 
 
 def patient_text(identity: Identity, file: str, patient_from: str) -> str:

@@ -7,12 +7,12 @@ prepare.py says so.
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from common import DataError
-from layout import SPLIT_NAMES, place_of, split_name
+from layout import SPLIT_NAMES, place_of, split_name, without_accents
 from manifest_csv import SPLITS
 from tables import form_key, most_classes, value_of
 
@@ -20,7 +20,7 @@ ALLOW = {
     "empty-split": "train, val or test is empty",
     "constant-label": "a label is the same for every image",
     "mixed-letters": "a column holds y or n beside t or f",
-    "similar-labels": "labels differ in case or blanks only",
+    "similar-labels": "labels differ in form only, or hardly in spelling",
     "many-classes": "a column holds more classes than its images can teach",
     "similar-patients": "patients differ in case, blanks or leading zeros only",
     "masks": "images seem to be masks, segmentations or other drawings",
@@ -60,7 +60,8 @@ def allow_flag(flag: Callable) -> None:
 
 
 def many_left_out(images: int, lost: list[tuple[str, str]]) -> list[Doubt]:
-    """A doubt where many images are lost: damaged, say, or in a table only, by another name.
+    """A doubt where many images are lost: damaged, say, or in a table only,
+    by another name.
 
     images: how many are not. lost: the others, each with the reason."""
     total = images + len(lost)
@@ -84,7 +85,8 @@ def empty_splits(splits: list[str], patients: int, fractions: dict[str, float],
 
     splits: of all images. patients: how many there are. fractions: of val and
     test, if they are to be carved where the source does not give them; a
-    fraction of 0 asks for an empty split. found: images before some were left out."""
+    fraction of 0 asks for an empty split. found: images before some were left
+    out."""
     counts, doubts = Counter(splits), []
     # A fraction of 0 asks for an empty split, and says so in the command.
     for split in SPLITS if max(found, len(splits)) >= FEW else ():
@@ -98,10 +100,11 @@ def empty_splits(splits: list[str], patients: int, fractions: dict[str, float],
 
 def constant_labels(names: list[str], rows: list[tuple[str, ...]], classes: bool,
                     found: int = 0) -> list[Doubt]:
-    """Doubts for labels that say the same of every image of which they say anything.
+    """Doubts for labels that say the same of every image of which they say
+    anything.
 
-    rows: the labels of each image. classes: whether the labels are names of classes.
-    found: images before some were left out."""
+    rows: the labels of each image. classes: whether the labels are names of
+    classes. found: images before some were left out."""
     doubts = []
     for place, name in enumerate(names) if max(found, len(rows)) >= FEW else ():
         # A blank cell is no negative: x and blank, or positive and blank, teach nothing.
@@ -126,7 +129,8 @@ def constant_labels(names: list[str], rows: list[tuple[str, ...]], classes: bool
 
 def untrained_classes(names: list[str], splits: list[str],
                       rows: list[tuple[str, ...]]) -> list[Doubt]:
-    """A doubt for each class that stands in the val or test split of a source, but not in train.
+    """A doubt for each class that stands in the val or test split of a
+    source, but not in train.
 
     splits: as the source gives them; "" may become train."""
     places: dict[str, set[str]] = {}                    # the splits in which each class stands
@@ -142,8 +146,8 @@ def untrained_classes(names: list[str], splits: list[str],
 
 
 def many_classes(names: list[str], images: int) -> list[Doubt]:
-    """A doubt where there are more class folders than images can teach, or they seem to be of a
-    person each. names: of the classes."""
+    """A doubt where there are more class folders than images can teach, or
+    they seem to be of a person each. names: of the classes."""
     if seem_persons(names, images):
         return [Doubt("many-classes", f"the {len(names):,} class folders, such as {names[0]}, seem "
                       f"to be of one person each, with {images:,} images in all, which cannot "
@@ -156,19 +160,72 @@ def many_classes(names: list[str], images: int) -> list[Doubt]:
 
 
 def similar_labels(names: list[str]) -> list[Doubt]:
-    """Doubts for labels of the same letters and numbers in the same order: COVID19 and COVID-19,
-    MassNodule and Mass/Nodule. Signs that mean something by themselves, as + does, are left."""
+    """Doubts for labels of the same letters and numbers in the same order:
+    COVID19 and COVID-19, MassNodule and Mass/Nodule. Signs that mean
+    something by themselves, as + does, are left."""
     def letters(name: str) -> str:
         # Between two digits a mark is no form: 1.5 is not 15, but 1.0 is 1.
-        name = re.sub(r"(\d)\.0+(?!\d)", r"\1", name)
+        name = re.sub(r"(\d)\.0+(?!\d)", r"\1", without_accents(name))
         return re.sub(rf"(?<!\d){MARKS}+|{MARKS}+(?!\d)", "", form_key(name))
 
-    return [Doubt("similar-labels", f"labels {one!r} and {other!r} differ in form only")
-            for one, other in pairs_alike(names, letters)]
+    in_form = pairs_alike(names, letters)
+    doubts = [f"labels {one!r} and {other!r} differ in form only" for one, other in in_form]
+    doubts += [f"labels {one!r} and {other!r} are spelled almost alike: write a class in one way"
+               for one, other in pairs_misspelled(names) if (one, other) not in in_form]
+    return [Doubt("similar-labels", sentence) for sentence in doubts]
+
+
+def pairs_misspelled(names: list[str]) -> list[tuple[str, str]]:
+    """Pairs of names that may be one: nodule and nodules, Pneumonia and
+    Pnuemonia, Mass and Mass.1, as pandas calls a second column Mass. One word
+    of them may differ."""
+    pairs = []
+    groups: dict[tuple[str, ...], list[tuple[str, list[str], list[str]]]] = {}
+    for name in names:
+        second = re.fullmatch(r"(.+)\.\d+", name)
+        if second and second[1] in names:
+            pairs.append((second[1], name))
+        # Only those whose words begin alike need to be compared.
+        words = form_key(name).split()
+        plain = [plain_word(word) for word in words]
+        group = groups.setdefault(tuple(word[:2] for word in plain), [])
+        for other, known, known_plain in group:
+            apart = [i for i in range(len(words)) if plain[i] != known_plain[i]]
+            if not apart or len(apart) == 1 and are_one_word(words[apart[0]], known[apart[0]]):
+                pairs.append((other, name))
+        group.append((name, words, plain))
+    return pairs
+
+
+def are_one_word(one: str, other: str) -> bool:
+    """Whether two words that begin with the same two letters differ by a letter
+    that is missing, another, or in the wrong place, and are long enough for
+    that."""
+    short, long = sorted((one, other), key=len)
+    if len(short) < 5 or not (one.isalpha() and other.isalpha()):
+        return False
+    if len(long) == len(short) + 1:
+        return any(long[:i] + long[i + 1:] == short for i in range(2, len(long)))
+    apart = [i for i in range(len(short)) if one[i] != other[i]]
+    if len(long) > len(short) or len(apart) > 2:
+        return False
+    if len(apart) == 1:
+        return len(short) > 7
+    i, j = apart
+    swapped = one[i] + one[j] == other[j] + other[i]
+    return len(short) > 5 and j == i + 1 and swapped
+
+
+def plain_word(word: str) -> str:
+    """A word without the end of an English plural, oedema and haemo- as edema and hemo-."""
+    plural = r"(?<=[sxz])es$|(?<=[cs]h)es$|(?<=[^\W\d_]{2}[^\W\d_siu])s$"
+    word = re.sub(plural, "", word)
+    return re.sub("[ao]e", "e", word)
 
 
 def similar_patients(patients: Iterable[str]) -> list[Doubt]:
-    """Doubts for patients that differ in form only, and might come into different splits."""
+    """Doubts for patients that differ in form only, and might come into
+    different splits."""
     alike = pairs_alike(patients, patient_key)
     more = f", and {len(alike) - 1:,} more pairs" if len(alike) > 1 else ""
     return [Doubt("similar-patients",
@@ -178,8 +235,9 @@ def similar_patients(patients: Iterable[str]) -> list[Doubt]:
 
 
 def large_patients(patients: list[str]) -> list[Doubt]:
-    """A doubt for a patient of a third of all images and five times as many as any other has: a
-    name such as 0 may stand for all that are not known. patients: of all images."""
+    """A doubt for a patient of a third of all images and five times as many
+    as any other has: a name such as 0 may stand for all that are not known.
+    patients: of all images."""
     counts = Counter(patients).most_common(2)
     if len(counts) < 2:
         return []
@@ -192,20 +250,23 @@ def large_patients(patients: list[str]) -> list[Doubt]:
 
 
 def patient_key(patient: str) -> str:
-    """What is equal for 7, 007, 7. and 7.0, for 1000, 1e3 and 1,000, for P7, p07 and P 7."""
+    """What is equal for 7, 007, 7. and 7.0, for 1000, 1e3 and 1,000, for P7,
+    p07 and P 7."""
     # Large numbers as spreadsheets write them.
     if re.fullmatch(r"\d+(\.\d+)?e\+?\d{1,3}", patient.casefold()):
         patient = f"{float(patient):.0f}"
     if re.fullmatch(r"\d{1,3}(,\d{3})+", patient):
         patient = patient.replace(",", "")
     # A blank between a letter and a number, ".0" as spreadsheets append it, leading zeros.
-    text = re.sub(r"(?<=[a-z]) (?=\d)", "", form_key(patient))
+    text = form_key(re.sub(r"[\^,]+", " ", patient))           # DOE^JANE^^, Doe, Jane
+    text = re.sub(r"(?<=[a-z]) (?=\d)", "", text)
     text = re.sub(r"^(\d+)\.0*$", r"\1", text)
     return re.sub(r"(?<![\d.])0+(?=\d)", "", text)
 
 
 def pairs_alike(names: Iterable[str], key: Callable[[str], str]) -> list[tuple[str, str]]:
-    """(a name, a later one) for each different name whose key an earlier one has."""
+    """(a name, a later one) for each different name whose key an earlier one
+    has."""
     first: dict[str, str] = {}          # by the key, the first name that has it
     pairs = []
     for name in dict.fromkeys(names):
@@ -219,19 +280,24 @@ def pairs_alike(names: Iterable[str], key: Callable[[str], str]) -> list[tuple[s
 # Names of folders and columns: what they seem to be, and are not used for.
 
 # Names of folders that hold drawings of radiographs, and names that are no class.
-DRAWINGS = {"mask", "masks", "segmentation", "segmentations", "annotation", "annotations",
-            "contour", "contours", "heatmap", "heatmaps", "overlay", "overlays", "groundtruth",
-            "seg", "segs", "annot", "annots", "gt", "label", "labels", "roi", "rois", "bbox",
-            "bboxes", "outline", "outlines", "saliency", "gradcam", "cam", "cams", "segmented",
+DRAWINGS = {"mask", "masks", "segmentation", "segmentations", "annotation",
+            "annotations", "contour", "contours", "heatmap", "heatmaps", "overlay",
+            "overlays", "groundtruth", "seg", "segs", "annot", "annots", "gt",
+            "label", "labels", "roi", "rois", "bbox", "bboxes", "outline",
+            "outlines", "saliency", "gradcam", "cam", "cams", "segmented",
             "drawing", "drawings"}
+NUMBERED_LABEL = re.compile(r"labels?[\W_]*\d+")     # label_0, label_1: classes
 CODE = re.compile(r"[A-Za-z]{1,3}[ _-]?\d{2,}|(?=.*\d)(?=.*[a-f])[0-9a-f]{6,}")   # A17, a3f9c2
-NO_CLASSES = {"image", "images", "img", "imgs", "png", "jpg", "jpeg", "dicom", "data", "dataset",
-              "batch", "part", "chunk", "fold", "folder", "file", "files", "patient", "study",
-              "series", "case", "subject", "subj", "sub", "scan", "scans", "pat", "unlabeled",
-              "unlabelled", "unsorted", "person", "participant", "unknown", "all", "thumbnail",
-              "thumb", "recyclebin", "lostfound", "trash", "tmp", "temp", "backup", "misc"}
+NO_CLASSES = {"image", "images", "img", "imgs", "png", "jpg", "jpeg", "dicom",
+              "data", "dataset", "batch", "part", "chunk", "fold", "folder", "file",
+              "files", "patient", "study", "series", "case", "subject", "subj",
+              "sub", "scan", "scans", "pat", "unlabeled", "unlabelled", "unsorted",
+              "person", "participant", "unknown", "all", "thumbnail", "thumb",
+              "recyclebin", "lostfound", "trash", "tmp", "temp", "backup", "misc"}
 # What makes the class of its own that is left without it another one: A - Copy, A_augmented.
-COPIES = ("copy", "augmented", "augmentation", "aug", "backup", "resized", "cropped", "new", "old")
+COPIES = ("copy", "copie", "copia", "kopie", "augmented", "augmentation", "aug", "backup",
+          "resized", "cropped", "new", "old")
+COPY_OF = ("copyof", "copiede", "copiade", "kopievon")
 # Words by which a name is one of findings, and not of a person.
 FINDINGS = re.compile(
     "normal|healthy|finding|disease|covid|pneumo|bacteri|vir(al|us)|tubercul|tumou?r|cancer|malign"
@@ -245,21 +311,28 @@ PERSON_WORDS = {"patient", "subject", "subj", "sub", "pat", "pt", "case", "perso
 PATIENT_COLUMN = re.compile(
     r"(patient|subject|person|participant|pat|pt)( ?(id|nr|no|number|key|code))?|pid|mrn")
 # What a column says of a patient, and not who it is.
-ATTRIBUTES = {"age", "sex", "gender", "birth", "birthday", "birthdate", "dob", "year", "date",
-              "weight", "height", "size", "bmi", "race", "ethnicity", "position", "orientation",
-              "view", "type", "class", "status", "group", "control", "history", "smoker", "count",
-              "comment", "comments", "diagnosis", "label", "outcome", "survival", "location"}
+ATTRIBUTES = {"age", "sex", "gender", "birth", "birthday", "birthdate", "dob",
+              "year", "date", "weight", "height", "size", "bmi", "race",
+              "ethnicity", "position", "orientation", "view", "type", "class",
+              "status", "group", "control", "history", "smoker", "count", "comment",
+              "comments", "diagnosis", "label", "outcome", "survival", "location"}
 # Columns that say who somebody is, if their cells repeat; and what a column of numbers may count.
 NAME_COLUMN = re.compile(
     r"((full|last|first|family|given|sur|short) ?)?names?|last|first|initials|vorname|nachname"
     r"|nom|prenom|nombre|apellidos?|nome|cognome|id|identifier|identifiant|individual|client|hn"
     r"|uhid|nhs|paciente|paziente"
     r"|(hospital|medical record|record|chart|clinic|person)( ?(id|nr|no|number|code))")
-OTHER_NUMBERS = {"time", "width", "pixel", "pixels", "columns", "rows", "area", "zip", "zipcode",
-                 "postcode", "phone", "dose", "exposure", "kvp", "scanner", "device", "model",
-                 "serial", "manufacturer", "station", "site", "institution", "center", "centre",
-                 "reader", "rater", "radiologist", "doctor", "physician", "dx", "icd", "finding",
-                 "findings", "version", "url", "doi", "license", "threshold", "cost"}
+VIEW_COLUMN = re.compile(r"(.* )?(view|projection|body ?part|anatomy)( .*)?|frontal lateral|ap pa")
+STUDY_COLUMN = re.compile(
+    r"(study|series|exam|examination|accession|encounter|episode|admission|hadm|stay|order|report)"
+    r" ?(instance ?)?(id|uid|nr|no|number|num|key|code)|accession|uid|study uid")
+OTHER_NUMBERS = {"time", "width", "pixel", "pixels", "columns", "rows", "area",
+                 "zip", "zipcode", "postcode", "phone", "dose", "exposure", "kvp",
+                 "scanner", "device", "model", "serial", "manufacturer", "station",
+                 "site", "institution", "center", "centre", "reader", "rater",
+                 "radiologist", "doctor", "physician", "dx", "icd", "finding",
+                 "findings", "version", "url", "doi", "license", "threshold",
+                 "cost"}
 # Cells that number a person or an examination: P001, 20517, a UID, DOE^JANE; no day.
 ID_CELL = re.compile(
     r"(?!(19|20)\d\d[01]\d[0-3]\d$)([a-z]{0,5}[ _-]?\d{5,}|[a-z]{1,7}[ _-]?\d{2,4}"
@@ -273,21 +346,24 @@ SPLIT_HINTS = {"derivation": "train", "development": "train", "discovery": "trai
                **dict.fromkeys(HELD_OUT, "test")}
 SPLIT_FLAGS = {"is", "in", "for", "set", "flag", "data", "sample", "used", "use", "split"}
 MOST_OF_A_PATIENT = 20          # images, on average; folders of more are sites or kinds of disease
+MOST_COPIES = 50                # images whose names differ by CHANGED; more are numbered by it
 FEW_OF_A_PERSON = 10            # images, on average; folders of more teach a class
 MANY = 10                       # more folders of one name and a number are no grades of a disease
 
 
 def drawings(images: list[str]) -> list[str]:
-    """Those images whose name, or a folder above them, says mask, segmentation or the like.
+    """Those images whose name, or a folder above them, says mask,
+    segmentation or the like.
 
-    A folder that holds all images may have such a word among others, as with_annotations does."""
+    A folder that holds all images may have such a word among others, as
+    with_annotations does."""
     shared = os.path.commonprefix([PurePosixPath(image).parts[:-1] for image in images])
 
     def is_drawing(image: str) -> bool:
         # masks2 is one of masks, but what stands between digits is a random name.
         parts = PurePosixPath(image).with_suffix("").parts[len(shared):]
         words = {word.rstrip("0123456789") for part in parts
-                 for word in re.split(r"[\W_]+", part.casefold())}
+                 for word in re.split(r"[\W_]+", NUMBERED_LABEL.sub("", part.casefold()))}
         whole = {re.sub(r"[\W_]+", "", part.casefold()) for part in (*shared, *parts)}
         return bool(DRAWINGS & (words | whole)) or any("mask" in word for word in words)
 
@@ -295,26 +371,41 @@ def drawings(images: list[str]) -> list[str]:
 
 
 def names_without_meaning(classes: list[str]) -> list[str]:
-    """Those names of class folders that name a kind of file, a portion, a person or a day.
+    """Those names of class folders that name a kind of file, a portion, a
+    person or a day.
 
-    images_001 does, and p017; so do 00017, 2020-01-31, and JPCLN001 beside JPCLN002."""
+    images_001 does, and p017; so do 00017, 2020-01-31, and JPCLN001 beside
+    JPCLN002."""
     letters = {name: "".join(re.findall(r"[^\W\d_]+", name.casefold())) for name in classes}
     numbered = Counter(letters[name] for name in classes if re.search(r"\d", name))
     return [name for name in classes
             if {letters[name], letters[name].removesuffix("s")} & NO_CLASSES
             or letters[name].startswith(("image", "img"))
-            or any(letters[name].removesuffix(word) in {*letters.values()} - {letters[name]}
-                   for word in COPIES)
+            or is_copy(name, letters)
             or letters[name] in PERSONS and name.casefold() not in PERSONS
             or numbered[letters[name]] > MANY or is_number_of(name, numbered[letters[name]])
             or bool(CODE.fullmatch(name)) and sum(map(bool, map(CODE.fullmatch, classes))) > 2]
 
 
+def is_copy(name: str, letters: dict[str, str]) -> bool:
+    """Whether a folder is a copy of another, as A - Copy, A (1), A 2 and
+    Kopie von A are of A.
+
+    letters: of all names, this one among them."""
+    own = letters[name]
+    others = {*letters.values()} - {own}
+    numbered = re.fullmatch(r"(.+?) ?\(\d\)|(.+) \d", name)
+    return (numbered is not None and (numbered[1] or numbered[2]) in letters
+            or any(own.removesuffix(word) in others for word in COPIES)
+            or any(own.removeprefix(word) in others for word in COPY_OF))
+
+
 def seem_persons(names: list[str], images: int) -> bool:
-    """Whether class folders are of a person each: they hold under ten images on average, and fewer
-    than a quarter of the names say a finding, where there are four or more names of three letters
-    at least, or all are of two such words, as Smith_John, or of two by a comma; or a name has the
-    caret of DOE^JANE."""
+    """Whether class folders are of a person each: they hold under ten images
+    on average, and fewer than a quarter of the names say a finding, where
+    there are four or more names of three letters at least, or all are of two
+    such words, as Smith_John, or of two by a comma; or a name has the caret
+    of DOE^JANE."""
     if any("^" in name for name in names):
         return True
     findings = sum(bool(FINDINGS.search(name.casefold())) for name in names)
@@ -326,8 +417,16 @@ def seem_persons(names: list[str], images: int) -> bool:
     return all(words) and (len(names) > 3 or all(len(of_one) == 2 for of_one in words))
 
 
+def may_be_persons(names: list[str], images: int) -> bool:
+    """Whether class folders may be of a person each although seem_persons says
+    nothing: few images in each, and no name says a finding."""
+    return images < FEW_OF_A_PERSON * len(names) and not any(
+        FINDINGS.search(name.casefold()) or len("".join(words_of(name))) < 3 for name in names)
+
+
 def is_number_of(name: str, alike: int) -> bool:
-    """Whether a folder's name seems to be the number of a person, an examination or a day.
+    """Whether a folder's name seems to be the number of a person, an
+    examination or a day.
 
     alike: how many folders have the same letters and a number."""
     digits = len(re.findall(r"\d", name))
@@ -335,8 +434,8 @@ def is_number_of(name: str, alike: int) -> bool:
 
 
 def split_in_name(name: str) -> tuple[str, str]:
-    """(what is left of a name, train or val or test) for normal_train, trainA; split "" for others.
-    """
+    """(what is left of a name, train or val or test) for normal_train,
+    trainA; split "" for others."""
     text = form_key(name).replace(" ", "")
     for word in sorted(SPLIT_NAMES, key=len, reverse=True):
         if text.startswith(word):
@@ -347,9 +446,9 @@ def split_in_name(name: str) -> tuple[str, str]:
 
 
 def classes_of_splits(names: list[str]) -> tuple[str, str] | None:
-    """Two classes that differ by the name of a split only, as normal_train and normal_test do, or
-    normal and normal_test; or by that among other things, where all classes have one. None where
-    there are none."""
+    """Two classes that differ by the name of a split only, as normal_train
+    and normal_test do, or normal and normal_test; or by that among other
+    things, where all classes have one. None where there are none."""
     first: dict[str, tuple[str, str]] = {}              # by what is left of a name: name, split
     found = {name: split_in_name(name) for name in names}
     for name, (rest, split) in found.items():
@@ -364,27 +463,77 @@ def classes_of_splits(names: list[str]) -> tuple[str, str] | None:
     return None
 
 
+# What programs append to the name of a changed copy, and the view that a name may say.
+CHANGED = re.compile(
+    r"[\W_]*(?<![^\W\d_])((aug(mented|mentation)?|[hv]?flip(ped)?|flip_?(lr|ud|[hv])|mirror(ed)?|rot"
+    r"(ate|ated|ation)?|crop(ped)?|zoom(ed)?|shift(ed)?|shear(ed)?|blur(red)?|noisy?|noise|clahe"
+    r"|bright(ness|er|ened)?|dark(er|ened)?|contrast|gamma|equali[sz]ed|resized?|scaled"
+    r"|transform(ed)?|copy)([\W_]*\d{1,3})?|rf\.[0-9a-f]{32}|frontal|lateral|lat|pa|ap)"
+    r"(?![^\W_])[)\]]*")
+
+
+def picture_name(image: str) -> str:
+    """The name of a file without what CHANGED finds in it; "" where no number
+    is left that would tell a picture from others: crop_1 and crop_2 may be of
+    two."""
+    name = CHANGED.sub("", PurePosixPath(image).stem.casefold()).strip(" ._-")
+    return name if re.search(r"\d", name) else ""
+
+
+def same_pictures(images: list[str]) -> dict[str, str]:
+    """{image: the name that it shares with others}, of images of one folder
+    that seem to be changed copies or further views of one another: x1.png,
+    x1_flip.png and aug_2_x1.png; x1.png, x1.jpg."""
+    sharing: dict[str, list[str]] = {}
+    for image in images:
+        if name := picture_name(image):
+            sharing.setdefault(f"{PurePosixPath(image).parent}/{name}", []).append(image)
+    return {image: name for name, group in sharing.items() for image in group
+            if 1 < len(group) <= MOST_COPIES}
+
+
+def strayed_copies(images: list[str], places: list[tuple[str, Hashable]]) -> list[str]:
+    """Those images whose names are of changed copies, and of which the
+    picture itself is in another split, as far as splits are given. places:
+    (split or "", class) of each image."""
+    found: dict[Hashable, dict[str, list[str]]] = {}    # by the class and name, by the split
+    for image, (split, kind) in zip(images, places):
+        if split and (name := picture_name(image)):
+            found.setdefault((kind, name), {}).setdefault(split, []).append(image)
+    return [image for by_split in found.values() if len(by_split) > 1
+            for group in by_split.values() if all(map(is_changed, group)) for image in group]
+
+
+def is_changed(image: str) -> bool:
+    """Whether a file's name says that it is a changed copy, or which view it
+    is."""
+    return bool(CHANGED.search(PurePosixPath(image).stem.casefold()))
+
+
 def persons_in_names(images: list[str]) -> str:
-    """The name of a file that seems to be one of several of a person, as person1_virus_2.jpeg;
-    "" where there is none."""
+    """The name of a file that seems to be one of several of a person, as
+    person1_virus_2.jpeg or 00000013_005.png; "" where there is none."""
     first: dict[str, str] = {}                          # by the word and number, a file's name
     for image in images:
         name = PurePosixPath(image).stem
-        found = re.match(r"(patient|person|subject|pat|pt|case)[ _-]?(\d+)[ _-]", name.casefold())
+        found = re.match(r"(patient|person|subject|pat|pt|case)[ _-]?\d+[ _-]|\d{5,8}[_-]",
+                         name.casefold())
         if found and first.setdefault(found[0], name) != name:
             return name
     return ""
 
 
 def words_of(name: str) -> list[str]:
-    """The words of a name in small letters: of patient_hash, MRN-anon, PatientName, trainA."""
+    """The words of a name in small letters: of patient_hash, MRN-anon,
+    PatientName, trainA."""
     words = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name))
     return [word.casefold() for word in words]
 
 
 def may_name_patients(column: str) -> bool:
-    """Whether a column's name has a word for a patient in it, and none for what a patient has:
-    PatientName, id_patient, Case ID and MRN_anon do, Patient Age does not."""
+    """Whether a column's name has a word for a patient in it, and none for
+    what a patient has: PatientName, id_patient, Case ID and MRN_anon do,
+    Patient Age does not."""
     words = words_of(column)
     words += [word.removeprefix("patient") for word in words]
     return not ATTRIBUTES & set(words) and any(
@@ -397,8 +546,9 @@ def may_name_patients(column: str) -> bool:
 def seem_patients(name: str, cells: list[str]) -> bool:
     """Whether a column of a table seems to tell one patient from another.
 
-    By its name; or by its name and as its cells repeat, fewer than there are images and yet many;
-    or as they do, and are numbers of persons by their form. cells: those that are not blank."""
+    By its name; or by its name and as its cells repeat, fewer than there are
+    images and yet many; or as they do, and are numbers of persons by their
+    form. cells: those that are not blank."""
     if PATIENT_COLUMN.fullmatch(form_key(name)):
         return True
     if not 2 <= len(set(cells)) < len(cells) <= 50 * len(set(cells)):
@@ -413,11 +563,29 @@ def seem_patients(name: str, cells: list[str]) -> bool:
             and all(map(ID_CELL.fullmatch, set(cells))))
 
 
-def seem_splits(name: str, cells: list[str]) -> bool:
-    """Whether a column of a table seems to name train, val and test, or to number them.
+def seem_studies(name: str, cells: list[str]) -> bool:
+    """Whether a column of a table seems to tell one examination from another,
+    of a few images each.
 
-    By two of these words; by one, where its name says so as well; by 0 and 1 where it is called
-    is_train or the like; by anything where it is called fold. cells: those that are not blank."""
+    cells: those that are not blank."""
+    few = 2 <= len(set(cells)) < len(cells) <= MOST_OF_A_PATIENT * len(set(cells))
+    return few and bool(STUDY_COLUMN.fullmatch(" ".join(words_of(name))))
+
+
+def seem_views(name: str, cells: list[str]) -> bool:
+    """Whether a column of a table says which part of the body an image shows,
+    or from where, and not the same of all of them. cells: those that are not
+    blank."""
+    return 2 <= len(set(cells)) <= MANY and bool(VIEW_COLUMN.fullmatch(" ".join(words_of(name))))
+
+
+def seem_splits(name: str, cells: list[str]) -> bool:
+    """Whether a column of a table seems to name train, val and test, or to
+    number them.
+
+    By two of these words; by one, where its name says so as well; by 0 and 1
+    where it is called is_train or the like; by anything where it is called
+    fold. cells: those that are not blank."""
     said = SPLIT_COLUMN.fullmatch(form_key(name))
     different = set(cells)
     # A cell of another word, such as extra, is refused once the column is used.
@@ -437,10 +605,12 @@ def seem_splits(name: str, cells: list[str]) -> bool:
 
 
 def folders_of_persons(images: list[str], levels: list[str], by_word: bool = False) -> str:
-    """A folder of several images below those that `levels` tell of, whose name is a person's by its
-    form, or its place; "" where there is none. It may be of one level only, as NORMAL/p17.
+    """A folder of several images below those that `levels` tell of, whose
+    name is a person's by its form, or its place; "" where there is none. It
+    may be of one level only, as NORMAL/p17.
 
-    by_word: only those of a few images that have a word such as patient, or p, and a number."""
+    by_word: only those of a few images that have a word such as patient, or
+    p, and a number."""
     inner: dict[str, set[str]] = {}         # name of the folder: names of its siblings
     counts: Counter[str] = Counter()
     for image in images:
@@ -463,8 +633,9 @@ def folders_of_persons(images: list[str], levels: list[str], by_word: bool = Fal
 
 
 def small_folders(images: list[str], levels: list[str]) -> str:
-    """A folder below the classes that is one patient's by its place: each folder of that level
-    lies in one class only, and they hold a few images each; "" where there is none."""
+    """A folder below the classes that is one patient's by its place: each
+    folder of that level lies in one class only, and they hold a few images
+    each; "" where there is none."""
     deepest = max((len(PurePosixPath(image).parts) - 1 for image in images), default=0)
     for depth in range(len(levels), deepest) if "class" in levels else ():
         counts: Counter[str] = Counter()
@@ -483,7 +654,8 @@ def small_folders(images: list[str], levels: list[str]) -> str:
 
 
 def repeated_below(images: list[str], levels: list[str]) -> tuple[str, str, str] | None:
-    """A folder's name that is found below two classes, and these two; None where there is none.
+    """A folder's name that is found below two classes, and these two; None
+    where there is none.
 
     siteA/NORMAL and siteB/NORMAL: the classes may be the inner folders."""
     if levels[-1:] != ["class"]:

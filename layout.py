@@ -14,6 +14,7 @@ teaches nothing. Where the names can be read in two ways it refuses to guess.
 """
 import fnmatch
 import re
+import unicodedata
 from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import NamedTuple
@@ -23,7 +24,11 @@ from common import DataError
 SPLIT_NAMES = {             # names of folders and cells of tables -> the manifest's
     "train": "train", "training": "train",
     "val": "val", "valid": "val", "validate": "val", "validation": "val", "dev": "val",
-    "test": "test", "tests": "test", "testing": "test"}
+    "test": "test", "tests": "test", "testing": "test",
+    "entrenamiento": "train", "treino": "train", "treinamento": "train", "entrainement": "train",
+    "apprentissage": "train", "addestramento": "train",
+    "validacion": "val", "validacao": "val", "validierung": "val", "validazione": "val",
+    "prueba": "test", "pruebas": "test", "teste": "test"}
 # Short ones may as well be classes: folders are called so where all of their level are splits.
 SHORT_SPLITS = {"tr": "train", "trn": "train", "va": "val", "te": "test", "ts": "test",
                 "tst": "test"}
@@ -46,11 +51,18 @@ def split_name(name: str) -> str:
 
 
 def split_word(name: str) -> str:
-    """What split_name looks up: `train` for train_set, trainset or Train images."""
-    words = re.sub(r"[\W\d_]+", " ", name.casefold()).split()
+    """What split_name looks up: `train` for train_set, trainset or Train images.
+
+    Letters count without their accents."""
+    words = re.sub(r"[\W\d_]+", " ", without_accents(name.casefold())).split()
     if len(words) > 1 and words[-1] in ("set", "data", "split", "images"):
         words.pop()
     return "".join(words).removesuffix("set").removesuffix("data")
+
+
+def without_accents(text: str) -> str:
+    """Validacion for Validación: letters without the signs above and below them."""
+    return re.sub(r"[\u0300-\u036f]", "", unicodedata.normalize("NFKD", text))
 
 
 def layout_text(text: str) -> str:

@@ -638,6 +638,9 @@ def verify(args: argparse.Namespace) -> int:
 
     if args.drop and problems:
         drop(args.folder, set(problems))
+        left = {split for path, split in table.column("split").items() if path not in problems}
+        for split in sorted({*table.column("split").values()} - left):
+            print(f"The {split} split is empty now.")
     # read_manifest checks the patients, splits and labels, but stops at an image that is missing.
     if args.drop or "missing" not in kinds:
         read_manifest(args.folder)
@@ -647,7 +650,8 @@ def verify(args: argparse.Namespace) -> int:
 def find_problems(folder: Path, split_of: dict[str, str], workers: int) -> dict[str, str]:
     """{path: what is wrong with it} of the images {path: split} of a data folder."""
     made = folder / "prepare.json"      # not there in a folder that someone made by hand
-    size = read_settings(made)["size"] if made.exists() else None
+    size = read_settings(made).get("size") if made.exists() else None
+    size = size if isinstance(size, int) else None      # which a damaged file does not say
 
     # Of two identical images keep test's, then val's: the test set must not shrink.
     order = {"test": 0, "val": 1}
@@ -681,6 +685,8 @@ class Look(NamedTuple):
 def look_at(file: Path | archive.Member, size: int | None) -> Look:
     """Decode an image of a data folder whose images were made with --size, if that is known."""
     packed = isinstance(file, archive.Member)
+    if not packed and file.exists() and not file.is_file():     # a pipe would never answer
+        return Look("unreadable: a folder, a named pipe, a socket or a device")
     try:
         with Image.open(io.BytesIO(file.read_bytes()) if packed else file) as image:
             image.load()
@@ -823,6 +829,8 @@ def check_flags(args: argparse.Namespace, error: Callable[[str], Any]) -> None:
                  "several_rows", "rater_column"):
         if table and getattr(args, name, None) and not getattr(args, table):
             error(f"--{name.replace('_', '-')} is about columns of --{table}, which is missing")
+    if args.source == "dicom" and args.split_column and not args.labels:
+        error("--split-column is about columns of --labels, which is missing")
     # A column that is read twice would give two labels of one name.
     if table:
         named = Counter([*args.label_columns, *args.class_columns])

@@ -56,6 +56,10 @@ TWO_LEVELS_SHARE, TWO_LEVELS_CORE = 0.93, 0.75
 # the border, has the others.
 NARROW = 48
 
+# A pixel whose Cb or Cr is so far from gray is in a strong colour; a blue or brown film's is not.
+STRONG_COLOUR = 48
+COLOUR_NOTE = "strong colours not kept: of most of the image only the brightness was taken"
+
 MASK = f"a mask or a drawing: {MASK_LEVELS} gray levels or fewer make up {MASK_SHARE:.0%} of it"
 NARROW_NOTE = ("little contrast: a marker, a border or a few other pixels take most of the gray "
                "levels (--stretch may take them away)")
@@ -151,9 +155,12 @@ def read_image(file: Path, settings: ImageSettings) -> Reading:
         white_is_zero = image.format == "TIFF" and is_white_zero(image)
         is_unsigned = image.format == "TIFF" and tiff_values(image, "SampleFormat") in ((), (1,))
 
-        # A JPEG is decoded as luma only, and at 1/2, 1/4 or 1/8 where that is still twice the
-        # size wanted. Other formats ignore this.
-        image.draft("L", (2 * settings.size, 2 * settings.size))
+        # Of colours of 16 bits Pillow reads the upper 8.
+        is_cut = ";16" in str(image.tile) and not image.mode.startswith("I")
+        # A JPEG is decoded at 1/2, 1/4 or 1/8 where that is still twice the size wanted, to luma
+        # and colour, of which the luma is taken. Other formats ignore this.
+        luma = "YCbCr" if image.mode == "RGB" else "L"
+        image.draft(luma, (2 * settings.size, 2 * settings.size))
         ImageOps.exif_transpose(image, in_place=True)
 
         # I;16, I;16B, I and F: Pillow's own conversion to L would clip at 255.
@@ -171,7 +178,23 @@ def read_image(file: Path, settings: ImageSettings) -> Reading:
             if np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
                 raise DataError("transparent in part: what is to be seen there is unknown")
         # 1, P, RGB, RGBA, LA and CMYK become luma.
-        return Reading(image if image.mode == "L" else image.convert("L"))
+        if image.mode == "YCbCr":
+            gray = image.getchannel("Y")
+        else:
+            gray = image if image.mode == "L" else image.convert("L")
+        if is_cut and np.asarray(gray).max() < 128:       # 12 bits in 16, say
+            raise DataError("colours or transparency of 16 bits, of which only the upper 8 can be "
+                            "read, and they hold next to nothing: save it in gray")
+        return Reading(gray, (COLOUR_NOTE,) if is_colourful(image) else ())
+
+
+def is_colourful(image: Image.Image) -> bool:
+    """Whether most of an image is in strong colours, as no radiograph is, on tinted film or not."""
+    if image.mode in ("L", "LA", "1"):
+        return False
+    small = image.resize((64, 64), Image.Resampling.NEAREST)
+    tints = np.asarray(small.convert("YCbCr"), int)[..., 1:] - 128          # (64, 64, 2)
+    return bool((np.abs(tints).max(2) > STRONG_COLOUR).mean() > 0.5)
 
 
 def is_white_zero(image) -> bool:

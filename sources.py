@@ -12,6 +12,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
@@ -19,8 +20,9 @@ from PIL import Image
 import phantom
 from common import DataError, read_text
 from doubts import (
-    Doubt, classes_of_splits, drawings, folders_of_persons, many_classes, names_without_meaning,
-    persons_in_names, repeated_below, seem_patients, seem_splits, untrained_classes)
+    Doubt, classes_of_splits, drawings, folders_of_persons, many_classes, may_be_persons,
+    names_without_meaning, persons_in_names, repeated_below, same_pictures, seem_patients,
+    seem_splits, seem_studies, seem_views, strayed_copies, untrained_classes)
 from flags import number_within
 from layout import (
     Place, excluder, find_layout, layout_text, levels_of, outside_splits, place_of, split_name)
@@ -43,7 +45,8 @@ CHEXPERT_OBSERVATIONS = [
 
 @dataclass(slots=True)
 class Item:
-    """One image on its way into the data folder, and its row of the manifest."""
+    """One image on its way into the data folder, and its row of the
+    manifest."""
     source: str                     # the file, below --src; of a phantom, what it is made from
     path: str                       # images/….jpg, below --out
     patient: str                    # whatever tells one patient from another
@@ -55,7 +58,8 @@ class Item:
 
 @dataclass
 class Source:
-    """The images that a source offers, those that it does not, and what its user has to know."""
+    """The images that a source offers, those that it does not, and what its
+    user has to know."""
     label_names: list[str]                                              # as in the manifest
     items: list[Item] = field(default_factory=list)
     rejected: list[tuple[str, str]] = field(default_factory=list)       # file, reason
@@ -71,7 +75,8 @@ class Source:
 # What sources have in common.
 
 def one_hot(word: str, words: list[str]) -> tuple[str, ...]:
-    """Present for the word, absent for all others; all open where there is no word."""
+    """Present for the word, absent for all others; all open where there is no
+    word."""
     if not word:
         return ("",) * len(words)
     return tuple("1" if word == other else "0" for other in words)
@@ -81,7 +86,8 @@ def in_table_and_on_disk(table: Table, files: dict[str, str], source: Source,
                          wanted: Callable[[str], bool] = lambda key: True) -> Iterator[str]:
     """Yield the keys of a table's rows that are also in {key: file on disk}.
 
-    What is in only one of the two is rejected; rows that are not wanted are not missed."""
+    What is in only one of the two is rejected; rows that are not wanted are
+    not missed."""
     for key in table.rows:
         if key in files:
             yield key
@@ -111,7 +117,8 @@ def demo_flags(flag: Callable) -> None:
 
 
 def demo_items(args: argparse.Namespace, files: list[str]) -> Source:
-    """Phantoms: --patients people, --images-per-patient radiographs of each, and the truth."""
+    """Phantoms: --patients people, --images-per-patient radiographs of each,
+    and the truth."""
     source = Source([*phantom.FINDINGS, "No Finding"], official_labels=True)
     for patient in range(args.patients):
         for image in range(args.images_per_patient):
@@ -125,7 +132,8 @@ def demo_items(args: argparse.Namespace, files: list[str]) -> Source:
 
 
 def read_phantom(file: Path, settings: ImageSettings) -> Reading:
-    """The phantom that seed/patient/image names. There is no such file: it is computed."""
+    """The phantom that seed/patient/image names. There is no such file: it is
+    computed."""
     seed, patient, image = map(int, file.parts)
     return Reading(Image.fromarray(phantom.phantom(seed, patient, image, settings.size)))
 
@@ -154,7 +162,8 @@ def folder_flags(flag: Callable) -> None:
 
 
 def label_flags(flag: Callable, default: str) -> None:
-    """The flags on the labels of a table. default: what the labels are without any."""
+    """The flags on the labels of a table. default: what the labels are
+    without any."""
     flag("--label-columns", nargs="+", default=[], metavar="COLUMN",
          help="its columns of values as listed below, or of class names "
               f"(default: {default})")
@@ -182,7 +191,8 @@ def label_rules(args: argparse.Namespace) -> LabelRules:
 
 
 def condition(text: str) -> str:
-    """A --where as it was given. ValueError, as argparse wants it, for what is none."""
+    """A --where as it was given. ValueError, as argparse wants it, for what
+    is none."""
     column, _, values = text.partition("=")
     if not column or not values:
         raise ValueError(text)
@@ -190,7 +200,8 @@ def condition(text: str) -> str:
 
 
 def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
-    """Images in folders, a table of them, or both. Where they disagree, the table wins."""
+    """Images in folders, a table of them, or both. Where they disagree, the
+    table wins."""
     source, excluded = Source([]), excluder(args.exclude)
     images = [file for file in files
               if file.lower().endswith(EXTENSIONS) and not excluded(file)]
@@ -204,7 +215,8 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
         key_of = rows_of_files(table, images, args.src, source)
         take_where(table, key_of, args.where, source)
         images = list(key_of)
-        check_patients_and_splits(table, list(key_of.values()), args)
+        check_patients_and_splits(
+            table, list(key_of.values()), args.patient_column, args.split_column)
         for column, cells in ((args.patient_column, patients), (args.split_column, splits)):
             column = table.column(column)
             cells |= {file: column[key] for file, key in key_of.items() if column}
@@ -248,6 +260,7 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
 
     # One item an image. Where x.png lies beside x.jpg both keep their suffix, as x.png.jpg.
     sharing = Counter(map(jpeg_path, images))
+    pictures = {} if patients else same_pictures(images)
     for file in images:
         split = splits[file]
         if split is None:
@@ -257,6 +270,8 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
             continue
         path = jpeg_path(file if sharing[jpeg_path(file)] == 1 else file + ".jpg")
         patient = patients.get(file, path)
+        if file in pictures:        # in one split, unless the source gives them several
+            patient = pictures[file] + (f" {split}" if split else "")
         if args.patients_per_split and split:
             patient = f"{split}-{patient}"
         source.items.append(Item(file, path, text_of(patient), split, labels[file]))
@@ -266,13 +281,14 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
     # What the user has to know.
     source.patients_known = bool(patients)
     if not patients:
-        say_no_patients(source, images)
+        say_no_patients(source, images, pictures)
     source.notes.append(f"Files passed over: {passed_over(others) or 'none'}.")
     return source
 
 
 def doubt_classes(source: Source, said: bool) -> None:
-    """Add doubts for splits in the names of classes, and for classes that no image of train shows.
+    """Add doubts for splits in the names of classes, and for classes that no
+    image of train shows.
 
     said: whether the user has said which folders are the classes."""
     if not source.classes:
@@ -289,9 +305,22 @@ def doubt_classes(source: Source, said: bool) -> None:
         [item.labels for item in source.items])
 
 
-def say_no_patients(source: Source, images: list[str]) -> None:
-    """Add notes for images of which no patient is known."""
+def say_no_patients(source: Source, images: list[str], pictures: dict[str, str]) -> None:
+    """Add notes for images of which no patient is known. pictures: those of
+    same_pictures."""
     source.notes.append("No patient is known: every image counts as a patient of its own.")
+    if pictures:
+        first, count = min(pictures.values()), len(set(pictures.values()))
+        one, *_, other = (text_of(file) for file in pictures if pictures[file] == first)
+        source.notes.append(
+            f"By their names {len(pictures):,} images, such as {one} and {other}, are changed "
+            f"copies or views of one another: they count as {count:,} patients.")
+    strayed = strayed_copies([item.source for item in source.items],
+                             [(item.split, item.labels) for item in source.items])
+    if strayed:
+        source.notes.append(
+            f"By their names {len(strayed):,} images, such as {text_of(strayed[0])}, are "
+            "changed copies or views of images that the source gives to another split.")
     person = persons_in_names(images)
     if person:
         source.notes.append(f"The names of files seem to say the patient, such as {person}: a "
@@ -306,15 +335,18 @@ def passed_over(others: Counter) -> str:
 
 
 def suffix_of(file: str) -> str:
-    """The suffix of a file, in words if it has none: the last part of 1.2.840.17 is none."""
+    """The suffix of a file, in words if it has none: the last part of
+    1.2.840.17 is none."""
     suffix = PurePosixPath(file).suffix
     return "without suffix" if not suffix or suffix[1:].isdigit() else suffix
 
 
 def class_folders(source: Source, places: dict[str, Place]) -> dict[str, tuple[str, ...]]:
-    """The labels of each file by the class folder it lies in; their names go to the source.
+    """The labels of each file by the class folder it lies in; their names go
+    to the source.
 
-    Folders that differ in form only, as train/NORMAL and test/Normal do, are one class."""
+    Folders that differ in form only, as train/NORMAL and test/Normal do, are
+    one class."""
     names = {file: text_of(place.class_name) for file, place in places.items()}
     counts = Counter((name, name) for name in names.values() if name)
     spelling = spellings(counts)
@@ -322,6 +354,9 @@ def class_folders(source: Source, places: dict[str, Place]) -> dict[str, tuple[s
     source.doubts += many_classes(source.label_names, len(places))
     if merged(spelling):
         source.notes.append(f"Class folders.{merged(spelling)}")
+    if may_be_persons(source.label_names, len(places)):
+        source.notes.append(f"No class folder, such as {source.label_names[0]}, is called as a "
+                            "finding is: if they are persons, --layout says patient there.")
     outside = sum(not name for name in names.values())
     if source.label_names and outside:
         source.notes.append(f"Images in no class folder: {outside:,}; nothing is mentioned for "
@@ -340,7 +375,15 @@ def doubt_folders(source: Source, images: list[str], levels: list[str], guessed:
             "or other drawings: --exclude, followed by the name of their folder or by '*_mask*', "
             "leaves them out"))
     # A user who says what the levels are has looked at them.
-    if not guessed or "class" not in levels:
+    if not guessed:
+        return
+    slashes = [file for file in images if "\\" in file]
+    if 2 * len(slashes) > len(images):
+        source.doubts.append(Doubt(
+            "odd-classes", f"{len(slashes):,} names of files, such as {text_of(slashes[0])}, hold "
+            "\\ in place of folders, as an archive that Windows packed gives: unpack it by unzip "
+            "or 7z"))
+    if "class" not in levels:
         return
     ask = "--layout says what each level of folders is, --layout none that none is a class"
     odd = names_without_meaning(sorted({place_of(file, levels).class_name for file in images}))
@@ -356,9 +399,11 @@ def doubt_folders(source: Source, images: list[str], levels: list[str], guessed:
 
 def doubt_unknown_patients(source: Source, images: list[str], levels: list[str],
                            labelled: bool) -> None:
-    """Add a doubt for folders that seem to be patients, where every image would be one.
+    """Add a doubt for folders that seem to be patients, where every image
+    would be one.
 
-    labelled: the labels come from a table, and what would be class folders may be patients."""
+    labelled: the labels come from a table, and what would be class folders
+    may be patients."""
     folder = folders_of_persons(images, levels)
     if labelled and "class" in levels:
         above = levels[:levels.index("class")]
@@ -373,7 +418,8 @@ def doubt_unknown_patients(source: Source, images: list[str], levels: list[str],
 
 
 def doubt_other_splits(source: Source, splits: dict[str, str], levels: list[str]) -> None:
-    """Add a doubt for files whose folder says another split than the table: {file: its cell}."""
+    """Add a doubt for files whose folder says another split than the table:
+    {file: its cell}."""
     others = [file for file, cell in splits.items()
               if split_name(cell) and place_of(file, levels).split not in ("", None)
               and place_of(file, levels).split != split_name(cell)]
@@ -386,9 +432,11 @@ def doubt_other_splits(source: Source, splits: dict[str, str], levels: list[str]
 
 def doubt_unused_columns(source: Source, args: argparse.Namespace, table: Table,
                          levels: list[str], keys: list[str]) -> None:
-    """Add doubts for columns that seem to name patients or splits, where none is used for that.
+    """Add doubts for columns that seem to name patients or splits, where none
+    is used for that.
 
-    keys: the rows of the images. Columns are judged by their cells in these."""
+    keys: the rows of the images. Columns are judged by their cells in
+    these."""
     used = {args.path_column, *args.label_columns, *args.class_columns, args.rater_column,
             *(text.partition("=")[0] for text in args.where)}
     names = [name for name in table.header if name and name not in used]
@@ -398,22 +446,49 @@ def doubt_unused_columns(source: Source, args: argparse.Namespace, table: Table,
     further = read_table(table.file, args.path_column, names, normalise=plain_path, several=True)
     columns = {name: [cell for cell in map(further.column(name).get, keys)
                       if cell and value_of(cell) != ""] for name in names}
+    for name in [name for name in names if seem_views(name, columns[name])]:
+        counts = [f"{cell} ({count:,})" for cell, count in Counter(columns[name]).most_common(8)]
+        source.notes.append(f"Column {name} is not used and holds {', '.join(counts)}: --where "
+                            f"{name}=VALUE,VALUE takes some of them.")
     # A column that is called so by chance, of another patient in each row, is none.
     patients = table.column(args.patient_column)
     by_chance = args.patient_column == "patient" and len(set(patients.values())) == len(patients)
     if (not patients or by_chance) and "patient" not in levels:
         others = [name for name in names if name != args.patient_column]
-        for name in [name for name in others if seem_patients(name, columns[name])][:1]:
+        found = [(name, "patients") for name in others if seem_patients(name, columns[name])]
+        found += [(name, "examinations") for name in others if seem_studies(name, columns[name])]
+        for name, what in found[:1]:
             source.doubts.append(Doubt(
                 "unknown-patients", f"column {name!r} of {table.file.name} seems to name the "
-                f"patients, whose images would come into several splits: --patient-column {name}"))
+                f"{what}, whose images would come into several splits: --patient-column {name}"))
     if args.split_column not in table.columns and "split" not in levels:
-        for name in [name for name in names if seem_splits(name, columns[name])]:
-            words = any(map(split_name, columns[name]))
-            write = "" if words else ", once train, val or test is written into it"
-            source.doubts.append(Doubt(
-                "unused-splits", f"column {name!r} of {table.file.name} seems to name the "
-                f"splits: --split-column {name} takes them{write}"))
+        source.doubts += unused_splits(table, columns)
+
+
+def doubt_unused_splits(source: Source, table: Table, key: str, names: list[str],
+                        keys: list[str], normalise: Callable[[str], str]) -> None:
+    """Say which columns `names` of a table by `key` are not used, and doubt
+    those of splits."""
+    if names:
+        source.notes.append(unused_note(table, names))
+    further = read_table(table.file, key, names, normalise=normalise, several=True)
+    columns = {name: [cell for cell in map(further.column(name).get, keys)
+                      if cell and value_of(cell) != ""] for name in names}
+    if not any(item.split for item in source.items):
+        source.doubts += unused_splits(table, columns)
+
+
+def unused_splits(table: Table, columns: dict[str, list[str]]) -> list[Doubt]:
+    """A doubt for each column, {name: its cells}, that seems to name the
+    splits."""
+    doubts = []
+    for name in [name for name, cells in columns.items() if seem_splits(name, cells)]:
+        words = any(map(split_name, columns[name]))
+        write = "" if words else ", once train, val or test is written into it"
+        doubts.append(Doubt(
+            "unused-splits", f"column {name!r} of {table.file.name} seems to name the splits: "
+            f"--split-column {name} takes them{write}"))
+    return doubts
 
 
 def unused_note(table: Table, names: list[str]) -> str:
@@ -423,7 +498,8 @@ def unused_note(table: Table, names: list[str]) -> str:
 
 
 def read_image_table(args: argparse.Namespace) -> Table:
-    """--csv by its column of paths, with the columns that the other flags name."""
+    """--csv by its column of paths, with the columns that the other flags
+    name."""
     labels = [*args.label_columns, *args.class_columns]
     columns = [args.patient_column, args.split_column, *labels,
                *(text.partition("=")[0] for text in args.where)]
@@ -440,7 +516,8 @@ def read_image_table(args: argparse.Namespace) -> Table:
 
 def take_where(table: Table, key_of: dict[str, str], conditions: list[str],
                source: Source) -> None:
-    """Keep only the rows that meet every condition, and reject the files that have none left."""
+    """Keep only the rows that meet every condition, and reject the files that
+    have none left."""
     for text in conditions:         # COLUMN=VALUE,VALUE
         column, _, values = text.partition("=")
         values = [value.strip() for value in values.split(",")]
@@ -463,7 +540,8 @@ def take_where(table: Table, key_of: dict[str, str], conditions: list[str],
 
 
 def plain_path(path: str) -> str:
-    """A path as it is compared: with slashes, without ./, accented letters as one character."""
+    """A path as it is compared: with slashes, without ./, accented letters as
+    one character."""
     return unicodedata.normalize("NFC", os.path.normpath(path.replace("\\", "/")))
 
 
@@ -532,9 +610,11 @@ def rows_of_files(table: Table, images: list[str], src: Path, source: Source) ->
 
 
 def refuse_mixed_names(table: Table, images: list[str], file_of: dict[str, str]) -> None:
-    """DataError where a row names a file that is not there, and one of its name has no row.
+    """DataError where a row names a file that is not there, and one of its
+    name has no row.
 
-    file_of: the rows that were found by their path. Where there are none, names are as good."""
+    file_of: the rows that were found by their path. Where there are none,
+    names are as good."""
     found = set(file_of.values())
     by_name = {PurePosixPath(plain_path(file)).name.casefold(): file
                for file in images if file not in found}
@@ -553,13 +633,16 @@ def unique(images: list[str], plain: Callable[[str], str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for image in images:
         if found.setdefault(plain(image), image) != image:
-            raise DataError(f"{image!r} and {found[plain(image)]!r} have the same name, written in "
-                            "two ways: rename one of them")
+            ways = ", written in two ways" if plain_path(image) == plain_path(
+                found[plain(image)]) else ""
+            raise DataError(f"{image!r} and {found[plain(image)]!r} have the same name{ways}: "
+                            "rename one of them")
     return found
 
 
 def without_suffix(path: str) -> str:
-    """A path without the suffix of an image file. Other dots belong to the name."""
+    """A path without the suffix of an image file. Other dots belong to the
+    name."""
     stem, suffix = os.path.splitext(path)
     return stem if suffix.lower() in (*EXTENSIONS, ".dcm", ".dicom") else path
 
@@ -569,20 +652,22 @@ def ends_alike(one: str, other: str) -> bool:
     return f"/{one}".endswith(f"/{other}") or f"/{other}".endswith(f"/{one}")
 
 
-def check_patients_and_splits(table: Table, keys: list[str], args: argparse.Namespace) -> None:
-    """DataError for the first row of `keys` whose patient is missing or whose split is unknown.
+def check_patients_and_splits(table: Table, keys: list[str], patients: str, splits: str) -> None:
+    """DataError for the first row of `keys` whose patient is missing or whose
+    split is unknown.
 
-    The rows of one image must agree in both."""
-    for name in (args.patient_column, args.split_column):
+    patients, splits: the columns of them. The rows of one image must agree in
+    both."""
+    for name in (patients, splits):
         if name not in table.columns:
             continue
         place = table.columns.index(name)
         for key in keys:
             for row in table.all_rows(key):
                 cell, where = row.cells[place], f"{table.file}, row {row.number}, column {name}"
-                if name == args.patient_column:
+                if name == patients:
                     check_patient(cell, where)
-                if name == args.split_column and not split_name(cell) and value_of(cell) != "":
+                if name == splits and not split_name(cell) and value_of(cell) != "":
                     raise DataError(f"{where}: {cell!r} is no split")
                 if cell != table.rows[key].cells[place]:
                     raise DataError(f"{where}: {cell!r}, but {table.rows[key].cells[place]!r} in "
@@ -590,7 +675,8 @@ def check_patients_and_splits(table: Table, keys: list[str], args: argparse.Name
 
 
 def check_patient(cell: str, where: str) -> None:
-    """DataError where a cell names no patient: all images without one would be of one person.
+    """DataError where a cell names no patient: all images without one would
+    be of one person.
 
     where: file, row and column of the cell."""
     if value_of(cell) == "":
@@ -601,7 +687,9 @@ def check_patient(cell: str, where: str) -> None:
 # NIH ChestX-ray14.
 
 def nih_items(args: argparse.Namespace, files: list[str]) -> Source:
-    """ChestX-ray14: Data_Entry_2017*.csv and the two official lists; PNGs in any folder below."""
+    """ChestX-ray14: Data_Entry_2017*.csv and the two official lists; the
+    images in any folder below, PNG as they are distributed or of another
+    format under the same names."""
     tables = list(args.src.glob("Data_Entry_2017*.csv"))
     if len(tables) != 1:
         raise DataError(f"{args.src} must hold one Data_Entry_2017*.csv, it holds {len(tables)}")
@@ -616,8 +704,9 @@ def nih_items(args: argparse.Namespace, files: list[str]) -> Source:
     # The table and the lists go by an image's name, whichever folder it was unpacked into.
     images = {}
     for file in files:
-        name = PurePosixPath(file).name
-        if file.endswith(".png") and images.setdefault(name, file) != file:
+        path = PurePosixPath(file)
+        name = path.with_suffix(".png").name
+        if path.suffix.lower() in EXTENSIONS and images.setdefault(name, file) != file:
             raise DataError(f"{file} and {images[name]} of {args.src} have the same name")
 
     optional = ["Follow-up #", "View Position"]
@@ -651,15 +740,15 @@ def chexpert_flags(flag: Callable) -> None:
 
 
 def chexpert_items(args: argparse.Namespace, files: list[str]) -> Source:
-    """CheXpert-v1.0 or -small: train.csv, and valid.csv as the test split; -1 stays -1."""
+    """CheXpert-v1.0 or -small: train.csv, and valid.csv as the test split; -1
+    stays -1."""
     source, laterals = Source(CHEXPERT_OBSERVATIONS, official_labels=True), 0
     for part, split in (("train", "train"), ("valid", "test")):
         images = {file: file for file in files
                   if file.startswith(f"{part}/") and file.lower().endswith(EXTENSIONS)}
-        # CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg: the first part is --src.
         table = read_table(args.src / f"{part}.csv", "Path",
                            ["Frontal/Lateral", "AP/PA", *CHEXPERT_OBSERVATIONS], ["AP/PA"],
-                           normalise=lambda path: path.replace("\\", "/").partition("/")[2])
+                           normalise=partial(path_from, part))
         views, positions = table.column("Frontal/Lateral"), table.column("AP/PA")
         labels = observations(table)
         frontal = {image for image, view in views.items() if args.all_views or view == "Frontal"}
@@ -672,11 +761,25 @@ def chexpert_items(args: argparse.Namespace, files: list[str]) -> Source:
             source.items.append(Item(image, jpeg_path(image), patient, split, labels[image],
                                      study, position or views[image]))
     source.notes.append(f"Lateral views left out: {laterals:,} (--all-views takes them).")
+    others = sum(not file.startswith(("train/", "valid/")) and file.lower().endswith(EXTENSIONS)
+                 for file in files)
+    if others:
+        source.notes.append(f"Images outside train and valid, which are not used: {others:,}.")
     return source
 
 
+def path_from(part: str, path: str) -> str:
+    """The path of an image from the folder `part` on; what is before it is
+    --src, wherever it was:
+    CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg."""
+    path = path.replace("\\", "/")
+    start = f"/{path}".rfind(f"/{part}/")
+    return path[start:] if start >= 0 else path
+
+
 def observations(table: Table) -> dict[str, tuple[str, ...]]:
-    """The 14 observations by a table's key. DataError where a column of them holds words."""
+    """The 14 observations by a table's key. DataError where a column of them
+    holds words."""
     labels = read_labels(table, CHEXPERT_OBSERVATIONS)
     if labels.names != CHEXPERT_OBSERVATIONS:
         raise DataError(f"{table.file}: the observations must be 1, 0, -1 or blank, one column "
@@ -688,9 +791,11 @@ def observations(table: Table) -> dict[str, tuple[str, ...]]:
 # MIMIC-CXR-JPG.
 
 def mimic_items(args: argparse.Namespace, files: list[str]) -> Source:
-    """MIMIC-CXR-JPG: the CheXpert labels of each study, the official splits, frontal views.
+    """MIMIC-CXR-JPG: the CheXpert labels of each study, the official splits,
+    frontal views.
 
-    Its three tables are those of MIMIC-CXR-JPG, packed or not; the images lie at any depth."""
+    Its three tables are those of MIMIC-CXR-JPG, packed or not; the images lie
+    at any depth."""
     split_file = one_file(args.src, "mimic-cxr-*-split.csv*")
     label_file = one_file(args.src, "mimic-cxr-*-chexpert.csv*")
     view_file = one_file(args.src, "mimic-cxr-*-metadata.csv*")
@@ -730,7 +835,8 @@ def check_shared(rows: Table, ours: Collection[str], theirs: Collection[str], co
                  file: Path) -> None:
     """DataError where another table has none of the ids of our images.
 
-    rows: the table that has both kinds of ids. ours: ids of the images on disk."""
+    rows: the table that has both kinds of ids. ours: ids of the images on
+    disk."""
     ids = sorted(ours)
     if ids and not any(id_ in theirs for id_ in ids):
         raise DataError(f"{file}, column {column}: none of the {len(ids):,} ids of the images "
@@ -738,7 +844,8 @@ def check_shared(rows: Table, ours: Collection[str], theirs: Collection[str], co
 
 
 def one_file(folder: Path, pattern: str) -> Path:
-    """The one file of a folder that a pattern matches. DataError where there is none, or more."""
+    """The one file of a folder that a pattern matches. DataError where there
+    is none, or more."""
     found = sorted(folder.glob(pattern))
     if len(found) != 1:
         raise DataError(f"{folder} must hold one {pattern}, it holds {len(found)}")

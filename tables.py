@@ -3,15 +3,13 @@
 A cell of a label says one of four things, whether in capital or small letters.
 Numbers are compared as numbers:
 
-    present        1, 1.0, +1, 1e0, yes, y, true, t, positive, pos, pos., present, ja, oui,
-                   +, (+), +ve, si, sí, sim, wahr, vrai, да, 是, ✓, ✔
-    absent         0, 0.00, no, n, false, f, negative, neg, neg., absent, nein, non,
-                   (-), -ve, nao, não, falsch, faux, нет, 否, ✗, ✘
-    uncertain      -1, -1.0, uncertain, u, maybe, unsure, possible, equivocal, indeterminate
-    not mentioned  blank, nan, none, null, n/a, na, n.a., #n/a, <na>, -, not mentioned,
-                   unknown, ?
+    present        1, 1.0, +1, 1e0, yes, true, positive, present, checked, +, ✓, ja, oui, …
+    absent         0, 0.00, no, false, negative, absent, unchecked, ✗, nein, non, …
+    uncertain      -1, -1.0, uncertain, maybe, unsure, possible, equivocal, …
+    not mentioned  blank, nan, none, n/a, -, ., missing, not available, unknown, ?, …
 
-In a column in which + stands, - is absent. What was read as a value is told, with counts.
+CELL_WORDS has all of them. In a column in which + stands, - is absent. What was read as a
+value is told, with counts.
 A column of such cells is one label, by the column's name. A column of words is a
 column of classes: one label for each word. In one that is called a column of classes
 by its user, none may be one, too (OPEN). Words that differ in case, blanks,
@@ -36,16 +34,21 @@ from common import DataError, open_text
 
 # What a cell says -> as the manifest has it. Numbers are not listed: see value_of.
 CELL_WORDS = {
-    "1": ("yes", "y", "true", "t", "positive", "pos", "pos.", "present", "ja", "oui", "+",
-          "(+)", "+ve", "si", "sí", "sim", "wahr", "vrai", "да", "是", "✓", "✔"),
-    "0": ("no", "n", "false", "f", "negative", "neg", "neg.", "absent", "nein", "non",
-          "(-)", "-ve", "nao", "não", "falsch", "faux", "нет", "否", "✗", "✘"),
+    "1": ("yes", "y", "true", "t", "positive", "pos", "pos.", "present", "checked", "+", "(+)",
+          "+ve", "✓", "✔", "☑", "ja", "oui", "si", "sí", "sim", "wahr", "vrai", "verdadero",
+          "verdadeiro", "vero", "waar", "positiv", "positif", "positivo", "да", "是", "有",
+          "阳性", "陽性"),
+    "0": ("no", "n", "false", "f", "negative", "neg", "neg.", "absent", "unchecked", "(-)",
+          "-ve", "✗", "✘", "☐", "nein", "non", "nao", "não", "falsch", "faux", "falso",
+          "onwaar", "negativ", "negatif", "négatif", "negativo", "нет", "否", "无", "無",
+          "阴性", "陰性"),
     "-1": ("uncertain", "u", "maybe", "unsure", "possible", "equivocal", "indeterminate"),
-    "": ("", "nan", "none", "null", "n/a", "na", "n.a.", "#n/a", "<na>", "-", "not mentioned",
-         "unknown", "?")}
+    "": ("", "nan", "nat", "none", "nil", "null", "n/a", "na", "n.a.", "n.d.", "#n/a", "<na>",
+         "-", "--", ".", "..", "...", "missing", "not available", "not applicable", "not done",
+         "not mentioned", "not reported", "tbd", "unk", "unknown", "?")}
 # Of the last ones, those that programs write for a cell without content. The others may be a class
 # in a column of classes: none, mild, severe.
-OPEN = ("", "nan", "null", "#n/a", "<na>")
+OPEN = ("", "nan", "nat", "null", "#n/a", "<na>")
 # Of the values, one that is also an English prefix: a value only in a column of nothing else.
 PREFIX = "non"
 VALUES = {word: value for value, words in CELL_WORDS.items() for word in words}
@@ -53,8 +56,12 @@ NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII)
 DASHES = re.compile("[\u2010-\u2015\u2212]")      # hyphens, en and em dashes, the minus sign
 NUMBER_OF = re.compile(r".*\S\s*[:=]\s*[+-]?([01]|\d*\.\d+)%?")         # Mass:0.9, Mass = 1
 # What has letters and yet names no class, and what to call it.
+MONTH = "(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]{0,6}"
 NO_CLASS = {
-    "a date": re.compile(r"\d{1,4}[-/. ]?[a-z]{3,9}[-/. ,]*\d{2,4}", re.IGNORECASE),
+    "a date": re.compile(r"\d{1,4}[-/. ]?[a-z]{3,9}[-/. ,]*\d{2,4}"
+                         rf"|\d\d?[-/. ]{MONTH}|{MONTH}[-/. ]\d\d", re.IGNORECASE),
+    "an error of a spreadsheet": re.compile(r"#[A-Z0-9/]+[!?]", re.IGNORECASE),
+    "damaged by zero bytes": re.compile(r".*\0.*", re.DOTALL),
     "a file": re.compile(r".*\.(png|jpe?g|tiff?|dcm|bmp|jp2|webp|pgm|gif)", re.IGNORECASE),
     "HTML": re.compile(r".*(&#?\w{2,6};|<\w+>).*", re.DOTALL)}
 DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
@@ -71,6 +78,13 @@ QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
 
 MOST_CELLS = 100_000_000        # images times labels: what a machine can hold
 
+# A line that Excel writes and reads before the header, and what is no CSV file by its first bytes.
+SEP_LINE = re.compile(r'"?sep=.?"?\s*', re.IGNORECASE)
+OTHER_TABLES = {b"PK\3\4": "an Excel workbook or a zip file",
+                b"\xd0\xcf\x11\xe0": "an Excel workbook", b"PAR1": "a Parquet file",
+                b"SQLite": "a database", b"\x89HDF": "an HDF5 file"}
+SAVE_AS_CSV = ": save its table as CSV in UTF-8"
+
 
 # --------------------------------------------------------------------------------------------------
 # Reading.
@@ -83,7 +97,8 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """The columns of a CSV file that were asked for, and its rows by their key."""
+    """The columns of a CSV file that were asked for, and its rows by their
+    key."""
     file: Path
     columns: list[str]              # without the key's
     rows: dict[str, Row]            # by the cell of the key's column
@@ -109,18 +124,27 @@ def read_table(file: Path, key: str, columns: list[str] | None = None,
                several: bool = False, hint: str = "") -> Table:
     """A CSV file, which may be compressed by gzip, by its column `key`.
 
-    columns: those to read; None for all but `key`. One that is `optional` may be missing.
-    normalise: what a key passes through. A key comes once, or with `several` as often as it likes;
-    `hint` is added to the message where it may not.
-    Commas, semicolons or tabs may stand between the cells. A byte-order mark, CRLF and blanks
-    around a cell do not matter. DataError names the file, the
-    row and the column where a column is missing, a row is short, or a key comes twice."""
-    rows, further, number = {}, {}, 0
+    columns: those to read; None for all but `key`. One that is `optional` may
+    be missing. normalise: what a key passes through. A key comes once, or
+    with `several` as often as it likes; `hint` is added to the message where
+    it may not. Commas, semicolons, tabs or | may stand between the cells. A
+    byte-order mark, CRLF, blanks around a cell and what spreadsheets write
+    for themselves, a first line `sep=;` and cells such as ="007", do not
+    matter. DataError names the file, the row and the column where a column is
+    missing, a row is short, or a key comes twice."""
+    rows, further, number, first = {}, {}, 0, 1
     try:
         with open_text(file) as f:
-            lines = csv.reader(                     # a quote that is never closed is an error
-                f, strict=True, delimiter=delimiter_of(f.readline(), key))
-            f.seek(0)
+            refuse_other_files(file)
+            if SEP_LINE.fullmatch(f.readline()):
+                first = 2
+            else:
+                f.seek(0)
+            start = f.tell()
+            mark = delimiter_of(f.readline(), key)
+            f.seek(start)
+            # A quote that is never closed is an error.
+            lines = csv.reader(f, strict=True, delimiter=mark)
 
             # The header: where is each of the columns?
             header = [name.strip() for name in next(lines, [])]
@@ -138,14 +162,14 @@ def read_table(file: Path, key: str, columns: list[str] | None = None,
             places = [header.index(name) for name in (key, *columns)]
 
             # The rows, by their keys.
-            for number, line in enumerate(lines, 2):
+            for number, line in enumerate(lines, first + 1):
                 if not any(map(str.strip, line)):       # a blank line, or commas alone
                     continue
                 if len(line) != len(header):
                     raise DataError(f"{file}, row {number}: {len(line)} cells where the header "
                                     f"has {len(header)}")
                 # The same few words fill most columns: interned, each is in memory once.
-                value, *cells = [sys.intern(line[place].strip()) for place in places]
+                value, *cells = [sys.intern(plain_cell(line[place])) for place in places]
                 if not value:
                     raise DataError(f"{file}, row {number}: its key is empty (column {key})")
                 value = normalise(value)
@@ -160,12 +184,29 @@ def read_table(file: Path, key: str, columns: list[str] | None = None,
         if isinstance(error, OSError) and error.filename:               # it is not there
             raise
         raise DataError(f"{file} is not a CSV file in UTF-8 ({csv_fault(number, error)})"
-                        ) from None
+                        f"{SAVE_AS_CSV if isinstance(error, UnicodeError) else ''}") from None
     return Table(file, columns, rows, header, further)
 
 
+def refuse_other_files(file: Path) -> None:
+    """DataError for what is a table, but no CSV file, by its first bytes."""
+    with open(file, "rb") as f:
+        head = f.read(16)
+    kind = next((kind for start, kind in OTHER_TABLES.items() if head.startswith(start)), "")
+    if kind:
+        raise DataError(f"{file} is {kind}, and no CSV file{SAVE_AS_CSV}")
+
+
+def plain_cell(text: str) -> str:
+    """A cell without the blanks around it, and without ="…", by which a
+    spreadsheet is told that 007 is no number."""
+    text = text.strip()
+    return text[2:-1].strip() if text.startswith('="') and text.endswith('"') else text
+
+
 def csv_fault(number: int, error: Exception) -> str:
-    """What is wrong with a table of which row `number` was the last that could be read."""
+    """What is wrong with a table of which row `number` was the last that
+    could be read."""
     if not isinstance(error, csv.Error):
         return str(error)
     quote = ", as a quote that opens there is never closed"
@@ -174,8 +215,9 @@ def csv_fault(number: int, error: Exception) -> str:
 
 
 def delimiter_of(first_line: str, key: str) -> str:
-    """What stands between the cells of a table in whose first line the column `key` must be."""
-    for mark in ",;\t":
+    """What stands between the cells of a table in whose first line the column
+    `key` must be."""
+    for mark in ",;\t|":
         if key in [name.strip() for name in next(csv.reader([first_line], delimiter=mark), [])]:
             return mark
     return ","
@@ -186,7 +228,8 @@ def delimiter_of(first_line: str, key: str) -> str:
 
 @dataclass(frozen=True)
 class LabelRules:
-    """How the label columns of a table are to be understood, where its user has a say."""
+    """How the label columns of a table are to be understood, where its user
+    has a say."""
     class_columns: tuple[str, ...] = ()     # whose cells are names, whatever they look like
     not_mentioned: tuple[str, ...] | None = None    # their words that say nothing; None: see OPEN
     separator: str = ""             # of lists; "" finds it, "none" takes each cell whole
@@ -216,17 +259,19 @@ def read_labels(table: Table, names: list[str], several_rows: str = "",
     """Columns `names` of a table as labels, of all its rows.
 
     For columns that are to hold values: where one holds words its label names
-    are others than `names`. They are not searched for lists, so that no message
-    repeats a person's name."""
+    are others than `names`. They are not searched for lists, so that no
+    message repeats a person's name."""
     rules = LabelRules(separator="none", several_rows=several_rows, rater_column=rater_column,
                        many_classes=True, flags=False)
     return understand(table, names, list(table.rows), rules)
 
 
 def understand(table: Table, names: list[str], keys: list[str], rules: LabelRules) -> Labels:
-    """Columns `names` of a table as labels, of the rows of `keys`. The module says how.
+    """Columns `names` of a table as labels, of the rows of `keys`. The module
+    says how.
 
-    DataError names file, row and column of what is neither a value nor a class."""
+    DataError names file, row and column of what is neither a value nor a
+    class."""
     several = len(names) > 1
     columns = [understand_column(table, name, keys, rules, several) for name in names]
     label_names = [label for column in columns for label in column.names]
@@ -248,7 +293,8 @@ def understand(table: Table, names: list[str], keys: list[str], rules: LabelRule
 
 
 def any_of(opinions: list[tuple[str, ...]]) -> tuple[str, ...]:
-    """Present where any opinion says so, else uncertain, else absent, else not mentioned."""
+    """Present where any opinion says so, else uncertain, else absent, else
+    not mentioned."""
     if len(opinions) == 1:
         return opinions[0]
     return tuple(next((value for value in ("1", "-1", "0") if value in votes), "")
@@ -256,11 +302,11 @@ def any_of(opinions: list[tuple[str, ...]]) -> tuple[str, ...]:
 
 
 def majority_of(opinions: list[tuple[str, ...]]) -> tuple[str, ...]:
-    """What more than half of the opinions say, "not mentioned" being one of the things that can be
-    said; uncertain where no more than half agree.
+    """What more than half of the opinions say, "not mentioned" being one of
+    the things that can be said; uncertain where no more than half agree.
 
-    A finding that one reader of three names and two pass over is so not mentioned, and not
-    present."""
+    A finding that one reader of three names and two pass over is so not
+    mentioned, and not present."""
     if len(opinions) == 1:
         return opinions[0]
     cells = []
@@ -336,7 +382,8 @@ def understand_column(table: Table, name: str, keys: list[str], rules: LabelRule
 
 
 def value_of(cell: str) -> str | None:
-    """1, 0, -1 or empty, as the manifest has it; None where a cell is no value of a label."""
+    """1, 0, -1 or empty, as the manifest has it; None where a cell is no
+    value of a label."""
     text = " ".join(DASHES.sub("-", cell.casefold()).split()).strip("'\"")
     if NUMBER.fullmatch(text):
         return {1.0: "1", 0.0: "0", -1.0: "-1"}.get(float(text))
@@ -344,13 +391,15 @@ def value_of(cell: str) -> str | None:
 
 
 def class_meaning(cell: str, rules: LabelRules) -> str | None:
-    """Empty where a cell of a column of classes says nothing, else None: it is a class."""
+    """Empty where a cell of a column of classes says nothing, else None: it
+    is a class."""
     words = OPEN if rules.not_mentioned is None else ("", *rules.not_mentioned)
     return "" if form_key(cell) in map(form_key, words) else None
 
 
 def refuse_what_may_be_a_class(where: dict[str, str]) -> None:
-    """DataError for a cell of a column of classes that may name one, or say that none is known.
+    """DataError for a cell of a column of classes that may name one, or say
+    that none is known.
 
     where: file, row and column of each cell."""
     for cell in where:
@@ -361,7 +410,8 @@ def refuse_what_may_be_a_class(where: dict[str, str]) -> None:
 
 
 def not_mentioned_note(name: str, counts: Counter, values: dict[str, str | None]) -> str:
-    """A sentence on the words of a column that were taken to say nothing, or nothing."""
+    """A sentence on the words of a column that were taken to say nothing, or
+    nothing."""
     words = sorted(cell for cell, value in values.items() if value == "" and cell)
     if not words:
         return ""
@@ -370,8 +420,8 @@ def not_mentioned_note(name: str, counts: Counter, values: dict[str, str | None]
 
 
 def values_note(name: str, counts: Counter, values: dict[str, str | None]) -> str:
-    """A sentence on the words of a column that were read as values, and how often, or nothing:
-    `Column dx: N read as 0 (3), T as 1 (4).`"""
+    """A sentence on the words of a column that were read as values, and how
+    often, or nothing: `Column dx: N read as 0 (3), T as 1 (4).`"""
     words = sorted(cell for cell, value in values.items()
                    if value and not NUMBER.fullmatch(DASHES.sub("-", cell.casefold())))
     texts = [f"{word} {'as' if i else 'read as'} {values[word]} ({counts[word]:,})"
@@ -381,9 +431,11 @@ def values_note(name: str, counts: Counter, values: dict[str, str | None]) -> st
 
 
 def refuse_letters_of_two_kinds(where: dict[str, str], rules: LabelRules) -> None:
-    """DataError for a column of letters such as N, F and T, which may be normal, fibrosis, TB.
+    """DataError for a column of letters such as N, F and T, which may be
+    normal, fibrosis, TB.
 
-    y and n are one pair, t and f the other; whoever means values writes one of them."""
+    y and n are one pair, t and f the other; whoever means values writes one
+    of them."""
     pairs = [[cell for cell in where if cell.casefold() in pair]
              for pair in (("y", "n"), ("t", "f"))]
     if all(pairs) and not rules.letters:
@@ -399,7 +451,8 @@ def refuse_what_is_no_class(values: dict[str, str | None], where: dict[str, str]
                             words: list[str], rules: LabelRules) -> None:
     """DataError for a word among values, or for a number that is no value.
 
-    values: what each cell says, None for one of the words. where: file, row and column of each."""
+    values: what each cell says, None for one of the words. where: file, row
+    and column of each."""
     ask = "; --class-columns takes every cell for the name of a class" if rules.flags else ""
     for word in words:
         if DECIMAL_COMMA.fullmatch(word) and not rules.separator:
@@ -426,7 +479,8 @@ def check_number_of_classes(table: Table, name: str, classes: int, images: int,
                             lists: bool, rules: LabelRules) -> None:
     """DataError where a column holds more classes than its images can teach.
 
-    A label that is one of a list shares its images with others, so that those may be more."""
+    A label that is one of a list shares its images with others, so that those
+    may be more."""
     if classes * images > MOST_CELLS:
         raise DataError(f"{table.file}, column {name}: {classes:,} classes of {images:,} images "
                         "are more than fit into memory")
@@ -438,7 +492,8 @@ def check_number_of_classes(table: Table, name: str, classes: int, images: int,
 
 
 def most_classes(images: int) -> int:
-    """How many classes images can teach: each needs two of them, and ten where it is one of many.
+    """How many classes images can teach: each needs two of them, and ten
+    where it is one of many.
 
     Nothing is said of two classes, or of fewer than three images."""
     return max(2, min(50, images // 2), images // 10)
@@ -448,8 +503,8 @@ def most_classes(images: int) -> int:
 # Words.
 
 def form_key(text: str) -> str:
-    """What is equal for two names that differ in case, blanks, dashes, "_", a last point, and
-    characters without width only."""
+    """What is equal for two names that differ in case, blanks, dashes, "_", a
+    last point, and characters without width only."""
     text = DASHES.sub("-", unicodedata.normalize("NFKC", text).casefold())
     if not text.isascii():
         text = "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
@@ -458,7 +513,8 @@ def form_key(text: str) -> str:
 
 
 def spellings(counts: Counter) -> dict[str, str]:
-    """{word: the commonest spelling of it}, of {(anything, word): how often}."""
+    """{word: the commonest spelling of it}, of {(anything, word): how
+    often}."""
     often: Counter[str] = Counter()
     for (_, word), count in counts.items():
         often[word] += count
@@ -479,8 +535,8 @@ def read_lists(words: list[str], where: dict[str, str], rules: LabelRules,
                meaning: Callable[[str], str | None]) -> dict[str, list[str]]:
     """{cell: the words it holds}, of cells that are words or lists of words.
 
-    meaning: empty for a word that says nothing. DataError where it cannot be told how the lists
-    are to be taken apart."""
+    meaning: empty for a word that says nothing. DataError where it cannot be
+    told how the lists are to be taken apart."""
     separator = rules.separator
     if separator == "none":
         return {word: [word] for word in words}
@@ -498,13 +554,13 @@ def read_lists(words: list[str], where: dict[str, str], rules: LabelRules,
     separator = separator or "".join(found)
     if not any(separator in word for word in words if separator):
         refuse_hidden_lists(words, where)       # also where another separator was expected
-        return {word: [word] for word in words}
+        return {word: mentioned([word], meaning) for word in words}
     return {word: mentioned(word.split(separator), meaning) for word in words}
 
 
 def mentioned(parts: Iterable[str], meaning: Callable[[str], str | None]) -> list[str]:
-    """The words of a list, without the quotes and blanks around them and without those that say
-    nothing."""
+    """The words of a list, without the quotes and blanks around them and
+    without those that say nothing."""
     words = [part.strip().strip("'\"").strip() for part in parts]
     return [" ".join(word.split()) for word in words if meaning(word) != ""]
 
@@ -523,7 +579,8 @@ def bracketed_list(cell: str, where: str, separator: str) -> list[str]:
 
 
 def refuse_hidden_lists(words: list[str], where: dict[str, str]) -> None:
-    """DataError for words that look like lists by a separator that is not taken unasked."""
+    """DataError for words that look like lists by a separator that is not
+    taken unasked."""
     for word in words:
         if LIST_MARKS.search(word) or word[0] in BRACKETS and BRACKETS[word[0]] == word[-1]:
             raise ask_for_separator(word, where)
@@ -574,9 +631,10 @@ def refuse_hidden_lists(words: list[str], where: dict[str, str]) -> None:
 
 
 def runs(text: str) -> set[str]:
-    """All runs of up to LONGEST_RUN words in a text, as form_key writes them. A text of more than
-    30 words is a report, and none are looked for."""
-    words = re.findall(r"\w+", text)
+    """All runs of up to LONGEST_RUN words in a text, as form_key writes them.
+    A text of more than 30 words is a report, and none are looked for."""
+    # No Lung Opacity names no Lung Opacity.
+    words = re.findall(r"\w+", re.sub(r"\b(no|not|without) +(?=\w)", r"\1", text))
     if len(words) > 30:
         return set()
     return {" ".join(words[start:end]) for start in range(len(words))
@@ -584,10 +642,11 @@ def runs(text: str) -> set[str]:
 
 
 def edges(text: str, last: bool) -> set[str]:
-    """The runs of up to LONGEST_RUN words that begin a text, or end it, and are not all of it.
+    """The runs of up to LONGEST_RUN words that begin a text, or end it, and
+    are not all of it.
 
-    Neither the run nor what is left of the text may be numbers alone, as in stage 1 and 1 stage.
-    Texts of more than 30 words do not count."""
+    Neither the run nor what is left of the text may be numbers alone, as in
+    stage 1 and 1 stage. Texts of more than 30 words do not count."""
     words = re.findall(r"\w+", text)
     if len(words) > 30:
         return set()

@@ -3,13 +3,17 @@ import csv
 import io
 import zlib
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pydicom
 import pytest
 from PIL import Image
 
+from common import DataError
+from dicom import read_radiograph
 from manifest import read_manifest
+from radiograph import ImageSettings, load_image
 from test_prepare import interrupted, links, run, write_csv
 
 
@@ -573,3 +577,119 @@ def test_dicom_unsigned_that_claims_a_sign(tmp_path):
     assert np.abs(np.asarray(image) / 255 - RAMP / 4095).max() < 0.08
     assert "PixelRepresentation not believed: 1, without a sign" in (
         tmp_path / "out/DATA.md").read_text()
+
+
+def several(tmp_path, count=12, **elements):
+    """Images of two each of a patient; an element is a value, or a function of the number."""
+    for i in range(count):
+        own = {name: value(i) if callable(value) else value for name, value in elements.items()}
+        write_dicom(tmp_path / f"src/{i}.dcm", np.roll(SCAN, 5 * i, 1), patient=f"P{i // 2}",
+                    StudyInstanceUID=f"1.2.{i // 2}", **own)
+
+
+def test_views_and_parts_of_the_body_are_told_and_chosen(tmp_path, capsys):
+    several(tmp_path, ViewPosition=lambda i: ["PA", "LL"][i % 2],
+            BodyPartExamined=lambda i: ["Chest PA", "HAND", "Miller", ""][i % 4])
+    dicom(tmp_path)
+    text = capsys.readouterr().out
+    assert "Views by the headers: PA 6, LL 6. --view takes" in text and "iller" not in text
+    assert "Body parts by the headers: CHEST 3, HAND 3, OTHER 3, none 3. --body-part" in text
+    dicom(tmp_path, "--view", "pa", "ap", "--body-part", "chest", "none", out="chosen")
+    assert read_manifest(tmp_path / "chosen").views.tolist() == ["PA"] * 3
+    reasons = Counter(row[1] for row in csv.reader(open(tmp_path / "chosen.rejected.csv")))
+    assert reasons["view LL, not PA or AP"] == 6
+    assert reasons["body part OTHER, not CHEST or NONE"] == 3
+
+
+def test_nothing_is_said_of_frontal_chests(tmp_path, capsys):
+    several(tmp_path, ViewPosition="PA", BodyPartExamined="CHEST")
+    dicom(tmp_path)
+    assert "by the headers" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key, column", [("AccessionNumber", "AccessionNumber"), ("file", "image")])
+def test_labels_by_accession_number_or_by_the_names_of_pngs(tmp_path, key, column):
+    several(tmp_path, AccessionNumber=lambda i: f"A{i}")
+    names = [f"{i}.png" if key == "file" else f"A{i}" for i in range(12)]
+    write_csv(tmp_path / "l.csv", [(column, "y"), *((name, i % 2) for i, name in enumerate(names))])
+    dicom(tmp_path, "--labels", tmp_path / "l.csv", "--key", key, "--key-column", column,
+          "--label-columns", "y")
+    manifest = read_manifest(tmp_path / "out")
+    assert sorted(manifest.labels[:, 0].tolist()) == [0] * 6 + [1] * 6
+    assert "A1" not in (tmp_path / "out/manifest.csv").read_text()
+
+
+@pytest.mark.parametrize("column, flags, splits", [
+    ("split", (), {"train": 8, "test": 4}), ("split", ("--label-columns", "y"), {"train": 8,
+                                                                                "test": 4}),
+    ("Set", ("--split-column", "Set"), {"train": 8, "test": 4}),
+    ("Set", ("--label-columns", "y"), "column 'Set' of l.csv seems to name the splits: "
+                                      "--split-column Set takes them"),
+    ("split", ("--split-column", "fold"), "must have one column 'fold'")])
+def test_splits_of_a_table_of_labels(tmp_path, column, flags, splits):
+    several(tmp_path)
+    write_csv(tmp_path / "l.csv", [("PatientID", "y", column), *(
+        (f"P{i}", i % 2, "Testing" if i < 2 else "train") for i in range(6))])
+    command = "--labels", tmp_path / "l.csv", *flags, "--val-fraction", 0
+    if isinstance(splits, str):
+        with pytest.raises(SystemExit, match=splits):
+            dicom(tmp_path, *command)
+        return
+    dicom(tmp_path, *command)
+    assert Counter(read_manifest(tmp_path / "out").splits.tolist()) == splits
+
+
+def test_a_column_of_splits_needs_its_table(tmp_path, capsys):
+    several(tmp_path)
+    with pytest.raises(SystemExit):
+        dicom(tmp_path, "--split-column", "Set")
+    assert "--split-column is about columns of --labels" in capsys.readouterr().err
+
+
+def test_ids_of_a_table_that_differ_in_form_are_told(tmp_path):
+    several(tmp_path)
+    write_csv(tmp_path / "l.csv", [("PatientID", "y"), *((f"p0{i}", i % 2) for i in range(6))])
+    with pytest.raises(SystemExit, match="no PatientID in it .* differ in form only, as 7.0 and 0"):
+        dicom(tmp_path, "--labels", tmp_path / "l.csv", "--label-columns", "y")
+
+
+def jpeg_inside(dataset, image):
+    """Make a file's pixels those of a JPEG."""
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=95)
+    dataset.PixelData = pydicom.encaps.encapsulate([stream.getvalue()])
+    dataset["PixelData"].is_undefined_length = True
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.JPEGBaseline8Bit
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 8, 8, 7
+
+
+@pytest.mark.parametrize("mode, size, words", [
+    ("L", (64, 64), ""), ("RGB", (64, 64), "in colour, although its header says that it is gray"),
+    ("L", (32, 128), "its image has 32 x 128 pixels, and its header says 64 x 64"),
+    ("short", (), "its pixels cannot be decoded"), ("empty", (), "there is no pixel data in it"),
+    ("processing", (), "FOR PROCESSING")])
+def test_headers_that_contradict_the_pixels(tmp_path, mode, size, words):
+    dataset = write_dicom(tmp_path / "x.dcm", SCAN)
+    if size:
+        jpeg_inside(dataset, Image.fromarray((SCAN / 13).astype(np.uint8)).convert(mode).resize(
+            size))
+    elif mode == "processing":
+        dataset.PresentationIntentType = "For Processing"
+    else:
+        dataset.PixelData = dataset.PixelData[:-100] if mode == "short" else b""
+    dataset.save_as(tmp_path / "x.dcm")
+    read = partial(read_radiograph, modalities=["CR"])
+    if words:
+        with pytest.raises(DataError, match=words):
+            load_image(tmp_path / "x.dcm", read, ImageSettings())
+        return
+    levels = np.asarray(load_image(tmp_path / "x.dcm", read, ImageSettings()).image, float)
+    assert np.corrcoef(levels.ravel(), SCAN.ravel())[0, 1] > 0.99
+
+
+def test_a_file_without_an_image_says_so(tmp_path):
+    """A report whose header does not even say what it is."""
+    (tmp_path / "x.dcm").write_bytes(bytes(128) + b"DICM" + b"\2\0\0\0UL\4\0\0\0\0\0")
+    with pytest.raises(DataError, match="^not an image"):
+        load_image(tmp_path / "x.dcm", partial(read_radiograph, modalities=["CR"]),
+                   ImageSettings())

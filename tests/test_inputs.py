@@ -8,12 +8,15 @@ import csv
 import os
 import re
 import socket
+import struct
 import subprocess
 import sys
 import unicodedata
+import zlib
 
 import numpy as np
 import pytest
+from matplotlib import colormaps
 from PIL import Image
 
 from checkpoint import FORMAT, save_checkpoint
@@ -70,7 +73,8 @@ LIST = {"Mass": [1, 1, 0], "Nodule": [1, 0, 1]}
     *((cells * 2, "may be a list") for cells in (
         ["MassNodule", *TWO], ["massnodule", "Mass", "NODULE"], ["TB-HIV", "TB", "HIV"])),
     *((cells * 2, "labels .* and .* differ in form only") for cells in (
-        ["MassNodule", "Mass Nodule", "Edema"], ["Mass.Nodule", "Mass-Nodule", "Edema"])),
+        ["MassNodule", "Mass Nodule", "Edema"], ["Mass.Nodule", "Mass-Nodule", "Edema"],
+        ["\u00e9panchement", "epanchement", "normal"])),
     *((cells * 2, {one: [1, 0] * 2, other: [0, 1] * 2}) for cells, one, other in (
         (["Stage 1", "1 stage"], "Stage 1", "1 stage"), (["non", "covid"], "y non", "y covid"),
         (["Grade 1.5", "Grade 15"], "Grade 1.5", "Grade 15"), (["TB+", "TB"], "TB+", "TB"))),
@@ -105,7 +109,25 @@ LIST = {"Mass": [1, 1, 0], "Nodule": [1, 0, 1]}
     (["1", "-1,0", "0"], "row 3, column y: '-1,0' may be a number with a decimal comma"),
     (["0", "1", "9", "1"], "row 4, column y: '9' among values"),
     (["Present", "Absent", "Not present"], "row 4, column y: 'Not present' among values"),
-    ([f"report {i}" for i in range(60)], "60 classes are more than 60 images can teach")])
+    ([f"report {i}" for i in range(60)], "60 classes are more than 60 images can teach"),
+    # Values and words for nothing in other languages, and as programs write them.
+    *((cells, {"y": [1, 0, ""]}) for cells in (
+        ["Checked", "Unchecked", ""], ["positiv", "negativ", "."], ["Verdadero", "FALSO", "--"],
+        ["\u9633\u6027", "\u9634\u6027", "NaT"], ["\u2611", "\u2610", "not done"],
+        ["'1", '="0"', "missing"], ["1", "0", "Not available"])),
+    (["Mass", "Nodule", "nil", "...", "Not reported"], {
+        "Mass": [1, 0, "", "", ""], "Nodule": [0, 1, "", "", ""]}),
+    (['"Mass"', "Mass", "'Nodule'", '="Nodule"'], {"Mass": [1, 1, 0, 0], "Nodule": [0, 0, 1, 1]}),
+    *((cells * 2, f"row 2, column y: .* seems to be {what}.*, and no class") for cells, what in (
+        (["#VALUE!", "Mass"], "an error of a spreadsheet"), (["#DIV/0!", "1-2"], "an error of"),
+        (["01-Feb", "02-Mar"], "a date"), (["Feb-20", "Mar-20"], "a date"),
+        (["Mass\0", "Nodule"], "damaged by zero bytes"))),
+    # A class that denies others is no list of them.
+    (["No Lung Opacity / Not Normal", "Normal", "Lung Opacity"] * 2, {
+        "Lung Opacity": [0, 0, 1] * 2, "No Lung Opacity / Not Normal": [1, 0, 0] * 2,
+        "Normal": [0, 1, 0] * 2}),
+    (["mass without nodule", "mass", "nodule"] * 2, {
+        "mass": [0, 1, 0] * 2, "mass without nodule": [1, 0, 0] * 2, "nodule": [0, 0, 1] * 2})])
 def test_cells(tmp_path, cells, expected):
     with outcome(expected):
         assert column(tmp_path, cells) == expected
@@ -119,6 +141,26 @@ def test_cells(tmp_path, cells, expected):
 def test_flags_that_do_not_fit_the_cells(tmp_path, cells, flags, words):
     with pytest.raises(SystemExit, match=words):
         column(tmp_path, cells, *flags)
+
+
+@pytest.mark.parametrize("one, other, alike", [
+    ("nodule", "Nodules", True), ("Pleural effusion", "pleural effusions", True),
+    ("Mass", "Masses", True), ("Mass", "Mass.1", True), ("Pneumonia", "Pnuemonia", True),
+    ("Tumor", "Tumour", True), ("Cardiomegaly", "Cardiomegely", True),
+    ("Atelectasis", "Atelectases", True), ("Oedema", "Edema", True),
+    ("Haemothorax", "Hemothorax", True), ("Pelvis", "Pelvic", False),
+    ("Normal", "Abnormal", False), ("typical", "atypical", False), ("Grade I", "Grade II", False),
+    ("Category A", "Category B", False), ("Stage 1", "Stage 2", False), ("mass", "mask", False),
+    ("scoliosis", "sclerosis", False), ("virus", "viral", False), ("SARS", "SAR-1", False),
+    ("class_1", "class_11", False), ("Spondylosis", "Spondylolysis", False)])
+def test_labels_that_are_hardly_apart(tmp_path, one, other, alike):
+    cells, flags = [one, other, "TB"] * 2, ["--label-separator", "none"]
+    with outcome(f"labels '{re.escape(min(one, other))}' and .* spelled almost alike: .*"
+                 "--allow similar-labels" if alike else None):
+        assert len(column(tmp_path, cells, *flags)) == 3
+    if alike:
+        folder(tmp_path / "src", tmp_path / "out", "--csv", tmp_path / "rows.csv", *flags,
+               "--label-columns", "y", "--allow", "similar-labels")
 
 
 def test_a_column_named_twice(tmp_path, capsys):
@@ -210,6 +252,13 @@ def test_blanks_and_marks_are_told(tmp_path, capsys, columns, rows, expected):
     ("{name}/{Short}_set/{i}.png", ("NORMAL", "TB"), "class/split"),
     ("{name}/{split}{i}.png", ("VA", "NORMAL"), "class"),
     ("seen_{split}/{name}/{i}.png", ("NORMAL", "TB"), "NORMAL lies both below seen_"),
+    *(("{name}/{split}{i}.png", names, "does not look like a class") for names in (
+        ("TB", "TB (1)"), ("TB", "TB 2"), ("TB", "TB - Kopie"), ("TB", "Kopie von TB"))),
+    *(("{name}/{split}{i}.png", names, "class") for names in (
+        ("label_0", "label_1"), ("Label 0", "Label 1"), ("COVID (576)", "Normal (1583)"),
+        ("SARS", "SARS-CoV-2"), ("Stage 1", "Stage 2"))),
+    *((pattern, ("NORMAL", "TB"), r"12 names of files, such as .*test.*NORMAL.*, hold .* unzip")
+      for pattern in ("{split}\\{name}\\{i}.png", "data/{split}\\{name}\\{i}.png")),
     ("{split}/x/{name}/{i}.png", ("TB", "../../holdout/x"), "images in holdout lie beside")])
 def test_layouts(tmp_path, capsys, pattern, classes, expected):
     names = {"test": "Testing", "val": "Validation", "train": "Train"}
@@ -267,6 +316,18 @@ def test_layouts(tmp_path, capsys, pattern, classes, expected):
     ("path,Split", ["Train", "TEST", "valid", "training"], "--split-column Split takes them"),
     ("path,split", ["Train", "TEST", "dev", "training"], {"train": 2, "test": 1, "val": 1}),
     ("path,split", ["0", "1", "0", "1"], "row 2, column split: '0' is no split"),
+    *(("path,split", cells, {"train": 2, "test": 1, "val": 1}) for cells in (
+        ["entrenamiento", "prueba", "Validaci\u00f3n", "ENTRENAMIENTO"],
+        ["treino", "teste", "valida\u00e7\u00e3o", "treino"])),
+    *((f"path,{name}", ["1", "1", "2", "3"], f"column '{name}' of l.csv seems to name the exam.*"
+       f"--patient-column {name} ") for name in (
+        "study_id", "accession", "Exam No", "uid", "SeriesUID", "encounter_id", "StudyNumber")),
+    *((f"path,{name}", ["1", "1", "2", "3"], {"test": 1, "train": 2, "val": 1}) for name in (
+        "visit", "study", "exam", "report")),
+    ("path,study_id", ["1", "2", "3", "4"], {"test": 1, "train": 2, "val": 1}),
+    ("path,patient,study_id", ["1,1", "1,1", "2,2", "3,3"], {"test": 1, "train": 1, "val": 2}),
+    ("path,patient", ["DOE^JANE", '"Doe, Jane"', "2", "3"], "differ in form only"),
+    ("path,patient", ["DOE^JANE^^", "Doe^Jane", "2", "3"], "differ in form only"),
     ("path,split", ["tr", "TE", "va", "Tr"], {"train": 2, "test": 1, "val": 1}),
     ("path,split", ["training", "testing", "validation", "dev"], {"train": 1, "test": 1, "val": 2}),
     ("path,usage", ["trn", "tst", "Dev set", "trn"], "--split-column usage takes them"),
@@ -333,6 +394,60 @@ def test_what_is_not_used_is_told(tmp_path, capsys):
         f"A/person{i // 3}_virus_{i}.png,{i % 2},{40 + i}\n" for i in range(9)))
     folder(src, tmp_path / "b", "--csv", tmp_path / "l.csv", "--layout", "none")
     assert "Columns of l.csv that are not used: Mass, Age." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("names, told", [
+    (("mueller", "schmidt"), True),
+    (("\u674e\u5c0f\u660e\u5148", "\u738b\u5927\u660e\u5148"), True),
+    (("normal", "mueller"), False), (("0", "1"), False), (("A", "B", "C"), False)])
+def test_folders_that_may_be_persons_are_told(tmp_path, capsys, names, told):
+    src, out = tree(tmp_path, *(f"{name}/{i}.png" for name in names for i in range(4)))
+    folder(src, out)
+    text = f"No class folder, such as {min(names)}, is called as a finding is"
+    assert (text in capsys.readouterr().out) == told
+
+
+@pytest.mark.parametrize("names, pictures", [
+    (["{i}.png", "{i}_flip.png", "{i}_rot90.png"], 4), (["aug_1_{i}.png", "aug_2_{i}.png"], 4),
+    (["x{i}_png.rf.0123456789abcdef0123456789abcdef.jpg",
+      "x{i}_png.rf.fedcba98765432100123456789abcdef.jpg"], 4),
+    (["{i}.png", "{i}.jpg"], 4), (["p{i}_frontal.png", "p{i}_lateral.png"], 4),
+    (["crop_{i}.png", "{i}_2.png"], 0), (["flipped{i}.png", "x{i} (2).png"], 0),
+    (["p{i}_1.png", "p{i}_2.png"], 0), (["apical{i}.png", "x{i}paid.png"], 0)])
+def test_changed_copies_stay_together(tmp_path, capsys, names, pictures):
+    """Copies and views of a picture come into one split, as far as their names tell."""
+    src, out = tree(tmp_path, *(f"{part}/{name.format(i=i)}"
+                                for part in "AB" for i in range(4) for name in names))
+    folder(src, out, "--val-fraction", 0.25, "--test-fraction", 0.25)
+    patients = len(set(read_manifest(out).patients))
+    said = f"By their names {8 * len(names):,} images, such as A/" in capsys.readouterr().out
+    assert said == bool(pictures) and patients == 2 * (pictures or 4 * len(names))
+
+
+@pytest.mark.parametrize("files, strayed", [
+    (["train/A/1.png", "test/A/1_flip.png"], 1), (["train/A/1_rot.png", "test/A/1_flip.png"], 2),
+    (["train/A/1.png", "test/A/1.png", "test/A/1_flip.png"], 0),
+    (["train/A/1.png", "test/B/1_flip.png"], 0), (["train/A/a.png", "test/A/a_flip.png"], 0)])
+def test_changed_copies_in_two_given_splits_are_told(tmp_path, capsys, files, strayed):
+    others = [f"{split}/{part}/{split}{i}.png" for split in ("train", "test") for part in "AB"
+              for i in range(3)]
+    src, out = tree(tmp_path, *files, *others)
+    folder(src, out)
+    text = f"By their names {strayed} images, such as test/A/1_flip.png, are changed copies"
+    assert (text in capsys.readouterr().out) == bool(strayed)
+
+
+@pytest.mark.parametrize("name, cells, told", [
+    ("Projection", ["PA", "L", "PA", "AP"], "PA (2), L (1), AP (1)"),
+    ("BodyPart", ["CHEST", "HAND", "CHEST", ""], "CHEST (2), HAND (1)"),
+    ("view", ["PA"] * 4, ""), ("review", ["good", "bad"] * 2, "")])
+def test_views_among_others_are_told(tmp_path, capsys, name, cells, told):
+    src, out = tree(tmp_path, *(f"{i}.png" for i in range(4)))
+    (tmp_path / "l.csv").write_text(f"path,{name}\n" + "".join(
+        f"{i}.png,{cell}\n" for i, cell in enumerate(cells)))
+    folder(src, out, "--csv", tmp_path / "l.csv")
+    text = f"Column {name} is not used and holds {told}"
+    assert (text in capsys.readouterr().out) == bool(told)
 
 
 @pytest.mark.parametrize("row", ["s3://b/{i}.png?v=1", "{i}.0"])
@@ -483,6 +598,46 @@ def test_pixels(tmp_path, name, image, options):
     assert np.abs(levels / 255 - LEVELS).max() < 0.02
 
 
+def png_of_16_bits(file, levels, kind):
+    """A PNG of 16-bit channels, which Pillow does not write: (H, W) of 0 to 1 as gray with alpha
+    (kind 4), colour (2), or both (6)."""
+    channels = {2: [1, 1, 1], 4: [1, 0], 6: [1, 1, 1, 0]}[kind]
+    pixels = np.stack([levels if own else np.full_like(levels, 65535) for own in channels], 2)
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels.astype(">u2"))
+    height, width = levels.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks))
+
+
+@pytest.mark.parametrize("kind", [2, 4, 6])
+def test_colours_of_16_bits(tmp_path, kind):
+    """Pillow reads the upper 8 bits: all there is of 16, next to nothing of 12 in 16."""
+    png_of_16_bits(tmp_path / "x.png", LEVELS * 65535, kind)
+    levels = np.asarray(load_image(tmp_path / "x.png", read_image, ImageSettings()).image, float)
+    assert np.abs(levels / 255 - LEVELS).max() < 0.02
+    for bits in (12, 14):
+        png_of_16_bits(tmp_path / "x.png", LEVELS * (2 ** bits - 1), kind)
+        with pytest.raises(DataError, match="16 bits, of which only the upper 8 .* save it in g"):
+            load_image(tmp_path / "x.png", read_image, ImageSettings())
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.jpg"])
+@pytest.mark.parametrize("colours, told", [
+    ("jet", True), ("hsv", True), ((70, 90, 160), False), ((140, 100, 60), False), ("gray", False)])
+def test_strong_colours_are_told(tmp_path, name, colours, told):
+    """False colours, but not a blue or a brown film."""
+    if isinstance(colours, str):
+        pixels = 255 * colormaps[colours](radiograph(3) / 255)[..., :3]
+    else:
+        pixels = (radiograph(3) / 255)[..., None] * colours
+    Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / name, quality=95)
+    reading = load_image(tmp_path / name, read_image, ImageSettings())
+    assert any(note.startswith("strong colours not kept") for note in reading.notes) == told
+
+
 @pytest.mark.parametrize("side, options, levels", [
     (60, {"quality": 75}, (0, 255)), (64, {"quality": 95}, (40, 190)),
     (72, {"quality": 60}, (255, 0)), (200, {"quality": 50}, (40, 190))])
@@ -550,7 +705,8 @@ TABLE = "path,y\n" + "".join(f"{i}.png,{i % 2}\n" for i in range(4))
     (TABLE.replace("\n", ",\r\n"), None), (TABLE.replace("path,y", '"path","y"'), None),
     (TABLE.replace("path", ",path").replace("\n", "\n0,", 4), None),
     (TABLE.replace(",1", ",\u200b1"), r"row 3, column y: '\\u200b1' among values"),
-    (TABLE.encode() + b"Befund M\xfcller,1\n", "l.csv is not a CSV file in UTF-8"),
+    (TABLE.encode() + b"Befund M\xfcller,1\n",
+     "l.csv is not a CSV file in UTF-8 .*: save its table as CSV in UTF-8"),
     (TABLE.encode("utf-32"), "l.csv must have one column 'path'"),
     (TABLE.replace(",1", ",1\0"), r"row 3, column y: '1\\x00' among values"),
     (TABLE + ",\n,\n", None), (TABLE + ",1\n", "row 6: its key is empty .column path"),
@@ -559,7 +715,15 @@ TABLE = "path,y\n" + "".join(f"{i}.png,{i % 2}\n" for i in range(4))
      "columns 2 and 3 are called so"),
     (TABLE.replace("path,y", "x,path,y,x").replace("\n", ",1\n0,").replace("x,1\n", "x\n")[:-2],
      "one column 'x', and columns 1 and 4 are called so"),
-    (b"PK\3\4" * 900, "must have one column 'path', its header is .{,3000}$"),
+    (",".join(f"c{i}" for i in range(900)), "must have one column 'path', its header is .{,3000}$"),
+    *((start + bytes(900), f"l.csv is {what}, and no CSV file: save its table as CSV in UTF-8")
+      for start, what in ((b"PK\3\4", "an Excel workbook or a zip file"),
+                          (b"PAR1", "a Parquet file"),
+                          (b"\xd0\xcf\x11\xe0\xa1\xb1", "an Excel workbook"))),
+    ("sep=;\r\n" + TABLE.replace(",", ";"), None), ("\ufeffsep=,\n" + TABLE, None),
+    (("sep=\t\n" + TABLE.replace(",", "\t")).encode("utf-16"), None),
+    ("sep=,\n" + TABLE.replace(",1", ",9"), "row 4, column y: '9' among values"),
+    (TABLE.replace(",", "|"), None), (TABLE.replace("2.png", '"=""2.png"""'), None),
     ("", "must have one column 'path', its header is ''")])
 def test_tables(tmp_path, content, expected):
     src, out = tree(tmp_path, *(f"{i}.png" for i in range(4)))
@@ -691,6 +855,20 @@ def test_predict_takes_what_prepare_takes(classifier, tmp_path, capsys):
     with open(tmp_path / "out/predictions.csv", newline="") as file:
         assert {row["path"] for row in csv.DictReader(file)} == {
             "a.JPEG", "below/b.tif", "below/c.bmp", 'd "e",\nf.png', "IM0001", "more/g.webp"}
+
+
+def test_predict_tells_what_is_no_frontal_chest(classifier, tmp_path, capsys):
+    import predict
+    for i, (view, part) in enumerate((("PA", "CHEST"), ("LL", "CHEST"), ("AP", "HAND"),
+                                      ("lateral", "Miller"), ("", "PORT CHEST"), ("", ""))):
+        write_dicom(tmp_path / f"src/{i}.dcm", SCAN, ViewPosition=view, BodyPartExamined=part)
+    predict.main([str(classifier), str(tmp_path / "src"), "--threads", "1", "--out",
+                  str(tmp_path / "out")])
+    text = capsys.readouterr().out
+    for told in ("No frontal view: 1, ViewPosition says LL.", "ViewPosition says LATERAL.",
+                 "No chest: 1, BodyPartExamined says HAND.", "BodyPartExamined says OTHER."):
+        assert told in text
+    assert "iller" not in text and len(rejected(tmp_path / "out")) == 0
 
 
 def test_predict_leaves_masks_out(classifier, tmp_path):

@@ -5,6 +5,7 @@ import gzip
 import os
 import re
 import resource
+import shutil
 import signal
 import struct
 import subprocess
@@ -454,6 +455,18 @@ def test_nih(tmp_path):
     assert short.paths == manifest.paths and short.studies is None and short.views is None
 
 
+@pytest.mark.parametrize("suffix", [".jpg", ".PNG"])
+def test_nih_of_another_format(tmp_path, suffix):
+    """As others hand it on, made smaller: the official lists hold all the same."""
+    rows = [(f"{i:08}_000.png", "Mass" if i % 2 else "No Finding", i) for i in range(12)]
+    nih(tmp_path / "src", rows, [row[0] for row in rows[:8]], [row[0] for row in rows[8:]])
+    for i, (image, _, _) in enumerate(rows):
+        save(tmp_path / "src/images_224" / Path(image).with_suffix(suffix), radiograph(i))
+    run("nih", "--src", tmp_path / "src", "--out", tmp_path / "out", "--workers", 1)
+    assert Counter(read_manifest(tmp_path / "out").splits.tolist()) == {
+        "train": 7, "val": 1, "test": 4}
+
+
 def test_nih_that_is_wrong(tmp_path):
     rows = [("1_0.png", "Mass", 1), ("2_0.png", "Hernia", 2)]
 
@@ -556,6 +569,25 @@ def test_chexpert(tmp_path, capsys):
         run("chexpert", "--src", src, "--out", tmp_path / "wrong")
 
 
+@pytest.mark.parametrize("above", ["", "/kaggle/input/CheXpert-v1.0-small/", "x/train/y/"])
+def test_chexpert_under_another_folder(tmp_path, capsys, above):
+    """Paths from another machine, and the test set that was published later."""
+    for part, count in (("train", 6), ("valid", 2), ("test", 2)):
+        paths = [f"{part}/patient{i:05}/study1/view1_frontal.jpg" for i in range(count)]
+        rows = [(above + path, "Frontal", ["1.0"] * 14) for path in paths]
+        chexpert(tmp_path / "src", part, rows)
+        for i, path in enumerate(paths):
+            save(tmp_path / "src" / path, radiograph(i))
+    shutil.move(tmp_path / "src/valid/patient00000", tmp_path / "src/valid/patient10000")
+    shutil.move(tmp_path / "src/valid/patient00001", tmp_path / "src/valid/patient10001")
+    text = (tmp_path / "src/valid.csv").read_text()
+    (tmp_path / "src/valid.csv").write_text(text.replace("patient0", "patient1"))
+    run("chexpert", "--src", tmp_path / "src", "--out", tmp_path / "out", "--workers", 1)
+    assert Counter(read_manifest(tmp_path / "out").splits.tolist()) == {
+        "train": 5, "val": 1, "test": 2}
+    assert "Images outside train and valid, which are not used: 2." in capsys.readouterr().out
+
+
 def test_chexpert_of_full_size_parses_in_seconds(tmp_path):
     """The real one's 223,414 rows of 64,540 patients."""
     values, views = ["1.0", "0.0", "-1.0", ""], ("Frontal", "Lateral")
@@ -621,6 +653,24 @@ def test_verify(tmp_path, capsys):
     assert (tmp_path / "out/manifest.2.csv").exists()
     with pytest.raises(SystemExit, match="nowhere/manifest.csv"):
         run("verify", tmp_path / "nowhere")
+
+
+def test_verify_waits_for_no_pipe_and_needs_no_settings(tmp_path, capsys):
+    for i in range(12):
+        save(tmp_path / "src" / "AB"[i % 2] / f"{i}.png", radiograph(i))
+    folder(tmp_path / "src", tmp_path / "out")
+    for settings in ("{}", '{"size": "large"}'):
+        (tmp_path / "out/prepare.json").write_text(settings)
+        assert run("verify", tmp_path / "out", "--workers", 1) == 0
+    # All images of test are gone, one of them is a pipe.
+    table = (tmp_path / "out/manifest.csv").read_text().splitlines()
+    for line in (line for line in table if ",test," in line):
+        (tmp_path / "out" / line.split(",")[0]).unlink()
+    os.mkfifo(tmp_path / "out" / line.split(",")[0])
+    capsys.readouterr()
+    assert run("verify", tmp_path / "out", "--workers", 1, "--drop") == 0
+    text = capsys.readouterr().out
+    assert "a named pipe" in text and "The test split is empty now." in text
 
 
 def test_verify_looks_at_the_manifest_too(tmp_path):
