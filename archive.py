@@ -181,7 +181,8 @@ def _read_index(file: Path) -> tuple[np.ndarray, bytes]:
             line = json.loads(tar.read(BLOCK))
             members, size, length = line["members"], line["bytes"], line["index"]
             rest = tar.read(length)
-            whole = zlib.crc32(rest) == line["checksum"] and len(rest) == length
+            whole = (zlib.crc32(rest) == line["checksum"] and len(rest) == length
+                     and type(members) is int and 0 < members * MEMBER.itemsize <= length)
         except (ValueError, TypeError, KeyError, OverflowError, MemoryError):
             raise DataError(f"{file} has no index as prepare.py writes it: {REMEDY}") from None
         found = os.fstat(tar.fileno()).st_size

@@ -77,8 +77,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             state: Any = _read_safetensors(path, header_size)
         else:
             # PyTorch writes a checksum of each tensor and does not look at it when it reads.
-            if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
-                raise ValueError(f"the checksum of {damaged} is wrong")
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as archive:
+                    damaged = archive.testzip()
+                if damaged:
+                    raise ValueError(f"the checksum of {damaged} is wrong")
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
@@ -244,6 +247,7 @@ COPIES = {"encoder_k", "key_encoder", "momentum_encoder", "backbone_momentum", "
           "best"}
 # A ResNet's parts where a tool has made an nn.Sequential of them.
 CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+FIRST_BLOCK = {"conv1.weight": "layer1.0.conv1.weight", "0.weight": "4.0.conv1.weight"}
 
 
 def find_encoder(checkpoint: dict, path: str) -> tuple[dict[str, Tensor], str]:
@@ -283,9 +287,6 @@ def find_encoder(checkpoint: dict, path: str) -> tuple[dict[str, Tensor], str]:
     if heads or others:
         words.append(f"left out {first_three(heads + others)}")
     return weights, "; ".join(words)
-
-
-FIRST_BLOCK = {"conv1.weight": "layer1.0.conv1.weight", "0.weight": "4.0.conv1.weight"}
 
 
 def _tensors(checkpoint: dict, depth: int = 5) -> Iterator[tuple[str, Tensor]]:

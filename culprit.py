@@ -71,8 +71,12 @@ class Watch:
         self.closed.set()
 
     def _watch(self) -> None:
+        since, looks = math.inf, 0
         while not self.closed.wait(PATIENCE / 10):
-            if time.monotonic() - self.since > PATIENCE:
+            # Looks are counted, and not seconds: a process that is suspended does not look.
+            looks = looks + 1 if self.since == since < math.inf else 0
+            since = self.since
+            if looks >= 10:
                 images = [i for work, _ in self.in_flight for i in work.files]
                 silent = next((self.manifest.full_name(i) for i in images
                                if _never_read(self.manifest, i)), "an image")

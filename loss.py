@@ -51,12 +51,13 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float, patients: Tensor | None 
     with _without_autocast(z1.device.type):
         batch = _batch(z1, z2, patients, weights)
         positive = (batch.anchors[0] * batch.anchors[1]).sum(1) / temperature  # (N,) l_ip
-        log_n = batch.negatives.clamp_min(1).log()  # (N,)
-        # What all negatives of an anchor weigh together: ln R.
-        log_r = log_sum_exp(batch, 1 / temperature)  # (2, N)
+        log_n = batch.n_negatives.clamp_min(1).log()  # (N,)
+        # What all negatives of an anchor weigh together: ln R, (2, N).
         if hardness:
             log_r = (log_n + log_sum_exp(batch, (1 + hardness) / temperature)
                      - log_sum_exp(batch, hardness / temperature))
+        else:
+            log_r = log_sum_exp(batch, 1 / temperature)
         if prior:
             log_r = _debiased(log_r, positive, log_n, temperature, prior)
         excess = log_r - positive  # (2, N)
@@ -81,12 +82,12 @@ def _debiased(log_r: Tensor, positive: Tensor, log_n: Tensor, temperature: float
 
 class Batch(NamedTuple):
     """The global batch as one of W processes sees it."""
-    anchors: Tensor    # (2, N, D) projections of this process, of length 1
-    keys: Tensor       # (K, D) projections of all processes, of length 1
-    patients: Tensor   # (N,) of this process's images; without patients, each its own
-    of_keys: Tensor    # (K,) the patients of the keys
-    negatives: Tensor  # (N,) how many an image's anchors have
-    shares: Tensor     # (N,) of each of its two anchors in the mean; 0 where it has no negative
+    anchors: Tensor       # (2, N, D) projections of this process, of length 1
+    keys: Tensor          # (K, D) projections of all processes, of length 1
+    patients: Tensor      # (N,) of this process's images; without patients, each its own
+    key_patients: Tensor  # (K,)
+    n_negatives: Tensor   # (N,) of each of an image's two anchors
+    shares: Tensor        # (N,) of each of its two anchors in the mean; 0 without a negative
 
 
 def _batch(z1: Tensor, z2: Tensor, patients: Tensor | None, weights: Tensor | None) -> Batch:
@@ -94,23 +95,24 @@ def _batch(z1: Tensor, z2: Tensor, patients: Tensor | None, weights: Tensor | No
     if dist.is_initialized():
         world_size, rank = dist.get_world_size(), dist.get_rank()
     anchors = F.normalize(torch.stack([z1, z2]).float(), dim=2)
-    keys = _all_gather(anchors.detach()).flatten(0, 2)
+    keys = _all_gather(anchors.detach()).flatten(0, 2)  # by process, view, image
     if patients is None:
         patients = torch.arange(rank * images, (rank + 1) * images, device=z1.device)
     all_patients = _all_gather(patients)  # (W, N)
-    of_keys = all_patients[:, None].expand(-1, 2, -1).flatten()
-    # How many images are of the same patient is how far apart the first and the last of them lie
-    # in a sorted list.
+    key_patients = all_patients[:, None].expand(-1, 2, -1).flatten()
+    # In a sorted list the images of a patient stand together. (torch.unique would have the host
+    # wait for the GPU.)
     in_order = all_patients.flatten().sort().values
-    last, first = (torch.searchsorted(in_order, patients, right=right) for right in (True, False))
-    negatives = 2 * (world_size * images - (last - first))
+    images_of_patient = (torch.searchsorted(in_order, patients, right=True)
+                         - torch.searchsorted(in_order, patients))  # (N,)
+    n_negatives = 2 * (world_size * images - images_of_patient)
     # The shares of all anchors of all processes add up to W, because DistributedDataParallel
     # divides by it.
-    shares = torch.full_like(anchors[0, :, 0], 1 / (2 * images))
+    shares = anchors.new_full((images,), 1 / (2 * images))
     if weights is not None:
         shares = weights.float() * (world_size / (2 * _all_gather(weights.float()).sum()))
-    shares = shares * (negatives > 0)
-    return Batch(anchors, keys, patients, of_keys, negatives, shares)
+    shares = shares * (n_negatives > 0)
+    return Batch(anchors, keys, patients, key_patients, n_negatives, shares)
 
 
 def _all_gather(rows: Tensor) -> Tensor:
@@ -134,7 +136,7 @@ def _similarities(batch: Batch, block: slice, scale: float) -> Tensor:
     """Cosines of a block's 2n anchors with all K keys, times scale, (2, n, K); ABSENT where the
     key is no negative: the anchor, its positive, and what else is of its patient."""
     similarities = (batch.anchors[:, block] * scale) @ batch.keys.T
-    same_patient = batch.patients[block, None] == batch.of_keys  # (n, K)
+    same_patient = batch.patients[block, None] == batch.key_patients  # (n, K)
     return similarities.masked_fill_(same_patient, ABSENT)
 
 
@@ -175,18 +177,19 @@ class LogSumExp(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         batch, (log_sum,) = ctx.batch, ctx.saved_tensors
         gradient = ctx.scale * gradient  # (2, N)
+        # One collective call for both.
         of_all = _all_gather(torch.stack([log_sum, gradient]))  # (W, 2, 2, N)
         log_sums, gradients = of_all.transpose(0, 1).flatten(1)  # (K,) each, in the keys' order
         for_anchors = torch.empty_like(batch.anchors)  # (2, N, D)
-        similarities, ctx.last_block = ctx.last_block, None
         for block in reversed(_blocks(batch)):
+            similarities, ctx.last_block = ctx.last_block, None  # forward has left the last one's
             if similarities is None:
                 similarities = _similarities(batch, block, ctx.scale)  # (2, n, K)
-            as_anchor = similarities - log_sum[:, block, None]
+            as_anchor = similarities - log_sum[:, block, None]  # g_i exp(s_ik - r_i)
             as_anchor = as_anchor.exp_().mul_(gradient[:, block, None])
-            as_key = similarities.sub_(log_sums).exp_().mul_(gradients)
+            as_key = similarities.sub_(log_sums).exp_().mul_(gradients)  # g_k exp(s_ki - r_k)
             for_anchors[:, block] = as_anchor.add_(as_key) @ batch.keys
-            similarities = None
+            del similarities, as_anchor, as_key  # before the next block takes as much
         return for_anchors, None, None
 
 
@@ -225,7 +228,7 @@ def diagnostics(z1: Tensor, z2: Tensor, patients: Tensor | None = None,
                              for block in _blocks(batch)], 1)
         potentials = [torch.pdist(z).square().mul(-2).exp().mean().log() for z in (z1, z2)]
         # If all similarities are the same, it is the logarithm of how many terms the sum has.
-        terms = (batch.negatives + (not decoupled)).clamp_min(1)  # (N,)
+        terms = (batch.n_negatives + (not decoupled)).clamp_min(1)  # (N,)
         return {
             "top1": (positive > nearest + 1e-6).float().mean(),
             "alignment": (z1 - z2).square().sum(1).mean(),

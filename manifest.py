@@ -36,7 +36,7 @@ class Manifest:
     labels: np.ndarray              # (N, L) float32: 1, 0, -1, or NaN for an empty cell
     label_names: list[str]          # L of them; none in an unlabelled folder
     studies: np.ndarray | None = None   # (N,) str: what tells a patient's examinations apart, or ""
-    views: np.ndarray | None = None     # (N,) str: PA, AP, Lateral or another word, or ""
+    view_positions: np.ndarray | None = None     # (N,) str: PA, AP, Lateral or another word, or ""
     listed: bool = True             # whether there is a manifest.csv
     sizes: np.ndarray | None = None     # (N,) int64: bytes of each image's file
     archive: Archive | None = None      # where the folder has an images.tar

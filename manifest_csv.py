@@ -27,7 +27,7 @@ class Table(NamedTuple):
     labels: np.ndarray
     label_names: list[str]
     studies: np.ndarray | None = None
-    views: np.ndarray | None = None
+    view_positions: np.ndarray | None = None
 
 
 def optional_columns(header: list[str]) -> list[str]:

@@ -15,10 +15,12 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import json
 import math
 import operator
 import signal
 import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +88,8 @@ class Config:
     brightness: float = flag(PUBLISHED.brightness, "factor drawn from 1 ± this", 0, 0.999)
     contrast: float = flag(PUBLISHED.contrast, "factor drawn from 1 ± this", 0, 0.999)
     blur: tuple[float, float] = flag(
-        PUBLISHED.blur, "sigma, pixels of the view; 0 0 for none", metavar=("LOW", "HIGH"))
+        PUBLISHED.blur, "sigma, pixels of the view; 0 0 for none", 0, 1000,
+        metavar=("LOW", "HIGH"))
     gamma: tuple[float, float] = flag(
         PUBLISHED.gamma, "exponent of a view's gray levels in 0 to 1, log-uniform, to imitate "
         "another machine; 1 1 for none", 0.01, 100, metavar=("LOW", "HIGH"))
@@ -154,8 +157,7 @@ class Config:
         if self.batch_size < 2:
             raise ValueError("--batch-size 1 leaves nothing to learn: the loss tells an image's "
                              "two views from those of other images, and would be 0")
-        low, *high = self.temperature
-        if len(high) > 1 or high and high[0] < low:
+        if len(self.temperature) > 2 or list(self.temperature) != sorted(self.temperature):
             raise ValueError("--temperature takes one number, or two that rise")
         low, high = self.blur
         if not (0 == low == high or 0 < low <= high):
@@ -173,19 +175,19 @@ class Config:
 # What is trained.
 
 class Training:
-    """All that a step changes, which is all that last.pt keeps.
+    """All that a step changes. last.pt keeps it, and the flags, and which images it saw.
 
-    images: a digest of the train split's paths, which last.pt carries because it may be
-    copied without config.json. The views follow from these images, the flags and the
-    step, so that last.pt needs no state of the loader."""
+    images_digest: of the train split's paths; last.pt may be copied without config.json.
+    The views follow from the images, the flags and the step, so that last.pt needs no
+    state of the loader."""
 
-    def __init__(self, config: Config, compute: Compute, images: str):
+    def __init__(self, config: Config, compute: Compute, images_digest: str):
         torch.manual_seed(config.seed)
         # A run that goes on takes its weights from last.pt, and does not read or download --init.
         goes_on = Path(config.out, "last.pt").exists() and not config.overwrite
         encoder = build_encoder(config.arch, "random" if goes_on else config.init, compute.say)
         net = SimCLR(encoder, config.proj_layers, config.proj_width, config.proj_dim)
-        self.config, self.images = config, images
+        self.config, self.images_digest = config, images_digest
         self.settings = dataclasses.asdict(config) | {"mean": MEAN, "std": STD}
         self.step = 0     # steps taken
         self.probed = -1  # the step after which the features were last probed
@@ -217,7 +219,7 @@ class Training:
             if in_file != flag_value:
                 raise CheckpointError(f"{file} has --{name.replace('_', '-')} {in_file}, "
                                       f"not {flag_value}")
-        if state["images"] != self.images:
+        if state["images"] != self.images_digest:
             raise DataError(f"{self.config.data}/manifest.csv lists other training images than "
                             f"when {file} was saved")
         # PyTorch itself compares the widths and the number of the layers.
@@ -243,7 +245,7 @@ class Training:
         save_checkpoint(Path(self.config.out) / "last.pt", {
             "model": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(), "step": self.step, "probed": self.probed,
-            "config": self.settings, "images": self.images})
+            "config": self.settings, "images": self.images_digest})
         self.save_encoder()
 
     def save_encoder(self) -> None:
@@ -259,7 +261,7 @@ class Training:
 def input_digests(config: Config, manifest: Manifest, train: np.ndarray,
                   probe: Probe | None) -> dict[str, dict[str, str]]:
     """What the run is made of, as {name: {path: digest}}: the same wherever the files lie."""
-    # Labels may be added while a run rests, but where it goes by them.
+    # Labels that come later make no other run, unless this one draws or pairs images by the table.
     whole_table = config.balance or config.positives != "image"
     content = run_folder.content_of_data(manifest, None if whole_table else train)
     found = {"data": {config.data: content}}
@@ -286,17 +288,22 @@ def begin_or_go_on(training: Training, inputs: dict[str, dict[str, str]], config
             # Copied: refuse what does not fit before config.json is written. All processes load
             # it below.
             training.load(last)
-        run_folder.open_run(config, "pretrain", RESULTS, resources, "last.pt", inputs)
-        if (out / "encoder.pt").exists() and not last.exists():
+        if (out / "encoder.pt").exists() and not last.exists() and not config.overwrite:
             raise DataError(f"{out} holds an encoder.pt and no last.pt to go on from; choose "
                             "another --out, or give it up with --overwrite")
+        run_folder.open_run(config, "pretrain", RESULTS, resources, "last.pt", inputs)
     # From here on the folder belongs to this run, and all processes start from the same file.
     compute.barrier()
     if last.exists():
         training.load(last)
-    if not compute.agree_on(training.step):
+    if not compute.same_everywhere(training.step):
         raise DataError(f"the processes do not see the same {last}: --out must lie on storage "
                         "that all of them see")
+    # A copy of the data folder on each machine's own disk may be an old one.
+    content = json.dumps([list(inputs[name].values()) for name in ("data", "patients")
+                          if name in inputs])
+    if not compute.same_everywhere(zlib.crc32(content.encode())):
+        raise DataError(f"the processes do not see the same train split in {config.data}")
 
 
 def read_data(config: Config, compute: Compute) -> tuple[Manifest, np.ndarray]:
@@ -333,19 +340,19 @@ def choose_probe(config: Config, manifest: Manifest) -> Probe | None:
 class Schedule:
     """When things happen, in steps. Batches run on from one epoch into the next."""
 
-    def __init__(self, config: Config, images: int, probed: bool):
-        """images: in the train split. probed: whether there is a probe."""
-        self.images, self.batch_size = images, config.batch_size
+    def __init__(self, config: Config, n_images: int, has_probe: bool):
+        """n_images: in the train split."""
+        self.n_images, self.batch_size = n_images, config.batch_size
         self.peak_lr = config.lr * config.batch_size / 256
         self.temperatures = config.temperature
-        self.total = config.epochs * images // config.batch_size
-        self.warmup = config.warmup_epochs * images / config.batch_size
+        self.total = config.epochs * n_images // config.batch_size
+        self.warmup = config.warmup_epochs * n_images / config.batch_size
         # Where this run stops, and after which steps the features are probed.
         self.end = self.total if config.max_steps is None else min(self.total, config.max_steps)
         self.probes = set()
-        if probed:
+        if has_probe:
             epochs = range(0, config.epochs, config.probe_every)
-            self.probes = {epoch * images // config.batch_size for epoch in epochs} | {self.total}
+            self.probes = {epoch * n_images // config.batch_size for epoch in epochs} | {self.total}
 
     def learning_rate(self, step: int) -> float:
         return run.learning_rate(step, self.total, self.warmup, self.peak_lr)
@@ -357,7 +364,7 @@ class Schedule:
         return low + (high - low) * (1 + math.cos(2 * math.pi * step / self.total)) / 2
 
     def epoch(self, step: int) -> float:
-        return step * self.batch_size / self.images
+        return step * self.batch_size / self.n_images
 
     def position(self, step: int) -> str:
         return f"epoch {int(self.epoch(step)):03d} step {step:05d}/{self.total}"
@@ -404,7 +411,7 @@ def introduce(training: Training, schedule: Schedule, probe: Probe | None,
     parameters = sum(p.numel() for p in training.net.parameters()) / 1e6
     say(f"{config.arch} from {config.init}, {parameters:.1f} M parameters, {compute.precision} on "
         f"{compute.world_size} x {compute.name}")
-    say(f"{schedule.images} images of {config.data} at {config.image_size} px, {config.epochs} "
+    say(f"{schedule.n_images} images of {config.data} at {config.image_size} px, {config.epochs} "
         f"epochs = {schedule.total} steps of {config.batch_size} images "
         f"({config.batch_size // compute.world_size} a process)")
     say(f"{config.optimizer}, learning rate {schedule.peak_lr:.3g} = {config.lr:g} x "
@@ -450,18 +457,17 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
 
     introduce(training, schedule, probe, compute)
     model = compute.data_parallel(torch.compile(net) if config.compile else net)
-    share = config.batch_size // compute.world_size
-    size = min(config.micro_batch or share, share)  # images that are encoded at once
-    compute.rehearse(model, (2 * size, 1, config.image_size, config.image_size))
+    own_batch = config.batch_size // compute.world_size
+    piece = min(config.micro_batch or own_batch, own_batch)  # images that are encoded at once
+    compute.rehearse(model, (2 * piece, 1, config.image_size, config.image_size))
     curves = Curves(config, compute.rank == 0, start_step)
-    stop, progress = run.StopSignal(resources), Progress(
-        config, config.batch_size, compute, start_step)
+    stop = run.StopSignal(resources)
+    progress = Progress(config, config.batch_size, compute, start_step)
     loss, auroc = math.nan, math.nan  # the latest, for the table of hyper-parameters
     batches = iter(train_loader(
         manifest, train, config.batch_size, range(start_step, schedule.end), 2, augmentation,
-        preprocessing, config.seed, weights=sampling.draw_weights,
+        preprocessing, config.seed, draw_weights=sampling.draw_weights,
         groups=sampling.groups, **compute.loader_arguments()))
-    model.train()
     # After `step` steps: probe, save, leave if it is time; then take one more.
     while True:
         step, stop_signal = training.step, stop.received(compute)
@@ -480,7 +486,7 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
 
             # Every few steps, after a probe, at the end, and when somebody wants the machine: save.
             due = step % config.save_every == 0 or step in schedule.probes or at_end or stop_signal
-            if compute.rank == 0 and step > start_step and due:
+            if compute.rank == 0 and step and due:
                 training.save()
         if at_end:
             break
@@ -510,8 +516,8 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
 
         # Encode the views as one batch, compare each projection with those of all processes, and
         # go back to the weights.
-        if size < share:
-            z, batch_loss = backward_in_pieces(model, x, 2 * size, loss_of, scaler, compute)
+        if piece < own_batch:
+            z, batch_loss = backward_in_pieces(model, x, 2 * piece, loss_of, scaler, compute)
             z1, z2 = z.chunk(2)
         else:
             with compute.autocast():
@@ -537,8 +543,7 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
             loss, speed = scalars["loss"], scalars["images_per_second"]
             left = int((schedule.end - step) * config.batch_size / speed)  # seconds
             say(f"{schedule.position(step)} | loss {loss:.4f} (chance {scalars['chance']:.2f}) | "
-                f"lr {lr:.2e} | "
-                f"{speed:.0f} img/s | wait {scalars['wait_share']:.0%} | "
+                f"lr {lr:.2e} | {speed:.0f} img/s | wait {scalars['wait_share']:.0%} | "
                 f"eta {left // 3600}h{left // 60 % 60:02d}m")
 
     curves.close(config, {"loss": loss, "probe/auroc": auroc})

@@ -35,8 +35,9 @@ from syncbn import SyncBatchNorm
 
 # Batch norm's statistics are the same on all processes, so that nobody has to send them.
 # The argument that says so is broadcast_buffers, or forward_sync_buffers in newer PyTorch.
-NEWER = inspect.signature(DistributedDataParallel).parameters.keys() & {"forward_sync_buffers"}
-NO_BROADCAST: dict[str, Any] = dict.fromkeys(NEWER or {"broadcast_buffers"}, False)
+ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
+NO_BROADCAST: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in ARGUMENTS else "broadcast_buffers": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Compute:
             dist.all_reduce(x, op)
         return x
 
-    def agree_on(self, number: int) -> bool:
+    def same_everywhere(self, number: int) -> bool:
         """Whether all processes have the same number."""
         smallest = self.reduce(torch.tensor(number), dist.ReduceOp.MIN)
         return bool(smallest == self.reduce(torch.tensor(number), dist.ReduceOp.MAX))
@@ -160,12 +161,12 @@ def start(config: RunConfig, place: Place = ALONE, timeout: timedelta = timedelt
     """Join the processes that torchrun started, or be the only one."""
     rank, world_size, local_rank, local_world_size = place
     cuda = torch.cuda.is_available()
-    if cuda and local_rank >= torch.cuda.device_count():
+    if cuda and max(local_rank + 1, local_world_size) > torch.cuda.device_count():
         raise DataError(f"{local_world_size} processes are too many for "
                         f"{torch.cuda.device_count()} GPUs")
     if cuda:
         torch.cuda.set_device(local_rank)
-        torch.backends.cudnn.benchmark = True  # every batch has the same shape
+        torch.backends.cudnn.benchmark = True  # nearly every batch has the same shape
     if world_size > 1:
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
@@ -220,21 +221,23 @@ def main(stage: Callable, config_class: type, argv: list[str] | None = None,
     config, script = parse(config_class, argv), f"{stage.__name__}.py"
     with errors_in_one_sentence(script, config.out):
         place = read_place()
-    first, afterwards = place.rank == 0, getattr(config, "afterwards", "")
+    # What is wrong may be so on one machine alone, and is said once on each.
+    speaks, afterwards = place.local_rank == 0, getattr(config, "afterwards", "")
     try:
         with (contextlib.ExitStack() as resources,
-              errors_in_one_sentence(script, config.out, first, afterwards)):
+              errors_in_one_sentence(script, config.out, speaks, afterwards)):
             stage(config, start(config, place, timeout, bf16_on_cpu), resources)
     except FloatingPointError as error:
-        sys.exit(f"{script}: {error}" if first else 1)
+        sys.exit(f"{script}: {error}" if speaks else 1)
     except torch.OutOfMemoryError:
-        sys.exit(f"{script}: the GPU has too little memory: lower --batch-size, or with "
-                 "pretrain.py set --micro-batch, or take more GPUs")
+        smaller = "lower --batch-size" if hasattr(config, "batch_size") else "use another GPU"
+        pieces = ", or set --micro-batch" if hasattr(config, "micro_batch") else ""
+        sys.exit(f"{script}: the GPU has too little memory: {smaller}{pieces}")
     except RuntimeError as error:
         # Connection closed by peer, or reset by it, or a broken pipe.
         if "gloo/transport" not in str(error) and "closed by peer" not in str(error):
             raise
-        sys.exit(1)  # another process failed, and has already printed the reason
+        sys.exit(1)  # another process failed, and the first one of its machine says why
     finally:
         threading.excepthook = threading.__excepthook__
         if dist.is_initialized():

@@ -46,7 +46,8 @@ def content_of_data(manifest: Manifest, images: np.ndarray | None = None) -> str
 def rows_digest(manifest: Manifest) -> str:
     """Of the whole table."""
     columns = [manifest.paths, manifest.patients, manifest.splits, manifest.label_names]
-    columns += [column for column in (manifest.studies, manifest.views) if column is not None]
+    more = manifest.studies, manifest.view_positions
+    columns += [column for column in more if column is not None]
     return _digest(*("\n".join(column).encode("utf-8", "surrogateescape")
                      for column in columns), manifest.labels.tobytes())
 

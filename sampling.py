@@ -1,7 +1,7 @@
 """Which images form a batch, and which of them are compared: pure functions of the seed.
 
-Without flags every epoch is one shuffle of the train split, and all that this file does is
-`batch_at`. With --balance some images are drawn more often than others; --positives pairs an
+Without flags every epoch is one shuffle of the train split, and `batch_at` is all that
+matters here. With --balance some images are drawn more often than others; --positives pairs an
 image with another of its patient or study; --weigh-loss and --same-patient change what the
 loss makes of a batch.
 """
@@ -23,15 +23,15 @@ SHUFFLE, VIEW, RESAMPLE, PARTNER = range(4)  # purposes, so that no two of them 
 def batch_at(step: int, batch_size: int, images: np.ndarray, seed: int,
              part: slice = slice(None), order: Callable[[int], np.ndarray] | None = None,
              ) -> tuple[np.ndarray, np.ndarray]:
-    """The global batch at `step`, or a part of it: times (B,) and image indices (B,).
+    """The global batch at `step`, or a part of it: times and image indices, (B,) each.
 
-    An image has other views each time that it is shown. Batches are cut from the endless
-    sequence of the epochs' shuffles: every epoch shows each of `images` once, whatever
-    the batch size, and a batch across two epochs belongs to both. So the time is the
-    epoch.
+    Epochs follow each other without a gap, and batches are cut from that sequence: of 10
+    images in batches of 4, step 2 takes the last 2 of epoch 0 and the first 2 of epoch 1.
 
-    order(epoch): another sequence, (n,) places in `images`, which may have one of them
-    several times. Then the time is the place in the endless sequence."""
+    A time tells one showing of an image from the next, so that each has other views. It
+    is the epoch, in which an image comes once. With `order`, by which it may come several
+    times, it is the place in the sequence.
+    order(epoch): (n,) places in `images`, instead of a shuffle."""
     positions = np.arange(step * batch_size, (step + 1) * batch_size)[part]
     epochs, places = np.divmod(positions, len(images))
     index = np.empty_like(places)
@@ -52,31 +52,26 @@ def _shuffle(n: int, seed: int, epoch: int) -> np.ndarray:
 # What the flags change.
 
 class Sampling(NamedTuple):
-    """Of each of the manifest's N images, (N,), or None where that is the same for all."""
-    draw_weights: np.ndarray | None  # how often it is drawn, in proportion
-    groups: np.ndarray | None        # a number, equal for those that may be each other's positive
-    patients: Tensor                 # a number, equal for those that are no negatives
-    loss_weights: Tensor | None      # what the losses of its anchors weigh
+    """What the flags make of the manifest's N images, (N,) each."""
+    draw_weights: np.ndarray | None  # how often it is drawn, in proportion; None: once an epoch
+    groups: np.ndarray | None        # equal for those that may be a pair; None: only its own views
+    patients: Tensor                 # equal for those that are not each other's negatives
+    loss_weights: Tensor | None      # of its anchors in the loss; None: all the same
 
 
 def choose_sampling(manifest: Manifest, train: np.ndarray, balance: tuple[str, ...],
                     weigh_loss: bool, positives: str, same_patient: bool) -> Sampling:
     """By the flags of these names. DataError where the manifest lacks a column."""
     patients = manifest.patient_numbers()
-    draw_weights = groups = loss_weights = None
+    weights = groups = None
     if balance:
-        draw_weights = image_weights(
-            balance, patients, manifest.labels, manifest.label_names, train)
-    if weigh_loss:
-        draw_weights, loss_weights = None, torch.from_numpy(draw_weights)
-    if positives == "patient":
-        groups = patients
-    if positives == "study":
-        groups = manifest.study_numbers()
+        weights = image_weights(balance, patients, manifest.labels, manifest.label_names, train)
+    if positives != "image":
+        groups = patients if positives == "patient" else manifest.study_numbers()
     # An image of the same patient is no negative: what it shows may well be the same.
-    if same_patient:
-        patients = np.arange(len(patients))
-    return Sampling(draw_weights, groups, torch.from_numpy(patients), loss_weights)
+    together = np.arange(len(patients)) if same_patient else patients
+    return Sampling(None if weigh_loss else weights, groups, torch.from_numpy(together),
+                    torch.from_numpy(weights) if weigh_loss else None)
 
 
 def resampled(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
@@ -119,6 +114,7 @@ def partners(groups: Groups, seed: int, times: np.ndarray, images: np.ndarray) -
     probability; the image itself where there is no other."""
     u = uniform_numbers((seed, PARTNER), 1, 0, images, times)[0]       # (B,) in [0, 1)
     first, size = groups.first[images], groups.size[images]
-    # So many places on, 1 to size - 1, and behind the last image comes the first.
-    ahead = 1 + (u * (size - 1)).astype(int)
-    return groups.members[first + (groups.place[images] - first + ahead) % size]
+    # A group's images stand in a row: go 1 to size - 1 places on, and from the last to the first.
+    own = groups.place[images] - first
+    ahead = 1 + (u * (size - 1)).astype(int)  # alone, 1 place on leads back to itself
+    return groups.members[first + (own + ahead) % size]

@@ -1,6 +1,6 @@
 """What makes the views of an image: a pure function of the seed.
 
-A view is a function, not a stream. Every augmentation parameter follows from (seed, epoch,
+A view is a function, not a stream. Every augmentation parameter follows from (seed, time,
 image index, view) alone. Philox maps (key, counter) to numbers: the key holds the seed and
 the purpose, the counter says whose numbers they are, and nothing depends on what was drawn
 before. So a run can be resumed at any step, or spread over any number of processes, and
@@ -33,8 +33,10 @@ class Augmentation:
 
 def view_parameters(augmentation: Augmentation, seed: int, times: np.ndarray, images: np.ndarray,
                     view: int | np.ndarray) -> dict[str, np.ndarray]:
-    """What makes view number `view` of each of B images, by the names of DALI's arguments.
+    """What makes view number `view` of each of B images.
 
+    times: (B,) of `batch_at`, which tell the showings of an image apart.
+    Returns, most of them under the names of DALI's arguments:
     roi_start, roi_end (B, 2): the crop window, (y, x) as fractions of the image.
     angle (B,): degrees, counter-clockwise; left out where nothing is rotated.
     sigma (B,): of the blur, pixels; left out where nothing is blurred.

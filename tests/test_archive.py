@@ -1,5 +1,6 @@
 """images.tar: the same batches to the bit, read by everything that reads images, and each kind of
 damage named in a sentence."""
+import json
 import os
 import shutil
 import signal
@@ -95,6 +96,15 @@ def flip(file, place):
         tar.write(bytes([byte[0] ^ 255]))
 
 
+def members_of_index(file, number):
+    """Another number of members in the index's first line, which its checksum does not cover."""
+    with open(file, "r+b") as tar:
+        tar.seek(512)
+        line = json.loads(tar.read(512)) | {"members": number}
+        tar.seek(512)
+        tar.write(json.dumps(line).encode().ljust(512))
+
+
 @pytest.mark.parametrize("damage, message", [
     (lambda folder: os.truncate(folder / NAME, 20_000), r"images.tar has 20,000 bytes and its"),
     (lambda folder: os.truncate(folder / NAME, 1100), r"images.tar has 1,100 bytes and its"),
@@ -102,6 +112,8 @@ def flip(file, place):
     (lambda folder: (folder / NAME).write_text("no tar" * 1000), r"images.tar has no index"),
     (lambda folder: flip(folder / NAME, 515), r"images.tar has no index"),
     (lambda folder: flip(folder / NAME, 1030), r"the index of .*images.tar is damaged"),
+    *((lambda folder, n=n: members_of_index(folder / NAME, n), r"the index of .*tar is damaged")
+      for n in (900, -2, "", None)),
     (lambda folder: edit(folder, 5, 0, "images/new.jpg"),
      r"manifest.csv, row 6: images/new.jpg is not in .*images.tar, which was packed before")])
 def test_damage_is_named(packed, damage, message):

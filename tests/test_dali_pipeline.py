@@ -197,8 +197,8 @@ def test_batches_are_the_same_from_any_step_and_on_any_number_of_processes(data,
 
     def batches(steps, rank=0, world_size=1):
         return list(train_loader(manifest, manifest.images("train"), 8, steps, 2, STRONG,
-                                 Preprocessing(32), 3, "cpu", rank, world_size, weights=weights,
-                                 groups=numbers))
+                                 Preprocessing(32), 3, "cpu", rank, world_size,
+                                 draw_weights=weights, groups=numbers))
 
     whole = batches(range(8))                                   # across the seam at step 5.25
     for expected, got in zip(whole[5:], batches(range(5, 8)), strict=True):

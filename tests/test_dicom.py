@@ -336,9 +336,9 @@ def test_dicom_studies_are_pseudonyms_and_views_are_known_words(tmp_path):
     assert text.startswith("path,patient,split,study,view\n")
     assert "1.2.77" not in text and "MILLER" not in text
     manifest = read_manifest(tmp_path / "out")
-    assert sorted(manifest.views.tolist()) == ["", "", "LATERAL", "PA"]
+    assert sorted(manifest.view_positions.tolist()) == ["", "", "LATERAL", "PA"]
     assert all(len(study) in (0, 16) for study in manifest.studies)
-    same = manifest.studies[manifest.views != ""]
+    same = manifest.studies[manifest.view_positions != ""]
     assert same[0] == same[1] != "" and len(set(manifest.studies)) == 3
     assert len(set(manifest.patients)) == 2 and len(set(manifest.study_numbers())) == 3
 

@@ -109,7 +109,7 @@ def test_both_ways_of_reading_a_table_agree(tmp_path):
         fast += 1
         by_rows = table_by_rows(file, tmp_path)            # and does not refuse it
         assert (at_once.paths, at_once.label_names) == (by_rows.paths, by_rows.label_names)
-        seen.add((at_once.studies is None, at_once.views is None))
+        seen.add((at_once.studies is None, at_once.view_positions is None))
         for one, other in zip(at_once[1:4] + at_once[5:], by_rows[1:4] + by_rows[5:], strict=True):
             assert (one is None) == (other is None)
             if one is not None:
@@ -122,7 +122,7 @@ def test_studies_and_views(folder):
     """A study's name is a patient's own; of what is not known no two images share it."""
     lines = (folder / "manifest.csv").read_text().splitlines()
     before = read_manifest(folder)
-    assert before.studies is None and before.views is None
+    assert before.studies is None and before.view_positions is None
     with pytest.raises(DataError, match="manifest.csv has no column study"):
         before.study_numbers()
     cells = ["s1,PA", "s1,Lateral", "s2,", ",AP", ",", "s1,PA", *["s1,AP"] * 6]
@@ -131,7 +131,7 @@ def test_studies_and_views(folder):
         for line, cell in zip(lines, ["study,view", *cells], strict=True)) + "\n")
     assert table_at_once(folder / "manifest.csv") is not None
     manifest = read_manifest(folder)
-    assert [f"{a},{b}" for a, b in zip(manifest.studies, manifest.views)] == cells
+    assert [f"{a},{b}" for a, b in zip(manifest.studies, manifest.view_positions)] == cells
     assert manifest.label_names == before.label_names
     np.testing.assert_array_equal(manifest.labels, before.labels)
     assert rows_digest(manifest) != rows_digest(before)

@@ -441,7 +441,8 @@ def test_nih(tmp_path):
         present = {name for name, value in labels.items() if value == 1}
         assert present == findings[Path(path).with_suffix(".png").name]
         assert set(labels.values()) == {0, 1}
-    for path, study, view in zip(manifest.paths, manifest.studies, manifest.views, strict=True):
+    columns = manifest.paths, manifest.studies, manifest.view_positions
+    for path, study, view in zip(*columns, strict=True):
         assert (study, view) == (("000", "PA"), ("001", "AP"))["_001" in path]
     assert rejected(tmp_path / "out") == {
         "00000021_000.png": "named in Data_Entry_2017.csv, missing on disk",
@@ -452,7 +453,7 @@ def test_nih(tmp_path):
         f"{image},{findings},{patient}\n" for image, findings, patient in rows))
     run("nih", "--src", src, "--out", tmp_path / "short", "--workers", 2, "--val-fraction", 0.2)
     short = read_manifest(tmp_path / "short")
-    assert short.paths == manifest.paths and short.studies is None and short.views is None
+    assert short.paths == manifest.paths and short.studies is None and short.view_positions is None
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".PNG"])
@@ -560,7 +561,7 @@ def test_chexpert(tmp_path, capsys):
     run("chexpert", "--src", src, "--out", tmp_path / "all", "--workers", 2, "--all-views")
     every = read_manifest(tmp_path / "all")
     assert len(every.paths) == 42 and every.label_names == sources.CHEXPERT_OBSERVATIONS
-    assert Counter(every.views.tolist()) == {"AP": 22, "Lateral": 20}
+    assert Counter(every.view_positions.tolist()) == {"AP": 22, "Lateral": 20}
     # Both views of a patient are of one study, which every patient calls study1.
     assert sorted(Counter(every.study_numbers().tolist()).values()) == [1, 1, *[2] * 20]
     wrong = (chexpert_path("train", 1, "Frontal"), "Frontal", ["2.0", *cells[1:]])

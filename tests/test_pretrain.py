@@ -223,8 +223,10 @@ def test_encoder_is_written_again_or_guarded(data, tmp_path, capsys):
     (tmp_path / "run/encoder.pt").unlink()
     assert torch.equal(again(), first) and "has reached --max-steps" in capsys.readouterr().out
     (tmp_path / "run/last.pt").unlink()
+    settings = (tmp_path / "run/config.json").read_bytes()
     message = refused(capsys, "--data", data, "--out", tmp_path / "run", "--seed", 3)
     assert "holds an encoder.pt and no last.pt" in message
+    assert (tmp_path / "run/config.json").read_bytes() == settings
     assert not torch.equal(again("--seed", "3", "--overwrite"), first)
 
 
@@ -270,7 +272,8 @@ def test_wrong_input_gets_one_sentence(data, folder, tmp_path, capsys):
     assert "unrecognized arguments: --batchsize 8" in refused(capsys, "--batchsize", 8)
     for flag, value in [("--epochs", 0), ("--temperature", -1), ("--temperature", "nan"),
                         ("--flip", 2), ("--brightness", 1), ("--warmup-epochs", 3),
-                        ("--crop-area", "0.9 0.2"), ("--blur", "0 1")]:
+                        ("--crop-area", "0.9 0.2"), ("--blur", "0 1"), ("--blur", "1 inf"),
+                        ("--temperature", "0.2 0.1"), ("--temperature", "0.1 0.2 0.3")]:
         assert flag in refused(capsys, flag, *str(value).split())
     (folder / "manifest.csv").write_text("")
     assert "manifest.csv is empty" in refused(capsys, "--data", folder, "--out", out)

@@ -6,16 +6,19 @@ import json
 import os
 import pickle
 import shutil
+import signal
+import socket
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, SMALL, run, smooth_image, write_folder
+from conftest import ROOT, SMALL, run, smooth_image, start, write_folder
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager
@@ -27,12 +30,12 @@ import predict
 import pretrain
 import probe
 import report
+import run as run_module
 from checkpoint import CheckpointError, load_checkpoint
 from common import DataError, lock, read_place
 from dali_pipeline import Preprocessing, eval_loader
 from manifest import read_manifest
 from model import build_encoder
-from run import start
 
 STEPS = [*SMALL, "--max-steps", "1"]
 
@@ -160,6 +163,54 @@ def test_an_impossible_environment_of_torchrun_is_refused(monkeypatch, rank, wor
         read_place()
 
 
+def on_two_machines(tmp_path, data):
+    """What pretrain.py prints as the only process of each of two machines, whose data folders are
+    these."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank, folder in enumerate(data):
+        (tmp_path / str(rank)).mkdir()
+        (tmp_path / f"{rank}/data").symlink_to(folder)
+        script = f"import os, pretrain; os.chdir({str(tmp_path / str(rank))!r}); pretrain.main()"
+        environment = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0",
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                       "PYTHONPATH": str(ROOT)}
+        processes.append(start("-c", script, *STEPS, "--data", "data", "--out", tmp_path / "run",
+                               env=environment))
+    outputs = [process.communicate(timeout=100)[0] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1], outputs
+    assert "Traceback" not in "".join(outputs)
+    return outputs
+
+
+def test_what_is_wrong_on_one_machine_alone_is_said_there(data, tmp_path):
+    _, second = on_two_machines(tmp_path, [data, tmp_path / "nowhere"])
+    assert "pretrain.py: data is not a data folder" in second
+
+
+def test_machines_whose_data_folders_differ_do_not_train_together(data, folder, tmp_path):
+    """A copy of the folder on a machine's own disk, in which two patients are one."""
+    shutil.copytree(data, tmp_path / "copy")
+    table = (tmp_path / "copy/manifest.csv").read_text()
+    (tmp_path / "copy/manifest.csv").write_text(table.replace(",p1,", ",p0,"))
+    for output in on_two_machines(tmp_path, [data, tmp_path / "copy"]):
+        assert "the processes do not see the same train split in data" in output
+
+
+def test_a_suspended_process_accuses_no_image():
+    """A job that a cluster suspends for longer than a read may take."""
+    code = ("import culprit, time; culprit.PATIENCE = 2; watch = culprit.Watch(None, [])\n"
+            "with watch:\n    print('waits', flush=True)\n    time.sleep(5)\nprint('ended')")
+    process = start("-c", code)
+    assert process.stdout.readline() == "waits\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(4)
+    process.send_signal(signal.SIGCONT)
+    assert process.communicate(timeout=60)[0] == "ended\n" and process.returncode == 0
+
+
 def test_a_meeting_point_alone_is_no_environment(monkeypatch):
     """Job scripts export it for torchrun, and start single processes beside it."""
     monkeypatch.setenv("MASTER_ADDR", "localhost")
@@ -173,7 +224,7 @@ def test_precision_on_a_cpu_is_bf16_for_pretraining_alone(data, tmp_path, capsys
         pretrain.main([*SMALL, "--data", str(data), "--out", str(tmp_path / precision),
                        "--max-steps", "1", "--precision", precision])
         assert f"{expected} on 1 x CPU" in capsys.readouterr().out
-    assert start(finetune.Config()).precision == "fp32"
+    assert run_module.start(finetune.Config()).precision == "fp32"
 
 
 def test_a_batch_of_one_is_refused(data, tmp_path, capsys):

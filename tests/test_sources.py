@@ -626,7 +626,7 @@ def test_mimic(tmp_path, capsys):
     assert [labels[name] for name in names[:3]] == [1, 0, -1] and np.isnan(labels[names[3]])
     assert np.isnan(manifest.labels[0]).all()
     assert manifest.studies.tolist() == [row[1] for row in rows[::2]]
-    assert set(manifest.views) == {"PA"}
+    assert set(manifest.view_positions) == {"PA"}
     said = capsys.readouterr().out
     assert "views left out: 10" in said and "chexpert.csv.gz: 1;" in said
     assert "metadata.csv: 0. Studies of mimic-cxr-2.0.0-chexpert.csv.gz without an image: 0" in said
