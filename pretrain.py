@@ -471,7 +471,7 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     # After `step` steps: probe, save, leave if it is time; then take one more.
     while True:
         step, stop_signal = training.step, stop.received(compute)
-        at_end = step == schedule.end
+        at_end, saved = step == schedule.end, step == start_step
         with progress.pause():
             # Every few epochs: do the features get better, and not only the loss? When somebody
             # wants the machine there is no time for that; the run that goes on will do it.
@@ -480,13 +480,13 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
                 scores = probe.scores(net.encoder, config.batch_size, preprocessing, compute)
                 if not scores:
                     raise diverged(f"the features are not finite after step {step}", config)
-                training.probed, auroc = step, scores["probe/auroc"]
+                training.probed, auroc, saved = step, scores["probe/auroc"], False
                 curves.add(step, schedule.epoch(step), scores)
                 say(f"{schedule.position(step)} | {probe_sentence(scores)}")
 
             # Every few steps, after a probe, at the end, and when somebody wants the machine: save.
             due = step % config.save_every == 0 or step in schedule.probes or at_end or stop_signal
-            if compute.rank == 0 and step and due:
+            if compute.rank == 0 and step and due and not saved:
                 training.save()
         if at_end:
             break

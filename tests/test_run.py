@@ -201,12 +201,12 @@ def test_machines_whose_data_folders_differ_do_not_train_together(data, folder, 
 
 def test_a_suspended_process_accuses_no_image():
     """A job that a cluster suspends for longer than a read may take."""
-    code = ("import culprit, time; culprit.PATIENCE = 2; watch = culprit.Watch(None, [])\n"
-            "with watch:\n    print('waits', flush=True)\n    time.sleep(5)\nprint('ended')")
+    code = ("import culprit, time; culprit.PATIENCE = 6; watch = culprit.Watch(None, [])\n"
+            "with watch:\n    print('waits', flush=True)\n    time.sleep(8.5)\nprint('ended')")
     process = start("-c", code)
     assert process.stdout.readline() == "waits\n"
     process.send_signal(signal.SIGSTOP)
-    time.sleep(4)
+    time.sleep(7)
     process.send_signal(signal.SIGCONT)
     assert process.communicate(timeout=60)[0] == "ended\n" and process.returncode == 0
 
