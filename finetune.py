@@ -176,6 +176,7 @@ def fit_probes(study: Study, missing: list[Combination]) -> dict[Combination, di
     """Fit a probe for every missing linear combination, and for every full one that starts from a
     probe and has no epoch yet. Finish the former; return the heads of the latter."""
     heads = {}
+    # What goes on from a checkpoint has its head from there.
     begun = {key_in(study.last), *(c for c in missing if key_in(study.waiting_file(c)) == c)}
     for init in study.inits.values():
         combinations = [c for c in missing if c.init == init.key and (
@@ -332,6 +333,7 @@ def claim_last(study: Study, c: Combination) -> None:
 
 def forget_damaged(study: Study) -> None:
     """Delete what of a begun training cannot be read, and say so: it begins anew."""
+    # Checkpoints are replaced as a whole, so that only a power cut or a disk damages one.
     for file in sorted(study.out.glob("last*.pt")):
         if key_in(file) is None:
             study.compute.say(f"{file} is damaged: its epochs are lost, and that training begins "
@@ -457,6 +459,7 @@ def write_report(study: Study, combinations: list[Combination]) -> None:
            study.truth("test"), study.manifest.patients[study.splits["test"]])
     files = [out / name for name in ("results.md", "results.json", "classifier.pt")]
     study.compute.say("done:", ", ".join(str(file) for file in files if file.exists()))
+    # Kept are predictions, which do not bring the best combination's network back.
     if not files[-1].exists():
         study.compute.say(f"{files[-1]} was deleted, and only --overwrite makes it again")
 

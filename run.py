@@ -228,8 +228,9 @@ def main(stage: Callable, config_class: type, argv: list[str] | None = None,
     except FloatingPointError as error:
         sys.exit(f"{script}: {error}" if first else 1)
     except torch.OutOfMemoryError:
-        sys.exit(f"{script}: the GPU has too little memory: lower --batch-size, or with "
-                 "pretrain.py set --micro-batch, or take more GPUs")
+        sys.exit(f"{script}: the GPU has too little memory: leave it to this run alone, take a "
+                 "larger one, or, as far as this script can, a smaller --batch-size or "
+                 "--micro-batch, or more GPUs")
     except RuntimeError as error:
         # Connection closed by peer, or reset by it, or a broken pipe.
         if "gloo/transport" not in str(error) and "closed by peer" not in str(error):
