@@ -659,20 +659,23 @@ def test_folds_that_cannot_be_are_refused(labelled, encoder, tmp_path, capsys):
     assert "--folds 50 are too many for 48 labelled patients" in refused(
         "--folds", 50, "--mode", "linear")
 
-    # Without a certain positive, nothing can be scored; without one outside of two folds, nothing
-    # be learned, though there are uncertain ones.
-    def data(name, cell):
-        return changed(labelled, tmp_path / name, lambda lines: [
-            lines[0][:4], *([*line[:3], cell(line)] for line in lines[1:])])
 
-    flags = "--folds", 3, "--mode", "linear"
-    unsure = data("unsure", lambda line: "-1" if line[3] == "1" else line[3])
-    assert "--folds can score no label, as none has a certain positive" in refused(
-        *flags, "--data", unsure, "--uncertain", "ones")
+@pytest.mark.parametrize("flags, complaint", [
+    (["--uncertain", "ones"], "--folds can score no label, as none has a certain positive"),
+    (["--uncertain", "multiclass"], "what fold 0 is predicted from says nothing of Mass")])
+def test_uncertain_labels_alone_are_refused_by_folds(labelled, encoder, tmp_path, flags, complaint):
+    """Where all that could be positive is uncertain, and where all of a third fold is."""
     manifest = read_manifest(labelled)
     learners = manifest.patients[(manifest.splits != "test") & ~np.isnan(manifest.labels[:, 0])]
-    certain = set(learners[deal(learners, 3, 0) != 2])
-    rare = data("rare", lambda line: line[3] and (line[3] if line[1] in certain else "-1"))
-    assert "what fold 0 is predicted from says nothing of Mass" in refused(
-        *flags, "--data", rare, "--uncertain", "multiclass", "--blank", "ignore",
-        "--out", tmp_path / "rare run")
+    third = set(learners[deal(learners, 3, 0) == 2])
+    ones = "ones" in flags
+
+    def unsure(lines):
+        return [lines[0][:4], *(
+            [*line[:3], "-1" if (line[3] == "1" if ones else line[1] in third) else line[3]]
+            for line in lines[1:])]
+
+    with pytest.raises(SystemExit) as end:
+        main("--init", encoder, "--mode", "linear", "--folds", 3, *flags, "--out", tmp_path / "run",
+             "--data", changed(labelled, tmp_path / "data", unsure))
+    assert complaint in end.value.code

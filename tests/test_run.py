@@ -32,6 +32,7 @@ from common import DataError, lock, read_place
 from dali_pipeline import Preprocessing, eval_loader
 from manifest import read_manifest
 from model import build_encoder
+from run import main as run_stage
 from run import start
 
 STEPS = [*SMALL, "--max-steps", "1"]
@@ -534,3 +535,12 @@ def test_a_classifier_whose_parts_do_not_belong_together_is_refused(encoder, tmp
         torch.save(state | change, tmp_path / "classifier.pt")
         with pytest.raises(CheckpointError, match="classifier.pt"):
             predict.load_classifier(tmp_path / "classifier.pt")
+
+
+def test_a_full_gpu_is_a_sentence_that_is_true_of_every_stage(tmp_path):
+    """cluster_eval.py has no --batch-size."""
+    def stage(config, compute, resources):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(SystemExit, match="as far as this script can, a smaller --batch-size"):
+        run_stage(stage, cluster_eval.Config, ["--out", str(tmp_path)])
