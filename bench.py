@@ -61,6 +61,7 @@ from views import Augmentation
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+GPU_PAIRS = 64, 256                     # of `step` on a GPU, whatever --batch-size is
 BATCHES = 8                             # that a loader delivers between two looks at the clock
 TEMPERATURE = 0.07
 LINES: list[dict[str, Any]] = []        # every figure of this run
@@ -130,7 +131,8 @@ def machine() -> dict[str, str | int]:
                                            stderr=subprocess.DEVNULL).strip()
         return ""
 
-    models = [line.split(":")[1].strip() for line in answer("cat", "/proc/cpuinfo").splitlines()
+    processors = Path("/proc/cpuinfo").read_text()
+    models = [line.split(":")[1].strip() for line in processors.splitlines()
               if line.startswith("model name")]
     commit = answer("git", "rev-parse", "--short", "HEAD") or "unknown"
     changed = " with changes" if answer("git", "status", "--porcelain", "-uno") else ""
@@ -185,7 +187,7 @@ def demo_folder(args: argparse.Namespace, folder: Path) -> Manifest:
 
 
 def dali_loader(args: argparse.Namespace, manifest: Manifest) -> Loader:
-    """An endless one, by the published recipe; float16 on a GPU, as in pre-training."""
+    """An endless one, by the published recipe; float32, as in pre-training."""
     return train_loader(
         manifest, np.arange(len(manifest.paths)), args.batch_size, steps=range(10**6), views=2,
         augmentation=Augmentation(), preprocessing=Preprocessing(args.size), seed=0,
@@ -364,7 +366,7 @@ def pairs_per_second(args: argparse.Namespace, step: Callable, pairs: int,
 
 def bench_step(args: argparse.Namespace, folder: Path) -> None:
     """Whole steps on noise: precisions, compiled or not, optimizers, the bare encoder beside."""
-    for pairs in (64, 256) if CUDA else (args.batch_size,):
+    for pairs in GPU_PAIRS if CUDA else (args.batch_size,):
         same, speeds, memory = itertools.repeat(noise(args, pairs)), {}, {}
         for way in ways(args):
             step = Step(args, folder, way, pairs)
@@ -710,7 +712,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help=f"{', '.join(PARTS)} (default: all but {slow}, which take minutes)")
     flags: list[tuple[str, Any, Any, str]] = [
         ("--size", positive, 224, "side of a view, pixels"),
-        ("--batch-size", number_within(int, 2, 10**6), 32, "images, two views each"),
+        ("--batch-size", number_within(int, 2, 10**6), 32,
+         f"images, two views each; step on a GPU takes {' and '.join(map(str, GPU_PAIRS))}"),
         ("--threads", positive, None, "of the loaders (default: as pretrain.py)"),
         ("--repeats", positive, 5, "of which the median counts"),
         ("--images", positive, 10_000, "for probe"),
@@ -748,7 +751,10 @@ def main(argv: list[str] | None = None) -> None:
             PARTS[name].run(args, Path(folder))
         if args.json:                           # after each part: a later one may be interrupted
             flags = {key: str(value) for key, value in vars(args).items()}
-            lines = [line | about | {"flags": flags} for line in LINES]
+            # A figure of `step` names the pairs that it was measured with.
+            flags_of = {"step": {key: flags[key] for key in flags if key != "batch_size"}}
+            lines = [line | about | {"flags": flags_of.get(line["part"], flags)}
+                     for line in LINES]
             write_text(args.json, json.dumps(lines, indent=1) + "\n")
 
 

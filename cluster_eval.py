@@ -1,7 +1,7 @@
 """Stage 3: what structure features have, without labels in training. Encoder and
 data folder in, one table out.
 
-    python cluster_eval.py                              the last pre-training, and controls
+    python cluster_eval.py                              runs/pretrain's encoder, and controls
     python cluster_eval.py --init imagenet runs/pretrain/encoder.pt runs/finetune/classifier.pt
     python cluster_eval.py --classes binary:Effusion    one finding against the rest
     python cluster_eval.py --k sweep                    how many clusters do features suggest?
@@ -10,8 +10,8 @@ data folder in, one table out.
 k-means never sees a label; labels only judge what it found. They have to be exclusive
 for that: --classes says which images take part, and as what. It is done on test, because
 an encoder may remember the images of train, and a classifier their labels too. The run
-folder (--out) gets results.json, results.md, and in cluster_figures/ a PNG for each row
-and TensorBoard's files.
+folder (--out) gets results.json, results.md, and in cluster_figures/ a PNG for each row,
+one of the sweep, and TensorBoard's files; --export writes a file besides.
 """
 import contextlib
 import dataclasses
@@ -40,7 +40,7 @@ import run_folder
 from checkpoint import load_checkpoint, settings_of
 from common import DataError, valid_unicode, whole_file, write_text
 from dali_pipeline import Preprocessing, eval_loader
-from flags import ENCODERS, PRECISION, THREADS, flag
+from flags import ENCODERS, PRECISION, THREADS, default_encoder, flag
 from labels import choose_classes, labels_required
 from manifest import Manifest, read_manifest
 from manifest_csv import SPLITS
@@ -51,7 +51,7 @@ from report import (
     sweep_figure, write_json)
 from run import Compute
 
-# What a run writes, and --overwrite deletes. Where the first of them is, everything is.
+# By these a run is complete; the first comes last. cluster_figures/ goes with them, see `clear`.
 RESULTS = ("results.json", "results.md")
 # The table's columns and the keys of results.json.
 SCORES = ("accuracy", "balanced_accuracy", "NMI", "ARI", "purity", "silhouette",
@@ -72,12 +72,12 @@ PIXELS, COMPONENTS = 32, 50
 
 @dataclass
 class Config:
-    """The defaults compare the last pre-training with random weights and raw pixels."""
+    """The defaults compare a pre-trained encoder with random weights and raw pixels."""
     afterwards: ClassVar[str] = "begins anew, with the features that are kept"
 
     init: tuple[str, ...] = flag(
-        (), "rows: random, imagenet, pixels, checkpoints (default: random, pixels and the "
-        "last pre-training)", metavar="NAME|PATH", section="rows, images and classes")
+        (), "rows: random, imagenet, pixels, checkpoints (default: random, pixels and "
+        f"{' or '.join(ENCODERS)})", metavar="NAME|PATH", section="rows, images and classes")
     data: str | None = flag(
         None, "data folder (default: the one that the first checkpoint was trained on)")
     split: str = flag("test", "images", choices=(*SPLITS, "all"))
@@ -134,12 +134,7 @@ class Row:
 
 def read_checkpoints(inits: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     """The checkpoint of each row, {} for those without one; DataError where a row cannot be had."""
-    if not inits:
-        trained = next((path for path in ENCODERS if Path(path).exists()), None)
-        if trained is None:
-            raise DataError(f"{ENCODERS[0]} does not exist: run pretrain.py first (--demo "
-                            "brings its own data), or name --init")
-        inits = ("random", "pixels", trained)
+    inits = inits or ("random", "pixels", default_encoder())
     return {init: {} if init in NO_CHECKPOINT else load_checkpoint(init)
             for init in inits}
 
@@ -147,22 +142,20 @@ def read_checkpoints(inits: tuple[str, ...]) -> dict[str, dict[str, Any]]:
 def inherit(checkpoints: dict[str, dict[str, Any]]) -> tuple[list[Row], str]:
     """The rows, and the data folder of the first training.
 
-    Architecture and preprocessing are those that a row's checkpoint was trained with.
-    A row without a checkpoint, or with a plain state dict, has them from the first
-    one that says."""
-    trained = (state for state in checkpoints.values() if "config" in state)
-    first: dict[str, Any] = next(trained, {"config": {}})
+    Architecture and preprocessing are those that a row's checkpoint was trained with, and
+    what it does not say is as in the first one that says anything."""
+    first: dict[str, Any] = next(filter(None, map(settings_of, checkpoints.values())), {})
     names = [field.name for field in dataclasses.fields(Preprocessing)]
     rows = []
     for init, state in checkpoints.items():
-        settings = settings_of(state if "config" in state else first)
-        arch = settings_of(state if "arch" in state else first).get("arch", "resnet50")
+        settings = first | settings_of(state)
+        arch = settings.get("arch", "resnet50")
         preprocessing = {name: settings[name] for name in names if name in settings}
         if init == "pixels":
             arch, preprocessing["image_size"] = "PCA", PIXELS
         needed = 0 if init == "pixels" else labels_required(init, state)
         rows.append(Row(init, arch, preprocessing, needed))
-    return rows, settings_of(first).get("data", "data/nih")
+    return rows, first.get("data", "data/nih")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -288,15 +281,15 @@ def agreement(truth: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
     information over the mean entropy. ARI: Hubert and Arabie 1985. purity: every
     cluster takes its majority class; grows with k."""
     # Classes and clusters that occur, (C, K).
-    table: Any = metrics.cluster.contingency_matrix(truth, clusters)
-    classes, assigned = linear_sum_assignment(table, maximize=True)
-    correct = np.zeros(len(table))                      # images of each class
-    correct[classes] = table[classes, assigned]
+    counts: Any = metrics.cluster.contingency_matrix(truth, clusters)
+    classes, assigned = linear_sum_assignment(counts, maximize=True)
+    correct = np.zeros(len(counts))                     # images of each class
+    correct[classes] = counts[classes, assigned]
     return {"accuracy": correct.sum() / len(truth),
-            "balanced_accuracy": (correct / table.sum(1)).mean(),
+            "balanced_accuracy": (correct / counts.sum(1)).mean(),
             "NMI": metrics.normalized_mutual_info_score(truth, clusters),
             "ARI": metrics.adjusted_rand_score(truth, clusters),
-            "purity": table.max(0).sum() / len(truth)}
+            "purity": counts.max(0).sum() / len(truth)}
 
 
 class Clustering(NamedTuple):
@@ -366,6 +359,7 @@ def evaluate(features: np.ndarray, truth: np.ndarray, patients: np.ndarray, k: i
 
     scores = {}
     for name in SCORES:
+        # Silhouette and cosines are no part of the draws: their replicates and intervals are NaN.
         replicates = np.array([np.mean(draw.get(name, math.nan)) for draw in draws])
         lowest = -1 if name == "ARI" else 0
         scores[name] = estimate(values[name], replicates, lowest)
@@ -375,15 +369,14 @@ def evaluate(features: np.ndarray, truth: np.ndarray, patients: np.ndarray, k: i
 
 def resampled_scores(counts: np.ndarray, truth: np.ndarray, clusters: list[np.ndarray],
                      sample: np.ndarray, shares: np.ndarray) -> dict[str, list]:
-    """Scores where image i counts counts[i] times: a value for each seed,
-    or one where seeds play no part.
+    """Scores where image i counts counts[i] times: {score: [a value for each seed]}; of the k-NN
+    scores [one value], since k-means plays no part in them.
 
     counts, truth (n,); clusters: (n,) for each seed; sample (m,); shares (m, C) of
     the classes among the neighbours of `sample`."""
     images = np.repeat(np.arange(len(truth)), counts)
-    tables = [agreement(truth[images], labels[images]) for labels in clusters]
-    scores: dict[str, list] = {
-        name: [table[name] for table in tables] for name in tables[0]}
+    found = [agreement(truth[images], labels[images]) for labels in clusters]
+    scores: dict[str, list] = {name: [one[name] for one in found] for name in found[0]}
 
     # Without another patient nobody votes, and a draw may hold none of the sample's images.
     queries = np.repeat(np.arange(len(sample)), counts[sample])     # rows of `shares`
@@ -444,8 +437,8 @@ def cluster_numbers(clusters: np.ndarray, k: int, truth: np.ndarray,
     assigned to it. Clusters that got no class come after the classes.
 
     clusters (n,), below k; truth (n,), below `classes`."""
-    table = metrics.confusion_matrix(truth, clusters, labels=range(max(k, classes)))
-    cluster_of_number = linear_sum_assignment(table, maximize=True)[1]
+    counts = metrics.confusion_matrix(truth, clusters, labels=range(max(k, classes)))
+    cluster_of_number = linear_sum_assignment(counts, maximize=True)[1]
     return np.argsort(cluster_of_number)[:k]
 
 
@@ -492,8 +485,8 @@ def figures(title: str, tag: str, features: np.ndarray, best: Any, selection: Se
     draw_map(by_cluster, points, clusters[on_map], legend, "cluster, named by its class")
 
     # Which class is in which cluster.
-    table = metrics.confusion_matrix(truth, clusters, labels=range(columns))
-    draw_table(contingency, table[:classes], legend)
+    counts = metrics.confusion_matrix(truth, clusters, labels=range(columns))
+    draw_table(contingency, counts[:classes], legend)
 
     # What a cluster looks like: the eight images nearest to its centre, some of them twice
     # if n < 8. Twelve clusters fit on the sheet.
@@ -647,8 +640,8 @@ def cluster_eval(config: Config, compute: Compute, resources: contextlib.ExitSta
         results[row.init] = {
             "labels_required": row.labels_required, "arch": row.arch, **row.preprocessing,
             "scores": evaluation.scores}
-        means = [f"{name} {score['mean']:.3f}" for name, score in evaluation.scores.items()]
-        print(f"{row.init} ({row.arch}, {row.preprocessing}): {', '.join(means)}", flush=True)
+        scores = [f"{name} {score['mean']:.3f}" for name, score in evaluation.scores.items()]
+        print(f"{row.init} ({row.arch}, {row.preprocessing}): {', '.join(scores)}", flush=True)
         if config.k == "sweep":
             curves[row.init] = sweep(features, selection)
 

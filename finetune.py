@@ -10,13 +10,13 @@ labels in, classifier and table out.
 
 `linear` fits a logistic regression to the features of the frozen encoder. `full` trains
 the encoder as well; one that was pre-trained starts from its linear probe. Epochs,
-regularisation and thresholds are chosen on val. Test labels meet nothing but predictions
-that already lie on disk.
+regularisation and thresholds are chosen on val. Test labels decide nothing.
 
 The run folder (--out) gets results.json, results.md and plots; classifier.pt, the best on
-val of all combinations, for predict.py; and predictions.pt and last.pt, from which the
-same command goes on after an interruption, at the last whole epoch. A command that asks
-for more fractions, seeds, modes or initialisations trains only what is missing.
+val of all combinations, for predict.py; log.jsonl and tensorboard/, the curves of full
+training; and predictions.pt and last.pt, from which the same command goes on after an
+interruption, at the last whole epoch. A command that asks for more fractions, seeds, modes
+or initialisations trains only what is missing.
 """
 import contextlib
 import itertools
@@ -48,7 +48,7 @@ from model import extract_features
 from run import Compute
 from report import report, report_folds
 from scores import youden
-from study import Combination, Outcome, Study, read_study
+from study import Combination, Outcome, Study, key_in, read_study
 from views import Augmentation
 
 # Of full training: smaller crops than pre-training's, no blur, and brightness that varies less.
@@ -59,8 +59,8 @@ RESULTS = ("predictions.pt", "last.pt", "last-*.pt", "classifier.pt", "log.jsonl
 
 
 # --------------------------------------------------------------------------------------------------
-# Flags: name, type, default, what it means, and the range of a number. Those that say which
-# combinations are asked for may differ when a run goes on.
+# Flags: name, type, default, what it means, and the range of a number. `may_differ` marks those
+# that only choose combinations: a later command may choose others in the same folder.
 
 @dataclass
 class Config:
@@ -76,8 +76,9 @@ class Config:
                                   may_differ=True)
     out: str = flag("runs/finetune", "run folder", may_differ=True)
     overwrite: bool = flag(False, "begin anew in a run folder that holds a run", may_differ=True)
-    from_head: int | None = flag(None, "keep the first N layers of the projection head, each with "
-                                 "batch norm and ReLU (default 0: none)", 0, metavar="N")
+    from_head: int | None = flag(None, "keep the first N layers of the projection head, each but "
+                                 "the last of all with batch norm and ReLU (default 0: none)", 0,
+                                 metavar="N")
     folds: int | None = flag(None, "cross-validate linear classifiers over train and val in K "
                              "folds, and leave test alone (default 0: report on test)", 0,
                              metavar="K")
@@ -113,7 +114,7 @@ class Config:
     def __post_init__(self):
         for name in ("init", "mode", "fraction", "seeds", "labels"):
             setattr(self, name, tuple(dict.fromkeys(getattr(self, name))))  # the same twice is once
-        # Runs of older versions, whose config.json does not have them, go on.
+        # 0 and "not given" are the same run, so that config.json has one value for both.
         self.from_head, self.folds = self.from_head or None, self.folds or None
         if self.peak and "full" not in self.mode:
             raise ValueError("--peak is over epochs and needs --mode full")
@@ -137,6 +138,7 @@ def finish(study: Study, c: Combination, outcome: Outcome) -> None:
     of_its_mode = {"strength": outcome.strength, "epoch": outcome.epoch,
                    "history": outcome.history, "peaks": outcome.peaks}
     entry = {name: value for name, value in of_its_mode.items() if value is not None}
+    # A plain tuple: weights_only loading knows no class of ours. It equals, and hashes as, c.
     study.predictions[tuple(c)] = entry | {
         "val": torch.from_numpy(outcome.val), "test": torch.from_numpy(outcome.test),
         "val_score": score, "n_train": (~np.isnan(labels)).sum(0).tolist(),
@@ -171,10 +173,11 @@ def save_classifier(study: Study, c: Combination, outcome: Outcome) -> None:
 # Linear: the encoder stays as it came. One process does it while the others wait.
 
 def fit_probes(study: Study, missing: list[Combination]) -> dict[Combination, dict[str, Tensor]]:
-    """Finish the linear combinations; return the heads that full ones start from."""
+    """Fit a probe for every missing linear combination, and for every full one that starts from a
+    probe and has no epoch yet. Finish the former; return the heads of the latter."""
     heads = {}
     # What goes on from a checkpoint has its head from there.
-    begun = {study.last_key, *(c for c in missing if study.waiting_file(c).exists())}
+    begun = {key_in(study.last), *(c for c in missing if key_in(study.waiting_file(c)) == c)}
     for init in study.inits.values():
         combinations = [c for c in missing if c.init == init.key and (
             c.mode == "linear" or (c.starts_from_probe and c not in begun))]
@@ -203,7 +206,8 @@ def freeze_batch_norm(net: nn.Module) -> None:
 def probabilities(study: Study, net: nn.Module, split: str) -> np.ndarray:
     """What a network says of the images of a split, (n, L); all processes share the work.
 
-    FloatingPointError where some of it is no number: as a score it would pass for one."""
+    FloatingPointError where some of it is not finite. Refused, because sorting puts NaN
+    somewhere and an AUROC comes out all the same."""
     compute = study.compute
     loader = eval_loader(study.manifest, study.splits[split], study.config.batch_size,
                          study.preprocessing, **compute.loader_arguments())
@@ -286,7 +290,8 @@ class FineTuning:
 
 
 class EpochLog:
-    """The curves of a full combination in TensorBoard, and log.jsonl, which has those of all.
+    """The curves of a full combination in TensorBoard, and log.jsonl: those of all that have
+    ended, and of this one. What another command began and has put aside comes back with it.
 
     Written by the first process."""
 
@@ -319,11 +324,21 @@ def claim_last(study: Study, c: Combination) -> None:
 
     What it holds of another one, which an earlier command has begun, is put aside until that
     one is asked for again."""
-    key = study.last_key
+    key, waiting = key_in(study.last), study.waiting_file(c)
     if key is not None and key != c and key not in study.predictions:
         os.replace(study.last, study.waiting_file(key))
-    if study.waiting_file(c).exists():
-        os.replace(study.waiting_file(c), study.last)
+    if key_in(waiting) == c:
+        os.replace(waiting, study.last)
+
+
+def forget_damaged(study: Study) -> None:
+    """Delete what of a begun training cannot be read, and say so: it begins anew."""
+    # Checkpoints are replaced as a whole, so that only a power cut or a disk damages one.
+    for file in sorted(study.out.glob("last*.pt")):
+        if key_in(file) is None:
+            study.compute.say(f"{file} is damaged: its epochs are lost, and that training begins "
+                              "anew")
+            file.unlink()
 
 
 def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> Outcome:
@@ -340,7 +355,7 @@ def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> O
     if compute.rank == 0:
         claim_last(study, c)
     compute.barrier()
-    if study.last_key == c:
+    if key_in(study.last) == c:
         training.load()
         say(f"going on from {study.last}, epoch {len(training.history)} of {name}")
     elif head is not None:
@@ -442,8 +457,11 @@ def write_report(study: Study, combinations: list[Combination]) -> None:
              "draws": draws}
     report(out, about, study.by_name(combinations), study.label_names, study.truth("val"),
            study.truth("test"), study.manifest.patients[study.splits["test"]])
-    study.compute.say(f"done: {out / 'results.md'}, {out / 'results.json'}, "
-                      f"{out / 'classifier.pt'}")
+    files = [out / name for name in ("results.md", "results.json", "classifier.pt")]
+    study.compute.say("done:", ", ".join(str(file) for file in files if file.exists()))
+    # Kept are predictions, which do not bring the best combination's network back.
+    if not files[-1].exists():
+        study.compute.say(f"{files[-1]} was deleted, and only --overwrite makes it again")
 
 
 def write_folds_report(study: Study, combinations: list[Combination]) -> None:
@@ -468,6 +486,7 @@ def finetune(config: Config, compute: Compute, resources: contextlib.ExitStack) 
                             **study.settings)
         if not file.exists():
             save_checkpoint(file, {})
+        forget_damaged(study)
     compute.barrier()
     study.predictions.update(load_checkpoint(file))
 
@@ -490,7 +509,7 @@ def finetune(config: Config, compute: Compute, resources: contextlib.ExitStack) 
 
     # All is trained and chosen, so that the test labels may come in.
     if compute.rank == 0:
-        key = study.last_key
+        key = key_in(study.last)
         if key is None or key in study.predictions:     # and not begun by another command
             study.last.unlink(missing_ok=True)
         write_report(study, combinations)

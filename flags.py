@@ -12,7 +12,10 @@ import math
 import sys
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
+
+from common import DataError
 
 # The first of these that exists is what the later stages start from by default.
 ENCODERS = ("runs/pretrain/encoder.pt", "runs/demo/encoder.pt")
@@ -24,6 +27,15 @@ PRECISION: dict[str, Any] = dict(
 THREADS: dict[str, Any] = dict(
     default=None, low=1, high=256, may_differ=True,
     help="of the loader, for each process (default: cores / processes, at most 8)")
+
+
+def default_encoder() -> str:
+    """What a later stage starts from where --init is not given; DataError where there is none."""
+    for path in ENCODERS:
+        if Path(path).exists():
+            return path
+    raise DataError(f"{ENCODERS[0]} does not exist: pre-train first (`python pretrain.py --demo` "
+                    "takes minutes), or name another encoder, random or imagenet with --init")
 
 
 class RunConfig(Protocol):

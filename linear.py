@@ -3,6 +3,7 @@ wait. Cross-validated ones (--folds) compare encoders where test shall not choos
 val is too small to.
 """
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -22,16 +23,18 @@ from study import Combination, Init, Outcome, Study
 class Features(NamedTuple):
     """What the linear layer of a classifier sees of the images."""
     net: Classifier                     # as it came, with a linear layer that is not used
-    x: Tensor                           # (N, D) on the CPU; zeros where an image has no label
+    x: Tensor                           # (N, D) on the CPU; zeros of images in none of the splits
 
 
 def read_features(study: Study, init: Init) -> Features:
-    """Features of the images of all splits; FloatingPointError where some are not finite."""
+    """Features of the images of the study's splits; FloatingPointError where some are not
+    finite."""
     compute = study.compute.without_others()
     torch.manual_seed(0)                # the same untrained encoder for every seed of the draw
     net = compute.place(study.classifier(init)).eval()
 
-    # The encoder's features of each split in a file of its own, as cluster_eval.py looks for them.
+    # The encoder's features of each split in a file of its own, as cluster_eval.py looks for them
+    # where every image of the split has a label.
     folder = study.out.parent / "features"
     compute.say(f"{init.name}: features of {len(study.images)} images, kept in {folder}")
     loaders = [eval_loader(study.manifest, split, study.config.batch_size,
@@ -80,10 +83,10 @@ class LinearProbe:
 
         # All labels and all strengths at once, in double precision.
         weights = cell_weights(targets, mask, study.config.balance)
-        x, targets, weights, strengths = (
-            torch.as_tensor(array, dtype=torch.float64, device=study.compute.device)
-            for array in (self._inputs(sample), targets, weights, STRENGTHS))
-        weight, bias = fit_logistic(x, targets, weights, strengths)
+        double = functools.partial(torch.as_tensor, dtype=torch.float64,
+                                   device=study.compute.device)
+        weight, bias = fit_logistic(double(self._inputs(sample)), double(targets),
+                                    double(weights), double(STRENGTHS))
         weight = weight.flatten(-2).cpu()                                   # (D, R, G * K)
         bias = bias.flatten(-2).cpu()                                       # (R, G * K)
 
@@ -113,13 +116,14 @@ class LinearProbe:
 
 def study_of_fold(study: Study, images: np.ndarray, fold: np.ndarray, k: int,
                   c: Combination) -> Study:
-    """Fold k of the images (n,) in the place of test, the next fold in that of val, and c's draw
-    from the others. DataError where these say nothing of a label."""
+    """Fold k of the images (n,) is predicted (in the place of test), fold k + 1 chooses the
+    regularisation (val), and c's draw comes from the others. DataError where these say nothing of
+    a label."""
     test, val = fold == k, fold == (k + 1) % (fold.max() + 1)               # (n,) bool
     train = images[~(test | val)]                                           # (m,)
     labels = study.task.training_labels[train]                              # (m, L)
     for name, column in zip(study.label_names, labels.T):
-        if np.isnan(column).all():
+        if not np.isin(column, (0, 1)).any():
             raise DataError(f"--folds: what fold {k} is predicted from says nothing of {name}; "
                             "leave it out with --labels")
     patients = study.manifest.patients[train]
@@ -149,5 +153,5 @@ def cross_validate(study: Study, combinations: list[Combination]) -> None:
                 p[fold == k] = LinearProbe(part, features).fit(c).test
             study.predictions[tuple(c)] = {
                 "predictions": torch.from_numpy(p), "fold": torch.from_numpy(fold)}
+            save_checkpoint(study.out / "predictions.pt", study.predictions)
             study.compute.say(f"{study.name(c)}: {folds} folds")
-        save_checkpoint(study.out / "predictions.pt", study.predictions)

@@ -55,8 +55,8 @@ from manifest import Manifest, image_flags, read_manifest
 from model import MEAN, STD, build_encoder, extract_features, num_features
 from prepare import Conversion, convert, count_notes, look_back_at
 from radiograph import (
-    EXTENSIONS, FORMATS, MIN_SIDE, ImageSettings, Reading, find_files, in_parallel, read_image,
-    reason, refuse_mask, what_it_is)
+    EXTENSIONS, FORMATS, MIN_SIDE, ImageSettings, Reading, blank_reason, find_files, in_parallel,
+    read_image, reason, refuse_mask, what_it_is)
 from run import Compute
 from sources import Item
 
@@ -108,7 +108,7 @@ class Config:
             self.out = str(folder / names[0] if len(names) == 1 else folder)
 
     def for_each(self) -> list["Config"]:
-        """The same for each DIR alone."""
+        """A Config for each DIR alone."""
         if len(self.data) == 1:
             return [self]
         return [dataclasses.replace(self, data=(data,),
@@ -146,8 +146,8 @@ def load_classifier(path: str | Path) -> tuple[Classifier, dict]:
         net = Classifier(encoder, outputs, projector)
         net.head.load_state_dict(state["classifier"])
     except MALFORMED as error:
-        reason = last_line(error)
-        raise CheckpointError(f"{path} holds a head that does not fit: {reason}") from None
+        raise CheckpointError(
+            f"{path} holds a head that does not fit: {last_line(error)}") from None
     return net.eval(), state
 
 
@@ -217,20 +217,32 @@ def image_settings(config: Config, state: dict[str, Any]) -> ImageSettings:
         stretch=(stretch[0], stretch[1]) if stretch else None)
 
 
-def say_how_read(inputs: Inputs, settings: ImageSettings, state: dict[str, Any],
+def say_how_read(config: Config, inputs: Inputs, settings: ImageSettings, state: dict[str, Any],
                  say: Callable) -> None:
-    """What is inherited from the classifier's own images, or what differs in a data folder."""
-    own = state["config"].get("images", {})
-    made = image_flags(inputs.folder) if inputs.listed else {}
-    if own and not inputs.listed:
-        stretch = ""
-        if settings.stretch:
-            stretch = ", --stretch {:g} {:g}".format(*settings.stretch)
-        say(f"images are read as the classifier's own: --size {settings.size}, --quality "
-            f"{settings.quality}{stretch}")
-    elif own and made and (difference := differing_flags(own, made)):
-        say(f"warning: the classifier's own images were made with other flags than those of "
-            f"{inputs.folder}, here: {difference}")
+    """What is inherited from the classifier's own images, what differs from them, or what is a
+    guess because the classifier says nothing of them."""
+    own, made = state["config"].get("images", {}), image_flags(inputs.folder)
+    # A data folder's images are JPEGs that prepare.py has made already.
+    if inputs.listed:
+        if config.size or config.stretch or config.modality != Config.modality:
+            say(f"the images of {inputs.folder}, a data folder, are taken as they are: --size, "
+                "--stretch and --modality change nothing")
+        if own and made and (difference := differing_flags(own, made)):
+            say("warning: the classifier's own images were made with other flags than those of "
+                f"{inputs.folder}, here: {difference}")
+        return
+    # Other files become such JPEGs now: by the flags, else as the classifier's own were made.
+    as_own = image_settings(dataclasses.replace(config, size=None, stretch=()), state)
+    how = f"--size {settings.size}, --quality {settings.quality}"
+    if settings.stretch:
+        how += ", --stretch {:g} {:g}".format(*settings.stretch)
+    if not own:
+        say(f"images are read with {how}: how the classifier's own were made is not known")
+    elif settings == as_own:
+        say(f"images are read as the classifier's own: {how}")
+    else:
+        difference = differing_flags(dataclasses.asdict(as_own), dataclasses.asdict(settings))
+        say(f"warning: images are read by other flags than the classifier's own: {difference}")
 
 
 def read_any(file: Path, settings: ImageSettings, modalities: Sequence[str]) -> Reading:
@@ -241,8 +253,8 @@ def read_any(file: Path, settings: ImageSettings, modalities: Sequence[str]) -> 
 
 
 def make_ready(path: str, conversion: Conversion, listed: bool) -> str:
-    """Write the JPEG of an input, named by jpeg_name, or link to an input that is one already;
-    "" or the reason why there is none."""
+    """Put the JPEG of an input, named by jpeg_name, into the conversion's folder: a link to an
+    input that need not be read anew, else a new file. "" or the reason why there is none."""
     file, name = conversion.src / path, jpeg_name(path)
     try:
         ready = decodes(file) if listed else is_as_written(file, conversion.settings)
@@ -255,7 +267,8 @@ def make_ready(path: str, conversion: Conversion, listed: bool) -> str:
 
 
 def unpack(member: Member, target: Path) -> str:
-    """The same for an image of an images.tar."""
+    """Write an image of an images.tar as a file, named by jpeg_name; "" or the reason why it is no
+    image."""
     file = target / jpeg_name(member.path)
     try:
         content = member.read_bytes()
@@ -282,10 +295,9 @@ def open_if_image(file: Path) -> Image.Image | None:
 
 
 def decodes(file: Path) -> bool:
-    """Whether a file that a data folder lists is an image, which is then taken as it is.
-
-    It is decoded, so that the loader meets no broken one. DataError, or whatever a decoder raises,
-    where that is impossible."""
+    """True where a file that a data folder lists can be decoded, and is taken as it is. False where
+    its first bytes are those of no image. DataError, or whatever a decoder raises, where it is
+    missing, broken, or of more than 8 bits: the loader shall not meet it."""
     if not file.is_file():
         raise DataError("no file, but a folder, a named pipe, a socket or a device"
                         if file.exists() else "missing on disk")
@@ -300,8 +312,9 @@ def decodes(file: Path) -> bool:
 
 
 def is_as_written(file: Path, settings: ImageSettings) -> bool:
-    """Whether a file is just what prepare.py would write: written again it would differ in the
-    last bit. Raises what `decodes` does."""
+    """True where a file is just what prepare.py would write, and is taken as it is: written again
+    it would differ in the last bit. False where prepare.py's readers must look at it. DataError,
+    or whatever a decoder raises, where it is such a JPEG and broken, a mask or blank."""
     # An image does not say whether its gray levels were stretched.
     is_jpeg = file.suffix.lower() in (".jpg", ".jpeg") and file.is_file()
     if settings.stretch or not is_jpeg or not (image := open_if_image(file)):
@@ -315,6 +328,9 @@ def is_as_written(file: Path, settings: ImageSettings) -> bool:
         if as_written:
             image.load()
             refuse_mask(image)
+            # What is blank is no radiograph, in whatever format it comes.
+            if why := blank_reason(image):
+                raise DataError(why)
     return as_written
 
 
@@ -468,7 +484,7 @@ def predict_one(config: Config, inputs: Inputs, net: Classifier, state: dict[str
         data=str(data.resolve()), stretch=list(config.stretch) or None)
 
     # The images as prepare.py makes them.
-    say_how_read(inputs, settings, state, compute.say)
+    say_how_read(config, inputs, settings, state, compute.say)
     target = images_folder(out, resources)
     rejected = make_images(inputs, config, settings, compute.threads, target)
     write_csv(out / "rejected.csv", [("file", "reason"), *rejected.items()])

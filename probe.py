@@ -86,8 +86,7 @@ def knn_class_shares(cosine: np.ndarray, truth: np.ndarray, patients: np.ndarray
     others = patients[:, None] != patients    # (m, m)
     if not others.any():
         return np.full((len(truth), truth.max() + 1), np.nan)
-    neighbours = nearest(torch.from_numpy(np.where(others, cosine, -np.inf)),
-                         min(k, len(truth) - 1))
+    neighbours = nearest(torch.from_numpy(np.where(others, cosine, -np.inf)), k)
     one_hot = np.eye(truth.max() + 1)[truth]  # (m, C)
     votes = (neighbours.weight[:, :, None] * one_hot[neighbours.index]).sum(1)
     votes *= one_hot.sum(0) / (others @ one_hot).clip(1)
@@ -255,7 +254,8 @@ def cached_features(net: nn.Module, width: int, loader: Loader, folder: Path,
     host = platform.node()
     for part in folder.glob(f"{host}-*.part*"):
         process = part.name.removeprefix(f"{host}-").split(".")[0]
-        if not Path("/proc", process).exists():
+        # Of `node` is node-1234.part, and node-2-1234.part is another machine's.
+        if process.isdecimal() and not Path("/proc", process).exists():
             part.unlink(missing_ok=True)
     own = folder / f"{host}-{os.getpid()}.part"
     save_checkpoint(own, {"features": features})

@@ -1,8 +1,8 @@
 """How results are shown: tables in Markdown, figures, and the files that hold them.
 
 scores.py has the numbers of stage 2, and cluster_eval.py those of stage 3, whose table and
-figures are made of parts from here. The test labels come in here, in `report`; what is
-chosen was chosen on val before.
+figures are made of parts from here. The test labels decide nothing: in `report`, where they
+are looked at, all is trained and chosen.
 """
 import contextlib
 import functools
@@ -39,16 +39,17 @@ from scores import (
 def cells(values: np.ndarray, bold: bool = True) -> list[list[str]]:
     """values (I, S, C) -> I rows of C cells: mean ± deviation over the S draws, the best of
     each column in bold, a dash where there is no value."""
-    means = nan_mean(values, 1)                                             # (I, C)
+    mean = nan_mean(values, 1)                                              # (I, C)
     spread = values.std(1, ddof=min(1, values.shape[1] - 1))
-    best = np.fmax.reduce(means)                                            # passes over NaN
-    texts = np.full(means.shape, "–", dtype=object)
-    for where in zip(*np.nonzero(~np.isnan(means))):
-        text = f"{means[where]:.3f}"
-        # Without a ± at 100 % of the labels: all draws are the same images, so nothing varies.
+    best = np.fmax.reduce(mean)                                             # passes over NaN
+    texts = np.full(mean.shape, "–", dtype=object)
+    for where in zip(*np.nonzero(~np.isnan(mean))):
+        text = f"{mean[where]:.3f}"
+        # Without a ± where nothing varies: at 100 % of the labels all draws are the same images,
+        # to which `linear` fits the same classifier.
         if spread[where] > 1e-9:
             text += f" ± {spread[where]:.3f}"
-        if bold and len(means) > 1 and means[where] == best[where[1]]:
+        if bold and len(mean) > 1 and mean[where] == best[where[1]]:
             text = f"**{text}**"
         texts[where] = text
     return texts.tolist()
@@ -58,8 +59,8 @@ def markdown_table(rows: Iterable[list[str]]) -> str:
     """A table in Markdown, the header first. Names may hold what would end a cell or a line."""
     header, *others = ([" ".join(cell.replace("|", r"\|").split()) for cell in row]
                        for row in rows)
-    table = [header, ["---"] * len(header), *others]
-    return "".join(f"| {' | '.join(row)} |\n" for row in table)
+    lines = [header, ["---"] * len(header), *others]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def block_table(heading: str, columns: list[str], block: Block, rows: list[list[str]]) -> str:
@@ -78,9 +79,8 @@ def auroc_table(block: Block, names: list[str], heading: str) -> str:
 
 def differences(block: Block, names: list[str]) -> str:
     """A line for each pair of initialisations: how their means differ."""
-    text = "\n"
-    # The last comparison of each pair is that of the mean; a label may be called "mean", too.
-    for pair in comparisons(block, names)[len(names)::len(names) + 1]:
+    text, per_pair = "\n", len(names) + 1       # a record for each label, and the mean's last
+    for pair in comparisons(block, names)[per_pair - 1::per_pair]:
         text += f"{pair.init} − {pair.against}: mean AUROC {pair.difference:+.3f} "
         if math.isnan(pair.low):
             text += "(no interval)\n"
@@ -122,7 +122,8 @@ def preface(title: str, about: dict[str, Any], names: list[str], *sentences: str
 
 def intervals_sentence(blocks: list[Block], what: str = "test ") -> str:
     """How the intervals came about."""
-    # Whether a replicate has a mean depends on the truth alone, so that any row tells.
+    # Whether a replicate has a mean depends on the truth alone, and with folds on how the patients
+    # were dealt to them, which is the same in all rows: any row tells.
     mean = blocks[0].rows[0].pooled[-1]                                     # (1 + R,)
     if len(mean) == 1:
         return f"One {what}patient has no intervals and no p."
@@ -133,6 +134,9 @@ def intervals_sentence(blocks: list[Block], what: str = "test ") -> str:
 
 # --------------------------------------------------------------------------------------------------
 # Names as figures can write them.
+
+LONGEST = 50            # letters of a name: longer ones beside or below a panel would crush it
+
 
 class FigureText(NamedTuple):
     """Names as figures can write them."""
@@ -146,7 +150,7 @@ def figure_text(**names: list[str]) -> FigureText:
 
     The font that matplotlib brings has no Chinese, to name one. Where another font of this
     system has the characters, it writes them; a name for which none has them would be a row of
-    empty boxes, and becomes a number."""
+    empty boxes, and becomes a number, as does one that is longer than LONGEST letters."""
     families, drawable = list(rcParams["font.family"]), set()
     characters = {c for name in itertools.chain(*names.values()) for c in name}
     missing = {c for c in characters if not c.isspace()}
@@ -164,7 +168,7 @@ def figure_text(**names: list[str]) -> FigureText:
     for what, group in names.items():
         for number, name in enumerate(group, 1):
             words = name.split()
-            if drawable >= set("".join(words)):
+            if len(name) <= LONGEST and drawable >= set("".join(words)):
                 # A dollar would begin a formula, and a legend leaves out what begins with _.
                 text = " ".join(words).replace("$", r"\$")
                 written[name] = f" {text}" if text.startswith("_") else text
@@ -277,11 +281,12 @@ def calibration_figure(blocks: list[Block], truth: np.ndarray,
     return figure
 
 
-def curves_figure(probabilities: np.ndarray, truth: np.ndarray, names: list[str]) -> Figure:
+def curves_figure(probabilities: np.ndarray, truth: np.ndarray, names: list[str],
+                  seed: int) -> Figure:
     """ROC and precision-recall curves, a line for each of L labels that has both classes.
 
-    probabilities, truth (n, L)."""
-    figure, axes = panels([""], ["ROC", "precision-recall"], len(names))
+    probabilities, truth (n, L); seed: of the draw that they are of, for the titles."""
+    figure, axes = panels([f"draw {seed}:"], ["ROC", "precision-recall"], len(names))
     roc, precision_recall = axes[0]
     for p, y, name in zip(probabilities.T, truth.T, names):
         p, y = p[~np.isnan(y)], y[~np.isnan(y)]
@@ -423,8 +428,9 @@ def write_figures(out: Path, text: str, blocks: list[Block], truth: np.ndarray,
         for block in blocks:
             for row in block.rows:
                 tag = f"curves/{block.mode} {block.fraction:g}/{valid_unicode(row.init)}"
-                first_draw = row.combinations[0].probabilities              # (n, L)
-                writer.add_figure(tag, curves_figure(first_draw, truth, labels))
+                first = row.combinations[0]
+                seed = first.rows[0]["seed"]
+                writer.add_figure(tag, curves_figure(first.probabilities, truth, labels, seed))
 
 
 def report_folds(out: Path, about: dict, predictions: dict[tuple, dict], names: list[str],

@@ -230,9 +230,9 @@ def main(stage: Callable, config_class: type, argv: list[str] | None = None,
     except FloatingPointError as error:
         sys.exit(f"{script}: {error}" if speaks else 1)
     except torch.OutOfMemoryError:
-        smaller = "lower --batch-size" if hasattr(config, "batch_size") else "use another GPU"
-        pieces = ", or set --micro-batch" if hasattr(config, "micro_batch") else ""
-        sys.exit(f"{script}: the GPU has too little memory: {smaller}{pieces}")
+        sys.exit(f"{script}: the GPU has too little memory: leave it to this run alone, take a "
+                 "larger one, or, as far as this script can, a smaller --batch-size or "
+                 "--micro-batch, or more GPUs")
     except RuntimeError as error:
         # Connection closed by peer, or reset by it, or a broken pipe.
         if "gloo/transport" not in str(error) and "closed by peer" not in str(error):

@@ -1,6 +1,10 @@
 """From predictions to numbers that can be trusted: scores of stage 2, their intervals and
 comparisons. report.py makes a table of them.
 
+A LabelScore is of one label, CombinationScores of one training's L labels and their mean. Row
+holds those of an initialisation's draws, Block the rows of one table; `means` and `comparisons`
+make Mean and Comparison of a block, which are the records of results.json.
+
 Test images are drawn anew by patient, the same draws for every row, so that a difference
 between two rows is a paired one. What is chosen (epochs, regularisation, thresholds) is
 chosen on val. Truth is 1, 0 or NaN, which is left out; a score that lacks the class it
@@ -51,7 +55,8 @@ def auroc(scores: np.ndarray, truth: np.ndarray, counts: np.ndarray | None = Non
 
 def auroc_in_folds(scores: np.ndarray, truth: np.ndarray, counts: np.ndarray,
                    fold: np.ndarray) -> np.ndarray:
-    """The same, (R,), where only images of the same fold are compared; fold (n,).
+    """Area under the ROC curve in each of R replicates, (R,), where a positive is compared with
+    the negatives of its own fold alone. scores, truth, counts: as of `auroc`; fold (n,).
 
     Each fold is predicted by a regression of its own, and the scores of two regressions need not
     be on one scale."""
@@ -135,7 +140,12 @@ def calibration_error(probabilities: np.ndarray, truth: np.ndarray, bins: int = 
 def val_score(probabilities: np.ndarray, truth: np.ndarray) -> float:
     """What everything is chosen by, larger is better; probabilities and truth (n, L).
 
-    Mean AUROC over the labels; minus the Brier score where no label has both classes."""
+    Mean AUROC over the labels; minus the Brier score where no label has both classes.
+    FloatingPointError where what is scored is not finite: sorting puts NaN somewhere, and an
+    AUROC comes out all the same."""
+    if not np.isfinite(probabilities[~np.isnan(truth)]).all():
+        raise FloatingPointError("some predictions for val are not finite; --precision fp32 may "
+                                 "help")
     areas = [auroc(p, y) for p, y in zip(probabilities.T, truth.T)]
     mean = nan_mean(np.concatenate(areas))
     return float(mean if not np.isnan(mean) else -nan_mean((probabilities - truth).ravel() ** 2))

@@ -3,8 +3,8 @@
 All of it is read and checked before anything is written.
 """
 import contextlib
+import functools
 import itertools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from checkpoint import FORMAT, CheckpointError, load_checkpoint, settings_of
 from classifier import Classifier, first_layers
 from common import DataError, plain_name
 from dali_pipeline import Preprocessing
-from flags import ENCODERS
+from flags import default_encoder
 from labels import Draw, Task, draw, labels_required, make_task, policy_sentence
 from manifest import Manifest, read_manifest
 from manifest_csv import SPLITS
@@ -65,10 +65,6 @@ class Init(NamedTuple):
     settings: dict[str, Any]            # INHERITED, as far as the checkpoint names them
     labels_required: int | str          # images whose labels it has used up to now, or "unknown"
 
-    @property
-    def is_file(self) -> bool:
-        return self.source not in NAMES
-
 
 class Outcome(NamedTuple):
     """What a combination ends with; None is what its mode does not have."""
@@ -107,14 +103,10 @@ class Study:
     def last(self) -> Path:
         return self.out / "last.pt"
 
-    @property
-    def last_key(self) -> tuple | None:
-        """The combination that last.pt is amid; None where there is none, or half of a file."""
-        with contextlib.suppress(CheckpointError):
-            key = load_checkpoint(self.last).get("key")
-            return key if isinstance(key, tuple) else None
-        return None
-
+    # last.pt is of the full combination in training, as of its last whole epoch. A command that
+    # asks for others may find one that an earlier command has begun: this is renamed to
+    # last-FRACTION-INIT-SEED.pt, and back once a command asks for it again. At the end of a
+    # combination its predictions are in predictions.pt, and last.pt is the next one's.
     def waiting_file(self, key: tuple) -> Path:
         """Where a combination's last.pt waits while others are trained."""
         return self.out / f"last-{plain_name('-'.join(map(str, key[1:])))}.pt"
@@ -162,21 +154,26 @@ class Study:
         """What everything is chosen by, for probabilities (n_val, L)."""
         return val_score(probabilities, self.truth("val"))
 
-    @property
+    @functools.cached_property
     def measure(self) -> str:
         """What `val_score` measures here: a perfect answer scores 1 as AUROC, 0 as minus Brier."""
         perfect = self.val_score(self.truth("val"))
         return "AUROC" if perfect > 0 else "minus the Brier score"
 
 
+def key_in(file: Path) -> tuple | None:
+    """The combination that a last.pt is amid, from the disk; None where it is missing or
+    damaged."""
+    with contextlib.suppress(CheckpointError):
+        key = load_checkpoint(file).get("key")
+        return key if isinstance(key, tuple) else None
+    return None
+
+
 def read_inits(config: "Config", say: Callable) -> list[Init]:
     """The initialisations of --init, each once. DataError where there is none, CheckpointError
     where a file cannot be read."""
-    sources = config.init or [path for path in ENCODERS if os.path.exists(path)][:1]
-    if not sources:
-        raise DataError(f"{ENCODERS[0]} does not exist: pre-train first (`python pretrain.py "
-                        "--demo` takes minutes), or name another encoder, random or imagenet "
-                        "with --init")
+    sources = config.init or (default_encoder(),)
     # One file by two paths, or a copy of it, is the same initialisation.
     source_of: dict[str, str] = {}      # by key
     for source in sources:
@@ -195,23 +192,27 @@ def read_inits(config: "Config", say: Callable) -> list[Init]:
             name = "SimCLR" if len(files) == 1 else f"SimCLR ({source})"
         if config.from_head:
             name += f", head layer {config.from_head}"
+        # A file may be called ImageNet, and each name is a row of the table.
+        if name in [init.name for init in inits]:
+            name += f" ({key})"
         inits.append(Init(source, key, name, settings_of(state), labels_required(source, state)))
     return inits
 
 
 def inherit(config: "Config", inits: list[Init], say: Callable) -> dict[str, Any]:
-    """Data, architecture and preprocessing: as the flags say, else as the first checkpoint does.
+    """Data, architecture and preprocessing: as the flags say, else as the first checkpoint does
+    that says anything of them.
 
     They are the same for all initialisations, so that these can be compared."""
     flags = {name: getattr(config, name) for name in INHERITED
              if getattr(config, name) is not None}
-    files = [init for init in inits if init.is_file]
-    first = files[0].settings if files else {}
-    inherited = INHERITED | first | flags
-    if files:
-        say(f"inherited from {files[0].source}:", ", ".join(
-            f"{name} {value}" for name, value in first.items() if name not in flags))
-    for init in files:
+    # A file of another tool may say nothing of them; random and imagenet never do.
+    first = next((init for init in inits if init.settings), None)
+    inherited = INHERITED | (first.settings if first else {}) | flags
+    if first:
+        say(f"inherited from {first.source}:", ", ".join(
+            f"{name} {value}" for name, value in first.settings.items() if name not in flags))
+    for init in inits:
         differences = [f"{name} {value}" for name, value in init.settings.items()
                        if value != inherited[name] and name != "data"]
         if differences:
@@ -247,26 +248,31 @@ def task_of(label_names: list[str], manifest: Manifest, train: np.ndarray,
 
 def teachable_labels(manifest: Manifest, train: np.ndarray, config: "Config",
                      say: Callable) -> list[str]:
-    """Those of --labels, or of all, that have a positive and a negative in train;
-    DataError where there is none."""
-    table = manifest.folder / "manifest.csv"
+    """Those of --labels, or of all, that have a positive and a negative in train (with --folds:
+    in train and val); DataError where there is none."""
+    table, where = manifest.folder / "manifest.csv", "train and val" if config.folds else "train"
     candidates = list(config.labels) or manifest.label_names
     if unknown := set(candidates) - set(manifest.label_names):
         raise DataError(f"--labels {unknown.pop()}: {table} has {', '.join(manifest.label_names)}")
     columns = task_of(candidates, manifest, train, config).training_labels[train].T  # (L, n)
     names = [name for name, column in zip(candidates, columns) if {0, 1} <= set(column.tolist())]
     if not names:
-        raise DataError(f"{table}: no label has a positive and a negative in train, with "
+        raise DataError(f"{table}: no label has a positive and a negative in {where}, with "
                         f"--uncertain {config.uncertain} and --blank {config.blank}")
     if left_out := [name for name in candidates if name not in names]:
-        say("left out, without both a positive and a negative in train:", ", ".join(left_out))
+        say(f"left out, without both a positive and a negative in {where}:", ", ".join(left_out))
     return names
 
 
 def frequent_labels(names: list[str], manifest: Manifest, images: np.ndarray, config: "Config",
                     say: Callable) -> list[str]:
-    """Those of the labels that a cross-validation over these images can score."""
-    counted = counted_labels(task_of(names, manifest, images, config).truth[images])
+    """Those of the labels that a cross-validation over these images can score; DataError where
+    there is none."""
+    truth = task_of(names, manifest, images, config).truth[images]          # (n, L)
+    if not ((truth == 1).any(0) & (truth == 0).any(0)).any():
+        raise DataError(f"{manifest.folder / 'manifest.csv'}: --folds can score no label, as none "
+                        "has a certain positive and a certain negative in train and val")
+    counted = counted_labels(truth)
     if rare := [name for name, enough in zip(names, counted) if not enough]:
         say(f"left out, with fewer than {PROBE_CELLS} positives or negatives:", ", ".join(rare))
     return [name for name in names if name not in rare]

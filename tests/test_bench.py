@@ -31,6 +31,9 @@ def test_every_part_reports_ours_and_a_ratio(capsys, tmp_path):
     assert all(entry["torch"] == torch.__version__ and entry["commit"] and entry["processor"]
                and entry["flags"]["size"] == "32" for entry in entries)
 
+    # What a figure was not measured with does not stand beside it: `step` has pairs of its own.
+    assert all(("batch_size" in entry["flags"]) == (entry["part"] != "step") for entry in entries)
+
     # Both sides of a comparison that must not differ, or must: bytes of the loss are known.
     by_name = {(entry["part"], entry["unit"], entry["contender"]): entry["figure"]
                for entry in entries}

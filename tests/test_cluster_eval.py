@@ -321,6 +321,32 @@ def test_labels_required(trained, tmp_path):
     assert rows[0]["scores"] == rows[1]["scores"]       # the same weights
 
 
+def test_settings_come_from_the_first_checkpoint_that_says_some(trained, tmp_path):
+    """And not from one of another tool that comes before it, with a config of its own."""
+    encoder = trained / "runs/pretrain/encoder.pt"
+    torch.save({"state_dict": load_checkpoint(encoder)["encoder"], "config": {"lr": 1}},
+               tmp_path / "moco.pt")
+    rows, data = cluster_eval.inherit(cluster_eval.read_checkpoints(
+        (str(tmp_path / "moco.pt"), "random", str(encoder))))
+    assert data == str(trained / "data")
+    assert [row.arch for row in rows] == ["resnet18"] * 3
+    assert all(row.preprocessing == rows[2].preprocessing for row in rows)
+    assert rows[2].preprocessing["image_size"] == 32
+
+
+def test_a_long_name_leaves_the_figure_its_room(trained, tmp_path, recwarn):
+    """It becomes a number, as one that no font can write."""
+    name, data = "long " * 24, tmp_path / "data"
+    data.mkdir()
+    (data / "images").symlink_to(trained / "data/images")
+    table = (trained / "data/manifest.csv").read_text().replace("bright", name.strip(), 1)
+    (data / "manifest.csv").write_text(table)
+    cluster_eval.main(["--init", "pixels", "--data", str(data), "--seeds", "1", "--bootstrap", "5",
+                       "--out", str(tmp_path / "out")])
+    assert not [warning for warning in recwarn if "layout" in str(warning.message)]
+    assert f"In the figures class 1 is {name.strip()}." in (tmp_path / "out/results.md").read_text()
+
+
 def refused(capsys, *arguments):
     """The one sentence with which cluster_eval.main ends on bad input."""
     with pytest.raises(SystemExit) as end:

@@ -307,6 +307,55 @@ def test_what_another_command_has_begun_is_not_lost(labelled, tmp_path, capsys):
     assert "seed 0 epoch" not in output and not list((tmp_path / "run").glob("last*"))
 
 
+@pytest.mark.parametrize("name", ["last-*.pt", "last.pt"])
+def test_a_damaged_file_of_a_begun_training_is_said_and_begun_anew(encoder, name, tmp_path, capsys):
+    """Whether it is put aside or not: from the linear probe, as one that nobody disturbed."""
+    command, out = [*FULL, "--init", encoder, "--fraction", 0.5, "--out"], tmp_path / "run"
+    process = start("finetune.py", *command, out)
+    assert any("epoch 001" in line for line in process.stdout)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    if name == "last-*.pt":
+        main(*command, out, "--seeds", 1)
+    file, = out.glob(name)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    capsys.readouterr()
+    main(*command, out)
+    output = capsys.readouterr().out
+    assert f"{file} is damaged: its epochs are lost, and that training begins anew" in output
+    assert "going on" not in output and not list(out.glob("last*"))
+    main(*command, tmp_path / "undisturbed")
+    assert rows(out) == rows(tmp_path / "undisturbed")
+
+
+def test_a_classifier_that_is_gone_is_said(table, capsys):
+    out = shutil.copytree(table[0], table[0].parent / "gone")
+    main(*table[1], out)
+    assert "was deleted" not in capsys.readouterr().out
+    (out / "classifier.pt").unlink()
+    main(*table[1], out)
+    output = capsys.readouterr().out
+    assert f"{out}/classifier.pt was deleted, and only --overwrite makes it again" in output
+    assert "results.json, " not in output
+
+
+def test_names_in_the_table_are_told_apart_and_settings_come_from_who_has_some(
+        labelled, encoder, tmp_path, monkeypatch, capsys):
+    """Files of another tool that say nothing of their training, one of them called as random
+    weights are."""
+    monkeypatch.chdir(tmp_path)
+    weights = load_checkpoint(encoder)["encoder"]
+    torch.save({"state_dict": weights, "config": {"lr": 1}}, "Scratch")
+    shutil.copy(encoder, "encoder.pt")
+    main("--init", "Scratch", "random", "encoder.pt", "--mode", "linear", "--threads", 1)
+    output = capsys.readouterr().out
+    assert f"inherited from encoder.pt: data {labelled}, arch resnet18, image_size 32" in output
+    assert list(dict.fromkeys(row["init"] for row in rows(tmp_path / "runs/finetune"))) == [
+        "Scratch", "Scratch (random)", "SimCLR (encoder.pt)"]
+
+
 def test_a_copy_is_the_same_initialisation_and_labels_add_up(encoder, tmp_path, capsys):
     """The classifier says how many images' labels its encoder has learned from, earlier trainings
     included."""
@@ -590,6 +639,15 @@ def test_a_fold_has_no_say_in_its_own_predictions(validated, labelled, encoder, 
         assert a[key]["predictions"].isfinite().all()
 
 
+def test_a_finished_combination_is_kept_before_the_next_begins(validated, tmp_path):
+    """With folds, too: an interruption costs one at most."""
+    process = start("finetune.py", *validated[1], "--seeds", *range(9), "--out", tmp_path / "run")
+    assert any(line.endswith(" 3 folds\n") for line in process.stdout)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert 1 <= len(load_checkpoint(tmp_path / "run/predictions.pt")) < 9
+
+
 def test_folds_that_cannot_be_are_refused(labelled, encoder, tmp_path, capsys):
     def refused(*arguments):
         with pytest.raises(SystemExit) as end:
@@ -600,3 +658,24 @@ def test_folds_that_cannot_be_are_refused(labelled, encoder, tmp_path, capsys):
     assert "--folds takes 3 or more" in refused("--folds", 2, "--mode", "linear")
     assert "--folds 50 are too many for 48 labelled patients" in refused(
         "--folds", 50, "--mode", "linear")
+
+
+@pytest.mark.parametrize("flags, complaint", [
+    (["--uncertain", "ones"], "--folds can score no label, as none has a certain positive"),
+    (["--uncertain", "multiclass"], "what fold 0 is predicted from says nothing of Mass")])
+def test_uncertain_labels_alone_are_refused_by_folds(labelled, encoder, tmp_path, flags, complaint):
+    """Where all that could be positive is uncertain, and where all of a third fold is."""
+    manifest = read_manifest(labelled)
+    learners = manifest.patients[(manifest.splits != "test") & ~np.isnan(manifest.labels[:, 0])]
+    third = set(learners[deal(learners, 3, 0) == 2])
+    ones = "ones" in flags
+
+    def unsure(lines):
+        return [lines[0][:4], *(
+            [*line[:3], "-1" if (line[3] == "1" if ones else line[1] in third) else line[3]]
+            for line in lines[1:])]
+
+    with pytest.raises(SystemExit) as end:
+        main("--init", encoder, "--mode", "linear", "--folds", 3, *flags, "--out", tmp_path / "run",
+             "--data", changed(labelled, tmp_path / "data", unsure))
+    assert complaint in end.value.code

@@ -134,8 +134,17 @@ def test_images_are_read_as_the_classifiers_own_were_made(classifier, prepared, 
     assert "here: --stretch (None there, 5.0 90.0 here)" in capsys.readouterr().out
     assert predicted(prepared / "src", "flags", images | {"size": 99, "stretch": None},
                      "--size", 40, "--stretch", 5, 90) == expected
+    assert "warning: images are read by other flags than the classifier's own: --size (99 there, " \
+        "40 here), --stretch (None there, 5.0 90.0 here)\n" in capsys.readouterr().out
     assert predicted(prepared / "src", "other", {}) != expected
-    capsys.readouterr()
+    assert "read with --size 256, --quality 95: how the classifier's own were made is not known" \
+        in capsys.readouterr().out
+    # A flag that is as the classifier's own is no difference; for a data folder it says nothing.
+    predicted(prepared / "src", "same flag", images, "--size", 40, "--stretch", 5, 90)
+    assert "as the classifier's own: --size 40" in capsys.readouterr().out
+    assert predicted(tmp_path / "data", "data, flag", images, "--size", 512) == expected
+    assert "a data folder, are taken as they are: --size, --stretch and --modality change" \
+        in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(classifier, prepared / "src", "--stretch", 90, 5)
     assert "two percentiles, 0 <= LOW < HIGH <= 100" in capsys.readouterr().err
@@ -194,6 +203,17 @@ def test_one_bad_image_costs_one_row(classifier, prepared, tmp_path, capsys):
     reasons = (tmp_path / "broken/rejected.csv").read_text()
     assert f"{missing.name},missing on disk\n" in reasons
     assert f'{pipe.name},"no file, but a folder, a named pipe' in reasons
+
+
+def test_a_blank_image_is_rejected_in_every_format(classifier, prepared, tmp_path):
+    """Also as the JPEG that prepare.py would write, which is taken as it is."""
+    shutil.copytree(prepared / "src/a", tmp_path / "src")
+    for name in ("blank.jpg", "blank.png"):
+        Image.new("L", (200, 200), 9).save(tmp_path / "src" / name, quality=95)
+    assert "2 of 12 images cannot be read" in refused(
+        classifier, tmp_path / "src", "--threads", 1, "--out", tmp_path / "out")
+    assert (tmp_path / "out/rejected.csv").read_text() == "file,reason\n" + "".join(
+        f"{name},blank: gray levels 9 to 9 only\n" for name in ("blank.jpg", "blank.png"))
 
 
 def test_each_folder_has_predictions_of_its_own(classifier, labelled, tmp_path):

@@ -1,11 +1,28 @@
-"""Logistic regression against scikit-learn's."""
+"""Logistic regression against scikit-learn's, and features that are kept on disk."""
+import platform
+
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from torch import nn
 
+from dali_pipeline import Preprocessing, eval_loader
 from labels import to_probabilities
-from probe import fit_logistic
+from manifest import read_manifest
+from probe import cached_features, fit_logistic
+
+
+def test_only_what_a_dead_process_of_this_machine_left_is_deleted(data, tmp_path, monkeypatch):
+    """And not what a machine is writing whose name goes on where this one's ends."""
+    monkeypatch.setattr(platform, "node", lambda: "node")
+    manifest = read_manifest(data)
+    loader = eval_loader(manifest, manifest.images("val"), 8, Preprocessing(32), "cpu")
+    other, dead = tmp_path / "node-2-999999999.part.tmp", tmp_path / "node-999999999.part.tmp"
+    other.touch()
+    dead.touch()
+    cached_features(nn.Flatten(), 32 ** 2, loader, tmp_path)
+    assert other.exists() and not dead.exists()
 
 
 @pytest.mark.parametrize("n, width", [(60, 100), (400, 30)])

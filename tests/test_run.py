@@ -585,3 +585,12 @@ def test_a_classifier_whose_parts_do_not_belong_together_is_refused(encoder, tmp
         torch.save(state | change, tmp_path / "classifier.pt")
         with pytest.raises(CheckpointError, match="classifier.pt"):
             predict.load_classifier(tmp_path / "classifier.pt")
+
+
+def test_a_full_gpu_is_a_sentence_that_is_true_of_every_stage(tmp_path):
+    """cluster_eval.py has no --batch-size."""
+    def stage(config, compute, resources):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(SystemExit, match="as far as this script can, a smaller --batch-size"):
+        run_module.main(stage, cluster_eval.Config, ["--out", str(tmp_path)])

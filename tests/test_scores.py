@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from report import report
+from report import curves_figure, report
 from scores import (
     REPLICATES, auroc, auroc_in_folds, calibration_error, interval, p_value, patient_counts, score,
     val_score, youden)
@@ -42,6 +42,16 @@ def test_scores_with_ties_and_masks_are_scikit_learns():
     assert youden(p, y) == 0.5
     p, y = np.array([0.05, 0.05, 0.95, 1.0]), np.array([0, 1, 1, 1.0])
     assert calibration_error(p, y, 10) == pytest.approx(0.2375)
+
+
+def test_predictions_that_are_not_finite_have_no_score():
+    """Where they are scored; NaN would be sorted behind all others, and have an AUROC."""
+    truth = np.array([[0.0], [1], [np.nan], [1]])
+    p = np.array([[0.1], [0.9], [np.nan], [0.8]])
+    assert val_score(p, truth) == 1
+    p[3] = np.nan
+    with pytest.raises(FloatingPointError, match="predictions for val are not finite"):
+        val_score(p, truth)
 
 
 def test_auroc_in_folds_compares_pairs_of_one_fold():
@@ -135,6 +145,11 @@ def test_the_order_of_the_combinations_does_not_matter(tmp_path):
     for mean in json.loads((tmp_path / "results.json").read_text())["means"]:
         p = predictions[mean["mode"], mean["fraction"], mean["init"], 0]["test"]
         assert mean["auroc"] == pytest.approx(roc_auc_score(truth[:, 0], p[:, 0]))
+
+
+def test_curves_say_of_which_draw_they_are():
+    figure = curves_figure(np.linspace(0, 1, 9)[:, None], np.arange(9)[:, None] % 2, ["a"], 7)
+    assert [ax.get_title() for ax in figure.axes] == ["draw 7: ROC", "draw 7: precision-recall"]
 
 
 def test_exclusive_classes_have_one_accuracy(tmp_path):
