@@ -37,6 +37,7 @@ from tables import Table, read_labels, read_table, understand
 
 SUFFIXES = (".dcm", ".dicom", ".dic", ".ima")       # of DICOM files, if they have one
 NO_DICOM = "not a DICOM file"                       # the reason of most files that are not taken
+BROKEN = "not a DICOM file, though it is called so"
 
 # ViewPosition goes on into the manifest as one of these; another text might name a person.
 VIEWS = {"AP", "PA", "LATERAL", "LL", "RL", "LLD", "RLD", "LLO", "RLO", "OBLIQUE"}
@@ -115,7 +116,7 @@ def read_identity(file: Path, modalities: Sequence[str], max_megapixels: float,
                             "(--patient-from folder or file takes such files)")
         return identity
     except InvalidDicomError:
-        return NO_DICOM
+        return BROKEN if file.suffix.lower() in SUFFIXES else NO_DICOM
     except Exception as error:          # a damaged header may make pydicom raise anything
         return reason(error, file)
 
@@ -549,7 +550,7 @@ def dicom_items(args: argparse.Namespace, files: list[str]) -> Source:
     for file, identity in zip(files, identities, strict=True):
         if isinstance(identity, str):
             rejected[file] = identity
-            if is_no_radiograph(file, identity):
+            if is_no_radiograph(identity):
                 source.asked_for.add(identity)
             continue
         if file in copies:
@@ -599,11 +600,9 @@ def not_asked_for(view: str, part: str, args: argparse.Namespace) -> str:
     return ""
 
 
-def is_no_radiograph(file: str, why: str) -> bool:
+def is_no_radiograph(why: str) -> bool:
     """Whether a file that is not taken for a reason is none of the images that were asked for."""
-    if why == NO_DICOM:
-        return not file.lower().endswith(SUFFIXES)
-    return why.startswith(("modality ", "not an image", "FOR PROCESSING"))
+    return why == NO_DICOM or why.startswith(("modality ", "not an image", "FOR PROCESSING"))
 
 
 def reject_copies(identities: dict[str, Identity | str],
@@ -725,7 +724,7 @@ def refuse_namesakes(args: argparse.Namespace, found: list[str], files_of: dict[
     meant as well: a CT of this name, say, or a damaged file, but no text file."""
     others: dict[str, list[str]] = {}                   # by the name without folders
     for file, why in rejected.items():
-        if why != NO_DICOM or file.lower().endswith(SUFFIXES):
+        if why != NO_DICOM:
             others.setdefault(without_suffix(file), []).append(file)
     for key in sorted(found):
         other = next((file for file in others.get(PurePosixPath(key).name, [])

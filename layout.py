@@ -148,14 +148,15 @@ def place_of(image: str, levels: list[str]) -> Place:
 
 
 def outside_splits(images: list[str], levels: list[str]) -> dict[str, int]:
-    """{folder beside the split folders, as a path: how many images it holds}."""
+    """{folder beside the split folders, or above them, as a path: how many images of no split
+    lie in it}."""
     counts: dict[str, int] = {}
     if "split" not in levels:
         return counts
     level = levels.index("split")
     for image in images:
         folders = PurePosixPath(image).parts[:-1]
-        if len(folders) > level and not split_name(folders[level]):
+        if not split_name("".join(folders[level:level + 1])):
             folder = "/".join(folders[:level + 1])
             counts[folder] = counts.get(folder, 0) + 1
     return counts

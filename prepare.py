@@ -240,8 +240,10 @@ def write_images(source: Source, args: argparse.Namespace) -> None:
     # An earlier run of the same command may have written a part of them. What it made of another
     # file, or of one that has changed since, goes before the new record says what it is made of.
     made_from, now = read_record(args.out / RECORD), fingerprints(source, args)
-    for path, print_now in now.items():
-        if made_from.get(path) != print_now and is_written(args.out / path):
+    changed = [path for path, print_now in now.items() if made_from.get(path) != print_now]
+    # And before it all that speaks of the old pictures, should this run not come to its end.
+    for path in ("manifest.csv", archive.NAME, *changed) if changed else ():
+        if is_written(args.out / path):
             (args.out / path).unlink()
     write_csv(args.out / RECORD, [("path", "made_from"), *now.items()])
     todo = [item for item in source.items if not is_written(args.out / item.path)]

@@ -243,9 +243,13 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
     if table:
         doubt_unused_columns(source, args, table, levels, list(key_of.values()))
     for folder, count in outside_splits(images, levels).items():
-        source.doubts.append(Doubt("other-folders", f"{count:,} images in {text_of(folder)} lie "
-                                   "beside the split folders and would be left out: rename it, or "
-                                   f"--exclude {text_of(folder)}"))
+        # A folder that has the split folders in it cannot be excluded.
+        beside = len(PurePosixPath(folder).parts) > levels.index("split")
+        ask = f"rename it, or --exclude {text_of(folder)}" if beside else "move them into one"
+        source.doubts.append(Doubt(
+            "other-folders", f"{count:,} images {'' if beside else 'directly '}in "
+            f"{text_of(folder) or '--src'} lie beside the split folders and would be left out: "
+            f"{ask}"))
 
     # The labels.
     if table and columns:

@@ -693,3 +693,13 @@ def test_a_file_without_an_image_says_so(tmp_path):
     with pytest.raises(DataError, match="^not an image"):
         load_image(tmp_path / "x.dcm", partial(read_radiograph, modalities=["CR"]),
                    ImageSettings())
+
+
+def test_broken_dicom_files_are_counted_whatever_lies_beside_them(tmp_path):
+    """A text file is none of the images; a file called .dcm that is HTML is a lost one."""
+    several(tmp_path)
+    for i in range(12):
+        (tmp_path / f"src/bad{i}.dcm").write_text("<html>")
+    (tmp_path / "src/README.txt").write_text("notes")
+    with pytest.raises(SystemExit, match="12 of 24 images .* a DICOM file, though it is called so"):
+        dicom(tmp_path)

@@ -995,3 +995,23 @@ def test_overwrite_deletes_nothing_behind_a_link(tmp_path):
         folder(tmp_path / "src", tmp_path / "out", "--quality", 50, "--overwrite")
     assert (tmp_path / "elsewhere/a.jpg").read_bytes() == before
     assert (tmp_path / "out/manifest.csv").exists()
+
+
+def test_no_manifest_and_no_archive_of_other_pictures(tmp_path):
+    """A source that changed is told by neither, also where the run ends before the new ones."""
+    src, out = tmp_path / "src", tmp_path / "out"
+    for i in range(8):
+        save(src / f"{'AB'[i % 2]}/{i}.png", radiograph(i, 32, 32))
+    folder(src, out)
+    run("pack", out)
+    folder(src, out)                            # nothing has changed: both stay
+    assert read_manifest(out).archive
+    save(src / "A/0.png", radiograph(20, 32, 32))
+    folder(src, out)
+    assert not (out / "images.tar").exists()
+    assert np.abs(pixels_of(out / "images/A/0.jpg") - radiograph(20, 32, 32)).mean() < 5
+    for i in range(1, 8, 2):                    # all of a class: refused after the conversion
+        (src / f"B/{i}.png").write_text("<html>")
+    with pytest.raises(SystemExit, match="label 'A' is 1 for every image"):
+        folder(src, out)
+    assert not (out / "manifest.csv").exists()

@@ -684,3 +684,15 @@ def test_where_looks_at_every_row_of_an_image(tmp_path):
     assert len(manifest.paths) == 4
     with pytest.raises(SystemExit, match="must have one column 'split'"):
         folder(tmp_path / "src", tmp_path / "other", *flags, "--where", "split=train")
+
+
+@pytest.mark.parametrize("above, place", [("", "--src"), ("archive/", "archive")])
+def test_images_directly_beside_the_split_folders_are_doubted(tmp_path, above, place):
+    files = [f"{above}{split}/{name}/{i}.png" for split in ("train", "test")
+             for name in ("A", "B") for i in range(2)]
+    src, out = tree(tmp_path, *files, f"{above}1.png", f"{above}2.png")
+    with pytest.raises(SystemExit, match=f"2 images directly in {place} lie beside the split"):
+        folder(src, out, "--layout", "*/split/class" if above else "split/class")
+    if not above:
+        with pytest.raises(SystemExit, match="2 images directly in --src .*allow other-folders"):
+            folder(src, out)
