@@ -30,8 +30,8 @@ from layout import split_name
 from radiograph import (
     EXTENSIONS, ImageSettings, Reading, eight_bits, in_parallel, load_image, reason)
 from sources import (
-    Item, Source, check_patients_and_splits, doubt_unused_splits, ends_alike, label_flags,
-    label_rules, plain_path)
+    Item, Source, check_patients_and_splits, doubt_unused_splits, label_flags, label_rules,
+    plain_path, that_end_alike)
 from tables import Table, read_labels, read_table, understand
 
 
@@ -722,13 +722,10 @@ def refuse_namesakes(args: argparse.Namespace, found: list[str], files_of: dict[
 
     files_of: those that are taken, by their name. Of the rejected ones those count that may be
     meant as well: a CT of this name, say, or a damaged file, but no text file."""
-    others: dict[str, list[str]] = {}                   # by the name without folders
-    for file, why in rejected.items():
-        if why != NO_DICOM:
-            others.setdefault(without_suffix(file), []).append(file)
+    others = that_end_alike(found, {
+        file: plain_name_of(file) for file, why in rejected.items() if why != NO_DICOM})
     for key in sorted(found):
-        other = next((file for file in others.get(PurePosixPath(key).name, [])
-                      if ends_alike(key, plain_name_of(file))), "")
+        other = next(iter(others[key]), "")
         count = len(files_of[key]) + bool(other)
         if count > 1:
             also = ""
@@ -797,13 +794,10 @@ def similar_ids(taken: dict[str, Identity], table: Table | None) -> list[Doubt]:
 def keys_by_path(table: Table, files: list[str]) -> dict[str, str]:
     """The key of --key file of each file: the row's, which may go on before the file's path or
     begin within it, else its own. DataError where two rows may mean one file."""
-    rows_of: dict[str, list[str]] = {}                  # by the name without folders
-    for key in table.rows:
-        rows_of.setdefault(PurePosixPath(key).name, []).append(key)
-    key_of = {}
-    for file in files:
-        path = plain_name_of(file)
-        keys = [key for key in rows_of.get(PurePosixPath(path).name, []) if ends_alike(key, path)]
+    path_of, key_of = {file: plain_name_of(file) for file in files}, {}
+    keys_of = that_end_alike(path_of.values(), {key: key for key in table.rows})
+    for file, path in path_of.items():
+        keys = keys_of[path]
         if len(keys) > 1:
             numbers = " and ".join(str(table.rows[key].number) for key in keys[:2])
             raise DataError(f"{table.file}, rows {numbers}: both may name {file}")

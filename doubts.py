@@ -377,27 +377,28 @@ def names_without_meaning(classes: list[str]) -> list[str]:
     images_001 does, and p017; so do 00017, 2020-01-31, and JPCLN001 beside
     JPCLN002."""
     letters = {name: "".join(re.findall(r"[^\W\d_]+", name.casefold())) for name in classes}
+    known, codes = set(letters.values()), sum(map(bool, map(CODE.fullmatch, classes)))
     numbered = Counter(letters[name] for name in classes if re.search(r"\d", name))
     return [name for name in classes
             if {letters[name], letters[name].removesuffix("s")} & NO_CLASSES
             or letters[name].startswith(("image", "img"))
-            or is_copy(name, letters)
+            or is_copy(name, letters, known)
             or letters[name] in PERSONS and name.casefold() not in PERSONS
             or numbered[letters[name]] > MANY or is_number_of(name, numbered[letters[name]])
-            or bool(CODE.fullmatch(name)) and sum(map(bool, map(CODE.fullmatch, classes))) > 2]
+            or codes > 2 and CODE.fullmatch(name)]
 
 
-def is_copy(name: str, letters: dict[str, str]) -> bool:
+def is_copy(name: str, letters: dict[str, str], known: set[str]) -> bool:
     """Whether a folder is a copy of another, as A - Copy, A (1), A 2 and
     Kopie von A are of A.
 
-    letters: of all names, this one among them."""
+    letters: of all names, this one among them. known: the same without the
+    names."""
     own = letters[name]
-    others = {*letters.values()} - {own}
+    rests = [*map(own.removesuffix, COPIES), *map(own.removeprefix, COPY_OF)]
     numbered = re.fullmatch(r"(.+?) ?\(\d\)|(.+) \d", name)
     return (numbered is not None and (numbered[1] or numbered[2]) in letters
-            or any(own.removesuffix(word) in others for word in COPIES)
-            or any(own.removeprefix(word) in others for word in COPY_OF))
+            or any(rest != own and rest in known for rest in rests))
 
 
 def seem_persons(names: list[str], images: int) -> bool:

@@ -446,7 +446,9 @@ def doubts_of(source: Source, args: argparse.Namespace, found: int) -> list[Doub
         doubts += large_patients([item.patient for item in source.items])
     # Of the findings of an official list a few may be missing in a part of its images.
     if not source.official_labels:
-        doubts += similar_labels(source.label_names)
+        # Of thousands of folders that are no classes, each would be compared with each.
+        if "many-classes" in {*args.allow} or "many-classes" not in {*dict(source.doubts)}:
+            doubts += similar_labels(source.label_names)
         # Class folders need not be classes: there another layout may be the way out.
         constant = constant_labels(source.label_names, [item.labels for item in source.items],
                                    source.classes, found)

@@ -10,7 +10,7 @@ import argparse
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -28,7 +28,7 @@ from layout import (
     Place, excluder, find_layout, layout_text, levels_of, outside_splits, place_of, split_name)
 from radiograph import EXTENSIONS, ImageSettings, Reading
 from tables import (
-    LabelRules, Table, merged, read_labels, read_table, spellings, understand, value_of)
+    MOST_CELLS, LabelRules, Table, merged, read_labels, read_table, spellings, understand, value_of)
 
 NIH_FINDINGS = [
     "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
@@ -355,6 +355,9 @@ def class_folders(source: Source, places: dict[str, Place]) -> dict[str, tuple[s
     counts = Counter((name, name) for name in names.values() if name)
     spelling = spellings(counts)
     source.label_names, source.classes = sorted(set(spelling.values())), True
+    if len(source.label_names) * len(places) > MOST_CELLS:
+        raise DataError(f"{len(source.label_names):,} class folders of {len(places):,} images are "
+                        "more than fit into memory: --layout says what each level of folders is")
     source.doubts += many_classes(source.label_names, len(places))
     if merged(spelling):
         source.notes.append(f"Class folders.{merged(spelling)}")
@@ -365,8 +368,9 @@ def class_folders(source: Source, places: dict[str, Place]) -> dict[str, tuple[s
     if source.label_names and outside:
         source.notes.append(f"Images in no class folder: {outside:,}; nothing is mentioned for "
                             "them.")
-    return {file: one_hot(spelling.get(name, ""), source.label_names)
-            for file, name in names.items()}
+    cells = {name: one_hot(label, source.label_names) for name, label in spelling.items()}
+    nothing = one_hot("", source.label_names)
+    return {file: cells.get(name, nothing) for file, name in names.items()}
 
 
 def doubt_folders(source: Source, images: list[str], levels: list[str], guessed: bool) -> None:
@@ -582,14 +586,11 @@ def rows_of_files(table: Table, images: list[str], src: Path, source: Source) ->
     for way, plain in (("name", str), ("name without suffix", without_suffix)):
         if file_of:
             break
-        names: dict[str, list[str]] = {}
-        for image in images:
-            path = plain(plain_path(image)).casefold()
-            names.setdefault(PurePosixPath(path).name, []).append(image)
+        path_of = {key: plain(key).casefold() for key in table.rows}
+        files_of = that_end_alike(
+            path_of.values(), {image: plain(plain_path(image)).casefold() for image in images})
         for key in table.rows:
-            path = plain(key).casefold()
-            found = [image for image in names.get(PurePosixPath(path).name, ())
-                     if ends_alike(path, plain(plain_path(image)).casefold())]
+            found = files_of[path_of[key]]
             if len(found) > 1:
                 raise DataError(f"{table.file}, row {table.rows[key].number}: {key} may be "
                                 f"{found[0]} or {found[1]}")
@@ -620,12 +621,12 @@ def refuse_mixed_names(table: Table, images: list[str], file_of: dict[str, str])
     file_of: the rows that were found by their path. Where there are none,
     names are as good."""
     found = set(file_of.values())
-    by_name = {PurePosixPath(plain_path(file)).name.casefold(): file
-               for file in images if file not in found}
-    for key, row in table.rows.items() if file_of else ():
-        file = by_name.get(PurePosixPath(key).name.casefold(), "")
-        if key not in file_of and file and ends_alike(
-                key.casefold(), plain_path(file).casefold()):
+    path_of = {key: key.casefold() for key in table.rows if file_of and key not in file_of}
+    files_of = that_end_alike(path_of.values(), {
+        file: plain_path(file).casefold() for file in images if file not in found})
+    for key, path in path_of.items():
+        if files_of[path]:
+            row, file = table.rows[key], files_of[path][-1]
             other, known = next(iter(file_of.items()))
             raise DataError(f"{table.file}, row {row.number}: there is no {key}, but {file}, and "
                             f"row {table.rows[other].number} names {known} by its path: write all "
@@ -651,9 +652,29 @@ def without_suffix(path: str) -> str:
     return stem if suffix.lower() in (*EXTENSIONS, ".dcm", ".dicom") else path
 
 
-def ends_alike(one: str, other: str) -> bool:
-    """Whether one of two paths ends with the whole other one."""
-    return f"/{one}".endswith(f"/{other}") or f"/{other}".endswith(f"/{one}")
+def that_end_alike(paths: Iterable[str], others: dict[str, str]) -> dict[str, list[str]]:
+    """{path: those of `others` whose path ends with the whole of it, or it
+    with theirs}.
+
+    others: {name: its path}."""
+    found: dict[str, list[str]] = {path: [] for path in paths}
+    named: dict[str, list[str]] = {}                    # by the whole path
+    for name, other in others.items():
+        named.setdefault(other, []).append(name)
+        for end in ends(other):
+            if end in found:
+                found[end].append(name)
+    for path, names in found.items():
+        for end in ends(path)[1:]:
+            names += named.get(end, ())
+    return found
+
+
+def ends(path: str) -> list[str]:
+    """A path, and what is left of it without its first folder, its first two
+    and so on."""
+    parts = path.split("/")
+    return ["/".join(parts[start:]) for start in range(len(parts))]
 
 
 def check_patients_and_splits(table: Table, keys: list[str], patients: str, splits: str) -> None:

@@ -696,3 +696,34 @@ def test_images_directly_beside_the_split_folders_are_doubted(tmp_path, above, p
     if not above:
         with pytest.raises(SystemExit, match="2 images directly in --src .*allow other-folders"):
             folder(src, out)
+
+
+def test_paths_that_end_alike():
+    """What is looked up by ends is what comparing each with each finds, in any mixture."""
+    rng = np.random.default_rng(0)
+    one, other = (["/".join(rng.choice(["a", "b", "ab"], rng.integers(1, 4)))
+                   for _ in range(60)] for _ in range(2))
+    found = sources.that_end_alike([*one, "/a/b"], dict(enumerate(other)))
+    assert any(len(files) > 1 for files in found.values())
+    for path, files in found.items():
+        assert sorted(files) == [
+            i for i, known in enumerate(other)
+            if f"/{path}".endswith(f"/{known}") or f"/{known}".endswith(f"/{path}")]
+
+
+def test_more_class_folders_than_fit_into_memory(tmp_path):
+    save(tmp_path / "src/0/0.png")
+    for i in range(1, 10_001):
+        (tmp_path / f"src/{i}").mkdir()
+        os.link(tmp_path / "src/0/0.png", tmp_path / f"src/{i}/0.png")
+    with pytest.raises(SystemExit, match="10,001 class folders of 10,001 images are more than fit"):
+        folder(tmp_path / "src", tmp_path / "out")
+
+
+def test_many_class_folders_are_not_compared_until_they_are_allowed(tmp_path):
+    names = ["Nodule", "Nodules", "Mass", "Edema", "Hernia", "Fibrosis", "Effusion"]
+    src, out = tree(tmp_path, *(f"{name}/{i}.png" for i in range(2) for name in names))
+    (src / "Mass/0.png").unlink()
+    for allow, doubt in (((), "many-classes"), (("--allow", "many-classes"), "similar-labels")):
+        with pytest.raises(SystemExit, match=rf"if that is meant: --allow {doubt}\)"):
+            folder(src, out, "--val-fraction", 0, "--test-fraction", 0, *allow)
