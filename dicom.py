@@ -30,8 +30,8 @@ from layout import split_name
 from radiograph import (
     EXTENSIONS, ImageSettings, Reading, eight_bits, in_parallel, load_image, reason)
 from sources import (
-    Item, Source, check_patients_and_splits, doubt_unused_splits, label_flags, label_rules,
-    plain_path, that_end_alike)
+    Item, Source, check_patients_and_splits, doubt_classes, doubt_unused_splits, label_flags,
+    label_rules, plain_path, that_end_alike)
 from tables import Table, read_labels, read_table, understand
 
 
@@ -518,7 +518,7 @@ def dicom_flags(flag: Callable) -> None:
     flag("--salt", type=Path,
          help="file of the secret for hashing identities, made if missing (default: OUT.salt)")
     flag("--labels", type=Path, help="CSV of labels")
-    flag("--key", choices=(*KEYS, "file"), default="PatientID",
+    flag("--key", choices=(*KEYS, "file"),
          help="whose they are, by a header element or the file's name or path (default: "
               "PatientID)")
     flag("--key-column", metavar="COLUMN", help="its column of that (default: named as --key)")
@@ -581,7 +581,7 @@ def dicom_items(args: argparse.Namespace, files: list[str]) -> Source:
             source.notes.append(f"{what} by the headers: {', '.join(texts)}. --{flag_name} takes "
                                 "some of them.")
 
-    if table:
+    if table and taken:                                 # else check_source says why none is
         label_items(source, args, table, taken, rejected)
     if args.patient_from == "header":
         source.doubts += similar_ids(taken, table if args.key == "PatientID" else None)
@@ -620,7 +620,7 @@ def reject_copies(identities: dict[str, Identity | str],
     # Only these are decoded here, to see whether they are the same.
     files = [file for files in several for file in files]
     settings = ImageSettings(stretch=args.stretch and tuple(args.stretch),
-                             max_megapixels=args.max_megapixels)
+                             max_megapixels=args.max_megapixels, masks="masks" in args.allow)
     digests = dict(zip(files, in_parallel(
         partial(pixel_digest, settings=settings), [args.src / file for file in files],
         args.workers, "copies"), strict=True))
@@ -653,7 +653,8 @@ def read_label_table(args: argparse.Namespace) -> Table:
                        () if args.split_column else {"split"},
                        normalise=plain_name_of if args.key == "file" else str,
                        several=bool(args.several_rows),
-                       hint="; --several-rows says how several rows become one")
+                       hint="; --several-rows says how several rows become one",
+                       flag="--key-column")
     if "" in table.rows:                # it would label every file without that key
         raise DataError(f"{args.labels}, row {table.rows[''].number}: its key is empty")
     for name in filter(None, [args.rater_column, args.split_column]):
@@ -693,7 +694,7 @@ def label_items(source: Source, args: argparse.Namespace, table: Table,
     columns, split_column = [*args.label_columns, *args.class_columns], args.split_column or "split"
     if columns:
         source.label_names, labels, notes = understand(table, columns, found, label_rules(args))
-        source.classes = not set(columns) & set(source.label_names)
+        source.classes = set(source.label_names) - set(columns)
     else:
         columns = [name for name in table.columns if name not in (args.rater_column, split_column)]
         source.label_names, labels, notes = read_labels(
@@ -708,10 +709,11 @@ def label_items(source: Source, args: argparse.Namespace, table: Table,
     for item in source.items:
         key = key_of[item.source]
         item.labels, item.split = labels.get(key, nothing), split_name(splits.get(key, ""))
+    doubt_classes(source, said=False)
     key_column = args.key_column or args.key
     used = {*columns, args.rater_column, key_column, split_column if splits else ""}
     doubt_unused_splits(source, table, key_column,
-                        [name for name in table.header if name not in used], found,
+                        [name for name in table.header if name and name not in used], found,
                         plain_name_of if args.key == "file" else str)
     source.notes.append(rows_note(taken, key_of, set(found), args.key))
 

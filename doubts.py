@@ -98,12 +98,12 @@ def empty_splits(splits: list[str], patients: int, fractions: dict[str, float],
     return doubts
 
 
-def constant_labels(names: list[str], rows: list[tuple[str, ...]], classes: bool,
+def constant_labels(names: list[str], rows: list[tuple[str, ...]], classes: set[str],
                     found: int = 0) -> list[Doubt]:
     """Doubts for labels that say the same of every image of which they say
     anything.
 
-    rows: the labels of each image. classes: whether the labels are names of
+    rows: the labels of each image. classes: those labels that are names of
     classes. found: images before some were left out."""
     doubts = []
     for place, name in enumerate(names) if max(found, len(rows)) >= FEW else ():
@@ -118,7 +118,7 @@ def constant_labels(names: list[str], rows: list[tuple[str, ...]], classes: bool
         says = f"is {value} for every image" if value else "is not mentioned for any image"
         why = ""
         if value and blank:
-            says += " that has a class" if classes else " that mentions it"
+            says += " that has a class" if name in classes else " that mentions it"
         if uncertain:
             says += f", or uncertain (-1, {uncertain:,}),"
         if value and blank:
@@ -127,16 +127,17 @@ def constant_labels(names: list[str], rows: list[tuple[str, ...]], classes: bool
     return doubts
 
 
-def untrained_classes(names: list[str], splits: list[str],
+def untrained_classes(names: list[str], classes: set[str], splits: list[str],
                       rows: list[tuple[str, ...]]) -> list[Doubt]:
     """A doubt for each class that stands in the val or test split of a
     source, but not in train.
 
-    splits: as the source gives them; "" may become train."""
+    classes: those labels that are names of classes. splits: as the source
+    gives them; "" may become train."""
     places: dict[str, set[str]] = {}                    # the splits in which each class stands
     for split, row in zip(splits, rows):
         for name, value in zip(names, row):
-            if value == "1":
+            if value == "1" and name in classes:
                 places.setdefault(name, set()).add(split or "train")
     if not {"", "train"} & set(splits):
         return []

@@ -57,7 +57,7 @@ from radiograph import (
 from sources import (
     Item, Source, chexpert_flags, chexpert_items, demo_flags, demo_items, folder_flags,
     folder_items, mimic_items, nih_items, read_phantom, text_of)
-from tables import CELL_WORDS, form_key, read_table
+from tables import CELL_WORDS, form_key, plain_cell, read_table
 
 
 # --------------------------------------------------------------------------------------------------
@@ -111,15 +111,18 @@ def assign_splits(source: Source, args: argparse.Namespace) -> None:
     in two given splits: what is learned from one image would be tested on another of the same
     chest."""
     # The splits that the source gives; a patient without one may go to any.
-    split_of = {}                               # by patient
+    first = {}                                  # item of each patient
     for item in source.items:
-        split = item.split or "train"
-        if split_of.setdefault(item.patient, split) != split:
+        other = first.setdefault(item.patient, item)
+        if (item.split or "train") != (other.split or "train"):
             hint = ""
             if "patients_per_split" in args:
                 hint = " (--patients-per-split if its numbering restarts in each)"
-            raise DataError(f"patient {item.patient} is in {split} and in {split_of[item.patient]} "
-                            f"of {args.src}{hint}")
+            if not (item.split and other.split):
+                hint = ": write the split of a patient into all of its rows"
+            raise DataError(f"patient {item.patient} is in {item.split or 'no split'} and in "
+                            f"{other.split or 'no split'} of {args.src}{hint}")
+    split_of = {patient: item.split or "train" for patient, item in first.items()}
 
     # The missing ones, each from what the one before it left.
     pool = [patient for patient, split in split_of.items() if split == "train"]
@@ -273,7 +276,7 @@ def write_images(source: Source, args: argparse.Namespace) -> None:
     # data folder, which may be handed on.
     file = args.out / "rejected.csv"
     if args.source == "dicom":
-        file = Path(f"{args.out}.rejected.csv")
+        file = Path(f"{os.path.abspath(args.out)}.rejected.csv")        # --out may be a dot
     write_csv(file, [("file", "reason"), *source.rejected])
     see = f", see {file.name}" if source.rejected else ""
     source.notes.append(f"Rejected: {len(source.rejected):,}{see}.")
@@ -481,10 +484,7 @@ def check_out(args: argparse.Namespace) -> None:
     if "prepare.json" not in names:
         raise DataError(f"{args.out} is not empty and was not made by prepare.py")
     if not args.overwrite:
-        # Older versions wrote absolute paths.
-        before = {name: from_out(Path(value), args.out)
-                  if isinstance(value, str) and os.path.isabs(value) else value
-                  for name, value in read_settings(args.out / "prepare.json").items()}
+        before = read_settings(args.out / "prepare.json")
         now = json.loads(json.dumps(settings_of(args)))         # as if it had been read, too
         # What was refused once its images were made may be allowed without making them again.
         # Only masks that were allowed are there, and would stay.
@@ -606,6 +606,8 @@ def pack(args: argparse.Namespace) -> int:
     """Write images.tar, from which the later stages read instead of images/; see archive.py.
 
     DataError names an image that cannot be decoded: it would be packed for good."""
+    if not args.folder.is_dir():            # it would be made, for its lock
+        raise DataError(f"{args.folder} is not a folder")
     with lock_folder(args.folder):
         manifest = read_manifest(args.folder, packed=False)
         files = [args.folder / path for path in manifest.paths]
@@ -716,7 +718,7 @@ def drop(folder: Path, paths: set[str]) -> None:
     with lock_folder(folder):
         with open_text(file) as f:
             header, *rows = (row for row in csv.reader(f) if row)       # without blank lines
-        remaining = [row for row in rows if row[0] not in paths]
+        remaining = [row for row in rows if plain_cell(row[0]) not in paths]
 
         # The first free number: no manifest that was put away is ever overwritten.
         number = 1
@@ -757,9 +759,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # What no single flag can know.
     args = parser.parse_args(argv)
     if args.source == "dicom" and not args.salt:
-        args.salt = Path(f"{args.out}.salt")
+        args.salt = Path(f"{os.path.abspath(args.out)}.salt")
     if "out" in args:
         check_flags(args, commands.choices[args.source].error)
+    # What a table's columns are usually called. Without a table nobody may name them.
+    usual = {"key": "PatientID"} if getattr(args, "labels", None) else {}
+    if getattr(args, "csv", None):
+        usual = {"path_column": "path", "patient_column": "patient", "split_column": "split"}
+    for name, value in usual.items():
+        setattr(args, name, getattr(args, name) or value)
     return args
 
 
@@ -830,11 +838,10 @@ def check_flags(args: argparse.Namespace, error: Callable[[str], Any]) -> None:
         error("--salt must not lie inside --out, which may be handed on")
     table = {"folder": "csv", "dicom": "labels"}.get(args.source)
     for name in ("label_columns", "class_columns", "label_separator", "not_mentioned", "where",
-                 "several_rows", "rater_column"):
+                 "several_rows", "rater_column", "path_column", "patient_column", "split_column",
+                 "key", "key_column"):
         if table and getattr(args, name, None) and not getattr(args, table):
             error(f"--{name.replace('_', '-')} is about columns of --{table}, which is missing")
-    if args.source == "dicom" and args.split_column and not args.labels:
-        error("--split-column is about columns of --labels, which is missing")
     # A column that is read twice would give two labels of one name.
     if table:
         named = Counter([*args.label_columns, *args.class_columns])

@@ -67,7 +67,7 @@ class Source:
     doubts: list[Doubt] = field(default_factory=list)                   # what may not be meant
     asked_for: set[str] = field(default_factory=set)    # reasons by which no image is lost
     official_labels: bool = False       # the same for all who use this source, rare ones included
-    classes: bool = False               # the labels are names of classes, by folder or by cell
+    classes: set[str] = field(default_factory=set)      # labels of classes, by folder or by cell
     patients_known: bool = True         # False: every image counts as a patient of its own
 
 
@@ -148,11 +148,11 @@ def folder_flags(flag: Callable) -> None:
     flag("--exclude", nargs="+", default=[], metavar="NAME",
          help="files and folders to pass over, by name or by path below --src; * is a wildcard")
     flag("--csv", type=Path, help="table of the images to take; may be a .gz")
-    flag("--path-column", default="path",
+    flag("--path-column",
          help="its column of paths below --src, or of file names (default: path)")
-    flag("--patient-column", default="patient",
+    flag("--patient-column",
          help="its column of patients (default: patient, if there is one)")
-    flag("--split-column", default="split",
+    flag("--split-column",
          help="its column of train, val, test (default: split, if there is one)")
     flag("--where", nargs="+", default=[], type=condition, metavar="COLUMN=VALUE,VALUE",
          help="take only rows in which a column has one of the values, such as Projection=PA,AP")
@@ -257,7 +257,7 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
             table, columns, list(key_of.values()), label_rules(args))
         labels = {file: by_key[key] for file, key in key_of.items()}
         source.notes += notes
-        source.classes = not set(columns) & set(source.label_names)
+        source.classes = set(source.label_names) - set(columns)
     else:
         labels = class_folders(source, {file: place for file, place in places.items()
                                         if splits[file] is not None})
@@ -297,7 +297,7 @@ def doubt_classes(source: Source, said: bool) -> None:
     said: whether the user has said which folders are the classes."""
     if not source.classes:
         return
-    twins = None if said else classes_of_splits(source.label_names)
+    twins = None if said else classes_of_splits(sorted(source.classes))
     if twins:
         one, other = twins
         source.doubts.append(Doubt(
@@ -305,7 +305,7 @@ def doubt_classes(source: Source, said: bool) -> None:
             "names: sort the images into folders such as train/NORMAL, or name the splits in a "
             "column"))
     source.doubts += untrained_classes(
-        source.label_names, [item.split for item in source.items],
+        source.label_names, source.classes, [item.split for item in source.items],
         [item.labels for item in source.items])
 
 
@@ -354,7 +354,8 @@ def class_folders(source: Source, places: dict[str, Place]) -> dict[str, tuple[s
     names = {file: text_of(place.class_name) for file, place in places.items()}
     counts = Counter((name, name) for name in names.values() if name)
     spelling = spellings(counts)
-    source.label_names, source.classes = sorted(set(spelling.values())), True
+    source.label_names = sorted(set(spelling.values()))
+    source.classes = set(source.label_names)
     if len(source.label_names) * len(places) > MOST_CELLS:
         raise DataError(f"{len(source.label_names):,} class folders of {len(places):,} images are "
                         "more than fit into memory: --layout says what each level of folders is")
@@ -519,7 +520,7 @@ def read_image_table(args: argparse.Namespace) -> Table:
                                                        for text in args.where},
         normalise=plain_path,
         several=bool(args.several_rows),
-        hint="; --several-rows says how several rows of an image become one")
+        hint="; --several-rows says how several rows of an image become one", flag="--path-column")
 
 
 def take_where(table: Table, key_of: dict[str, str], conditions: list[str],
@@ -781,6 +782,9 @@ def chexpert_items(args: argparse.Namespace, files: list[str]) -> Source:
             if image not in frontal:
                 laterals += 1
                 continue
+            if image.count("/") < 3:
+                raise DataError(f"{table.file}, row {table.rows[image].number}, column Path: "
+                                f"{image!r} is not {part}/PATIENT/STUDY/IMAGE")
             patient, study = image.split("/")[1:3]
             position = positions.get(image) if views[image] == "Frontal" else ""
             source.items.append(Item(image, jpeg_path(image), patient, split, labels[image],

@@ -121,11 +121,12 @@ class Table:
 
 def read_table(file: Path, key: str, columns: list[str] | None = None,
                optional: Collection[str] = (), normalise: Callable[[str], str] = str,
-               several: bool = False, hint: str = "") -> Table:
+               several: bool = False, hint: str = "", flag: str = "") -> Table:
     """A CSV file, which may be compressed by gzip, by its column `key`.
 
-    columns: those to read; None for all but `key`. One that is `optional` may
-    be missing. normalise: what a key passes through. A key comes once, or
+    columns: those to read; None for all but `key` and one without a name, which
+    counts the rows. One that is `optional` may be missing. flag: names another
+    key. normalise: what a key passes through. A key comes once, or
     with `several` as often as it likes; `hint` is added to the message where
     it may not. Commas, semicolons, tabs or | may stand between the cells. A
     byte-order mark, CRLF, blanks around a cell and what spreadsheets write
@@ -153,11 +154,13 @@ def read_table(file: Path, key: str, columns: list[str] | None = None,
                 one, other = [n for n, name in enumerate(header, 1) if name == twice][:2]
                 raise DataError(f"{file} must have one column {twice!r}, and columns {one} and "
                                 f"{other} are called so: rename one of them")
-            columns = [name for name in header if name != key] if columns is None else columns
+            if columns is None:
+                columns = [name for name in header if name not in (key, "")]
             for name in (key, *columns):
                 if header.count(name) != 1 and (name in header or name not in optional):
+                    ask = f"; {flag} names another" if flag and name == key else ""
                     raise DataError(f"{file} must have one column {name!r}, "
-                                    f"its header is {','.join(header)[:500]!r}")
+                                    f"its header is {','.join(header)[:500]!r}{ask}")
             columns = [name for name in columns if name in header]      # without optional ones
             places = [header.index(name) for name in (key, *columns)]
 
@@ -286,6 +289,9 @@ def understand(table: Table, names: list[str], keys: list[str], rules: LabelRule
             for place, column in zip(places[1:], columns[1:]):
                 said += column.cells[row.cells[place]]
             who = row.number if rater is None else row.cells[rater]
+            if isinstance(who, str) and value_of(who) == "":        # all such would be one reader
+                raise DataError(f"{table.file}, row {row.number}, column {rules.rater_column}: "
+                                f"{who!r} names no reader")
             opinions[who] = any_of([opinions[who], said]) if who in opinions else said
         together = any_of if rules.several_rows == "any" else majority_of
         cells[key] = together(list(opinions.values()))

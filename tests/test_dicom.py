@@ -703,3 +703,49 @@ def test_broken_dicom_files_are_counted_whatever_lies_beside_them(tmp_path):
     (tmp_path / "src/README.txt").write_text("notes")
     with pytest.raises(SystemExit, match="12 of 24 images .* a DICOM file, though it is called so"):
         dicom(tmp_path)
+
+
+def test_labels_where_no_file_is_taken(tmp_path):
+    several(tmp_path, Modality="CT")
+    write_csv(tmp_path / "l.csv", [("PatientID", "y"), *((f"P{i}", i % 2) for i in range(6))])
+    with pytest.raises(SystemExit, match="no image found .*12 files: modality CT, not CR or DX"):
+        dicom(tmp_path, "--labels", tmp_path / "l.csv")
+
+
+def test_a_table_that_pandas_wrote_with_its_index(tmp_path):
+    several(tmp_path)
+    write_csv(tmp_path / "l.csv", [("", "PatientID", "y"), *((i, f"P{i}", i % 2) for i in range(6))])
+    dicom(tmp_path, "--labels", tmp_path / "l.csv")
+    assert read_manifest(tmp_path / "out").label_names == ["y"]
+    write_csv(tmp_path / "l.csv", [("", "id", "y"), *((i, f"P{i}", i % 2) for i in range(6))])
+    with pytest.raises(SystemExit, match="one column 'PatientID', .*'; --key-column names another"):
+        dicom(tmp_path, "--labels", tmp_path / "l.csv", out="other")
+
+
+def test_classes_of_dicom_that_train_lacks(tmp_path):
+    several(tmp_path)
+    rows = [(f"P{i}", "AABBAC"[i], "train" if i < 4 else "test") for i in range(6)]
+    write_csv(tmp_path / "l.csv", [("PatientID", "dx", "split"), *rows])
+    with pytest.raises(SystemExit, match="class 'C' stands in test and not in train"):
+        dicom(tmp_path, "--labels", tmp_path / "l.csv", "--label-columns", "dx")
+
+
+def test_masks_that_are_allowed_are_no_copies_of_one_another(tmp_path):
+    """Two drawings of one UID, each of two gray levels, show two images."""
+    for i in range(2):
+        mask = np.kron(np.eye(2) if i else np.array([[0, 1], [1, 1]]), np.full((32, 32), 4095))
+        write_dicom(tmp_path / f"src/{i}.dcm", mask, SOPInstanceUID="1.2.3")
+    with pytest.raises(SystemExit):
+        dicom(tmp_path)
+    dicom(tmp_path, "--allow", "masks", "many-left-out")
+    assert "which shows another image" in (tmp_path / "out.rejected.csv").read_text()
+
+
+def test_what_the_hospital_keeps_lies_beside_a_data_folder_that_is_a_dot(tmp_path, monkeypatch):
+    several(tmp_path)
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    run("dicom", "--src", tmp_path / "src", "--out", ".", "--workers", 2)
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "src", "out", "out.salt", "out.rejected.csv"}
+    assert not [file for file in (tmp_path / "out").iterdir() if "rejected" in file.name]

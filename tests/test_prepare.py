@@ -1015,3 +1015,59 @@ def test_no_manifest_and_no_archive_of_other_pictures(tmp_path):
     with pytest.raises(SystemExit, match="label 'A' is 1 for every image"):
         folder(src, out)
     assert not (out / "manifest.csv").exists()
+
+
+@pytest.mark.parametrize("source, flag", [
+    ("folder", "--path-column"), ("folder", "--patient-column"), ("folder", "--split-column"),
+    ("dicom", "--key-column"), ("dicom", "--key")])
+def test_flags_of_a_table_that_is_missing(tmp_path, capsys, source, flag):
+    with pytest.raises(SystemExit):
+        run(source, "--src", tmp_path, "--out", tmp_path / "out", flag, "PatientID")
+    assert f"{flag} is about columns of --" in capsys.readouterr().err
+
+
+def test_a_command_with_a_slash_as_a_value_goes_on(tmp_path):
+    for i in range(6):
+        save(tmp_path / f"src/{i}.png", radiograph(i))
+    write_csv(tmp_path / "rows.csv",
+              [("path", "y"), *((f"{i}.png", ("A/B", "B", "C/A")[i % 3]) for i in range(6))])
+    for _ in range(2):
+        folder(tmp_path / "src", tmp_path / "out", "--csv", tmp_path / "rows.csv",
+               "--label-columns", "y", "--label-separator", "/")
+    assert read_manifest(tmp_path / "out").label_names == ["A", "B", "C"]
+
+
+@pytest.mark.parametrize("splits, words", [
+    (("val", ""), "p0 is in no split and in val of .*: write the split of a patient into all"),
+    (("val", "train"), r"p0 is in train and in val of .* \(--patients-per-split")])
+def test_a_patient_in_two_splits_is_told_with_the_way_out(tmp_path, splits, words):
+    rows = [(f"{i}.png", f"p{i // 2}", (*splits, "train", "train", "test", "test")[i])
+            for i in range(6)]
+    for i, row in enumerate(rows):
+        save(tmp_path / "src" / row[0], radiograph(i))
+    write_csv(tmp_path / "rows.csv", [("path", "patient", "split"), *rows])
+    with pytest.raises(SystemExit, match=words):
+        folder(tmp_path / "src", tmp_path / "out", "--csv", tmp_path / "rows.csv")
+
+
+def test_chexpert_paths_without_a_study(tmp_path):
+    cells = ["0.0"] * 14
+    chexpert(tmp_path / "src", "train", [("train/a.jpg", "Frontal", cells)])
+    chexpert(tmp_path / "src", "valid", [])
+    save(tmp_path / "src/train/a.jpg")
+    with pytest.raises(SystemExit, match="train.csv, row 2, column Path: 'train/a.jpg' is not tra"):
+        run("chexpert", "--src", tmp_path / "src", "--out", tmp_path / "out")
+
+
+def test_pack_makes_no_folder(tmp_path):
+    with pytest.raises(SystemExit, match="nofolder is not a folder"):
+        run("pack", tmp_path / "nofolder")
+    assert not (tmp_path / "nofolder").exists()
+
+
+def test_verify_drops_paths_with_blanks_around_them(tmp_path, capsys):
+    save(tmp_path / "images/0.jpg", radiograph(0, 64, 64))
+    write_csv(tmp_path / "manifest.csv", [("path", "patient", "split"), ("images/0.jpg", 0, "train"),
+                                          (" images/1.jpg", 1, "train")])
+    assert run("verify", tmp_path, "--drop") == 0
+    assert read_manifest(tmp_path).paths == ["images/0.jpg"]

@@ -727,3 +727,31 @@ def test_many_class_folders_are_not_compared_until_they_are_allowed(tmp_path):
     for allow, doubt in (((), "many-classes"), (("--allow", "many-classes"), "similar-labels")):
         with pytest.raises(SystemExit, match=rf"if that is meant: --allow {doubt}\)"):
             folder(src, out, "--val-fraction", 0, "--test-fraction", 0, *allow)
+
+
+def test_classes_beside_values_are_doubted_too(tmp_path):
+    """A class that train lacks is one, whatever other column is named."""
+    words = {"train": ["A", "B"], "test": ["A", "C"]}
+    rows = [(f"{split}/{i}.png", words[split][i % 2], i // 2 % 2)
+            for split in words for i in range(4)]
+    flags = table(tmp_path, ("path", "dx", "Mass"), rows)
+    for columns in (["dx"], ["dx", "Mass"]):
+        with pytest.raises(SystemExit, match="class '(dx )?C' stands in test and not in train"):
+            folder(tmp_path / "src", tmp_path / "out", *flags, "--label-columns", *columns)
+
+
+def test_a_rater_without_a_name(tmp_path):
+    """Two such rows may be of two readers."""
+    save(tmp_path / "src/a.png")
+    write_csv(tmp_path / "rows.csv",
+              [("path", "y", "who"), ("a.png", 1, "R1"), ("a.png", 0, ""), ("a.png", 0, "")])
+    with pytest.raises(SystemExit, match="rows.csv, row 3, column who: '' names no reader"):
+        folder(tmp_path / "src", tmp_path / "out", "--csv", tmp_path / "rows.csv", "--label-columns",
+               "y", "--several-rows", "majority", "--rater-column", "who")
+
+
+def test_a_table_without_its_column_of_paths_names_the_flag(tmp_path):
+    save(tmp_path / "src/a.png")
+    write_csv(tmp_path / "rows.csv", [("image", "y"), ("a.png", 1)])
+    with pytest.raises(SystemExit, match="one column 'path', .*'; --path-column names another"):
+        folder(tmp_path / "src", tmp_path / "out", "--csv", tmp_path / "rows.csv")
