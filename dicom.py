@@ -644,7 +644,7 @@ def pixel_digest(file: Path, settings: ImageSettings) -> bytes:
 
 
 def read_label_table(args: argparse.Namespace) -> Table:
-    """--labels by its column of keys. DataError where a key is empty."""
+    """--labels by its column of keys."""
     columns = [*args.label_columns, *args.class_columns]
     if columns:
         columns += filter(None, [args.rater_column, args.split_column or "split"])
@@ -655,8 +655,6 @@ def read_label_table(args: argparse.Namespace) -> Table:
                        several=bool(args.several_rows),
                        hint="; --several-rows says how several rows become one",
                        flag="--key-column")
-    if "" in table.rows:                # it would label every file without that key
-        raise DataError(f"{args.labels}, row {table.rows[''].number}: its key is empty")
     for name in filter(None, [args.rater_column, args.split_column]):
         if name not in table.columns:
             raise DataError(f"{args.labels} must have one column {name!r}, "

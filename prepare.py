@@ -327,7 +327,8 @@ def read_record(file: Path) -> dict[str, str]:
 def prepare(args: argparse.Namespace) -> None:
     """Make the data folder --out of a source, or finish it where an earlier run was interrupted.
 
-    Whatever is wrong with the source is found before anything is written."""
+    Whatever is wrong with the source is found first. Before the images, only .lock and the secret
+    of DICOM are written."""
     check_out(args)
     with lock_folder(args.out):
         below = find_files(args.src) if "src" in args else Found([], [])
@@ -521,8 +522,7 @@ def check_source(source: Source, args: argparse.Namespace, files: list[str]) -> 
                     if args.source != "dicom"}
         # Or the files are of another kind, or of views that were not asked for.
         says = [f"{count:,} files: {why}{examples.get(why, '')}" for why, count in reasons]
-        says += [note.rstrip(".") for note in source.notes
-                 if "left out: " in note or note.startswith("Files passed over: ")]
+        says += [source.passed_over.rstrip(".")] if source.passed_over else []
         if args.source != "dicom" and any(is_dicom(args.src / file) for file in files[:100]):
             says.append("`prepare.py dicom` reads DICOM files")
         raise DataError("; ".join([f"no image found in {args.src}", *says]))

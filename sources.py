@@ -64,6 +64,7 @@ class Source:
     items: list[Item] = field(default_factory=list)
     rejected: list[tuple[str, str]] = field(default_factory=list)       # file, reason
     notes: list[str] = field(default_factory=list)                      # sentences for DATA.md
+    passed_over: str = ""               # of the notes, the one on files that are not asked for
     doubts: list[Doubt] = field(default_factory=list)                   # what may not be meant
     asked_for: set[str] = field(default_factory=set)    # reasons by which no image is lost
     official_labels: bool = False       # the same for all who use this source, rare ones included
@@ -286,7 +287,8 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
     source.patients_known = bool(patients)
     if not patients:
         say_no_patients(source, images, pictures)
-    source.notes.append(f"Files passed over: {passed_over(others) or 'none'}.")
+    source.passed_over = f"Files passed over: {passed_over(others) or 'none'}."
+    source.notes.append(source.passed_over)
     return source
 
 
@@ -531,7 +533,7 @@ def take_where(table: Table, key_of: dict[str, str], conditions: list[str],
         column, _, values = text.partition("=")
         values = [value.strip() for value in values.split(",")]
         place = table.columns.index(column)
-        # What no one wants is not missed.
+        # A row that is missing on disk is no loss if --where would not have taken it.
         source.rejected = [
             (key, why) for key, why in source.rejected if key not in table.rows
             or any(row.cells[place] in values for row in table.all_rows(key))]
@@ -789,7 +791,8 @@ def chexpert_items(args: argparse.Namespace, files: list[str]) -> Source:
             position = positions.get(image) if views[image] == "Frontal" else ""
             source.items.append(Item(image, jpeg_path(image), patient, split, labels[image],
                                      study, position or views[image]))
-    source.notes.append(f"Lateral views left out: {laterals:,} (--all-views takes them).")
+    source.passed_over = f"Lateral views left out: {laterals:,} (--all-views takes them)."
+    source.notes.append(source.passed_over)
     others = sum(not file.startswith(("train/", "valid/")) and file.lower().endswith(EXTENSIONS)
                  for file in files)
     if others:
@@ -852,9 +855,11 @@ def mimic_items(args: argparse.Namespace, files: list[str]) -> Source:
         source.items.append(Item(
             images[image], jpeg_path(images[image]), patient, split_name(split),
             labels.get(study, ("",) * len(CHEXPERT_OBSERVATIONS)), study, views.get(image, "")))
-    source.notes.append(f"Lateral and unknown views left out: {laterals:,} (--all-views takes "
-                        f"them). Images whose study is not in {label_file.name}: {unlabelled:,}; "
-                        f"nothing is mentioned for them. Images not in {view_file.name}: "
+    source.passed_over = (f"Lateral and unknown views left out: {laterals:,} (--all-views takes "
+                          "them).")
+    source.notes.append(f"{source.passed_over} Images whose study is not in {label_file.name}: "
+                        f"{unlabelled:,}; nothing is mentioned for them. Images not in "
+                        f"{view_file.name}: "
                         f"{len(images.keys() & rows.rows.keys() - views.keys()):,}. Studies of "
                         f"{label_file.name} without an image: {len(labels.keys() - studies):,}.")
     return source

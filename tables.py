@@ -1,23 +1,7 @@
 """Tables of labels as they are handed around: CSV files -> the cells of the manifest.
 
-A cell of a label says one of four things, whether in capital or small letters.
-Numbers are compared as numbers:
-
-    present        1, 1.0, +1, 1e0, yes, true, positive, present, checked, +, ✓, ja, oui, …
-    absent         0, 0.00, no, false, negative, absent, unchecked, ✗, nein, non, …
-    uncertain      -1, -1.0, uncertain, maybe, unsure, possible, equivocal, …
-    not mentioned  blank, nan, none, n/a, -, ., missing, not available, unknown, ?, …
-
-CELL_WORDS has all of them. In a column in which + stands, - is absent. What was read as a
-value is told, with counts.
-A column of such cells is one label, by the column's name. A column of words is a
-column of classes: one label for each word. In one that is called a column of classes
-by its user, none may be one, too (OPEN). Words that differ in case, blanks,
-dashes, "_" and a last point only are one class, spelled as most cells spell it. A cell
-may hold a list of words, each of which is present then: `Mass|Nodule`, `Mass;Nodule`,
-`['Mass', 'Nodule']`. An empty list is not mentioned. Everything else is a DataError that
-names file, row and column: a column in which values and words are mixed, numbers
-that are no value, and cells that look like a list of another kind.
+docs/sources.md says what a cell means, and what a column; CELL_WORDS has all words. Everything
+else is a DataError that names file, row and column.
 """
 import csv
 import re
@@ -270,8 +254,7 @@ def read_labels(table: Table, names: list[str], several_rows: str = "",
 
 
 def understand(table: Table, names: list[str], keys: list[str], rules: LabelRules) -> Labels:
-    """Columns `names` of a table as labels, of the rows of `keys`. The module
-    says how.
+    """Columns `names` of a table as labels, of the rows of `keys`.
 
     DataError names file, row and column of what is neither a value nor a
     class."""
@@ -283,7 +266,8 @@ def understand(table: Table, names: list[str], keys: list[str], rules: LabelRule
 
     cells: dict[str, tuple[str, ...]] = {}
     for key in keys:
-        opinions: dict[str | int, tuple[str, ...]] = {}         # by the rater, or by the row
+        # One vote a reader (all rows of one reader: any), or one a row.
+        opinions: dict[str | int, tuple[str, ...]] = {}
         for row in table.all_rows(key):
             said = columns[0].cells[row.cells[places[0]]] if columns else ()
             for place, column in zip(places[1:], columns[1:]):
@@ -359,10 +343,6 @@ def understand_column(table: Table, name: str, keys: list[str], rules: LabelRule
     if not classes:
         refuse_what_is_no_class(values, where, words, rules)
     lists = read_lists(words, where, rules, meaning)
-    if not classes:
-        for cell, parts in lists.items():
-            if len(parts) > 1 and all(NUMBER.fullmatch(part.casefold()) for part in parts):
-                raise DataError(f"{where[cell]}: {cell!r} is a list of numbers, not of findings")
 
     # Words that differ in form only are one class.
     spelling = spellings(Counter({

@@ -714,10 +714,11 @@ def test_labels_where_no_file_is_taken(tmp_path):
 
 def test_a_table_that_pandas_wrote_with_its_index(tmp_path):
     several(tmp_path)
-    write_csv(tmp_path / "l.csv", [("", "PatientID", "y"), *((i, f"P{i}", i % 2) for i in range(6))])
+    rows = [(i, f"P{i}", i % 2) for i in range(6)]
+    write_csv(tmp_path / "l.csv", [("", "PatientID", "y"), *rows])
     dicom(tmp_path, "--labels", tmp_path / "l.csv")
     assert read_manifest(tmp_path / "out").label_names == ["y"]
-    write_csv(tmp_path / "l.csv", [("", "id", "y"), *((i, f"P{i}", i % 2) for i in range(6))])
+    write_csv(tmp_path / "l.csv", [("", "id", "y"), *rows])
     with pytest.raises(SystemExit, match="one column 'PatientID', .*'; --key-column names another"):
         dicom(tmp_path, "--labels", tmp_path / "l.csv", out="other")
 

@@ -1065,9 +1065,9 @@ def test_pack_makes_no_folder(tmp_path):
     assert not (tmp_path / "nofolder").exists()
 
 
-def test_verify_drops_paths_with_blanks_around_them(tmp_path, capsys):
+def test_verify_drops_paths_with_blanks_around_them(tmp_path):
     save(tmp_path / "images/0.jpg", radiograph(0, 64, 64))
-    write_csv(tmp_path / "manifest.csv", [("path", "patient", "split"), ("images/0.jpg", 0, "train"),
-                                          (" images/1.jpg", 1, "train")])
+    rows = [("images/0.jpg", 0, "train"), (" images/1.jpg", 1, "train")]
+    write_csv(tmp_path / "manifest.csv", [("path", "patient", "split"), *rows])
     assert run("verify", tmp_path, "--drop") == 0
     assert read_manifest(tmp_path).paths == ["images/0.jpg"]
