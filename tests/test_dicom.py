@@ -595,7 +595,7 @@ def test_views_and_parts_of_the_body_are_told_and_chosen(tmp_path, capsys):
     assert "Views by the headers: PA 6, LL 6. --view takes" in text and "iller" not in text
     assert "Body parts by the headers: CHEST 3, HAND 3, OTHER 3, none 3. --body-part" in text
     dicom(tmp_path, "--view", "pa", "ap", "--body-part", "chest", "none", out="chosen")
-    assert read_manifest(tmp_path / "chosen").views.tolist() == ["PA"] * 3
+    assert read_manifest(tmp_path / "chosen").view_positions.tolist() == ["PA"] * 3
     reasons = Counter(row[1] for row in csv.reader(open(tmp_path / "chosen.rejected.csv")))
     assert reasons["view LL, not PA or AP"] == 6
     assert reasons["body part OTHER, not CHEST or NONE"] == 3
