@@ -457,6 +457,7 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
 
     introduce(training, schedule, probe, compute)
     model = compute.data_parallel(torch.compile(net) if config.compile else net)
+    model.train()
     own_batch = config.batch_size // compute.world_size
     piece = min(config.micro_batch or own_batch, own_batch)  # images that are encoded at once
     compute.rehearse(model, (2 * piece, 1, config.image_size, config.image_size))
