@@ -25,13 +25,13 @@ from pydicom.pixels.utils import pixel_array
 from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from common import DataError
-from doubts import Doubt, pairs_alike, patient_key
+from doubts import FINDINGS, Doubt, pairs_alike, patient_key
 from layout import split_name
 from radiograph import (
     EXTENSIONS, ImageSettings, Reading, eight_bits, in_parallel, load_image, reason)
 from sources import (
     Item, Source, check_patients_and_splits, doubt_classes, doubt_unused_splits, label_flags,
-    label_rules, plain_path, that_end_alike)
+    label_rules, plain_path, that_end_alike, unused_splits)
 from tables import Table, read_labels, read_table, understand
 
 
@@ -588,7 +588,31 @@ def dicom_items(args: argparse.Namespace, files: list[str]) -> Source:
         say_unnamed(source, taken)
     else:
         source.notes.append(patient_note(taken, args.patient_from))
+    doubt_folders(source, args)
     return source
+
+
+def doubt_folders(source: Source, args: argparse.Namespace) -> None:
+    """Add what the names of folders seem to say of splits, labels and patients, none of which is
+    read."""
+    folders = {PurePosixPath(item.source).parent for item in source.items}
+    words = {word for folder in folders for word in folder.parts}
+    splits = sorted(word for word in words if split_name(word))
+    if len(set(map(split_name, splits))) > 1 and not any(item.split for item in source.items):
+        source.doubts.append(Doubt(
+            "unused-splits", f"folders of {args.src} are called {' and '.join(splits[:3])}, and "
+            "are not read: a column split of --labels takes the splits"))
+    findings = [word for word in words if FINDINGS.search(word.casefold()) and word not in splits]
+    if len(findings) > 1 and not args.labels:
+        source.notes.append("Folders that are named by findings, as it seems, are not taken for "
+                            f"labels: {len(findings):,}. --labels takes a table of them.")
+    names = {folder.name for folder in folders}
+    if args.patient_from == "folder" and 2 * len(names) <= len(folders):
+        one = min(map(str, folders))
+        source.doubts.append(Doubt(
+            "unknown-patients", f"{len(folders):,} folders have {len(names):,} names, as though "
+            f"they were studies of the folders above them, and --patient-from folder takes each, "
+            f"such as {one}, for a patient"))
 
 
 def not_asked_for(view: str, part: str, args: argparse.Namespace) -> str:
@@ -700,6 +724,8 @@ def label_items(source: Source, args: argparse.Namespace, table: Table,
         if source.label_names != columns:
             raise DataError(f"{args.labels} must hold 1, 0, -1 or blanks: choose such columns by "
                             "--label-columns, or columns of classes by --class-columns")
+        source.doubts += unused_splits(table, {
+            name: [cell for cell in table.column(name).values() if cell] for name in columns})
     source.notes += notes
     nothing = ("",) * len(source.label_names)
     splits = table.column("" if split_column in columns else split_column)

@@ -34,7 +34,7 @@ ALLOW = {
                    "in another"}
 FEW = 3                         # images; fewer are not doubted
 FEW_LOST = 5                    # images; so many may be lost of whatever number
-MARKS = r"[\s_/\\|&,;.:()'-]"     # that make no other label of one
+MARKS = r"[\s_/\\|&,;.:()'?-]"     # that make no other label of one
 
 
 class Doubt(NamedTuple):
@@ -321,7 +321,7 @@ ATTRIBUTES = {"age", "sex", "gender", "birth", "birthday", "birthdate", "dob",
 NAME_COLUMN = re.compile(
     r"((full|last|first|family|given|sur|short) ?)?names?|last|first|initials|vorname|nachname"
     r"|nom|prenom|nombre|apellidos?|nome|cognome|id|identifier|identifiant|individual|client|hn"
-    r"|uhid|nhs|paciente|paziente"
+    r"|uhid|nhs( ?number)?|paciente|paziente|患者|病人|病历号|住院号|환자"
     r"|(hospital|medical record|record|chart|clinic|person)( ?(id|nr|no|number|code))")
 VIEW_COLUMN = re.compile(r"(.* )?(view|projection|body ?part|anatomy)( .*)?|frontal lateral|ap pa")
 STUDY_COLUMN = re.compile(

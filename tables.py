@@ -490,12 +490,14 @@ def most_classes(images: int) -> int:
 
 def form_key(text: str) -> str:
     """What is equal for two names that differ in case, blanks, dashes, "_", a
-    last point, and characters without width only."""
+    last point, and characters without width only. A dash at the end is kept: it
+    may be a minus, as in HER2-."""
     text = DASHES.sub("-", unicodedata.normalize("NFKC", text).casefold())
     if not text.isascii():
         text = "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
+    minus = "-" if text.rstrip().endswith("-") else ""
     text = " ".join(re.sub(r"[\s_-]+", " ", text).split())
-    return text.rstrip(" .") or text
+    return (text.rstrip(" .") or text) + minus
 
 
 def spellings(counts: Counter) -> dict[str, str]:

@@ -231,6 +231,13 @@ def test_dicom_without_identity(tmp_path, capsys):
     manifest = read_manifest(tmp_path / "folders")
     assert Counter(Counter(manifest.patients.tolist()).values()) == {3: 2}
 
+    # Folders of the same names are studies of the folders above them.
+    for i in range(4):
+        write_dicom(tmp_path / f"studies/P{i // 2}/S{i % 2}/1.dcm", RAMP, SOPInstanceUID=f"1.3.{i}")
+    with pytest.raises(SystemExit, match=r"as though they were studies.*such as P0/S0, for a pat"):
+        run("dicom", "--src", tmp_path / "studies", "--patient-from", "folder", "--workers", 1,
+            "--out", tmp_path / "no")
+
     # One PatientID in several folders is said; one name in two folders cannot be a key.
     for name in "ab":
         write_dicom(tmp_path / f"named/{name}/1.dcm", RAMP, SOPInstanceUID=f"1.2.{ord(name)}")
@@ -750,3 +757,32 @@ def test_what_the_hospital_keeps_lies_beside_a_data_folder_that_is_a_dot(tmp_pat
     assert {file.name for file in tmp_path.iterdir()} == {
         "src", "out", "out.salt", "out.rejected.csv"}
     assert not [file for file in (tmp_path / "out").iterdir() if "rejected" in file.name]
+
+
+def test_folders_and_columns_that_nobody_reads_are_said(tmp_path):
+    """Splits in the names of folders or in a column, and findings in the names of folders."""
+    def write(folder, number):
+        write_dicom(tmp_path / f"{folder}/{number}.dcm", RAMP, patient=f"P{number}",
+                    SOPInstanceUID=f"1.4.{number}")
+
+    def convert(src, *flags):
+        run("dicom", "--src", tmp_path / src, "--workers", 1, "--allow", "empty-split",
+            "--overwrite", "--out", tmp_path / "out", *flags)
+
+    for number, folder in enumerate(("a/train/x", "a/train/x", "a/test/x", "b/VAL", "b/Training")):
+        write(folder, number)
+    for src, called in (("a", "test and train"), ("b", "Training and VAL")):
+        with pytest.raises(SystemExit, match=f"folders of .*/{src} are called {called}, and are"):
+            convert(src)
+    write_csv(tmp_path / "splits.csv", [("PatientID", "split"), ("P3", "val"), ("P4", "train")])
+    convert("b", "--labels", tmp_path / "splits.csv")
+    assert sorted(read_manifest(tmp_path / "out").splits) == ["train", "val"]
+
+    for number, folder in enumerate(("c/NORMAL", "c/Tuberculosis", "c/NORMAL")):
+        write(folder, number)
+    convert("c")
+    assert "are not taken for labels: 2." in (tmp_path / "out/DATA.md").read_text("utf-8")
+    for name in ("is_train", "test set"):
+        write_csv(tmp_path / "labels.csv", [("PatientID", "tb", name), ("P0", 1, 0), ("P1", 0, 1)])
+        with pytest.raises(SystemExit, match=f"column '{name}' of labels.csv seems to name the sp"):
+            convert("c", "--labels", tmp_path / "labels.csv")

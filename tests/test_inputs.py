@@ -152,7 +152,8 @@ def test_flags_that_do_not_fit_the_cells(tmp_path, cells, flags, words):
     ("Normal", "Abnormal", False), ("typical", "atypical", False), ("Grade I", "Grade II", False),
     ("Category A", "Category B", False), ("Stage 1", "Stage 2", False), ("mass", "mask", False),
     ("scoliosis", "sclerosis", False), ("virus", "viral", False), ("SARS", "SAR-1", False),
-    ("class_1", "class_11", False), ("Spondylosis", "Spondylolysis", False)])
+    ("class_1", "class_11", False), ("Spondylosis", "Spondylolysis", False),
+    ("HER2+", "HER2-", False)])
 def test_labels_that_are_hardly_apart(tmp_path, one, other, alike):
     cells, flags = [one, other, "TB"] * 2, ["--label-separator", "none"]
     with outcome(f"labels '{re.escape(min(one, other))}' and .* spelled almost alike: .*"
@@ -161,6 +162,13 @@ def test_labels_that_are_hardly_apart(tmp_path, one, other, alike):
     if alike:
         folder(tmp_path / "src", tmp_path / "out", "--csv", tmp_path / "rows.csv", *flags,
                "--label-columns", "y", "--allow", "similar-labels")
+
+
+@pytest.mark.parametrize("one, other", [("TB", "TB-"), ("COVID-19", "COVID-19 -"),
+                                        ("Effusion", "Effusion?")])
+def test_a_minus_or_a_question_mark_is_no_form(tmp_path, one, other):
+    with pytest.raises(SystemExit, match=f"labels '{one}' and '{re.escape(other)}' differ in form"):
+        column(tmp_path, [one, other, "Normal"] * 2)
 
 
 def test_a_column_named_twice(tmp_path, capsys):
@@ -341,7 +349,7 @@ def test_layouts(tmp_path, capsys, pattern, classes, expected):
         ("centre", ["development", "external validation"] * 2),
         ("Usage", ["Public", "Private"] * 2))),
     *((f"path,{name}", ["a", "a", "b", "c"], f"--patient-column {name} ") for name in (
-        "ID", "initials", "Nachname")),
+        "ID", "initials", "Nachname", "NHS number", "患者")),
     ("path,patient,PatientID", ["1,7", "2,7", "3,8", "4,9"], "--patient-column PatientID"),
     *((f"path,{name}", ["0", "1", "1", "0"], {"test": 1, "train": 2, "val": 1}) for name in (
         "PCR test", "folder", "set up")),
