@@ -6,12 +6,10 @@ import json
 import os
 import pickle
 import shutil
-import signal
 import socket
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -199,16 +197,25 @@ def test_machines_whose_data_folders_differ_do_not_train_together(data, folder, 
         assert "the processes do not see the same train split in data" in output
 
 
-def test_a_suspended_process_accuses_no_image():
-    """A job that a cluster suspends for longer than a read may take."""
-    code = ("import culprit, time; culprit.PATIENCE = 6; watch = culprit.Watch(None, [])\n"
-            "with watch:\n    print('waits', flush=True)\n    time.sleep(8.5)\nprint('ended')")
-    process = start("-c", code)
-    assert process.stdout.readline() == "waits\n"
-    process.send_signal(signal.SIGSTOP)
-    time.sleep(7)
-    process.send_signal(signal.SIGCONT)
-    assert process.communicate(timeout=60)[0] == "ended\n" and process.returncode == 0
+LOOKS = """
+import sys, time, types
+import culprit
+
+watch = culprit.Watch(None, [])
+watch.close()
+watch.since = time.monotonic() - 100 * culprit.PATIENCE     # so long ago a batch was asked for
+looks = iter([False] * int(sys.argv[1]) + [True])
+watch.closed = types.SimpleNamespace(wait=lambda seconds: next(looks))
+watch._watch()
+print("ended")
+"""
+
+
+@pytest.mark.parametrize("looks, ends", [(9, "ended"), (12, "an image cannot be read")])
+def test_time_in_which_nobody_looks_accuses_no_image(looks, ends):
+    """A process that is suspended, for however long, does not look; one that hangs does."""
+    code, output = run("-c", LOOKS, looks)
+    assert ends in output and code == (ends != "ended"), output
 
 
 def test_a_meeting_point_alone_is_no_environment(monkeypatch):
