@@ -449,7 +449,7 @@ def predict(config: Config, compute: Compute, resources: contextlib.ExitStack) -
     check_outs(configs, inputs)
 
     # One DIR after the other. What is wrong with one of them stops no other.
-    net, problems = compute.place(net), []
+    net, problems = compute.to_device(net), []
     for config_of_one, inputs_of_one in zip(configs, inputs):
         try:
             with contextlib.ExitStack() as until_next:

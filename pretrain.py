@@ -14,19 +14,16 @@ rate, say.
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 import operator
 import signal
 import sys
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import run  # first: it answers Ctrl-C while PyTorch loads
+import run  # first: PyTorch takes seconds to load, and this answers Ctrl-C meanwhile
 import numpy as np
 import torch
 from torch import Tensor
@@ -40,17 +37,18 @@ from checkpoint import (
 from common import DataError
 from dali_pipeline import Preprocessing, train_loader
 from flags import PRECISION, THREADS, flag
-from lars import LARS
+from lars import make_optimizer
 from loss import diagnostics, nt_xent
 from manifest import Manifest, read_manifest
 from model import MEAN, STD, SimCLR, build_encoder
 from probe import Probe, probe_sentence
 from run import Compute
 from run_folder import Curves, Progress, diverged
-from sampling import choose_sampling
+from sampling import Sampling, choose_sampling
+from syncbn import unchanged_statistics
 from views import Augmentation
 
-# What a run writes, and --overwrite deletes. The first of them is what a run goes on from.
+# What a run writes, and --overwrite deletes. A run goes on from the first of them.
 RESULTS = ("last.pt", "encoder.pt", "log.jsonl", "events.out.tfevents.*")
 # Peak learning rates for a batch of 256; larger batches get more in proportion (Goyal et al. 2017).
 BASE_LR = {"lars": 0.3, "adam": 5e-4, "adamw": 5e-4}
@@ -78,7 +76,7 @@ class Config:
     proj_dim: int = flag(128, "width of the projections", 1)
 
     image_size: int = flag(224, "side of a view, pixels", 1, section="preprocessing and views")
-    normalize: str = flag("fixed", "by a fixed mean and deviation, or each image to these",
+    normalize: str = flag("fixed", "by a fixed mean and deviation, or first each image to these",
                           choices=("fixed", "image"))
     clahe: bool = flag(False, "adaptive histogram equalisation of each image")
     crop_area: tuple[float, float] = flag(
@@ -111,7 +109,7 @@ class Config:
         (), "draw images in an epoch so that each patient, or present and absent of each of these "
         "labels, comes equally often", metavar="patient|LABEL")
     weigh_loss: bool = flag(
-        False, "instead of drawing by --balance, draw each image once and weigh its loss by it")
+        False, "let the weights of --balance weigh the loss, and draw each image once an epoch")
     same_patient: bool = flag(
         False, "count other images of an anchor's patient among its negatives")
     decoupled: bool = flag(False, "leave the positive out of the denominator")
@@ -172,139 +170,133 @@ class Config:
 
 
 # --------------------------------------------------------------------------------------------------
-# What is trained.
+# The stage. What it calls stands below, in the order in which it is called.
 
-class Training:
-    """All that a step changes. last.pt keeps it, and the flags, and which images it saw.
+def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) -> None:
+    """Train until --epochs, --max-steps or a signal. FloatingPointError where it diverges."""
+    # The data: which images there are, and which of them form a batch.
+    manifest, train = read_data(config, compute)
+    sampling = choose_sampling(manifest, train, config.balance, config.weigh_loss,
+                               config.positives, config.same_patient)
+    probe = choose_probe(config, manifest)
+    schedule = Schedule(config, len(train), probe is not None)
 
-    images_digest: of the train split's paths; last.pt may be copied without config.json.
-    The views follow from the images, the flags and the step, so that last.pt needs no
-    state of the loader."""
+    # Network, optimizer and step, as the last.pt of the run folder left them.
+    training = Training(config, compute, run_folder.paths_digest(manifest, train))
+    inputs = inputs_of(config, manifest, train, probe)
+    run_folder.begin_or_go_on(config, "pretrain", RESULTS, inputs, training.load, compute,
+                              resources)
+    if training.step >= schedule.end:
+        end_at_once(training, schedule)
+        return
 
-    def __init__(self, config: Config, compute: Compute, images_digest: str):
-        torch.manual_seed(config.seed)
-        # A run that goes on takes its weights from last.pt, and does not read or download --init.
-        goes_on = Path(config.out, "last.pt").exists() and not config.overwrite
-        encoder = build_encoder(config.arch, "random" if goes_on else config.init, compute.say)
-        net = SimCLR(encoder, config.proj_layers, config.proj_width, config.proj_dim)
-        self.config, self.images_digest = config, images_digest
-        self.settings = dataclasses.asdict(config) | {"mean": MEAN, "std": STD}
-        self.step = 0     # steps taken
-        self.probed = -1  # the step after which the features were last probed
-        self.net = compute.place(net)
+    # How views are made of an image; Config has a flag for each field of Augmentation.
+    preprocessing = Preprocessing(config.image_size, config.normalize, config.clahe)
+    augmentation = Augmentation(**{field.name: getattr(config, field.name)
+                                   for field in dataclasses.fields(Augmentation)})
+    batches = train_loader(
+        manifest, train, config.batch_size, range(training.step, schedule.end), 2, augmentation,
+        preprocessing, config.seed, draw_weights=sampling.draw_weights,
+        groups=sampling.groups, **compute.loader_arguments())
+    introduce(training, schedule, probe)
+    train_steps(training, schedule, iter(batches), sampling, probe, preprocessing, resources)
 
-        # Decay shrinks what multiplies features, not what shifts or scales them.
-        weights = [p for p in self.net.parameters() if p.ndim > 1]
-        biases = [p for p in self.net.parameters() if p.ndim <= 1]  # and batch norm
-        groups = [dict(params=weights, weight_decay=config.weight_decay),
-                  dict(params=biases, weight_decay=0.0)]
-        if config.optimizer == "lars":
-            self.optimizer: torch.optim.Optimizer = LARS(groups, config.lr)
+
+def train_steps(training: "Training", schedule: "Schedule", batches: Iterator[list[Tensor]],
+                sampling: Sampling, probe: Probe | None, preprocessing: Preprocessing,
+                resources: contextlib.ExitStack) -> None:
+    """The loop, from the step of `training` to the end of `schedule` or a signal."""
+    config, compute, say = training.config, training.compute, training.compute.say
+    net, optimizer, scaler = training.net, training.optimizer, training.scaler
+    model = compute.data_parallel(torch.compile(net) if config.compile else net)
+    model.train()
+    own_batch = config.batch_size // compute.world_size
+    piece = min(config.micro_batch or own_batch, own_batch)  # images that are encoded at once
+    compute.rehearse(model, (2 * piece, 1, config.image_size, config.image_size))
+    loss_options = dict(decoupled=config.decoupled, hardness=config.hardness, prior=config.prior)
+    start_step = training.step
+    curves = Curves(config, compute.rank == 0, start_step)
+    progress = Progress(config, config.batch_size, compute, start_step)
+    stop = run.StopSignal(resources)
+    # After `step` steps: probe, save, leave if it is time; then take one more.
+    while True:
+        step = training.step
+        at_end = step == schedule.end
+        stop_signal = stop.received(compute)
+        with progress.pause():
+            # Every few epochs: do the features get better, and not only the loss? A signal
+            # leaves no time for that; the run that goes on will do it.
+            probe_now = (step in schedule.probe_steps and step > training.last_probe
+                         and (at_end or not stop_signal))
+            if probe and probe_now:
+                scores = probe.scores(net.encoder, config.batch_size, preprocessing, compute)
+                if not scores:
+                    raise diverged(f"the features are not finite after step {step}", config)
+                training.last_probe = step
+                curves.add(step, schedule.epoch(step), scores)
+                say(f"{schedule.position(step)} | {probe_sentence(scores)}")
+
+            # Every few steps, after a probe, at the end, and at a signal: save.
+            due = step % config.save_every == 0 or at_end or stop_signal
+            save_now = probe_now or (due and step > start_step)
+            if save_now and step and compute.rank == 0:
+                training.save()
+        if at_end:
+            break
+        if stop_signal:
+            leave(stop_signal, training)
+
+        # Learning rate and temperature depend on the step alone.
+        lr, tau = schedule.learning_rate(step), schedule.temperature(step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        # Load two views of each image.
+        with progress.waiting():
+            view1, view2, index = next(batches)                         # (N, 1, S, S) each, (N,)
+        x = torch.cat([view1, view2])                                   # (2N, 1, S, S)
+        x = x.contiguous(memory_format=torch.channels_last)
+        patients = compute.send(sampling.patients[index])               # (N,)
+        weights = None
+        if sampling.loss_weights is not None:
+            weights = compute.send(sampling.loss_weights[index])        # (N,)
+        loss_of = functools.partial(
+            nt_xent, temperature=tau, patients=patients, weights=weights, **loss_options)
+
+        # Encode the views as one batch, compare each projection with those of all processes, and
+        # go back to the weights.
+        if piece < own_batch:
+            z1, z2, loss = backward_in_pieces(model, x, 2 * piece, loss_of, scaler, compute)
         else:
-            adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
-            self.optimizer = adam(groups, config.lr, fused=compute.cuda)
-        # float16 underflows where gradients are small, so the loss is
-        # scaled up; bf16 needs no scaling.
-        self.scaler = torch.amp.GradScaler(
-            compute.device.type, enabled=compute.precision == "fp16")
+            with compute.autocast():
+                z1, z2 = model(x).chunk(2)                              # (N, proj_dim) each
+            loss = loss_of(z1, z2)
+            scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
 
-    def load(self, file: Path) -> None:
-        """Go on from a last.pt; CheckpointError or DataError where it belongs to another run."""
-        state = load_checkpoint(file)
-        if not {"model", "optimizer", "scaler", "step", "config", "images"} <= state.keys():
-            raise CheckpointError(f"{file} is no last.pt of a pre-training run")
-        # Other shapes do not fit, and a step means so many images: batch_size stays, too.
-        for name in ("arch", "optimizer", "batch_size"):
-            in_file, flag_value = state["config"].get(name), getattr(self.config, name)
-            if in_file != flag_value:
-                raise CheckpointError(f"{file} has --{name.replace('_', '-')} {in_file}, "
-                                      f"not {flag_value}")
-        if state["images"] != self.images_digest:
-            raise DataError(f"{self.config.data}/manifest.csv lists other training images than "
-                            f"when {file} was saved")
-        # PyTorch itself compares the widths and the number of the layers.
-        try:
-            self.net.load_state_dict(state["model"])
-            # The moments come from the file, what steers them from the flags and this machine.
-            moments = {"state": state["optimizer"]["state"]}
-            self.optimizer.load_state_dict(self.optimizer.state_dict() | moments)
-            if state["scaler"]:  # empty where the run computed without one until now
-                self.scaler.load_state_dict(state["scaler"])
-            self.step = operator.index(state["step"])
-            self.probed = operator.index(state.get("probed", self.step))
-        except MALFORMED as error:
-            reason = last_line(error)
-            raise CheckpointError(f"{file} does not fit these flags: {reason}") from None
+        # Every few steps: a point on the curves. Reading the loss waits for the GPU, so not always.
+        if step == start_step:
+            curves.add_image("views", view_pairs(view1, view2), step)
+        training.step = step = step + 1  # steps taken
+        progress.add(loss, step)
+        if step % config.log_every == 0 or step == schedule.end:
+            last = diagnostics(z1, z2, patients, weights, config.decoupled)
+            scalars = progress.read(step, last) | {"lr": lr, "temperature": tau}
+            curves.add(step, schedule.epoch(step), scalars)
+            speed = scalars["images_per_second"]
+            say(f"{schedule.position(step)} | loss {scalars['loss']:.4f} (chance "
+                f"{scalars['chance']:.2f}) | lr {lr:.2e} | {speed:.0f} img/s | wait "
+                f"{scalars['wait_share']:.0%} | eta {schedule.time_left(step, speed)}")
 
-    def save(self) -> None:
-        """Write last.pt and encoder.pt. FloatingPointError where a weight, or what the optimizer
-        remembers of it, is not finite."""
-        # A poisoned state must not replace the last good one.
-        if name := first_not_finite(self.net, self.optimizer):
-            raise diverged(f"{name} is not finite after step {self.step}", self.config)
-        save_checkpoint(Path(self.config.out) / "last.pt", {
-            "model": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(), "step": self.step, "probed": self.probed,
-            "config": self.settings, "images": self.images_digest})
-        self.save_encoder()
-
-    def save_encoder(self) -> None:
-        save_checkpoint(Path(self.config.out) / "encoder.pt", {
-            "format": FORMAT, "arch": self.config.arch, "step": self.step,
-            "config": self.settings, "encoder": self.net.encoder.state_dict(),
-            "projector": self.net.projector.state_dict()})
+    curves.close(config)
+    compute.barrier()  # the last save is done before any process leaves
+    say(f"done: {training.encoder_file}")
 
 
 # --------------------------------------------------------------------------------------------------
-# What is prepared before the loop.
-
-def input_digests(config: Config, manifest: Manifest, train: np.ndarray,
-                  probe: Probe | None) -> dict[str, dict[str, str]]:
-    """What the run is made of, as {name: {path: digest}}: the same wherever the files lie."""
-    # Labels that come later make no other run, unless this one draws or pairs images by the table.
-    whole_table = config.balance or config.positives != "image"
-    content = run_folder.content_of_data(manifest, None if whole_table else train)
-    found = {"data": {config.data: content}}
-    if not config.same_patient:
-        found["patients"] = {config.data: run_folder.patients_digest(manifest, train)}
-    if config.probe_data and probe:
-        content = run_folder.content_of_data(probe.manifest)
-        found["probe_data"] = {config.probe_data: content}
-    if Path(config.init).is_file():  # it is not needed once there is a last.pt
-        found["init"] = {config.init: run_folder.content_of_file(config.init)}
-    return found
-
-
-def begin_or_go_on(training: Training, inputs: dict[str, dict[str, str]], config: Config,
-                   compute: Compute, resources: contextlib.ExitStack) -> None:
-    """Lock the run folder for this run and bring `training` to where its last.pt left off.
-
-    A run goes on with the flags and the inputs that config.json has, but for flags that
-    `may_differ`. A last.pt that was copied from another run has no config.json beside it:
-    it fits if networks, optimizer, batch size and images are the same."""
-    out, last = Path(config.out), Path(config.out) / "last.pt"
-    if compute.rank == 0:
-        if last.exists() and not (out / "config.json").exists() and not config.overwrite:
-            # Copied: refuse what does not fit before config.json is written. All processes load
-            # it below.
-            training.load(last)
-        if (out / "encoder.pt").exists() and not last.exists() and not config.overwrite:
-            raise DataError(f"{out} holds an encoder.pt and no last.pt to go on from; choose "
-                            "another --out, or give it up with --overwrite")
-        run_folder.open_run(config, "pretrain", RESULTS, resources, "last.pt", inputs)
-    # From here on the folder belongs to this run, and all processes start from the same file.
-    compute.barrier()
-    if last.exists():
-        training.load(last)
-    if not compute.same_everywhere(training.step):
-        raise DataError(f"the processes do not see the same {last}: --out must lie on storage "
-                        "that all of them see")
-    # A copy of the data folder on each machine's own disk may be an old one.
-    content = json.dumps([list(inputs[name].values()) for name in ("data", "patients")
-                          if name in inputs])
-    if not compute.same_everywhere(zlib.crc32(content.encode())):
-        raise DataError(f"the processes do not see the same train split in {config.data}")
-
+# The data, and when what happens.
 
 def read_data(config: Config, compute: Compute) -> tuple[Manifest, np.ndarray]:
     """The data folder and the images of its train split; for --demo it is made first."""
@@ -345,14 +337,21 @@ class Schedule:
         self.n_images, self.batch_size = n_images, config.batch_size
         self.peak_lr = config.lr * config.batch_size / 256
         self.temperatures = config.temperature
-        self.total = config.epochs * n_images // config.batch_size
+        self.total = self.step_at(config.epochs)
         self.warmup = config.warmup_epochs * n_images / config.batch_size
         # Where this run stops, and after which steps the features are probed.
         self.end = self.total if config.max_steps is None else min(self.total, config.max_steps)
-        self.probes = set()
+        self.probe_steps = set()
         if has_probe:
             epochs = range(0, config.epochs, config.probe_every)
-            self.probes = {epoch * n_images // config.batch_size for epoch in epochs} | {self.total}
+            self.probe_steps = {self.step_at(epoch) for epoch in epochs} | {self.total}
+
+    def step_at(self, epoch: int) -> int:
+        """The whole steps in so many epochs."""
+        return (epoch * self.n_images) // self.batch_size
+
+    def epoch(self, step: int) -> float:
+        return step * self.batch_size / self.n_images
 
     def learning_rate(self, step: int) -> float:
         return run.learning_rate(step, self.total, self.warmup, self.peak_lr)
@@ -363,51 +362,123 @@ class Schedule:
         low, high = self.temperatures[0], self.temperatures[-1]  # of one number, both
         return low + (high - low) * (1 + math.cos(2 * math.pi * step / self.total)) / 2
 
-    def epoch(self, step: int) -> float:
-        return step * self.batch_size / self.n_images
-
     def position(self, step: int) -> str:
         return f"epoch {int(self.epoch(step)):03d} step {step:05d}/{self.total}"
 
-
-def backward_in_pieces(model: Any, x: Tensor, size: int, loss_of: Callable,
-                       scaler: torch.amp.GradScaler, compute: Compute) -> tuple[Tensor, Tensor]:
-    """Gradient caching (Gao et al. 2021): the loss of a whole batch, with memory for a piece of it.
-
-    x: (2N, 1, S, S), encoded `size` views at a time. First without a graph, which gives
-    all projections, the loss, and its gradient with respect to each projection; then once
-    more with one, through which a piece's part of that gradient goes back. The sum is the
-    gradient of the whole batch, but that batch norm's statistics are those of a piece.
-
-    Adds up the gradients of the parameters; returns z (2N, D) and the loss."""
-    net = model.module if isinstance(model, DistributedDataParallel) else model
-    pieces = x.contiguous(memory_format=torch.channels_last).split(size)
-    # The first pass goes past DistributedDataParallel, which would prepare for a backward pass.
-    # Batch norm shall count each image once, in the second pass.
-    with run.unchanged_statistics(net), torch.no_grad(), compute.autocast():
-        z = torch.cat([net(piece) for piece in pieces]).requires_grad_()    # (2N, D)
-    loss = loss_of(*z.chunk(2))
-    gradient, = torch.autograd.grad(scaler.scale(loss), z)                  # (2N, D)
-    for i, (piece, of_piece) in enumerate(zip(pieces, gradient.split(size)), 1):
-        # The processes add up their gradients once, after the last piece.
-        defer_sync = net is not model and i < len(pieces)
-        with model.no_sync() if defer_sync else contextlib.nullcontext():
-            with compute.autocast():
-                z_piece = model(piece)
-            z_piece.backward(of_piece)
-    return z.detach(), loss.detach()
+    def time_left(self, step: int, images_per_second: float) -> str:
+        minutes = int((self.end - step) * self.batch_size / images_per_second) // 60
+        return f"{minutes // 60}h{minutes % 60:02d}m"
 
 
-def view_pairs(view1: Tensor, view2: Tensor) -> Tensor:
-    """The first eight images' views, one above the other, as a picture (3, H, W) in [0, 1]."""
-    pairs = torch.stack([view1[:8], view2[:8]]).flatten(0, 1).float().cpu() * STD + MEAN
-    return make_grid(pairs.clamp(0, 1), nrow=len(view1[:8]))
+# --------------------------------------------------------------------------------------------------
+# What is trained.
+
+class Training:
+    """All that a step changes. last.pt keeps it, and the flags, and which images it saw.
+
+    Views follow from images, flags and step alone, so that last.pt needs no state of the
+    loader. images_digest: of the train split's paths."""
+
+    def __init__(self, config: Config, compute: Compute, images_digest: str):
+        self.config, self.compute, self.images_digest = config, compute, images_digest
+        self.last_file = Path(config.out) / "last.pt"
+        self.encoder_file = Path(config.out) / "encoder.pt"
+        torch.manual_seed(config.seed)
+        # A run that goes on takes its weights from last.pt: do not read or download --init.
+        goes_on = self.last_file.exists() and not config.overwrite
+        encoder = build_encoder(config.arch, "random" if goes_on else config.init, compute.say)
+        net = SimCLR(encoder, config.proj_layers, config.proj_width, config.proj_dim)
+        self.net = compute.to_device(net)
+        self.optimizer = make_optimizer(
+            self.net, config.optimizer, config.lr, config.weight_decay, fused=compute.cuda)
+        # Small gradients underflow in float16, so that their loss is scaled up.
+        self.scaler = torch.amp.GradScaler(
+            compute.device.type, enabled=compute.precision == "fp16")
+        self.step = 0         # steps taken
+        self.last_probe = -1  # the step after which the features were last probed
+
+    def load(self, file: Path) -> int:
+        """Go on from a last.pt, and return its step. CheckpointError or DataError where it is of
+        another run: it may have been copied from one, to go on with another learning rate, say."""
+        state = load_checkpoint(file)
+        if not {"model", "optimizer", "scaler", "step", "config", "images"} <= state.keys():
+            raise CheckpointError(f"{file} is no last.pt of a pre-training run")
+        # Of another architecture or optimizer the tensors would not fit; and with another batch
+        # size a step would stand for other images.
+        for name in ("arch", "optimizer", "batch_size"):
+            in_file, flag_value = state["config"].get(name), getattr(self.config, name)
+            if in_file != flag_value:
+                raise CheckpointError(f"{file} has --{name.replace('_', '-')} {in_file}, "
+                                      f"not {flag_value}")
+        if state["images"] != self.images_digest:
+            raise DataError(f"{self.config.data}/manifest.csv lists other training images than "
+                            f"when {file} was saved")
+        try:
+            self.net.load_state_dict(state["model"])  # PyTorch compares all shapes
+            # Momenta come from the file; learning rate and decay from this run's flags.
+            momenta = {"state": state["optimizer"]["state"]}
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | momenta)
+            if state["scaler"]:  # empty where the run computed without one until now
+                self.scaler.load_state_dict(state["scaler"])
+            self.step = operator.index(state["step"])
+            self.last_probe = operator.index(state.get("probed", self.step))
+        except MALFORMED as error:
+            reason = last_line(error)
+            raise CheckpointError(f"{file} does not fit these flags: {reason}") from None
+        return self.step
+
+    def save(self) -> None:
+        """Write last.pt and encoder.pt. FloatingPointError where a weight, or what the optimizer
+        remembers of it, is not finite: such a state must not replace the last good one."""
+        if name := first_not_finite(self.net, self.optimizer):
+            raise diverged(f"{name} is not finite after step {self.step}", self.config)
+        save_checkpoint(self.last_file, {
+            "model": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(), "step": self.step, "probed": self.last_probe,
+            "config": self.settings(), "images": self.images_digest})
+        self.save_encoder()
+
+    def save_encoder(self) -> None:
+        save_checkpoint(self.encoder_file, {
+            "format": FORMAT, "arch": self.config.arch, "step": self.step,
+            "config": self.settings(), "encoder": self.net.encoder.state_dict(),
+            "projector": self.net.projector.state_dict()})
+
+    def settings(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.config) | {"mean": MEAN, "std": STD}
 
 
-def introduce(training: Training, schedule: Schedule, probe: Probe | None,
-              compute: Compute) -> None:
+def inputs_of(config: Config, manifest: Manifest, train: np.ndarray,
+              probe: Probe | None) -> dict[str, dict[str, str]]:
+    """The digests of what the run is made of, {flag: {path: digest}}: where they differ from those
+    in config.json, it is another run."""
+    # Labels added later make no other run, unless --balance or --positives reads them.
+    whole_table = config.balance or config.positives != "image"
+    content = run_folder.content_of_data(manifest, None if whole_table else train)
+    inputs = {"data": {config.data: content}}
+    if not config.same_patient:
+        inputs["patients"] = {config.data: run_folder.patients_digest(manifest, train)}
+    if config.probe_data and probe:
+        content = run_folder.content_of_data(probe.manifest)
+        inputs["probe_data"] = {config.probe_data: content}
+    if Path(config.init).is_file():  # it is not needed once there is a last.pt
+        inputs["init"] = {config.init: run_folder.content_of_file(config.init)}
+    return inputs
+
+
+def end_at_once(training: Training, schedule: Schedule) -> None:
+    """Of a run whose last step was taken before. Its encoder.pt may be missing or older than
+    last.pt, where a kill came between the two, and is written once more."""
+    if training.compute.rank == 0:
+        training.save_encoder()
+    what = "is complete" if training.step >= schedule.total else "has reached --max-steps"
+    training.compute.say(f"{training.config.out} {what}: step {training.step} of "
+                         f"{schedule.total}, encoder in {training.encoder_file}")
+
+
+def introduce(training: Training, schedule: Schedule, probe: Probe | None) -> None:
     """Say what is about to be trained, on what, and how."""
-    config, say = training.config, compute.say
+    config, compute, say = training.config, training.compute, training.compute.say
     parameters = sum(p.numel() for p in training.net.parameters()) / 1e6
     say(f"{config.arch} from {config.init}, {parameters:.1f} M parameters, {compute.precision} on "
         f"{compute.world_size} x {compute.name}")
@@ -416,144 +487,66 @@ def introduce(training: Training, schedule: Schedule, probe: Probe | None,
         f"({config.batch_size // compute.world_size} a process)")
     say(f"{config.optimizer}, learning rate {schedule.peak_lr:.3g} = {config.lr:g} x "
         f"{config.batch_size} / 256")
-    say(probe or "no probe of the features: it needs --probe-every, labels and a val split")
+    say(str(probe) if probe else
+        "no probe of the features: it needs --probe-every, labels and a val split")
     if training.step:
-        say(f"going on from {config.out}/last.pt, step {training.step}")
+        say(f"going on from {training.last_file}, step {training.step}")
 
 
 # --------------------------------------------------------------------------------------------------
-# The stage.
+# What the loop calls.
 
-def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) -> None:
-    """Train until --epochs, --max-steps or a signal. Raises
-    FloatingPointError where it diverges."""
-    # The data, when what happens, and how views are made.
-    say = compute.say
-    manifest, train = read_data(config, compute)
-    probe = choose_probe(config, manifest)
-    schedule = Schedule(config, len(train), probe is not None)
-    preprocessing = Preprocessing(config.image_size, config.normalize, config.clahe)
-    augmentation = Augmentation(**{field.name: getattr(config, field.name)
-                                   for field in dataclasses.fields(Augmentation)})
-    sampling = choose_sampling(manifest, train, config.balance, config.weigh_loss,
-                               config.positives, config.same_patient)
+def leave(stop_signal: int, training: Training) -> NoReturn:
+    """End a run that somebody stopped. All processes come here at the same step."""
+    config, compute = training.config, training.compute
+    compute.barrier()  # or torchrun might end the one that saves
+    state = f"saved {training.last_file}" if training.step else "nothing to save yet"
+    command = "the same command" + (" without --overwrite" if config.overwrite else "")
+    compute.say(f"{signal.Signals(stop_signal).name} at step {training.step}: {state}; "
+                f"{command} goes on")
+    sys.exit(128 + stop_signal)
 
-    # Network, optimizer and step, as the last.pt of the run folder left them.
-    paths = "\n".join(manifest.paths[i] for i in train)
-    digest = hashlib.sha256(paths.encode(errors="surrogateescape")).hexdigest()
-    training = Training(config, compute, digest)
-    inputs = input_digests(config, manifest, train, probe)
-    begin_or_go_on(training, inputs, config, compute, resources)
-    net, optimizer, scaler = training.net, training.optimizer, training.scaler
-    start_step, encoder = training.step, Path(config.out) / "encoder.pt"
-    if start_step >= schedule.end:
-        # A kill between the two files of a checkpoint left an older encoder.pt, or somebody
-        # deleted it.
-        if compute.rank == 0:
-            training.save_encoder()
-        what = "is complete" if start_step >= schedule.total else "has reached --max-steps"
-        say(f"{config.out} {what}: step {start_step} of {schedule.total}, encoder in {encoder}")
-        return
 
-    introduce(training, schedule, probe, compute)
-    model = compute.data_parallel(torch.compile(net) if config.compile else net)
-    model.train()
-    own_batch = config.batch_size // compute.world_size
-    piece = min(config.micro_batch or own_batch, own_batch)  # images that are encoded at once
-    compute.rehearse(model, (2 * piece, 1, config.image_size, config.image_size))
-    curves = Curves(config, compute.rank == 0, start_step)
-    stop = run.StopSignal(resources)
-    progress = Progress(config, config.batch_size, compute, start_step)
-    loss, auroc = math.nan, math.nan  # the latest, for the table of hyper-parameters
-    batches = iter(train_loader(
-        manifest, train, config.batch_size, range(start_step, schedule.end), 2, augmentation,
-        preprocessing, config.seed, draw_weights=sampling.draw_weights,
-        groups=sampling.groups, **compute.loader_arguments()))
-    # After `step` steps: probe, save, leave if it is time; then take one more.
-    while True:
-        step, stop_signal = training.step, stop.received(compute)
-        at_end, saved = step == schedule.end, step == start_step
-        with progress.pause():
-            # Every few epochs: do the features get better, and not only the loss? When somebody
-            # wants the machine there is no time for that; the run that goes on will do it.
-            if probe and step in schedule.probes and training.probed < step and (
-                    at_end or not stop_signal):
-                scores = probe.scores(net.encoder, config.batch_size, preprocessing, compute)
-                if not scores:
-                    raise diverged(f"the features are not finite after step {step}", config)
-                training.probed, auroc, saved = step, scores["probe/auroc"], False
-                curves.add(step, schedule.epoch(step), scores)
-                say(f"{schedule.position(step)} | {probe_sentence(scores)}")
+def backward_in_pieces(model: Any, x: Tensor, size: int, loss_of: Callable,
+                       scaler: torch.amp.GradScaler, compute: Compute,
+                       ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient caching (Gao et al. 2021): the loss of a whole batch, with memory for a piece of it.
 
-            # Every few steps, after a probe, at the end, and when somebody wants the machine: save.
-            due = step % config.save_every == 0 or step in schedule.probes or at_end or stop_signal
-            if compute.rank == 0 and step and due and not saved:
-                training.save()
-        if at_end:
-            break
-        if stop_signal:
-            compute.barrier()  # or torchrun might end the one that saves
-            state = f"saved {config.out}/last.pt" if step else "nothing to save yet"
-            command = "the same command" + (" without --overwrite" if config.overwrite else "")
-            say(f"{signal.Signals(stop_signal).name} at step {step}: {state}; {command} goes on")
-            sys.exit(128 + stop_signal)
+    x: (2N, 1, S, S), encoded `size` views at a time, twice. The first pass keeps no graph and
+    gives all projections, the loss, and its gradient with respect to the projections. The
+    second encodes each piece again, with a graph, and sends its rows of that gradient back. The
+    parameters' gradients add up to those of the whole batch, but that batch norm sees one
+    piece at a time.
 
-        # Set learning rate and temperature, which depend on the step alone.
-        lr, tau = schedule.learning_rate(step), schedule.temperature(step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-
-        # Load two views of each image.
-        with progress.waiting():
-            view1, view2, index = next(batches)                         # (N, 1, S, S) each, (N,)
-        x = torch.cat([view1, view2])                                   # (2N, 1, S, S)
-        patients = compute.send(sampling.patients[index])               # (N,)
-        weights = None
-        if sampling.loss_weights is not None:
-            weights = compute.send(sampling.loss_weights[index])        # (N,)
-        loss_of = functools.partial(
-            nt_xent, temperature=tau, patients=patients, weights=weights,
-            decoupled=config.decoupled, hardness=config.hardness, prior=config.prior)
-
-        # Encode the views as one batch, compare each projection with those of all processes, and
-        # go back to the weights.
-        if piece < own_batch:
-            z, batch_loss = backward_in_pieces(model, x, 2 * piece, loss_of, scaler, compute)
-            z1, z2 = z.chunk(2)
-        else:
+    Returns z1, z2 (N, D) and the loss."""
+    net = model.module if isinstance(model, DistributedDataParallel) else model
+    pieces = x.split(size)
+    # The first pass goes past DistributedDataParallel, which would expect a backward pass, and
+    # leaves batch norm's statistics alone, which are to count each image once.
+    with unchanged_statistics(net), torch.no_grad(), compute.autocast():
+        z = torch.cat([net(piece) for piece in pieces]).requires_grad_()    # (2N, D)
+    loss = loss_of(*z.chunk(2))
+    z_gradient, = torch.autograd.grad(scaler.scale(loss), z)                # (2N, D)
+    for i, (piece, piece_gradient) in enumerate(zip(pieces, z_gradient.split(size)), 1):
+        # The processes add up their gradients once, after the last piece.
+        defer_sync = net is not model and i < len(pieces)
+        with model.no_sync() if defer_sync else contextlib.nullcontext():
             with compute.autocast():
-                z = model(x.contiguous(memory_format=torch.channels_last))  # (2N, proj_dim)
-            z1, z2 = z.chunk(2)                                         # (N, proj_dim) each
-            batch_loss = loss_of(z1, z2)
-            scaler.scale(batch_loss).backward()
+                z_piece = model(piece)
+            z_piece.backward(piece_gradient)
+    z1, z2 = z.detach().chunk(2)
+    return z1, z2, loss.detach()
 
-        # Step down the gradient.
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        if step == start_step:
-            curves.add_image("views", view_pairs(view1, view2), step)
-        training.step = step = step + 1  # steps taken
-        progress.add(batch_loss, step)
 
-        # Every few steps: a point on the curves. Reading the loss waits for the GPU, so not always.
-        if step % config.log_every == 0 or step == schedule.end:
-            last = diagnostics(z1, z2, patients, weights, config.decoupled)
-            scalars = progress.read(step, last) | {"lr": lr, "temperature": tau}
-            curves.add(step, schedule.epoch(step), scalars)
-            loss, speed = scalars["loss"], scalars["images_per_second"]
-            left = int((schedule.end - step) * config.batch_size / speed)  # seconds
-            say(f"{schedule.position(step)} | loss {loss:.4f} (chance {scalars['chance']:.2f}) | "
-                f"lr {lr:.2e} | {speed:.0f} img/s | wait {scalars['wait_share']:.0%} | "
-                f"eta {left // 3600}h{left // 60 % 60:02d}m")
-
-    curves.close(config, {"loss": loss, "probe/auroc": auroc})
-    compute.barrier()  # the last save is done before any process leaves
-    say(f"done: {encoder}")
+def view_pairs(view1: Tensor, view2: Tensor) -> Tensor:
+    """The first eight images' views, one above the other, as a picture (3, H, W) in [0, 1]."""
+    pairs = torch.stack([view1[:8], view2[:8]]).flatten(0, 1).float().cpu() * STD + MEAN
+    return make_grid(pairs.clamp(0, 1), nrow=len(view1[:8]))
 
 
 def main(argv: list[str] | None = None) -> None:
-    # Training gains from bf16 on a CPU, while probabilities should not depend on the machine.
+    # bf16 on a CPU is for training alone: the later stages' probabilities should not depend on
+    # the machine.
     run.main(pretrain, Config, argv, bf16_on_cpu=True)
 
 
