@@ -44,7 +44,7 @@ from flags import ENCODERS, PRECISION, THREADS, flag
 from labels import Draw, add_labels, cell_weights, masked_cross_entropy, to_probabilities
 from linear import LinearProbe, cross_validate, read_features
 from manifest import image_flags
-from model import extract_features
+from probe import extract_features
 from run import Compute
 from report import report, report_folds
 from scores import youden

@@ -23,12 +23,12 @@ from archive import Archive, check_against_folder, open_archive, sizes_on_disk
 from common import DataError
 from manifest_csv import table_at_once, table_by_rows
 
+
 @dataclass(frozen=True)
 class Manifest:
     """The rows of a data folder's manifest.csv; row i is image index i everywhere in the project.
 
-    A plain folder of images, which predict.py takes too, has paths and nothing else: no
-    patients, no splits and no labels (`listed` is False)."""
+    Of a plain folder of images, which predict.py takes too, there are paths alone."""
     folder: Path
     paths: list[str]                # N of them, relative to the folder
     patients: np.ndarray            # (N,) str
@@ -77,8 +77,8 @@ class Manifest:
         return np.unique(number, return_inverse=True)[1]
 
     def dali_inputs(self, images: np.ndarray) -> list[np.ndarray]:
-        """What DALI gets of some images, uint8: from images.tar what is in their files,
-        else their full paths as the bytes that the file system knows."""
+        """What DALI gets of some images, one array of uint8 each: the content of their files
+        where it is in images.tar, else their full paths."""
         if self.archive:
             return self.archive.contents(images)
         text, start = self._full_paths
@@ -87,7 +87,7 @@ class Manifest:
     @functools.cached_property
     def path_bytes(self) -> list[bytes]:
         """The paths for the operating system; a manifest's are UTF-8, whatever the locale is."""
-        return encoded(self.paths) if self.listed else [os.fsencode(path) for path in self.paths]
+        return as_bytes(self.paths) if self.listed else [os.fsencode(path) for path in self.paths]
 
     @functools.cached_property
     def _full_paths(self) -> tuple[np.ndarray, np.ndarray]:
@@ -99,31 +99,32 @@ class Manifest:
         return np.frombuffer(text, np.uint8), np.concatenate([[0], np.cumsum(lengths)])
 
 
-def encoded(paths: Iterable[str]) -> list[bytes]:
+def as_bytes(paths: Iterable[str]) -> list[bytes]:
     """Paths of a manifest for the operating system."""
     return [path.encode("utf-8", "surrogateescape") for path in paths]
 
 
-def read_manifest(folder: str | Path, packed: bool = True, images_on_disk: bool = True) -> Manifest:
+def read_manifest(folder: str | Path, use_tar: bool = True, check_files: bool = True) -> Manifest:
     """Read and check `folder`/manifest.csv, and that every image in it is there.
 
-    packed: take the images from images.tar if there is one, and else from their own files.
-    images_on_disk: False leaves it to the caller to look for the files.
+    use_tar: take the images from images.tar if there is one, and else from their own files.
+    check_files: look whether these are there; False leaves that to the caller.
     DataError names the file, the row (the header is row 1) and the column."""
     file = Path(folder) / "manifest.csv"
     if not file.is_file():
         raise DataError(f"{folder} is not a data folder: {file} is missing "
                         "(`python prepare.py nih --src DIR --out DIR`, or another source, makes "
                         "one; --data names another; `python pretrain.py --demo` brings its own)")
-    # The slow way is taken where the fast one has doubts; it says which row and column is wrong.
+    # The fast way gives nothing where anything is unusual. The slow one reads that, too, or says
+    # which row and column is wrong.
     table = table_at_once(file) or table_by_rows(file, folder)
     manifest = Manifest(Path(folder), *table)
-    if archive := packed and open_archive(manifest.folder, manifest.paths, manifest.path_bytes):
+    if archive := use_tar and open_archive(manifest.folder, manifest.paths, manifest.path_bytes):
         # A sample of a hundred finds a tar that is older than the images.
         sample = np.unique(np.linspace(0, len(manifest.paths) - 1, 100).astype(int))
         check_against_folder(archive, manifest.folder, manifest.path_bytes, sample)
         return dataclasses.replace(manifest, archive=archive, sizes=archive.table["size"])
-    if images_on_disk:
+    if check_files:
         manifest = dataclasses.replace(manifest, sizes=sizes_on_disk(
             manifest.folder, manifest.paths, manifest.path_bytes))
     return manifest

@@ -1,21 +1,16 @@
-"""The networks of pre-training, encoder and projection head, and the features of a data folder.
+"""The network of pre-training: encoder and projection head.
 
 The encoder is torchvision's ResNet with a one-channel stem and without `fc`, so that
 its state dict loads into torchvision's own model. Its input is a normalised radiograph,
 (B, 1, S, S); its output the pooled features, (B, D).
 """
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
 
 from checkpoint import ARCHITECTURES, CheckpointError, encoder_weights
-
-if TYPE_CHECKING:
-    from dali_pipeline import Loader
 
 MEAN, STD = 0.5, 0.25               # the input is (gray level - MEAN) / STD, gray levels in [0, 1]
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])
@@ -98,33 +93,3 @@ class SimCLR(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.projector(self.encoder(x))
-
-
-# --------------------------------------------------------------------------------------------------
-# Features of the images of a data folder.
-
-@torch.no_grad()
-def extract_features(net: nn.Module, width: int, loader: "Loader",
-                     dtype: torch.dtype | None = None) -> Tensor:
-    """Outputs (n, width) of a network for the loader's n images, float32 on the loader's device.
-
-    They are in the loader's order and the same on every process: process `rank` gets
-    images rank, rank + world_size, ... and fills their rows, and the sum over the
-    processes completes the others, exactly. dtype: autocast's, None for float32. The
-    network's mode is restored."""
-    training = net.training
-    net.eval()
-    features = torch.zeros(len(loader.images), width, device=loader.device)
-    row = loader.rank
-    for x, _ in loader:
-        with torch.autocast(loader.device.type, dtype, enabled=dtype is not None):
-            y = net(x.contiguous(memory_format=torch.channels_last))            # (b, width)
-        end = row + loader.world_size * len(y)
-        features[row:end:loader.world_size] = y.float()
-        row = end
-    if loader.world_size > 1:
-        dist.all_reduce(features)
-    net.train(training)
-    return features
-
-

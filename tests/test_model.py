@@ -11,8 +11,8 @@ import probe
 from checkpoint import FORMAT, CheckpointError, load_checkpoint, save_checkpoint
 from dali_pipeline import Preprocessing, eval_loader
 from manifest import read_manifest
-from model import SimCLR, build_encoder, extract_features
-from probe import cached_features
+from model import SimCLR, build_encoder
+from probe import cached_features, extract_features
 
 
 def rgb_network(arch="resnet18"):
