@@ -1,11 +1,9 @@
 """NT-Xent, the SimCLR loss, with negatives from every process; and what to watch beside it.
 
 The anchors of a process are the 2N projections of its own N images, two views of each;
-their keys are the K = 2WN projections of all W processes. DistributedDataParallel averages
-gradients over the processes, and so the loss of a process is made such that its average
-over them is the mean over all anchors.
+their keys are the K = 2WN projections of all W processes. Each process returns W times its
+part of the mean over all anchors, because DistributedDataParallel divides gradients by W.
 """
-import contextlib
 import math
 from typing import NamedTuple
 
@@ -47,11 +45,12 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float, patients: Tensor | None 
         negatives that are of the anchor's own kind. They are taken from R, which
         becomes (R - tau+ n exp(l_ip)) / (1 - tau+), at least n exp(-1 / temperature).
 
-    What an encoder scores that tells nothing apart stands in `diagnostics`, as `chance`."""
-    with _without_autocast(z1.device.type):
+    `diagnostics` gives `chance`, the loss of an encoder that maps all images to one point."""
+    with torch.autocast(z1.device.type, enabled=False):
         batch = _batch(z1, z2, patients, weights)
+        n_negatives = _count_negatives(batch)  # (N,)
+        log_n = n_negatives.clamp_min(1).log()  # (N,)
         positive = (batch.anchors[0] * batch.anchors[1]).sum(1) / temperature  # (N,) l_ip
-        log_n = batch.n_negatives.clamp_min(1).log()  # (N,)
         # What all negatives of an anchor weigh together: ln R, (2, N).
         if hardness:
             log_r = (log_n + log_sum_exp(batch, (1 + hardness) / temperature)
@@ -59,14 +58,16 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float, patients: Tensor | None 
         else:
             log_r = log_sum_exp(batch, 1 / temperature)
         if prior:
-            log_r = _debiased(log_r, positive, log_n, temperature, prior)
+            log_r = _debias(log_r, positive, log_n, temperature, prior)
         excess = log_r - positive  # (2, N)
         # -l_ip + ln(exp(l_ip) + R) = ln(1 + exp(ln R - l_ip)), which is softplus.
         loss = excess if decoupled else F.softplus(excess)
-        return (batch.shares * loss).sum()
+        # An anchor without a negative has nothing to be told from.
+        loss = torch.where(n_negatives > 0, loss, 0.0)
+        return (batch.weights * loss).sum()
 
 
-def _debiased(log_r: Tensor, positive: Tensor, log_n: Tensor, temperature: float,
+def _debias(log_r: Tensor, positive: Tensor, log_n: Tensor, temperature: float,
               prior: float) -> Tensor:
     """ln of max((R - tau+ n exp(l_ip)) / (1 - tau+), n exp(-1 / temperature)), (2, N)."""
     floor = log_n - 1 / temperature
@@ -86,8 +87,7 @@ class Batch(NamedTuple):
     keys: Tensor          # (K, D) projections of all processes, of length 1
     patients: Tensor      # (N,) of this process's images; without patients, each its own
     key_patients: Tensor  # (K,)
-    n_negatives: Tensor   # (N,) of each of an image's two anchors
-    shares: Tensor        # (N,) of each of its two anchors in the mean; 0 without a negative
+    weights: Tensor       # (N,) of each of an image's two anchors in the mean, times W
 
 
 def _batch(z1: Tensor, z2: Tensor, patients: Tensor | None, weights: Tensor | None) -> Batch:
@@ -98,21 +98,12 @@ def _batch(z1: Tensor, z2: Tensor, patients: Tensor | None, weights: Tensor | No
     keys = _all_gather(anchors.detach()).flatten(0, 2)  # by process, view, image
     if patients is None:
         patients = torch.arange(rank * images, (rank + 1) * images, device=z1.device)
-    all_patients = _all_gather(patients)  # (W, N)
-    key_patients = all_patients[:, None].expand(-1, 2, -1).flatten()
-    # In a sorted list the images of a patient stand together. (torch.unique would have the host
-    # wait for the GPU.)
-    in_order = all_patients.flatten().sort().values
-    images_of_patient = (torch.searchsorted(in_order, patients, right=True)
-                         - torch.searchsorted(in_order, patients))  # (N,)
-    n_negatives = 2 * (world_size * images - images_of_patient)
-    # The shares of all anchors of all processes add up to W, because DistributedDataParallel
-    # divides by it.
-    shares = anchors.new_full((images,), 1 / (2 * images))
-    if weights is not None:
-        shares = weights.float() * (world_size / (2 * _all_gather(weights.float()).sum()))
-    shares = shares * (n_negatives > 0)
-    return Batch(anchors, keys, patients, key_patients, n_negatives, shares)
+    key_patients = _all_gather(patients)[:, None].expand(-1, 2, -1).flatten()
+    if weights is None:
+        weights = anchors.new_full((images,), 1 / (2 * images))
+    else:
+        weights = weights.float() * (world_size / (2 * _all_gather(weights.float()).sum()))
+    return Batch(anchors, keys, patients, key_patients, weights)
 
 
 def _all_gather(rows: Tensor) -> Tensor:
@@ -132,9 +123,15 @@ def _blocks(batch: Batch) -> list[slice]:
     return [slice(start, min(start + size, images)) for start in range(0, images, size)]
 
 
+def _count_negatives(batch: Batch) -> Tensor:
+    """How many keys are negatives of each of an image's two anchors, (N,)."""
+    return torch.cat([(batch.patients[block, None] != batch.key_patients).sum(1)
+                      for block in _blocks(batch)])
+
+
 def _similarities(batch: Batch, block: slice, scale: float) -> Tensor:
-    """Cosines of a block's 2n anchors with all K keys, times scale, (2, n, K); ABSENT where the
-    key is no negative: the anchor, its positive, and what else is of its patient."""
+    """Cosines of a block's 2n anchors with all K keys, times scale, (2, n, K). ABSENT where the key
+    is no negative: for the anchor itself, its positive, and all else that is of its patient."""
     similarities = (batch.anchors[:, block] * scale) @ batch.keys.T
     same_patient = batch.patients[block, None] == batch.key_patients  # (n, K)
     return similarities.masked_fill_(same_patient, ABSENT)
@@ -163,44 +160,34 @@ class LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, anchors: Tensor, batch: Batch, scale: float) -> Tensor:
-        log_sums, similarities = [], None
-        for block in _blocks(batch):
+        log_sums, similarities, blocks = [], None, _blocks(batch)
+        for block in blocks:
             similarities = _similarities(batch, block, scale)  # (2, n, K)
             log_sums.append(similarities.logsumexp(2))
         log_sum = torch.cat(log_sums, 1)  # (2, N)
         ctx.save_for_backward(log_sum)
-        ctx.batch, ctx.scale = batch, scale
-        ctx.last_block = similarities  # the gradient begins there; a small batch has no other
+        ctx.batch, ctx.scale, ctx.blocks = batch, scale, blocks
+        # A small batch is one block, which the backward pass need not compute again.
+        ctx.kept = similarities if len(blocks) == 1 else None
         return log_sum
 
     @staticmethod
     def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        batch, (log_sum,) = ctx.batch, ctx.saved_tensors
-        gradient = ctx.scale * gradient  # (2, N)
-        # One collective call for both.
+        batch, (log_sum,) = ctx.batch, ctx.saved_tensors  # r_i, (2, N)
+        gradient = ctx.scale * gradient  # scale g_i, (2, N)
+        # Both of all processes, by one collective call.
         of_all = _all_gather(torch.stack([log_sum, gradient]))  # (W, 2, 2, N)
-        log_sums, gradients = of_all.transpose(0, 1).flatten(1)  # (K,) each, in the keys' order
+        log_sums, gradients = of_all.transpose(0, 1).flatten(1)  # r_k and scale g_k, (K,) each
         for_anchors = torch.empty_like(batch.anchors)  # (2, N, D)
-        for block in reversed(_blocks(batch)):
-            similarities, ctx.last_block = ctx.last_block, None  # forward has left the last one's
+        for block in ctx.blocks:
+            similarities = ctx.kept  # s_ik, (2, n, K)
             if similarities is None:
-                similarities = _similarities(batch, block, ctx.scale)  # (2, n, K)
-            as_anchor = similarities - log_sum[:, block, None]  # g_i exp(s_ik - r_i)
-            as_anchor = as_anchor.exp_().mul_(gradient[:, block, None])
-            as_key = similarities.sub_(log_sums).exp_().mul_(gradients)  # g_k exp(s_ki - r_k)
-            for_anchors[:, block] = as_anchor.add_(as_key) @ batch.keys
-            del similarities, as_anchor, as_key  # before the next block takes as much
+                similarities = _similarities(batch, block, ctx.scale)
+            coefficients = (similarities - log_sum[:, block, None]).exp_()
+            coefficients *= gradient[:, block, None]
+            coefficients += (similarities - log_sums).exp_().mul_(gradients)
+            for_anchors[:, block] = coefficients @ batch.keys
         return for_anchors, None, None
-
-
-def _without_autocast(device: str) -> contextlib.AbstractContextManager:
-    """A context in which float32 stays float32.
-
-    Autocast's own costs a small batch a twentieth of its time, even where there is
-    nothing to switch off."""
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -220,17 +207,18 @@ def diagnostics(z1: Tensor, z2: Tensor, patients: Tensor | None = None,
     at best, 0 where all projections are the same (both Wang and Isola 2020); NaN for
     one image a process.
     chance: the loss of this batch where all projections are the same."""
-    with _without_autocast(z1.device.type):
+    with torch.autocast(z1.device.type, enabled=False):
         batch = _batch(z1, z2, patients, weights)
         z1, z2 = batch.anchors
         positive = (z1 * z2).sum(1)  # (N,)
         nearest = torch.cat([_similarities(batch, block, 1).amax(2)  # (2, N)
                              for block in _blocks(batch)], 1)
         potentials = [torch.pdist(z).square().mul(-2).exp().mean().log() for z in (z1, z2)]
-        # If all similarities are the same, it is the logarithm of how many terms the sum has.
-        terms = (batch.n_negatives + (not decoupled)).clamp_min(1)  # (N,)
+        # Where all similarities are the same, an anchor's loss is the logarithm of the number of
+        # terms in its sum: its negatives, and its positive unless that is left out.
+        terms = (_count_negatives(batch) + (not decoupled)).clamp_min(1)  # (N,)
         return {
             "top1": (positive > nearest + 1e-6).float().mean(),
             "alignment": (z1 - z2).square().sum(1).mean(),
             "uniformity": (potentials[0] + potentials[1]) / 2,
-            "chance": 2 * (batch.shares * terms.log()).sum()}
+            "chance": 2 * (batch.weights * terms.log()).sum()}
