@@ -57,6 +57,7 @@ from model import MEAN, STD, SimCLR, build_encoder
 from probe import STRENGTHS, fit_logistic
 from radiograph import ImageSettings, read_image
 from syncbn import SyncBatchNorm
+from training import Training
 from views import Augmentation
 
 CUDA = torch.cuda.is_available()
@@ -322,7 +323,7 @@ class Step:
                                  optimizer=way.optimizer, precision=way.precision,
                                  threads=args.threads, out=str(folder))
         self.compute = run.start(config)
-        self.training, self.way = pretrain.Training(config, self.compute, ""), way
+        self.training, self.way = Training(config, self.compute), way
         net = self.training.net.to(memory_format=way.layout)    # pyright: ignore
         self.model = torch.compile(net) if way.compiled else net
         self.patients = torch.arange(pairs, device=DEVICE)      # each has one image

@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import operator
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -30,26 +29,21 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import make_grid
 
-import run_folder
-from checkpoint import (
-    ARCHITECTURES, FORMAT, MALFORMED, CheckpointError, first_not_finite, last_line,
-    load_checkpoint, save_checkpoint)
+from checkpoint import ARCHITECTURES
 from common import DataError
 from dali_pipeline import Preprocessing, train_loader
 from flags import PRECISION, THREADS, flag
-from lars import make_optimizer
 from loss import diagnostics, nt_xent
 from manifest import Manifest, read_manifest
-from model import MEAN, STD, SimCLR, build_encoder
+from model import MEAN, STD
 from probe import Probe, probe_sentence
 from run import Compute
 from run_folder import Curves, Progress, diverged
 from sampling import Sampling, choose_sampling
 from syncbn import unchanged_statistics
+from training import Training
 from views import Augmentation
 
-# What a run writes, and --overwrite deletes. A run goes on from the first of them.
-RESULTS = ("last.pt", "encoder.pt", "log.jsonl", "events.out.tfevents.*")
 # Peak learning rates for a batch of 256; larger batches get more in proportion (Goyal et al. 2017).
 BASE_LR = {"lars": 0.3, "adam": 5e-4, "adamw": 5e-4}
 PUBLISHED = Augmentation()
@@ -182,10 +176,8 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     schedule = Schedule(config, len(train), probe is not None)
 
     # Network, optimizer and step, as the last.pt of the run folder left them.
-    training = Training(config, compute, run_folder.paths_digest(manifest, train))
-    inputs = inputs_of(config, manifest, train, probe)
-    run_folder.begin_or_go_on(config, "pretrain", RESULTS, inputs, training.load, compute,
-                              resources)
+    training = Training(config, compute)
+    training.begin_or_go_on(manifest, train, probe, resources)
     if training.step >= schedule.end:
         end_at_once(training, schedule)
         return
@@ -202,7 +194,7 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     train_steps(training, schedule, iter(batches), sampling, probe, preprocessing, resources)
 
 
-def train_steps(training: "Training", schedule: "Schedule", batches: Iterator[list[Tensor]],
+def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list[Tensor]],
                 sampling: Sampling, probe: Probe | None, preprocessing: Preprocessing,
                 resources: contextlib.ExitStack) -> None:
     """The loop, from the step of `training` to the end of `schedule` or a signal."""
@@ -371,100 +363,7 @@ class Schedule:
 
 
 # --------------------------------------------------------------------------------------------------
-# What is trained.
-
-class Training:
-    """All that a step changes. last.pt keeps it, and the flags, and which images it saw.
-
-    Views follow from images, flags and step alone, so that last.pt needs no state of the
-    loader. images_digest: of the train split's paths."""
-
-    def __init__(self, config: Config, compute: Compute, images_digest: str):
-        self.config, self.compute, self.images_digest = config, compute, images_digest
-        self.last_file = Path(config.out) / "last.pt"
-        self.encoder_file = Path(config.out) / "encoder.pt"
-        torch.manual_seed(config.seed)
-        # A run that goes on takes its weights from last.pt: do not read or download --init.
-        goes_on = self.last_file.exists() and not config.overwrite
-        encoder = build_encoder(config.arch, "random" if goes_on else config.init, compute.say)
-        net = SimCLR(encoder, config.proj_layers, config.proj_width, config.proj_dim)
-        self.net = compute.to_device(net)
-        self.optimizer = make_optimizer(
-            self.net, config.optimizer, config.lr, config.weight_decay, fused=compute.cuda)
-        # Small gradients underflow in float16, so that their loss is scaled up.
-        self.scaler = torch.amp.GradScaler(
-            compute.device.type, enabled=compute.precision == "fp16")
-        self.step = 0         # steps taken
-        self.last_probe = -1  # the step after which the features were last probed
-
-    def load(self, file: Path) -> int:
-        """Go on from a last.pt, and return its step. CheckpointError or DataError where it is of
-        another run: it may have been copied from one, to go on with another learning rate, say."""
-        state = load_checkpoint(file)
-        if not {"model", "optimizer", "scaler", "step", "config", "images"} <= state.keys():
-            raise CheckpointError(f"{file} is no last.pt of a pre-training run")
-        # Of another architecture or optimizer the tensors would not fit; and with another batch
-        # size a step would stand for other images.
-        for name in ("arch", "optimizer", "batch_size"):
-            in_file, flag_value = state["config"].get(name), getattr(self.config, name)
-            if in_file != flag_value:
-                raise CheckpointError(f"{file} has --{name.replace('_', '-')} {in_file}, "
-                                      f"not {flag_value}")
-        if state["images"] != self.images_digest:
-            raise DataError(f"{self.config.data}/manifest.csv lists other training images than "
-                            f"when {file} was saved")
-        try:
-            self.net.load_state_dict(state["model"])  # PyTorch compares all shapes
-            # Momenta come from the file; learning rate and decay from this run's flags.
-            momenta = {"state": state["optimizer"]["state"]}
-            self.optimizer.load_state_dict(self.optimizer.state_dict() | momenta)
-            if state["scaler"]:  # empty where the run computed without one until now
-                self.scaler.load_state_dict(state["scaler"])
-            self.step = operator.index(state["step"])
-            self.last_probe = operator.index(state.get("probed", self.step))
-        except MALFORMED as error:
-            reason = last_line(error)
-            raise CheckpointError(f"{file} does not fit these flags: {reason}") from None
-        return self.step
-
-    def save(self) -> None:
-        """Write last.pt and encoder.pt. FloatingPointError where a weight, or what the optimizer
-        remembers of it, is not finite: such a state must not replace the last good one."""
-        if name := first_not_finite(self.net, self.optimizer):
-            raise diverged(f"{name} is not finite after step {self.step}", self.config)
-        save_checkpoint(self.last_file, {
-            "model": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(), "step": self.step, "probed": self.last_probe,
-            "config": self.settings(), "images": self.images_digest})
-        self.save_encoder()
-
-    def save_encoder(self) -> None:
-        save_checkpoint(self.encoder_file, {
-            "format": FORMAT, "arch": self.config.arch, "step": self.step,
-            "config": self.settings(), "encoder": self.net.encoder.state_dict(),
-            "projector": self.net.projector.state_dict()})
-
-    def settings(self) -> dict[str, Any]:
-        return dataclasses.asdict(self.config) | {"mean": MEAN, "std": STD}
-
-
-def inputs_of(config: Config, manifest: Manifest, train: np.ndarray,
-              probe: Probe | None) -> dict[str, dict[str, str]]:
-    """The digests of what the run is made of, {flag: {path: digest}}: where they differ from those
-    in config.json, it is another run."""
-    # Labels added later make no other run, unless --balance or --positives reads them.
-    whole_table = config.balance or config.positives != "image"
-    content = run_folder.content_of_data(manifest, None if whole_table else train)
-    inputs = {"data": {config.data: content}}
-    if not config.same_patient:
-        inputs["patients"] = {config.data: run_folder.patients_digest(manifest, train)}
-    if config.probe_data and probe:
-        content = run_folder.content_of_data(probe.manifest)
-        inputs["probe_data"] = {config.probe_data: content}
-    if Path(config.init).is_file():  # it is not needed once there is a last.pt
-        inputs["init"] = {config.init: run_folder.content_of_file(config.init)}
-    return inputs
-
+# What is said before the first step.
 
 def end_at_once(training: Training, schedule: Schedule) -> None:
     """Of a run whose last step was taken before. Its encoder.pt may be missing or older than

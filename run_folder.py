@@ -10,8 +10,7 @@ import math
 import os
 import threading
 import time
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from checkpoint import CheckpointError
-from common import DataError, lock, valid_unicode, write_text
+from common import lock, valid_unicode, write_text
 from flags import RunConfig, differing_flags
 from manifest import Manifest
 
@@ -90,45 +89,6 @@ def content_of_file(path: str | Path) -> str:
 
 # --------------------------------------------------------------------------------------------------
 # Which run a folder holds.
-
-def begin_or_go_on(config: RunConfig, stage: str, results: tuple[str, ...],
-                   inputs: dict[str, dict[str, str]], load: Callable[[Path], int],
-                   compute: "Compute", resources: contextlib.ExitStack) -> None:
-    """Lock the run folder, by `open_run`, on the first process; then load results[0] on all of
-    them, if it is there.
-
-    A results[0] that was copied from another run has no config.json beside it: load() is then
-    asked first whether it fits. load(file) returns the step that it was saved at. inputs:
-    digests, {flag: {path: digest}}; of `data` and `patients` every process has its own.
-    DataError where the processes do not see the same files."""
-    out, last = Path(config.out), Path(config.out) / results[0]
-    if compute.rank == 0 and not config.overwrite:
-        if last.exists() and not (out / "config.json").exists():
-            load(last)
-        if (out / "encoder.pt").exists() and not last.exists():
-            raise DataError(f"{out} holds an encoder.pt and no {last.name} to go on from; choose "
-                            "another --out, or give it up with --overwrite")
-    if compute.rank == 0:
-        open_run(config, stage, results, resources, last.name, inputs)
-    # From here on the folder belongs to this run, and all processes start from the same file.
-    compute.barrier()
-    step = load(last) if last.exists() else 0
-    if not _same_everywhere(step, compute):
-        raise DataError(f"the processes do not see the same {last}: --out must lie on storage "
-                        "that all of them see")
-    # A copy of the data folder on each machine's own disk may be an old one.
-    content = json.dumps([list(inputs[name].values()) for name in ("data", "patients")
-                          if name in inputs])
-    if not _same_everywhere(zlib.crc32(content.encode()), compute):
-        data = ", ".join(inputs["data"])
-        raise DataError(f"the processes do not see the same train split in {data}")
-
-
-def _same_everywhere(number: int, compute: "Compute") -> bool:
-    """Whether all processes have the same number."""
-    smallest = compute.reduce(torch.tensor(number), dist.ReduceOp.MIN)
-    return bool(smallest == compute.reduce(torch.tensor(number), dist.ReduceOp.MAX))
-
 
 def open_run(config: RunConfig, stage: str, results: tuple[str, ...],
              resources: contextlib.ExitStack, starts_from: str = "",
