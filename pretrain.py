@@ -468,7 +468,7 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     batches = iter(train_loader(
         manifest, train, config.batch_size, range(start_step, schedule.end), 2, augmentation,
         preprocessing, config.seed, draw_weights=sampling.draw_weights,
-        groups=sampling.groups, **compute.loader_arguments()))
+        pair_group=sampling.pair_group, **compute.loader_arguments()))
     # After `step` steps: probe, save, leave if it is time; then take one more.
     while True:
         step, stop_signal = training.step, stop.received(compute)
@@ -507,7 +507,7 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
         with progress.waiting():
             view1, view2, index = next(batches)                         # (N, 1, S, S) each, (N,)
         x = torch.cat([view1, view2])                                   # (2N, 1, S, S)
-        patients = compute.send(sampling.patients[index])               # (N,)
+        patients = compute.send(sampling.negative_group[index])         # (N,)
         weights = None
         if sampling.loss_weights is not None:
             weights = compute.send(sampling.loss_weights[index])        # (N,)
