@@ -27,17 +27,17 @@ def batch_at(step: int, batch_size: int, images: np.ndarray, seed: int,
     the last 2 of epoch 0 and the first 2 of epoch 1.
 
     times: what tells two showings of one image apart, so that they get other views. It
-    is the epoch, or with `order` the place in the sequence of all batches, because an
+    is the epoch, or with `order` the position in the sequence of all epochs, because an
     epoch may then show an image twice.
     order(epoch): (n,) places in `images`, instead of a shuffle."""
-    sequence = np.arange(step * batch_size, (step + 1) * batch_size)[part]
-    epochs, places = np.divmod(sequence, len(images))
+    positions = np.arange(step * batch_size, (step + 1) * batch_size)[part]
+    epochs, places = np.divmod(positions, len(images))
     index = np.empty_like(places)
     for epoch in range(epochs[0], epochs[-1] + 1):
         same = epochs == epoch
         of_epoch = order(epoch) if order else shuffled_order(len(images), seed, epoch)
         index[same] = images[of_epoch[places[same]]]
-    times = sequence if order else epochs
+    times = positions if order else epochs
     return times, index
 
 
@@ -85,7 +85,8 @@ def weighted_order(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     share of the weight, and every point u, 1 + u, 2 + u, … is a draw of the image that
     it lies in. So each is drawn as often as that expectation says, rounded down or up:
     of weights 1, 1 and 2 the expectations are 0.75, 0.75 and 1.5."""
-    n, random = len(weights), generator(seed, RESAMPLE, epoch)
+    n = len(weights)
+    random = generator(seed, RESAMPLE, epoch)
     # Another order in each epoch, so that neighbours do not always go together.
     images, u = random.permutation(n), random.random()
     ends = np.cumsum(weights[images])                                   # (n,)
@@ -120,4 +121,5 @@ def draw_partners(groups: Groups, seed: int, times: np.ndarray, images: np.ndarr
     # Go 1 to size - 1 places on in the group, cyclically; in a group of one, 1 place on is
     # the image itself.
     ahead = 1 + (u * (size - 1)).astype(int)
-    return groups.members[first + (groups.place[images] - first + ahead) % size]
+    place = groups.place[images] - first                                # in its group
+    return groups.members[first + (place + ahead) % size]
