@@ -53,10 +53,11 @@ class Watch:
 
     A read may never return, from a file server that is gone for example. DALI waits for
     it, and in a process that waits no exception can be raised; the other processes wait
-    for this one. Each batch is loaded `with` the watch."""
+    for this one. Each batch is loaded `with` the watch. Where DALI raises an error
+    instead, that becomes an ImageError; see blame_image for the arguments."""
 
-    def __init__(self, manifest: Manifest, in_flight: list):
-        self.manifest, self.in_flight = manifest, in_flight
+    def __init__(self, manifest: Manifest, in_flight: list, load_alone: Callable[[int], object]):
+        self.manifest, self.in_flight, self.load_alone = manifest, in_flight, load_alone
         self.since = math.inf           # when DALI was asked for a batch, while it is
         self.closed = threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
@@ -64,8 +65,10 @@ class Watch:
     def __enter__(self) -> None:
         self.since = time.monotonic()
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind, error, traceback) -> None:
         self.since = math.inf
+        if isinstance(error, RuntimeError):
+            blame_image(self.manifest, self.in_flight, error, self.load_alone)
 
     def close(self) -> None:
         self.closed.set()

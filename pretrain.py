@@ -189,7 +189,7 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     batches = train_loader(
         manifest, train, config.batch_size, range(training.step, schedule.end), 2, augmentation,
         preprocessing, config.seed, draw_weights=sampling.draw_weights,
-        groups=sampling.groups, **compute.loader_arguments())
+        pair_group=sampling.pair_group, **compute.loader_arguments())
     introduce(training, schedule, probe)
     train_steps(training, schedule, iter(batches), sampling, probe, preprocessing, resources)
 
@@ -248,7 +248,7 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
             view1, view2, index = next(batches)                         # (N, 1, S, S) each, (N,)
         x = torch.cat([view1, view2])                                   # (2N, 1, S, S)
         x = x.contiguous(memory_format=torch.channels_last)
-        patients = compute.send(sampling.patients[index])               # (N,)
+        patients = compute.send(sampling.negative_group[index])               # (N,)
         weights = None
         if sampling.loss_weights is not None:
             weights = compute.send(sampling.loss_weights[index])        # (N,)

@@ -1,26 +1,28 @@
 """What makes the views of an image: a pure function of the seed.
 
-A view is a function, not a stream. Every augmentation parameter follows from (seed, time,
-image index, view) alone. Philox maps (key, counter) to numbers: the key holds the seed and
-the purpose, the counter says whose numbers they are, and nothing depends on what was drawn
-before. So a run can be resumed at any step, or spread over any number of processes, and
-sees the very same views.
+A view is a function, not a stream. Every augmentation parameter follows from (seed,
+time, image index, view) alone. Philox maps (key, counter) to numbers: the key holds
+the seed and the purpose, the counter says whose numbers they are, and nothing
+depends on what was drawn before. So a run can be resumed at any step, or spread over
+any number of processes, and sees the very same views.
 """
 from dataclasses import dataclass
 
 import numpy as np
 
 from model import MEAN, STD
-from philox import uniform_numbers
-from sampling import VIEW
+from philox import VIEW, uniform_numbers
+
+# What each random number of a view is for. Append only: the first numbers do not depend
+# on how many there are.
+NUMBERS = ("area", "aspect", "top", "left", "angle", "sigma", "mirror",
+           "brightness", "contrast", "gamma", "equalize")
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How far two views of one radiograph may differ; the defaults are the published recipe's.
-
-    Its hue, saturation and random grayscale do nothing to a gray image and are
-    left out."""
+    """How far two views of one radiograph may differ. The defaults are the published
+    recipe's, whose hue, saturation and random grayscale do nothing to a gray image."""
     crop_area: tuple[float, float] = (0.8, 1.0)  # share of the image's area in the view
     rotation: float = 10.0                       # degrees, to either side
     blur: tuple[float, float] = (0.1, 2.0)       # sigma of the Gaussian, pixels of the view
@@ -36,6 +38,9 @@ def view_parameters(augmentation: Augmentation, seed: int, times: np.ndarray, im
     """What makes view number `view` of each of B images.
 
     times: (B,) of `batch_at`, which tell the showings of an image apart.
+    view: a number, or (V, 1) of them for V views at once, which takes little longer.
+    (B,) below is then (V, B), and (B, 2) is (V, B, 2).
+
     Returns, most of them under the names of DALI's arguments:
     roi_start, roi_end (B, 2): the crop window, (y, x) as fractions of the image.
     angle (B,): degrees, counter-clockwise; left out where nothing is rotated.
@@ -50,35 +55,35 @@ def view_parameters(augmentation: Augmentation, seed: int, times: np.ndarray, im
         normalised:                         (y - m) / s = (x - m / b) / (s / (b c))
 
     torchvision's contrast pivots on the image's own mean and clips; this one does neither."""
-    # A new number goes to the end, so that those before it stay what they are. (B,) each:
-    area, aspect, top, left, angle, sigma, mirror, brightness, contrast, gamma, equalize = \
-        uniform_numbers((seed, VIEW), 11, view, images, times)
+    numbers = uniform_numbers((seed, VIEW), len(NUMBERS), view, images, times)
+    u = dict(zip(NUMBERS, numbers))                             # (B,) each, in [0, 1)
 
-    # The window's aspect ratio is log-uniform in 3/4 to 4/3, as far as the window fits. It is
-    # relative to the image's own, because evaluation maps the whole image onto the square, too,
-    # tall or wide: nothing at the lungs' edges is cut off.
-    area = _between(augmentation.crop_area, area)
+    # The window's aspect ratio is log-uniform in 3/4 to 4/3, narrowed so that no side of
+    # the window exceeds the image. It is relative to the image's own, because evaluation
+    # maps the whole image onto the square, too, tall or wide: nothing at the lungs' edges
+    # is cut off.
+    area = _between(augmentation.crop_area, u["area"])
     widest = np.minimum(np.log(4 / 3), -np.log(area))
-    aspect = np.exp(_between((-widest, widest), aspect))
-    window = np.sqrt([area / aspect, area * aspect])  # (2, B): height, width
-    start = (1 - window) * [top, left]                # (2, B)
+    aspect = np.exp(_around(0, widest, u["aspect"]))
+    window = np.sqrt(np.stack([area / aspect, area * aspect], axis=-1))  # (B, 2): height, width
+    start = (1 - window) * np.stack([u["top"], u["left"]], axis=-1)      # (B, 2)
 
-    b = _between((1 - augmentation.brightness, 1 + augmentation.brightness), brightness)
-    c = _between((1 - augmentation.contrast, 1 + augmentation.contrast), contrast)
+    b = _around(1, augmentation.brightness, u["brightness"])
+    c = _around(1, augmentation.contrast, u["contrast"])
     parameters = {
-        "roi_start": start.T,
-        "roi_end": (start + window).T.clip(max=1),
-        "mirror": mirror < augmentation.flip,
+        "roi_start": start,
+        "roi_end": (start + window).clip(max=1),
+        "mirror": u["mirror"] < augmentation.flip,
         "mean": 255 * MEAN / b,
         "std": 255 * STD / (b * c)}
     if augmentation.rotation:
-        parameters["angle"] = _between((-augmentation.rotation, augmentation.rotation), angle)
+        parameters["angle"] = _around(0, augmentation.rotation, u["angle"])
     if max(augmentation.blur):
-        parameters["sigma"] = _between(augmentation.blur, sigma)
+        parameters["sigma"] = _between(augmentation.blur, u["sigma"])
     if augmentation.gamma != (1, 1):
-        parameters["gamma"] = np.exp(_between(np.log(augmentation.gamma), gamma))
+        parameters["gamma"] = np.exp(_between(np.log(augmentation.gamma), u["gamma"]))
     if augmentation.equalize:
-        parameters["equalize"] = equalize < augmentation.equalize
+        parameters["equalize"] = u["equalize"] < augmentation.equalize
     return {name: np.ascontiguousarray(value, np.int32 if value.dtype == bool else np.float32)
             for name, value in parameters.items()}
 
@@ -86,3 +91,7 @@ def view_parameters(augmentation: Augmentation, seed: int, times: np.ndarray, im
 def _between(limits: tuple | np.ndarray, u: np.ndarray) -> np.ndarray:
     low, high = limits
     return low + (high - low) * u
+
+
+def _around(middle: float, reach: float | np.ndarray, u: np.ndarray) -> np.ndarray:
+    return _between((middle - reach, middle + reach), u)
