@@ -143,6 +143,7 @@ class Config:
 
     def __post_init__(self):
         self.lr = BASE_LR[self.optimizer] if self.lr is None else self.lr
+        # What the range of one flag cannot say.
         low, high = self.crop_area
         if not 0 < low <= high <= 1:
             raise ValueError(f"--crop-area {low} {high} must rise, within 0 to 1")
@@ -200,16 +201,20 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
     """The loop, from the step of `training` to the end of `schedule` or a signal."""
     config, compute, say = training.config, training.compute, training.compute.say
     net, optimizer, scaler = training.net, training.optimizer, training.scaler
+    # net is asked for features and weights; model is the same network for training steps.
     model = compute.data_parallel(torch.compile(net) if config.compile else net)
     model.train()
+    # A process encodes its part of the batch at once, or by pieces of so many images.
     own_batch = config.batch_size // compute.world_size
-    piece = min(config.micro_batch or own_batch, own_batch)  # images that are encoded at once
+    piece = min(config.micro_batch or own_batch, own_batch)
     compute.rehearse(model, (2 * piece, 1, config.image_size, config.image_size))
     loss_options = dict(decoupled=config.decoupled, hardness=config.hardness, prior=config.prior)
+    # What is written, and what may end the loop before its time.
     start_step = training.step
     curves = Curves(config, compute.rank == 0, start_step)
     progress = Progress(config, config.batch_size, compute, start_step)
     stop = run.StopSignal(resources)
+
     # After `step` steps: probe, save, leave if it is time; then take one more.
     while True:
         step = training.step
@@ -327,6 +332,7 @@ class Schedule:
     def __init__(self, config: Config, n_images: int, has_probe: bool):
         """n_images: in the train split."""
         self.n_images, self.batch_size = n_images, config.batch_size
+        # Larger batches take larger steps, in proportion.
         self.peak_lr = config.lr * config.batch_size / 256
         self.temperatures = config.temperature
         self.total = self.step_at(config.epochs)
@@ -349,8 +355,8 @@ class Schedule:
         return run.learning_rate(step, self.total, self.warmup, self.peak_lr)
 
     def temperature(self, step: int) -> float:
-        """Constant, or a cosine from high to low and back over the run (Kukleva et al. 2023):
-        low ones tell images apart, high ones bring groups together."""
+        """Constant, or a cosine from high to low and back over the run (Kukleva et
+        al. 2023): low ones tell images apart, high ones bring groups together."""
         low, high = self.temperatures[0], self.temperatures[-1]  # of one number, both
         return low + (high - low) * (1 + math.cos(2 * math.pi * step / self.total)) / 2
 
@@ -366,8 +372,8 @@ class Schedule:
 # What is said before the first step.
 
 def end_at_once(training: Training, schedule: Schedule) -> None:
-    """Of a run whose last step was taken before. Its encoder.pt may be missing or older than
-    last.pt, where a kill came between the two, and is written once more."""
+    """A run whose last step was taken before. Its encoder.pt may be missing or older
+    than last.pt, if a kill came between the two, and is written once more."""
     if training.compute.rank == 0:
         training.save_encoder()
     what = "is complete" if training.step >= schedule.total else "has reached --max-steps"
@@ -409,19 +415,20 @@ def leave(stop_signal: int, training: Training) -> NoReturn:
 def backward_in_pieces(model: Any, x: Tensor, size: int, loss_of: Callable,
                        scaler: torch.amp.GradScaler, compute: Compute,
                        ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient caching (Gao et al. 2021): the loss of a whole batch, with memory for a piece of it.
+    """Gradient caching (Gao et al. 2021): the loss of a whole batch, with memory for a
+    piece of it.
 
-    x: (2N, 1, S, S), encoded `size` views at a time, twice. The first pass keeps no graph and
-    gives all projections, the loss, and its gradient with respect to the projections. The
-    second encodes each piece again, with a graph, and sends its rows of that gradient back. The
-    parameters' gradients add up to those of the whole batch, but that batch norm sees one
-    piece at a time.
+    x: (2N, 1, S, S), encoded `size` views at a time, twice. The first pass keeps no graph
+    and gives all projections, the loss, and its gradient with respect to the projections.
+    The second encodes each piece again, with a graph, and sends its rows of that gradient
+    back. The parameters' gradients add up to those of the whole batch, but that batch norm
+    sees one piece at a time.
 
     Returns z1, z2 (N, D) and the loss."""
     net = model.module if isinstance(model, DistributedDataParallel) else model
     pieces = x.split(size)
-    # The first pass goes past DistributedDataParallel, which would expect a backward pass, and
-    # leaves batch norm's statistics alone, which are to count each image once.
+    # The first pass goes past DistributedDataParallel, which would expect a backward
+    # pass, and leaves batch norm's statistics alone, which are to count an image once.
     with unchanged_statistics(net), torch.no_grad(), compute.autocast():
         z = torch.cat([net(piece) for piece in pieces]).requires_grad_()    # (2N, D)
     loss = loss_of(*z.chunk(2))
@@ -439,6 +446,7 @@ def backward_in_pieces(model: Any, x: Tensor, size: int, loss_of: Callable,
 
 def view_pairs(view1: Tensor, view2: Tensor) -> Tensor:
     """The first eight images' views, one above the other, as a picture (3, H, W) in [0, 1]."""
+    # Back to the gray levels from before normalisation.
     pairs = torch.stack([view1[:8], view2[:8]]).flatten(0, 1).float().cpu() * STD + MEAN
     return make_grid(pairs.clamp(0, 1), nrow=len(view1[:8]))
 
