@@ -86,6 +86,7 @@ class Batch(NamedTuple):
     anchors: Tensor       # (2, N, D) projections of this process, of length 1
     keys: Tensor          # (K, D) projections of all processes, of length 1
     patients: Tensor      # (N,) of this process's images; without patients, each its own
+    all_patients: Tensor  # (WN,) of all processes' images
     key_patients: Tensor  # (K,)
     weights: Tensor       # (N,) of each of an image's two anchors in the mean, times W
 
@@ -98,12 +99,13 @@ def _batch(z1: Tensor, z2: Tensor, patients: Tensor | None, weights: Tensor | No
     keys = _all_gather(anchors.detach()).flatten(0, 2)  # by process, view, image
     if patients is None:
         patients = torch.arange(rank * images, (rank + 1) * images, device=z1.device)
-    key_patients = _all_gather(patients)[:, None].expand(-1, 2, -1).flatten()
+    all_patients = _all_gather(patients)  # (W, N)
+    key_patients = all_patients[:, None].expand(-1, 2, -1).flatten()
     if weights is None:
         weights = anchors.new_full((images,), 1 / (2 * images))
     else:
         weights = weights.float() * (world_size / (2 * _all_gather(weights.float()).sum()))
-    return Batch(anchors, keys, patients, key_patients, weights)
+    return Batch(anchors, keys, patients, all_patients.flatten(), key_patients, weights)
 
 
 def _all_gather(rows: Tensor) -> Tensor:
@@ -124,8 +126,9 @@ def _blocks(batch: Batch) -> list[slice]:
 
 
 def _count_negatives(batch: Batch) -> Tensor:
-    """How many keys are negatives of each of an image's two anchors, (N,)."""
-    return torch.cat([(batch.patients[block, None] != batch.key_patients).sum(1)
+    """How many keys are negatives of each of an image's two anchors, (N,): both views of each
+    image of another patient."""
+    return torch.cat([2 * (batch.patients[block, None] != batch.all_patients).sum(1)
                       for block in _blocks(batch)])
 
 
@@ -160,15 +163,14 @@ class LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, anchors: Tensor, batch: Batch, scale: float) -> Tensor:
-        log_sums, similarities, blocks = [], None, _blocks(batch)
-        for block in blocks:
+        log_sums, similarities = [], None
+        for block in _blocks(batch):
             similarities = _similarities(batch, block, scale)  # (2, n, K)
             log_sums.append(similarities.logsumexp(2))
         log_sum = torch.cat(log_sums, 1)  # (2, N)
         ctx.save_for_backward(log_sum)
-        ctx.batch, ctx.scale, ctx.blocks = batch, scale, blocks
-        # A small batch is one block, which the backward pass need not compute again.
-        ctx.kept = similarities if len(blocks) == 1 else None
+        ctx.batch, ctx.scale = batch, scale
+        ctx.kept = similarities  # of the last block, with which the backward pass begins
         return log_sum
 
     @staticmethod
@@ -179,14 +181,14 @@ class LogSumExp(torch.autograd.Function):
         of_all = _all_gather(torch.stack([log_sum, gradient]))  # (W, 2, 2, N)
         log_sums, gradients = of_all.transpose(0, 1).flatten(1)  # r_k and scale g_k, (K,) each
         for_anchors = torch.empty_like(batch.anchors)  # (2, N, D)
-        for block in ctx.blocks:
-            similarities = ctx.kept  # s_ik, (2, n, K)
+        for block in reversed(_blocks(batch)):
+            similarities, ctx.kept = ctx.kept, None  # s_ik, (2, n, K), to be overwritten
             if similarities is None:
                 similarities = _similarities(batch, block, ctx.scale)
-            coefficients = (similarities - log_sum[:, block, None]).exp_()
-            coefficients *= gradient[:, block, None]
-            coefficients += (similarities - log_sums).exp_().mul_(gradients)
-            for_anchors[:, block] = coefficients @ batch.keys
+            as_anchor = (similarities - log_sum[:, block, None]).exp_()
+            as_anchor *= gradient[:, block, None]
+            as_key = similarities.sub_(log_sums).exp_().mul_(gradients)
+            for_anchors[:, block] = as_anchor.add_(as_key) @ batch.keys
         return for_anchors, None, None
 
 
