@@ -386,7 +386,7 @@ def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> O
         # A step. The learning rates depend on its number alone ...
         for step in range((epoch - 1) * epoch_steps, epoch * epoch_steps):
             for group in optimizer.param_groups:
-                group["lr"] = run.learning_rate(step, steps, steps // 10, group["peak"])
+                group["lr"] = run.warmup_and_cosine(step, steps, steps // 10, group["peak"])
             # ... the network sees one view of each image of the batch ...
             x, index = next(batches)                                        # (B, 1, S, S), (B,)
             if step == first * epoch_steps:

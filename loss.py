@@ -12,8 +12,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-# The similarity to a key that is no negative: as -inf is, nothing in a sum of exponentials, but
-# it can be multiplied and subtracted where a row has nothing else.
+# Stands for the similarity to a key that is no negative. Its exponential is 0, as that of -inf;
+# but where a row has nothing else, ABSENT - ABSENT is 0, and -inf - -inf would be NaN.
 ABSENT = -1e30
 
 
@@ -24,26 +24,24 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float, patients: Tensor | None 
     a variant.
 
     z1, z2: (N, D) projections of the two views, of any norm, the same N on every
-    process. Returns a scalar, float32, computed outside autocast, of which the
-    average over the processes is the mean over all 2WN anchors i of
+    process. An anchor i has one positive p, the other view of its image, and n negatives
+    k, all other keys. With l the cosine similarity over the temperature, its loss is
 
         -l_ip + ln(exp(l_ip) + R),        R = sum over the negatives k of exp(l_ik)
 
-    with l the cosine similarity over the temperature and p the positive, the anchor
-    image's other view. All keys but the anchor itself and its positive are negatives, unless:
+    Returns a scalar, float32, computed outside autocast; its average over the processes
+    is the mean over all 2WN anchors. What the options change:
 
-    patients: (N,) integers, equal for images of the same patient. Then an anchor's
-        negatives are the n keys of other patients. This covers an image that stands
-        in the batch twice. An anchor without any negative has the loss 0.
-    weights: (N,), not negative, of the images in the mean, which is divided by
-        their sum over all processes; some weight must be above 0.
-    decoupled: the loss is -l_ip + ln R (L_DC of Yeh et al. 2022).
-    hardness: beta of Robinson et al. 2021. R is n times the mean of exp(l_ik) in
-        which each negative's weight is proportional to exp(beta l_ik). As in the
-        authors' published code these weights carry gradient.
-    prior: tau+ of Chuang et al. 2020, from 0 to below 1, the expected share of
-        negatives that are of the anchor's own kind. They are taken from R, which
-        becomes (R - tau+ n exp(l_ip)) / (1 - tau+), at least n exp(-1 / temperature).
+    patients: (N,) integers, equal for images of the same patient. The negatives are the
+        keys of other patients alone, so that an image that stands in the batch twice is
+        none, either. An anchor without any negative has the loss 0.
+    weights: (N,), not negative and not all 0, of the images in the mean.
+    hardness: b. R = n (sum of exp((1 + b) l_ik)) / (sum of exp(b l_ik)) (Robinson et al.
+        2021, beta; the weights exp(b l_ik) carry gradient, as in the authors' code).
+    prior: t, from 0 to below 1. R becomes max((R - t n exp(l_ip)) / (1 - t),
+        n exp(-1 / temperature)) (Chuang et al. 2020, tau+: the expected share of negatives
+        that are of the anchor's own kind).
+    decoupled: the loss is -l_ip + ln R (Yeh et al. 2022, L_DC).
 
     `diagnostics` gives `chance`, the loss of an encoder that maps all images to one point."""
     with torch.autocast(z1.device.type, enabled=False):
@@ -69,13 +67,13 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float, patients: Tensor | None 
 
 def _debias(log_r: Tensor, positive: Tensor, log_n: Tensor, temperature: float,
               prior: float) -> Tensor:
-    """ln of max((R - tau+ n exp(l_ip)) / (1 - tau+), n exp(-1 / temperature)), (2, N)."""
+    """ln of max((R - t n exp(l_ip)) / (1 - t), n exp(-1 / temperature)), (2, N); prior is t."""
     floor = log_n - 1 / temperature
-    # What is left of R, as a share of it. The clamps keep what is out of range from overflowing;
-    # there the floor is taken.
-    share = 1 - prior * (log_n + positive - log_r).clamp_max(60).exp()
-    left = log_r + share.clamp_min(1e-30).log() - math.log(1 - prior)
-    return torch.where(share > 0, left, floor).maximum(floor)
+    # Which share of R is taken off. Where it is all of it or more, the floor remains; the
+    # clamps keep those entries finite.
+    taken = prior * (log_n + positive - log_r).clamp_max(60).exp()
+    left = log_r + (1 - taken).clamp_min(1e-30).log() - math.log(1 - prior)
+    return torch.where(taken < 1, left, floor).maximum(floor)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -88,21 +86,21 @@ class Batch(NamedTuple):
     patients: Tensor      # (N,) of this process's images; without patients, each its own
     all_patients: Tensor  # (WN,) of all processes' images
     key_patients: Tensor  # (K,)
-    weights: Tensor       # (N,) of each of an image's two anchors in the mean, times W
+    weights: Tensor       # (N,) of each of an image's anchors in the mean over all, times W
 
 
 def _batch(z1: Tensor, z2: Tensor, patients: Tensor | None, weights: Tensor | None) -> Batch:
-    images, world_size, rank = len(z1), 1, 0
+    n_images, world_size, rank = len(z1), 1, 0
     if dist.is_initialized():
         world_size, rank = dist.get_world_size(), dist.get_rank()
     anchors = F.normalize(torch.stack([z1, z2]).float(), dim=2)
     keys = _all_gather(anchors.detach()).flatten(0, 2)  # by process, view, image
     if patients is None:
-        patients = torch.arange(rank * images, (rank + 1) * images, device=z1.device)
+        patients = torch.arange(rank * n_images, (rank + 1) * n_images, device=z1.device)
     all_patients = _all_gather(patients)  # (W, N)
     key_patients = all_patients[:, None].expand(-1, 2, -1).flatten()
     if weights is None:
-        weights = anchors.new_full((images,), 1 / (2 * images))
+        weights = anchors.new_full((n_images,), 1 / (2 * n_images))  # W / 2WN
     else:
         weights = weights.float() * (world_size / (2 * _all_gather(weights.float()).sum()))
     return Batch(anchors, keys, patients, all_patients.flatten(), key_patients, weights)
@@ -163,31 +161,32 @@ class LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, anchors: Tensor, batch: Batch, scale: float) -> Tensor:
-        log_sums, similarities = [], None
+        parts, similarities = [], None
         for block in _blocks(batch):
             similarities = _similarities(batch, block, scale)  # (2, n, K)
-            log_sums.append(similarities.logsumexp(2))
-        log_sum = torch.cat(log_sums, 1)  # (2, N)
-        ctx.save_for_backward(log_sum)
+            parts.append(similarities.logsumexp(2))
+        r = torch.cat(parts, 1)  # (2, N)
+        ctx.save_for_backward(r)
         ctx.batch, ctx.scale = batch, scale
         ctx.kept = similarities  # of the last block, with which the backward pass begins
-        return log_sum
+        return r
 
     @staticmethod
     def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        batch, (log_sum,) = ctx.batch, ctx.saved_tensors  # r_i, (2, N)
-        gradient = ctx.scale * gradient  # scale g_i, (2, N)
-        # Both of all processes, by one collective call.
-        of_all = _all_gather(torch.stack([log_sum, gradient]))  # (W, 2, 2, N)
-        log_sums, gradients = of_all.transpose(0, 1).flatten(1)  # r_k and scale g_k, (K,) each
+        batch, (own_r,) = ctx.batch, ctx.saved_tensors  # (2, N)
+        own_g = ctx.scale * gradient  # (2, N)
+        # Those of all processes by one collective call, in the order of the keys: process, view,
+        # image.
+        of_all = _all_gather(torch.stack([own_r, own_g]))  # (W, 2, 2, N)
+        all_r, all_g = of_all.transpose(0, 1).flatten(1)  # (K,) each
         for_anchors = torch.empty_like(batch.anchors)  # (2, N, D)
         for block in reversed(_blocks(batch)):
             similarities, ctx.kept = ctx.kept, None  # s_ik, (2, n, K), to be overwritten
             if similarities is None:
                 similarities = _similarities(batch, block, ctx.scale)
-            as_anchor = (similarities - log_sum[:, block, None]).exp_()
-            as_anchor *= gradient[:, block, None]
-            as_key = similarities.sub_(log_sums).exp_().mul_(gradients)
+            as_anchor = (similarities - own_r[:, block, None]).exp_()
+            as_anchor *= own_g[:, block, None]
+            as_key = similarities.sub_(all_r).exp_().mul_(all_g)
             for_anchors[:, block] = as_anchor.add_(as_key) @ batch.keys
         return for_anchors, None, None
 
@@ -203,7 +202,7 @@ def diagnostics(z1: Tensor, z2: Tensor, patients: Tensor | None = None,
 
     top1: how often an anchor's positive is nearer than all its negatives on all
     processes, by more than the rounding of float32: where all projections are the
-    same that is never.
+    same, or there is no negative, that is never.
     alignment: mean squared distance of positives on the unit sphere, 0 at best.
     uniformity: log of the mean Gaussian potential of this process's pairs, about -4
     at best, 0 where all projections are the same (both Wang and Isola 2020); NaN for
@@ -215,12 +214,14 @@ def diagnostics(z1: Tensor, z2: Tensor, patients: Tensor | None = None,
         positive = (z1 * z2).sum(1)  # (N,)
         nearest = torch.cat([_similarities(batch, block, 1).amax(2)  # (2, N)
                              for block in _blocks(batch)], 1)
+        n_negatives = _count_negatives(batch)  # (N,)
+        hits = (positive > nearest + 1e-6) & (n_negatives > 0)  # (2, N)
         potentials = [torch.pdist(z).square().mul(-2).exp().mean().log() for z in (z1, z2)]
         # Where all similarities are the same, an anchor's loss is the logarithm of the number of
         # terms in its sum: its negatives, and its positive unless that is left out.
-        terms = (_count_negatives(batch) + (not decoupled)).clamp_min(1)  # (N,)
+        terms = (n_negatives + (not decoupled)).clamp_min(1)  # (N,)
         return {
-            "top1": (positive > nearest + 1e-6).float().mean(),
+            "top1": hits.float().mean(),
             "alignment": (z1 - z2).square().sum(1).mean(),
             "uniformity": (potentials[0] + potentials[1]) / 2,
             "chance": 2 * (batch.weights * terms.log()).sum()}

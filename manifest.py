@@ -41,20 +41,6 @@ class Manifest:
     sizes: np.ndarray | None = None     # (N,) int64: bytes of each image's file
     archive: Archive | None = None      # where the folder has an images.tar
 
-    def file(self, i: int) -> bytes:
-        """The path of image i for the operating system."""
-        return os.path.join(os.fsencode(self.folder), self.path_bytes[i])
-
-    def open(self, i: int) -> bytes | io.BytesIO:
-        """What Pillow opens image i by. DataError where its bytes in images.tar are damaged."""
-        return io.BytesIO(self.archive.member(i).read_bytes()) if self.archive else self.file(i)
-
-    def full_name(self, i: int) -> str:
-        """Image i in a message: where it lies, and which row of the manifest it is."""
-        where = f"{self.archive.file}, {self.paths[i]}" if self.archive else \
-            str(self.folder / self.paths[i])
-        return where + (f" (row {i + 2} of manifest.csv)" if self.listed else "")
-
     def images(self, split: str) -> np.ndarray:
         """Image indices of a split, (n,) int64, in manifest order; DataError where it is empty."""
         index = np.flatnonzero(self.splits == split)
@@ -71,32 +57,39 @@ class Manifest:
         if self.studies is None:
             raise DataError(f"{self.folder / 'manifest.csv'} has no column study, which "
                             "--positives study needs")
+        # A study's name may be another patient's, too: number the pairs of patient and study,
+        # and unknown ones below 0; then count from 0.
         names, study = np.unique(self.studies, return_inverse=True)
         number = self.patient_numbers() * len(names) + study
         number = np.where(self.studies == "", -1 - np.arange(len(study)), number)
         return np.unique(number, return_inverse=True)[1]
+
+    # Where image i lies: for DALI, for Pillow, in a message.
 
     def dali_inputs(self, images: np.ndarray) -> list[np.ndarray]:
         """What DALI gets of some images, one array of uint8 each: the content of their files
         where it is in images.tar, else their full paths."""
         if self.archive:
             return self.archive.contents(images)
-        text, start = self._full_paths
-        return [text[i:j] for i, j in zip(start[images].tolist(), start[images + 1].tolist())]
+        folder, paths = os.path.join(os.fsencode(self.folder), b""), self.path_bytes
+        return [np.frombuffer(folder + paths[i], np.uint8) for i in images.tolist()]
+
+    def open(self, i: int) -> bytes | io.BytesIO:
+        """What Pillow opens image i by. DataError where its bytes in images.tar are damaged."""
+        if self.archive:
+            return io.BytesIO(self.archive.member(i).read_bytes())
+        return os.path.join(os.fsencode(self.folder), self.path_bytes[i])
+
+    def name_in_message(self, i: int) -> str:
+        """Where image i lies, and which row of the manifest it is."""
+        where = f"{self.archive.file}, {self.paths[i]}" if self.archive else \
+            str(self.folder / self.paths[i])
+        return where + (f" (row {i + 2} of manifest.csv)" if self.listed else "")
 
     @functools.cached_property
     def path_bytes(self) -> list[bytes]:
         """The paths for the operating system; a manifest's are UTF-8, whatever the locale is."""
         return as_bytes(self.paths) if self.listed else [os.fsencode(path) for path in self.paths]
-
-    @functools.cached_property
-    def _full_paths(self) -> tuple[np.ndarray, np.ndarray]:
-        """All of them in one array, and where each of them starts in it, (N + 1,)."""
-        folder = os.path.join(os.fsencode(self.folder), b"")
-        names = self.path_bytes
-        lengths = np.fromiter(map(len, names), np.int64, len(names)) + len(folder)
-        text = b"".join([part for name in names for part in (folder, name)])
-        return np.frombuffer(text, np.uint8), np.concatenate([[0], np.cumsum(lengths)])
 
 
 def as_bytes(paths: Iterable[str]) -> list[bytes]:
@@ -119,15 +112,16 @@ def read_manifest(folder: str | Path, use_tar: bool = True, check_files: bool = 
     # which row and column is wrong.
     table = table_at_once(file) or table_by_rows(file, folder)
     manifest = Manifest(Path(folder), *table)
-    if archive := use_tar and open_archive(manifest.folder, manifest.paths, manifest.path_bytes):
+    place = manifest.folder, manifest.paths, manifest.path_bytes
+    archive, sizes = open_archive(*place) if use_tar else None, None
+    if archive:
         # A sample of a hundred finds a tar that is older than the images.
         sample = np.unique(np.linspace(0, len(manifest.paths) - 1, 100).astype(int))
         check_against_folder(archive, manifest.folder, manifest.path_bytes, sample)
-        return dataclasses.replace(manifest, archive=archive, sizes=archive.table["size"])
-    if check_files:
-        manifest = dataclasses.replace(manifest, sizes=sizes_on_disk(
-            manifest.folder, manifest.paths, manifest.path_bytes))
-    return manifest
+        sizes = archive.table["size"]
+    elif check_files:
+        sizes = sizes_on_disk(*place)
+    return dataclasses.replace(manifest, archive=archive, sizes=sizes)
 
 
 def image_flags(folder: str | Path) -> dict[str, Any]:

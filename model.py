@@ -6,15 +6,12 @@ its state dict loads into torchvision's own model. Its input is a normalised rad
 """
 from collections.abc import Callable
 
-import torch
 import torchvision
 from torch import Tensor, nn
 
-from checkpoint import ARCHITECTURES, CheckpointError, encoder_weights
+from checkpoint import ARCHITECTURES, CheckpointError, encoder_weights, fold_rgb_stem
 
 MEAN, STD = 0.5, 0.25               # the input is (gray level - MEAN) / STD, gray levels in [0, 1]
-IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])
-IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -41,31 +38,15 @@ def build_encoder(arch: str, init: str = "random",
 
     state = encoder_weights(init, arch, encoder.state_dict(), say)
     rgb = state["conv1.weight"].shape[1] == 3
-    encoder.load_state_dict(fold_rgb_stem(state) if rgb else state)
+    encoder.load_state_dict(fold_rgb_stem(state, MEAN, STD) if rgb else state)
     return encoder
 
 
 def num_features(encoder: torchvision.models.ResNet) -> int:
     """D, the width of what the encoder gives."""
     width = encoder.num_features
-    assert isinstance(width, int)
+    assert isinstance(width, int)  # which a type checker cannot know of a module's attribute
     return width
-
-
-def fold_rgb_stem(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The one-channel network that computes what an RGB one does on a gray image repeated thrice.
-
-    The RGB stem sees channel c as (x - mean_c) / std_c, ours sees y = (x - m) / s. Put x = m + s y
-    into the former: the weights become sum_c w_c s / std_c, and a constant remains, the sum of
-    w_c (m - mean_c) / std_c over channels and kernel. The batch norm behind the stem absorbs it
-    where its running mean is lowered by as much. Exact but for the outermost pixels, where the
-    zeros of the padding mean the gray level m here and mean_c there."""
-    weight = state["conv1.weight"]                                              # (C, 3, 7, 7)
-    mean, std = IMAGENET_MEAN.view(3, 1, 1).to(weight), IMAGENET_STD.view(3, 1, 1).to(weight)
-    constant = (weight * (MEAN - mean) / std).sum((1, 2, 3))                    # (C,)
-    return state | {
-        "conv1.weight": (weight * STD / std).sum(1, keepdim=True),              # (C, 1, 7, 7)
-        "bn1.running_mean": state["bn1.running_mean"] - constant}
 
 
 # --------------------------------------------------------------------------------------------------

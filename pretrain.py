@@ -141,6 +141,11 @@ class Config:
             brightness=0.3, contrast=0.3, epochs=14, batch_size=128, temperature=(0.1,),
             optimizer="adamw", lr=2e-3, warmup_epochs=1.0, probe_every=4)
 
+    def augmentation(self) -> Augmentation:
+        """Each of its fields has a flag of the same name."""
+        return Augmentation(**{field.name: getattr(self, field.name)
+                               for field in dataclasses.fields(Augmentation)})
+
     def __post_init__(self):
         self.lr = BASE_LR[self.optimizer] if self.lr is None else self.lr
         # What the range of one flag cannot say.
@@ -176,21 +181,21 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     probe = choose_probe(config, manifest)
     schedule = Schedule(config, len(train), probe is not None)
 
-    # Network, optimizer and step, as the last.pt of the run folder left them.
+    # Network, optimizer and step, new or as the run folder's last.pt left them. The folder is
+    # refused if its run had other flags or data, and stays locked until `resources` are closed.
     training = Training(config, compute)
     training.begin_or_go_on(manifest, train, probe, resources)
-    if training.step >= schedule.end:
+    if training.step >= schedule.last_step:
         end_at_once(training, schedule)
         return
 
-    # How views are made of an image; Config has a flag for each field of Augmentation.
+    # Two views of each image.
     preprocessing = Preprocessing(config.image_size, config.normalize, config.clahe)
-    augmentation = Augmentation(**{field.name: getattr(config, field.name)
-                                   for field in dataclasses.fields(Augmentation)})
     batches = train_loader(
-        manifest, train, config.batch_size, range(training.step, schedule.end), 2, augmentation,
-        preprocessing, config.seed, draw_weights=sampling.draw_weights,
-        pair_group=sampling.pair_group, **compute.loader_arguments())
+        manifest, train, config.batch_size, steps=range(training.step, schedule.last_step),
+        views=2, augmentation=config.augmentation(), preprocessing=preprocessing,
+        seed=config.seed, draw_weights=sampling.draw_weights, pair_group=sampling.pair_group,
+        **compute.loader_arguments())
     introduce(training, schedule, probe)
     train_steps(training, schedule, iter(batches), sampling, probe, preprocessing, resources)
 
@@ -198,15 +203,18 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
 def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list[Tensor]],
                 sampling: Sampling, probe: Probe | None, preprocessing: Preprocessing,
                 resources: contextlib.ExitStack) -> None:
-    """The loop, from the step of `training` to the end of `schedule` or a signal."""
+    """The loop, from the step of `training` to the last one of `schedule` or a signal."""
     config, compute, say = training.config, training.compute, training.compute.say
     net, optimizer, scaler = training.net, training.optimizer, training.scaler
-    # net is asked for features and weights; model is the same network for training steps.
+    # model is net, compiled and in DistributedDataParallel, for training steps. Probes and
+    # checkpoints use net itself.
     model = compute.data_parallel(torch.compile(net) if config.compile else net)
     model.train()
-    # A process encodes its part of the batch at once, or by pieces of so many images.
+    # A process encodes so many images at once: with --micro-batch not all of its own.
     own_batch = config.batch_size // compute.world_size
     piece = min(config.micro_batch or own_batch, own_batch)
+    # DistributedDataParallel's first backward pass rounds otherwise than later ones: get it over
+    # with, so that a run that goes on has the same bits.
     compute.rehearse(model, (2 * piece, 1, config.image_size, config.image_size))
     loss_options = dict(decoupled=config.decoupled, hardness=config.hardness, prior=config.prior)
     # What is written, and what may end the loop before its time.
@@ -218,11 +226,11 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
     # After `step` steps: probe, save, leave if it is time; then take one more.
     while True:
         step = training.step
-        at_end = step == schedule.end
+        at_end = step == schedule.last_step
         stop_signal = stop.received(compute)
         with progress.pause():
             # Every few epochs: do the features get better, and not only the loss? A signal
-            # leaves no time for that; the run that goes on will do it.
+            # leaves no time for that, and the run that goes on will do it; at the end none does.
             probe_now = (step in schedule.probe_steps and step > training.last_probe
                          and (at_end or not stop_signal))
             if probe and probe_now:
@@ -233,10 +241,10 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
                 curves.add(step, schedule.epoch(step), scores)
                 say(f"{schedule.position(step)} | {probe_sentence(scores)}")
 
-            # Every few steps, after a probe, at the end, and at a signal: save.
-            due = step % config.save_every == 0 or at_end or stop_signal
-            save_now = probe_now or (due and step > start_step)
-            if save_now and step and compute.rank == 0:
+            # Every few steps, at the end and at a signal: save, unless last.pt has this step.
+            new_step = step > start_step and (
+                step % config.save_every == 0 or at_end or stop_signal)
+            if step > 0 and (probe_now or new_step) and compute.rank == 0:
                 training.save()
         if at_end:
             break
@@ -253,7 +261,7 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
             view1, view2, index = next(batches)                         # (N, 1, S, S) each, (N,)
         x = torch.cat([view1, view2])                                   # (2N, 1, S, S)
         x = x.contiguous(memory_format=torch.channels_last)
-        patients = compute.send(sampling.negative_group[index])               # (N,)
+        patients = compute.send(sampling.patients[index])               # (N,)
         weights = None
         if sampling.loss_weights is not None:
             weights = compute.send(sampling.loss_weights[index])        # (N,)
@@ -278,7 +286,7 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
             curves.add_image("views", view_pairs(view1, view2), step)
         training.step = step = step + 1  # steps taken
         progress.add(loss, step)
-        if step % config.log_every == 0 or step == schedule.end:
+        if step % config.log_every == 0 or step == schedule.last_step:
             last = diagnostics(z1, z2, patients, weights, config.decoupled)
             scalars = progress.read(step, last) | {"lr": lr, "temperature": tau}
             curves.add(step, schedule.epoch(step), scalars)
@@ -335,14 +343,14 @@ class Schedule:
         # Larger batches take larger steps, in proportion.
         self.peak_lr = config.lr * config.batch_size / 256
         self.temperatures = config.temperature
-        self.total = self.step_at(config.epochs)
-        self.warmup = config.warmup_epochs * n_images / config.batch_size
+        self.total_steps = self.step_at(config.epochs)
+        self.warmup_steps = config.warmup_epochs * n_images / config.batch_size  # or a part of one
         # Where this run stops, and after which steps the features are probed.
-        self.end = self.total if config.max_steps is None else min(self.total, config.max_steps)
+        self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
         self.probe_steps = set()
         if has_probe:
             epochs = range(0, config.epochs, config.probe_every)
-            self.probe_steps = {self.step_at(epoch) for epoch in epochs} | {self.total}
+            self.probe_steps = {self.step_at(epoch) for epoch in epochs} | {self.total_steps}
 
     def step_at(self, epoch: int) -> int:
         """The whole steps in so many epochs."""
@@ -352,19 +360,19 @@ class Schedule:
         return step * self.batch_size / self.n_images
 
     def learning_rate(self, step: int) -> float:
-        return run.learning_rate(step, self.total, self.warmup, self.peak_lr)
+        return run.warmup_and_cosine(step, self.total_steps, self.warmup_steps, self.peak_lr)
 
     def temperature(self, step: int) -> float:
         """Constant, or a cosine from high to low and back over the run (Kukleva et
         al. 2023): low ones tell images apart, high ones bring groups together."""
         low, high = self.temperatures[0], self.temperatures[-1]  # of one number, both
-        return low + (high - low) * (1 + math.cos(2 * math.pi * step / self.total)) / 2
+        return low + (high - low) * (1 + math.cos(2 * math.pi * step / self.total_steps)) / 2
 
     def position(self, step: int) -> str:
-        return f"epoch {int(self.epoch(step)):03d} step {step:05d}/{self.total}"
+        return f"epoch {int(self.epoch(step)):03d} step {step:05d}/{self.total_steps}"
 
     def time_left(self, step: int, images_per_second: float) -> str:
-        minutes = int((self.end - step) * self.batch_size / images_per_second) // 60
+        minutes = int((self.last_step - step) * self.batch_size / images_per_second) // 60
         return f"{minutes // 60}h{minutes % 60:02d}m"
 
 
@@ -376,9 +384,9 @@ def end_at_once(training: Training, schedule: Schedule) -> None:
     than last.pt, if a kill came between the two, and is written once more."""
     if training.compute.rank == 0:
         training.save_encoder()
-    what = "is complete" if training.step >= schedule.total else "has reached --max-steps"
+    what = "is complete" if training.step >= schedule.total_steps else "has reached --max-steps"
     training.compute.say(f"{training.config.out} {what}: step {training.step} of "
-                         f"{schedule.total}, encoder in {training.encoder_file}")
+                         f"{schedule.total_steps}, encoder in {training.encoder_file}")
 
 
 def introduce(training: Training, schedule: Schedule, probe: Probe | None) -> None:
@@ -388,7 +396,7 @@ def introduce(training: Training, schedule: Schedule, probe: Probe | None) -> No
     say(f"{config.arch} from {config.init}, {parameters:.1f} M parameters, {compute.precision} on "
         f"{compute.world_size} x {compute.name}")
     say(f"{schedule.n_images} images of {config.data} at {config.image_size} px, {config.epochs} "
-        f"epochs = {schedule.total} steps of {config.batch_size} images "
+        f"epochs = {schedule.total_steps} steps of {config.batch_size} images "
         f"({config.batch_size // compute.world_size} a process)")
     say(f"{config.optimizer}, learning rate {schedule.peak_lr:.3g} = {config.lr:g} x "
         f"{config.batch_size} / 256")

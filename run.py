@@ -40,15 +40,17 @@ def main(stage: Callable, config_class: type, argv: list[str] | None = None,
     timeout: how long a process waits for another one in a collective call.
     bf16_on_cpu: whether --precision auto may be bf16 there.
 
-    A Config may say in `afterwards` what the same command does after Ctrl-C, where it does not
-    go on from what is in --out."""
+    After Ctrl-C the user is told that the same command goes on from --out. A Config whose
+    stage does not says in `afterwards` what the command does instead."""
     print_any_name()
     threading.excepthook = report_but_for_full_disk
-    config, script = parse(config_class, argv), f"{stage.__name__}.py"
+    config = parse(config_class, argv)
+    script = f"{stage.__name__}.py"
     with errors_in_one_sentence(script, config.out):
         place = read_place()
-    # One process of each machine reports errors: what is wrong may be so on one machine alone.
-    speaks, afterwards = place.local_rank == 0, getattr(config, "afterwards", "")
+    # What is wrong may be so on one machine alone, so that one process of each reports it.
+    speaks = place.local_rank == 0
+    afterwards = getattr(config, "afterwards", "")
     try:
         with (contextlib.ExitStack() as resources,
               errors_in_one_sentence(script, config.out, speaks, afterwards)):
@@ -182,7 +184,8 @@ class Compute:
         model = DistributedDataParallel(
             net, device_ids=[self.device.index] if self.cuda else None,
             gradient_as_bucket_view=True)
-        # Batch norm's statistics are the same on all processes already.
+        # SyncBatchNorm has the same statistics on all processes; the constructor has sent the
+        # first ones round.
         model.broadcast_buffers = False
         return model
 
@@ -207,7 +210,7 @@ class Compute:
 # --------------------------------------------------------------------------------------------------
 # For the loop of a stage.
 
-def learning_rate(step: int, total_steps: int, warmup_steps: float, peak: float = 1.0) -> float:
+def warmup_and_cosine(step: int, total_steps: int, warmup_steps: float, peak: float = 1.0) -> float:
     """Linear warm-up to `peak`, then half a cosine to zero."""
     if step < warmup_steps:
         return peak * (step + 1) / math.ceil(warmup_steps)
@@ -232,10 +235,11 @@ class StopSignal:
         self.number = number
 
     def received(self, compute: Compute) -> int:
-        """The signal that any of the processes has received, or 0: all leave at the same step.
+        """The signal that any process had at the previous call, or 0: all of them leave at the
+        same step, one step late.
 
-        The processes ask each other while the step computes, and read the answer at the next
-        call, so that nobody waits for it. The last question of a run is never read."""
+        Each call starts an all_reduce and returns the result of the one before, which is done
+        by then, so that nobody waits. The last one of a run is never read."""
         if compute.world_size == 1:
             return self.number
         answer = 0

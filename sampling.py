@@ -26,17 +26,17 @@ def batch_at(step: int, batch_size: int, images: np.ndarray, seed: int,
     Epochs follow each other without a gap: of 10 images in batches of 4, step 2 takes
     the last 2 of epoch 0 and the first 2 of epoch 1.
 
-    times: what tells two showings of one image apart, so that they get other views. It
-    is the epoch, or with `order` the position in the sequence of all epochs, because an
-    epoch may then show an image twice.
+    times: a number that differs between two showings of one image, so that they get
+    other views: the epoch; or with `order`, which may show an image twice in an epoch,
+    the position in the sequence of all epochs.
     order(epoch): (n,) places in `images`, instead of a shuffle."""
     positions = np.arange(step * batch_size, (step + 1) * batch_size)[part]
     epochs, places = np.divmod(positions, len(images))
     index = np.empty_like(places)
     for epoch in range(epochs[0], epochs[-1] + 1):
-        same = epochs == epoch
-        of_epoch = order(epoch) if order else shuffled_order(len(images), seed, epoch)
-        index[same] = images[of_epoch[places[same]]]
+        of_epoch = epochs == epoch
+        shuffled = order(epoch) if order else shuffled_order(len(images), seed, epoch)
+        index[of_epoch] = images[shuffled[places[of_epoch]]]
     times = positions if order else epochs
     return times, index
 
@@ -54,13 +54,12 @@ class Sampling(NamedTuple):
     draw_weights: np.ndarray | None  # how often it is drawn, in proportion; None: once an epoch
     loss_weights: Tensor | None      # of its anchors in the loss; None: all the same
     pair_group: np.ndarray | None    # images of one number may be a pair; None: two views of one
-    negative_group: Tensor           # images of one number are not each other's negatives
+    patients: Tensor                 # images of one number are not each other's negatives
 
 
 def choose_sampling(manifest: Manifest, train: np.ndarray, balance: tuple[str, ...],
-                    weigh_loss: bool, positives: str, patients_are_negatives: bool) -> Sampling:
-    """By the flags of these names; patients_are_negatives is --same-patient. DataError
-    where the manifest lacks a column."""
+                    weigh_loss: bool, positives: str, same_patient: bool) -> Sampling:
+    """By the flags of these names. DataError where the manifest lacks a column."""
     patients = manifest.patient_numbers()
     draw_weights = loss_weights = pair_group = None
     if balance:
@@ -73,9 +72,11 @@ def choose_sampling(manifest: Manifest, train: np.ndarray, balance: tuple[str, .
         pair_group = patients
     elif positives == "study":
         pair_group = manifest.study_numbers()
-    # Another image of the same patient may well show the same, so it is no negative.
-    negative_group = np.arange(len(patients)) if patients_are_negatives else patients
-    return Sampling(draw_weights, loss_weights, pair_group, torch.from_numpy(negative_group))
+    # Another image of the same patient may well show the same, so it is no negative. With
+    # --same-patient it is one: each image counts as a patient of its own.
+    if same_patient:
+        patients = np.arange(len(patients))
+    return Sampling(draw_weights, loss_weights, pair_group, torch.from_numpy(patients))
 
 
 def weighted_order(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
@@ -88,38 +89,43 @@ def weighted_order(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     n = len(weights)
     random = generator(seed, RESAMPLE, epoch)
     # Another order in each epoch, so that neighbours do not always go together.
-    images, u = random.permutation(n), random.random()
-    ends = np.cumsum(weights[images])                                   # (n,)
-    points = np.ceil(ends / ends[-1] * n - u)                           # up to each end
+    places, u = random.permutation(n), random.random()
+    ends = np.cumsum(weights[places])
+    ends = ends / ends[-1] * n                          # (n,) where each image ends on the line
+    points = np.ceil(ends - u)                          # how many lie before each end
+    points[-1] = n                                      # also where n - u is rounded to n - 1
     draws = np.diff(points, prepend=0).astype(int)
-    return np.repeat(images, draws)[shuffled_order(n, seed, epoch)]
+    return np.repeat(places, draws)[shuffled_order(n, seed, epoch)]
 
 
 class Groups(NamedTuple):
-    """n of N images sorted by their group, so that the others of a group are found at once."""
-    members: np.ndarray  # (n,) image indices, one group after another
-    place: np.ndarray    # (N,) of an image among the members
-    first: np.ndarray    # (N,) place of the first image of its group
-    size: np.ndarray     # (N,) images in its group
+    """n of N images sorted by their group, so that the others of a group are found at once.
+
+    If images 5, 7 and 9 are of groups b, a and b, the members are 7, 5 and 9; the group
+    of image 9 begins at place 1 and has 2 images, and its own place is 2."""
+    members: np.ndarray      # (n,) image indices, one group after another
+    place: np.ndarray        # (N,) of each image among the members
+    group_start: np.ndarray  # (N,) place at which its group begins
+    group_size: np.ndarray   # (N,) images in its group
 
 
 def group_table(pair_group: np.ndarray, images: np.ndarray) -> Groups:
     """pair_group: (N,) of Sampling. images: (n,) those that may be drawn."""
     members = images[np.argsort(pair_group[images], kind="stable")]
-    first, end = (np.searchsorted(pair_group[members], pair_group, side)
-                  for side in ("left", "right"))
+    in_order = pair_group[members]                                      # (n,)
+    start = np.searchsorted(in_order, pair_group, "left")               # (N,)
+    end = np.searchsorted(in_order, pair_group, "right")                # (N,)
     place = np.zeros(len(pair_group), int)
     place[members] = np.arange(len(members))
-    return Groups(members, place, first, end - first)
+    return Groups(members, place, start, end - start)
 
 
 def draw_partners(groups: Groups, seed: int, times: np.ndarray, images: np.ndarray) -> np.ndarray:
     """Another image of the same group for each of B images, (B,), all equally likely;
     the image itself where there is no other."""
     u = uniform_numbers((seed, PARTNER), 1, 0, images, times)[0]        # (B,) in [0, 1)
-    first, size = groups.first[images], groups.size[images]
-    # Go 1 to size - 1 places on in the group, cyclically; in a group of one, 1 place on is
-    # the image itself.
+    start, size = groups.group_start[images], groups.group_size[images]
+    in_group = groups.place[images] - start
+    # 1 to size - 1 places on, round the group; in a group of one that is the image itself.
     ahead = 1 + (u * (size - 1)).astype(int)
-    place = groups.place[images] - first                                # in its group
-    return groups.members[first + (place + ahead) % size]
+    return groups.members[start + (in_group + ahead) % size]

@@ -34,39 +34,38 @@ class Augmentation:
 
 
 def view_parameters(augmentation: Augmentation, seed: int, times: np.ndarray, images: np.ndarray,
-                    view: int | np.ndarray) -> dict[str, np.ndarray]:
-    """What makes view number `view` of each of B images.
+                    views: int) -> dict[str, np.ndarray]:
+    """What makes each of V views of each of B images.
 
     times: (B,) of `batch_at`, which tell the showings of an image apart.
-    view: a number, or (V, 1) of them for V views at once, which takes little longer.
-    (B,) below is then (V, B), and (B, 2) is (V, B, 2).
 
     Returns, most of them under the names of DALI's arguments:
-    roi_start, roi_end (B, 2): the crop window, (y, x) as fractions of the image.
-    angle (B,): degrees, counter-clockwise; left out where nothing is rotated.
-    sigma (B,): of the blur, pixels; left out where nothing is blurred.
-    mirror (B,): 0 or 1.
-    gamma (B,): the exponent of the gray levels in [0, 1]; left out where it is always 1.
-    equalize (B,): 0 or 1; left out where it is always 0.
-    mean, std (B,): gray levels, 0 to 255, that normalise an image and on the way apply
+    roi_start, roi_end (V, B, 2): the crop window, (y, x) as fractions of the image.
+    angle (V, B): degrees, counter-clockwise; left out where nothing is rotated.
+    sigma (V, B): of the blur, pixels; left out where nothing is blurred.
+    mirror (V, B): 0 or 1.
+    gamma (V, B): the exponent of the gray levels in [0, 1]; left out where it is always 1.
+    equalize (V, B): 0 or 1; left out where it is always 0.
+    mean, std (V, B): gray levels, 0 to 255, that normalise an image and on the way apply
     brightness b and contrast c. With m, s = MEAN, STD and x in [0, 1]:
 
         brightness, then contrast about m:  y = c (b x - m) + m
         normalised:                         (y - m) / s = (x - m / b) / (s / (b c))
 
     torchvision's contrast pivots on the image's own mean and clips; this one does neither."""
+    view = np.arange(views)[:, None]                            # (V, 1)
     numbers = uniform_numbers((seed, VIEW), len(NUMBERS), view, images, times)
-    u = dict(zip(NUMBERS, numbers))                             # (B,) each, in [0, 1)
+    u = dict(zip(NUMBERS, numbers))                             # (V, B) each, in [0, 1)
 
-    # The window's aspect ratio is log-uniform in 3/4 to 4/3, narrowed so that no side of
-    # the window exceeds the image. It is relative to the image's own, because evaluation
-    # maps the whole image onto the square, too, tall or wide: nothing at the lungs' edges
-    # is cut off.
+    # The window's shape is relative to the image's: of aspect 1 it has the image's own
+    # proportions, because evaluation, too, maps the whole image onto the square. The aspect,
+    # width over height, is log-uniform in 3/4 to 4/3, narrowed so that no side of the window
+    # exceeds the image.
     area = _between(augmentation.crop_area, u["area"])
     widest = np.minimum(np.log(4 / 3), -np.log(area))
     aspect = np.exp(_around(0, widest, u["aspect"]))
-    window = np.sqrt(np.stack([area / aspect, area * aspect], axis=-1))  # (B, 2): height, width
-    start = (1 - window) * np.stack([u["top"], u["left"]], axis=-1)      # (B, 2)
+    window = np.sqrt(np.stack([area / aspect, area * aspect], axis=-1))  # (V, B, 2)
+    start = (1 - window) * np.stack([u["top"], u["left"]], axis=-1)      # (V, B, 2)
 
     b = _around(1, augmentation.brightness, u["brightness"])
     c = _around(1, augmentation.contrast, u["contrast"])

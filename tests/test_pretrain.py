@@ -23,7 +23,7 @@ import run as run_module
 from checkpoint import load_checkpoint, save_checkpoint
 from lars import LARS
 from probe import knn_auroc
-from run import Compute, learning_rate
+from run import Compute, warmup_and_cosine
 
 LONG = pytest.mark.long     # what test_faults.py tries as well, at other moments
 
@@ -353,7 +353,7 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(data, tm
 
 
 def test_schedule():
-    lr = [learning_rate(step, 100, 10, 2.0) for step in range(100)]
+    lr = [warmup_and_cosine(step, 100, 10, 2.0) for step in range(100)]
     assert lr[0] == pytest.approx(0.2) and lr[9] == lr[10] == 2.0 and lr[55] == pytest.approx(1.0)
     assert lr[:10] == sorted(lr[:10]) and lr[10:] == sorted(lr[10:], reverse=True)
     assert 0 < lr[99] < 0.002
