@@ -47,14 +47,13 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float, patients: Tensor | None 
     with torch.autocast(z1.device.type, enabled=False):
         batch = _batch(z1, z2, patients, weights)
         n_negatives = _count_negatives(batch)  # (N,)
-        log_n = n_negatives.clamp_min(1).log()  # (N,)
-        positive = (batch.anchors[0] * batch.anchors[1]).sum(1) / temperature  # (N,) l_ip
-        # What all negatives of an anchor weigh together: ln R, (2, N).
+        # l_ip, (N,): the same for both anchors of an image.
+        positive = (batch.anchors[0] * batch.anchors[1]).sum(1) / temperature
+        # ln R, (2, N): what all negatives of an anchor weigh together.
+        log_r = log_sum_exp(batch, (1 + hardness) / temperature)
+        log_n = n_negatives.clamp_min(1).log()  # for these two options
         if hardness:
-            log_r = (log_n + log_sum_exp(batch, (1 + hardness) / temperature)
-                     - log_sum_exp(batch, hardness / temperature))
-        else:
-            log_r = log_sum_exp(batch, 1 / temperature)
+            log_r = log_n + log_r - log_sum_exp(batch, hardness / temperature)
         if prior:
             log_r = _debias(log_r, positive, log_n, temperature, prior)
         excess = log_r - positive  # (2, N)
@@ -84,7 +83,6 @@ class Batch(NamedTuple):
     anchors: Tensor       # (2, N, D) projections of this process, of length 1
     keys: Tensor          # (K, D) projections of all processes, of length 1
     patients: Tensor      # (N,) of this process's images; without patients, each its own
-    all_patients: Tensor  # (WN,) of all processes' images
     key_patients: Tensor  # (K,)
     weights: Tensor       # (N,) of each of an image's anchors in the mean over all, times W
 
@@ -94,16 +92,16 @@ def _batch(z1: Tensor, z2: Tensor, patients: Tensor | None, weights: Tensor | No
     if dist.is_initialized():
         world_size, rank = dist.get_world_size(), dist.get_rank()
     anchors = F.normalize(torch.stack([z1, z2]).float(), dim=2)
-    keys = _all_gather(anchors.detach()).flatten(0, 2)  # by process, view, image
+    keys = _all_gather(anchors.detach()).flatten(0, 2)  # (W, 2, N, D) -> (K, D)
     if patients is None:
         patients = torch.arange(rank * n_images, (rank + 1) * n_images, device=z1.device)
-    all_patients = _all_gather(patients)  # (W, N)
-    key_patients = all_patients[:, None].expand(-1, 2, -1).flatten()
+    key_patients = _all_gather(patients)  # (W, N) -> (W, 2, N) -> (K,), in the keys' order
+    key_patients = key_patients[:, None].expand(-1, 2, -1).flatten()
     if weights is None:
         weights = anchors.new_full((n_images,), 1 / (2 * n_images))  # W / 2WN
     else:
         weights = weights.float() * (world_size / (2 * _all_gather(weights.float()).sum()))
-    return Batch(anchors, keys, patients, all_patients.flatten(), key_patients, weights)
+    return Batch(anchors, keys, patients, key_patients, weights)
 
 
 def _all_gather(rows: Tensor) -> Tensor:
@@ -111,6 +109,7 @@ def _all_gather(rows: Tensor) -> Tensor:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return rows[None]
     gathered = rows.new_empty(dist.get_world_size(), *rows.shape)
+    # The items of the list are views of `gathered`, which is filled by filling them.
     dist.all_gather(list(gathered), rows.contiguous())
     return gathered
 
@@ -124,9 +123,8 @@ def _blocks(batch: Batch) -> list[slice]:
 
 
 def _count_negatives(batch: Batch) -> Tensor:
-    """How many keys are negatives of each of an image's two anchors, (N,): both views of each
-    image of another patient."""
-    return torch.cat([2 * (batch.patients[block, None] != batch.all_patients).sum(1)
+    """How many keys are negatives of each of an image's two anchors, (N,)."""
+    return torch.cat([(batch.patients[block, None] != batch.key_patients).sum(1)
                       for block in _blocks(batch)])
 
 
@@ -149,44 +147,46 @@ def log_sum_exp(batch: Batch, scale: float) -> Tensor:
 class LogSumExp(torch.autograd.Function):
     """`log_sum_exp` by blocks of similarities, so that all of them, (2N, 2WN), are never in memory.
 
-    With r_i the result for anchor i and g_i the gradient that arrives there, the gradient
-    for anchor i is
+    Let s_ik be scale * cosine of anchor i and key k, where k is a negative of i, else ABSENT;
+    r_i the result for anchor i, and g_i the gradient that arrives there. Every anchor is a
+    key, too, so that its gradient has two terms:
 
-        scale * sum over k of (g_i exp(s_ik - r_i) + g_k exp(s_ki - r_k)) key_k
+        scale * sum over k of (g_i exp(s_ik - r_i) + g_k exp(s_ik - r_k)) key_k
 
-    The first term is the softmax of its own negatives. The second is what it gets as a key
-    of the other anchors, those of other processes too; without it the loss would still be
-    right, and its gradient wrong. As s_ki = s_ik, this process can compute both from its
-    own similarities: all it needs of another anchor is r_k and g_k."""
+    The first is i's as an anchor, the softmax over its own negatives. The second is i's as a
+    key of the anchors k, those of other processes too; without it the loss would be right,
+    and its gradient wrong. Where k is a negative of i, i is one of k, and s_ki = s_ik: this
+    process computes both terms from its own similarities, and needs of another anchor
+    nothing but r_k and g_k."""
 
     @staticmethod
     def forward(ctx, anchors: Tensor, batch: Batch, scale: float) -> Tensor:
-        parts, similarities = [], None
+        # The similarities of the last block, in many runs the only one, are kept for the
+        # backward pass. It computes the others once more.
+        parts = []
         for block in _blocks(batch):
-            similarities = _similarities(batch, block, scale)  # (2, n, K)
-            parts.append(similarities.logsumexp(2))
+            ctx.kept = None
+            ctx.kept = _similarities(batch, block, scale)  # (2, n, K)
+            parts.append(ctx.kept.logsumexp(2))
         r = torch.cat(parts, 1)  # (2, N)
         ctx.save_for_backward(r)
         ctx.batch, ctx.scale = batch, scale
-        ctx.kept = similarities  # of the last block, with which the backward pass begins
         return r
 
     @staticmethod
     def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         batch, (own_r,) = ctx.batch, ctx.saved_tensors  # (2, N)
         own_g = ctx.scale * gradient  # (2, N)
-        # Those of all processes by one collective call, in the order of the keys: process, view,
-        # image.
-        of_all = _all_gather(torch.stack([own_r, own_g]))  # (W, 2, 2, N)
-        all_r, all_g = of_all.transpose(0, 1).flatten(1)  # (K,) each
+        # Those of all processes by one collective call.
+        of_all = _all_gather(torch.stack([own_r, own_g]))  # (W, r or g, view, N)
+        all_r, all_g = of_all.transpose(0, 1).flatten(1)  # (K,) each, in the keys' order
         for_anchors = torch.empty_like(batch.anchors)  # (2, N, D)
-        for block in reversed(_blocks(batch)):
-            similarities, ctx.kept = ctx.kept, None  # s_ik, (2, n, K), to be overwritten
-            if similarities is None:
-                similarities = _similarities(batch, block, ctx.scale)
-            as_anchor = (similarities - own_r[:, block, None]).exp_()
-            as_anchor *= own_g[:, block, None]
-            as_key = similarities.sub_(all_r).exp_().mul_(all_g)
+        for block in reversed(_blocks(batch)):  # the kept one first
+            if ctx.kept is None:
+                ctx.kept = _similarities(batch, block, ctx.scale)
+            s, ctx.kept = ctx.kept, None  # (2, n, K)
+            as_anchor = (s - own_r[:, block, None]).exp_().mul_(own_g[:, block, None])
+            as_key = s.sub_(all_r).exp_().mul_(all_g)  # this overwrites s
             for_anchors[:, block] = as_anchor.add_(as_key) @ batch.keys
         return for_anchors, None, None
 

@@ -111,16 +111,17 @@ def read_manifest(folder: str | Path, use_tar: bool = True, check_files: bool = 
     # The fast way gives nothing where anything is unusual. The slow one reads that, too, or says
     # which row and column is wrong.
     table = table_at_once(file) or table_by_rows(file, folder)
-    manifest = Manifest(Path(folder), *table)
-    place = manifest.folder, manifest.paths, manifest.path_bytes
-    archive, sizes = open_archive(*place) if use_tar else None, None
+    manifest = Manifest(Path(folder), *table)  # the fields of Manifest in their order
+    files = manifest.folder, manifest.paths, manifest.path_bytes
+    archive = open_archive(*files) if use_tar else None
+    sizes = None
     if archive:
         # A sample of a hundred finds a tar that is older than the images.
         sample = np.unique(np.linspace(0, len(manifest.paths) - 1, 100).astype(int))
         check_against_folder(archive, manifest.folder, manifest.path_bytes, sample)
         sizes = archive.table["size"]
     elif check_files:
-        sizes = sizes_on_disk(*place)
+        sizes = sizes_on_disk(*files)
     return dataclasses.replace(manifest, archive=archive, sizes=sizes)
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import run  # first: PyTorch takes seconds to load, and this answers Ctrl-C meanwhile
+import run  # before PyTorch, which loads for seconds: from here on Ctrl-C is one sentence
 import numpy as np
 import torch
 from torch import Tensor
@@ -70,8 +70,9 @@ class Config:
     proj_dim: int = flag(128, "width of the projections", 1)
 
     image_size: int = flag(224, "side of a view, pixels", 1, section="preprocessing and views")
-    normalize: str = flag("fixed", "by a fixed mean and deviation, or first each image to these",
-                          choices=("fixed", "image"))
+    normalize: str = flag(
+        "fixed", "by a fixed mean and deviation; image: each image is first brought to these",
+        choices=("fixed", "image"))
     clahe: bool = flag(False, "adaptive histogram equalisation of each image")
     crop_area: tuple[float, float] = flag(
         PUBLISHED.crop_area, "area of the crop, as a share of the image", metavar=("LOW", "HIGH"))
@@ -97,13 +98,13 @@ class Config:
         (0.07,), "of NT-Xent; with two, a cosine goes from HIGH to LOW and back", 1e-6, 1e6,
         metavar=("LOW", "HIGH"))
     positives: str = flag(
-        "image", "the second view is of the same image, or of another of its patient or study, "
-        "where there is one", choices=("image", "patient", "study"))
+        "image", "what the second view is of: the same image, or another of its patient or "
+        "study, where there is one", choices=("image", "patient", "study"))
     balance: tuple[str, ...] = flag(
         (), "draw images in an epoch so that each patient, or present and absent of each of these "
         "labels, comes equally often", metavar="patient|LABEL")
     weigh_loss: bool = flag(
-        False, "let the weights of --balance weigh the loss, and draw each image once an epoch")
+        False, "weigh the loss by --balance, instead of drawing by it")
     same_patient: bool = flag(
         False, "count other images of an anchor's patient among its negatives")
     decoupled: bool = flag(False, "leave the positive out of the denominator")
@@ -113,7 +114,8 @@ class Config:
         0.0, "share of negatives that are of the anchor's kind, tau+ of Chuang et al.", 0, 0.999)
     optimizer: str = flag("lars", "optimizer; lars as published", choices=tuple(BASE_LR))
     lr: float = flag(  # None until __post_init__
-        None, "peak learning rate for a batch of 256 (default: lars 0.3, adam and adamw 5e-4)",
+        None, "peak learning rate for a batch of 256 (default: lars 0.3, adam and adamw 5e-4, "
+        "adamw with --demo 2e-3)",
         1e-12, 1e30)
     weight_decay: float = flag(1e-6, "decay of weights, not of biases and batch norm", 0, 1e6)
     warmup_epochs: float = flag(10.0, "epochs of linear warm-up", 0, 1e6)
@@ -139,7 +141,7 @@ class Config:
             data="data/demo", out="runs/demo", arch="resnet18", image_size=64,
             normalize="image", crop_area=(0.5, 1.0), rotation=20.0, blur=(0.1, 1.0),
             brightness=0.3, contrast=0.3, epochs=14, batch_size=128, temperature=(0.1,),
-            optimizer="adamw", lr=2e-3, warmup_epochs=1.0, probe_every=4)
+            optimizer="adamw", warmup_epochs=1.0, probe_every=4)
 
     def augmentation(self) -> Augmentation:
         """Each of its fields has a flag of the same name."""
@@ -147,7 +149,9 @@ class Config:
                                for field in dataclasses.fields(Augmentation)})
 
     def __post_init__(self):
-        self.lr = BASE_LR[self.optimizer] if self.lr is None else self.lr
+        if self.lr is None:
+            in_demo = self.demo and self.optimizer == "adamw"
+            self.lr = 2e-3 if in_demo else BASE_LR[self.optimizer]
         # What the range of one flag cannot say.
         low, high = self.crop_area
         if not 0 < low <= high <= 1:
@@ -164,9 +168,12 @@ class Config:
             raise ValueError(f"--gamma {self.gamma[0]:g} {self.gamma[1]:g} must rise")
         if self.weigh_loss and not self.balance:
             raise ValueError("--weigh-loss needs --balance, which says by what")
+        if self.positives != "image" and self.same_patient:
+            raise ValueError(f"--same-patient would count images among an anchor's negatives that "
+                             f"--positives {self.positives} makes its positives")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"--warmup-epochs {self.warmup_epochs:g} leaves nothing of --epochs "
-                             f"{self.epochs}")
+                             f"{self.epochs}: give a smaller --warmup-epochs too")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -181,8 +188,9 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     probe = choose_probe(config, manifest)
     schedule = Schedule(config, len(train), probe is not None)
 
-    # Network, optimizer and step, new or as the run folder's last.pt left them. The folder is
-    # refused if its run had other flags or data, and stays locked until `resources` are closed.
+    # Network, optimizer, scaler, the steps taken and the step last probed at: as last.pt in the
+    # run folder left them, else new. A folder whose own run had other flags or data is refused;
+    # a new one with a copied last.pt is not. It stays locked until `resources` are closed.
     training = Training(config, compute)
     training.begin_or_go_on(manifest, train, probe, resources)
     if training.step >= schedule.last_step:
@@ -210,11 +218,11 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
     # checkpoints use net itself.
     model = compute.data_parallel(torch.compile(net) if config.compile else net)
     model.train()
-    # A process encodes so many images at once: with --micro-batch not all of its own.
+    # Each process has own_batch images of a batch and encodes `piece` of them at once: all,
+    # unless --micro-batch says less.
     own_batch = config.batch_size // compute.world_size
     piece = min(config.micro_batch or own_batch, own_batch)
-    # DistributedDataParallel's first backward pass rounds otherwise than later ones: get it over
-    # with, so that a run that goes on has the same bits.
+    # DistributedDataParallel's first backward pass rounds otherwise; see Compute.rehearse.
     compute.rehearse(model, (2 * piece, 1, config.image_size, config.image_size))
     loss_options = dict(decoupled=config.decoupled, hardness=config.hardness, prior=config.prior)
     # What is written, and what may end the loop before its time.
@@ -230,21 +238,23 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
         stop_signal = stop.received(compute)
         with progress.pause():
             # Every few epochs: do the features get better, and not only the loss? A signal
-            # leaves no time for that, and the run that goes on will do it; at the end none does.
-            probe_now = (step in schedule.probe_steps and step > training.last_probe
-                         and (at_end or not stop_signal))
-            if probe and probe_now:
-                scores = probe.scores(net.encoder, config.batch_size, preprocessing, compute)
+            # leaves no time to ask, and the run that goes on asks then. After the last step
+            # no run goes on, so it is asked anyway.
+            probed = False
+            if (probe and step in schedule.probe_steps and step > training.last_probe
+                    and (at_end or not stop_signal)):
+                scores = probe.scores(net.encoder, piece, preprocessing, compute)
                 if not scores:
                     raise diverged(f"the features are not finite after step {step}", config)
-                training.last_probe = step
+                training.last_probe, probed = step, True
                 curves.add(step, schedule.epoch(step), scores)
                 say(f"{schedule.position(step)} | {probe_sentence(scores)}")
 
-            # Every few steps, at the end and at a signal: save, unless last.pt has this step.
-            new_step = step > start_step and (
-                step % config.save_every == 0 or at_end or stop_signal)
-            if step > 0 and (probe_now or new_step) and compute.rank == 0:
+            # After a probe, every few steps, at the end and at a signal: save, if there is
+            # anything that last.pt does not have yet.
+            save_now = probed or step % config.save_every == 0 or at_end or stop_signal
+            is_new = step > start_step or (step > 0 and probed)
+            if save_now and is_new and compute.rank == 0:
                 training.save()
         if at_end:
             break
@@ -284,11 +294,12 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
         # Every few steps: a point on the curves. Reading the loss waits for the GPU, so not always.
         if step == start_step:
             curves.add_image("views", view_pairs(view1, view2), step)
-        training.step = step = step + 1  # steps taken
+        training.step += 1
+        step = training.step  # from here on with this step
         progress.add(loss, step)
         if step % config.log_every == 0 or step == schedule.last_step:
-            last = diagnostics(z1, z2, patients, weights, config.decoupled)
-            scalars = progress.read(step, last) | {"lr": lr, "temperature": tau}
+            watched = diagnostics(z1, z2, patients, weights, config.decoupled)
+            scalars = progress.read(step, watched) | {"lr": lr, "temperature": tau}
             curves.add(step, schedule.epoch(step), scalars)
             speed = scalars["images_per_second"]
             say(f"{schedule.position(step)} | loss {scalars['loss']:.4f} (chance "

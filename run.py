@@ -16,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from common import (  # first: PyTorch takes seconds to load, and this answers Ctrl-C meanwhile
+from common import (  # before PyTorch, for its answer to Ctrl-C
     ALONE, DataError, Place, errors_in_one_sentence, print_any_name, read_place)
 
 import torch
@@ -42,13 +42,15 @@ def main(stage: Callable, config_class: type, argv: list[str] | None = None,
 
     After Ctrl-C the user is told that the same command goes on from --out. A Config whose
     stage does not says in `afterwards` what the command does instead."""
-    print_any_name()
+    print_any_name()  # a name that the terminal cannot spell ends no run
+    # Of a full disk the main thread tells; TensorBoard's thread need not, too.
     threading.excepthook = report_but_for_full_disk
     config = parse(config_class, argv)
     script = f"{stage.__name__}.py"
+    # Until its place is known, each process reports for itself; then one of each machine does,
+    # because what is wrong may be so on one machine alone.
     with errors_in_one_sentence(script, config.out):
         place = read_place()
-    # What is wrong may be so on one machine alone, so that one process of each reports it.
     speaks = place.local_rank == 0
     afterwards = getattr(config, "afterwards", "")
     try:
@@ -184,8 +186,8 @@ class Compute:
         model = DistributedDataParallel(
             net, device_ids=[self.device.index] if self.cuda else None,
             gradient_as_bucket_view=True)
-        # SyncBatchNorm has the same statistics on all processes; the constructor has sent the
-        # first ones round.
+        # Every step would broadcast batch norm's statistics, which are the same everywhere. (As an
+        # argument, False would also keep the constructor from sending the first ones round.)
         model.broadcast_buffers = False
         return model
 
@@ -235,11 +237,11 @@ class StopSignal:
         self.number = number
 
     def received(self, compute: Compute) -> int:
-        """The signal that any process had at the previous call, or 0: all of them leave at the
-        same step, one step late.
+        """The signal that some process has received, or 0: the same answer on all of them, so
+        that they leave at the same step.
 
-        Each call starts an all_reduce and returns the result of the one before, which is done
-        by then, so that nobody waits. The last one of a run is never read."""
+        To make nobody wait, each call starts an all_reduce and returns the result of the one
+        that the call before started: the answer is one step old. The last one is never read."""
         if compute.world_size == 1:
             return self.number
         answer = 0

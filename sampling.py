@@ -26,19 +26,18 @@ def batch_at(step: int, batch_size: int, images: np.ndarray, seed: int,
     Epochs follow each other without a gap: of 10 images in batches of 4, step 2 takes
     the last 2 of epoch 0 and the first 2 of epoch 1.
 
-    times: a number that differs between two showings of one image, so that they get
-    other views: the epoch; or with `order`, which may show an image twice in an epoch,
-    the position in the sequence of all epochs.
-    order(epoch): (n,) places in `images`, instead of a shuffle."""
-    positions = np.arange(step * batch_size, (step + 1) * batch_size)[part]
-    epochs, places = np.divmod(positions, len(images))
+    times: tell the showings of an image apart, so that each gets views of its own.
+    Usually that is the epoch.
+    order: for --balance. order(epoch) is (n,) places in `images`, instead of a shuffle.
+    It may show an image twice in an epoch, so that times are positions in the whole run."""
+    positions = np.arange(step * batch_size, (step + 1) * batch_size)[part]  # in the whole run
+    epochs, places = np.divmod(positions, len(images))                       # in an epoch
     index = np.empty_like(places)
-    for epoch in range(epochs[0], epochs[-1] + 1):
-        of_epoch = epochs == epoch
-        shuffled = order(epoch) if order else shuffled_order(len(images), seed, epoch)
-        index[of_epoch] = images[shuffled[places[of_epoch]]]
-    times = positions if order else epochs
-    return times, index
+    for epoch in range(epochs[0], epochs[-1] + 1):                           # mostly one
+        here = epochs == epoch
+        of_epoch = order(epoch) if order else shuffled_order(len(images), seed, epoch)
+        index[here] = images[of_epoch[places[here]]]
+    return (positions if order else epochs), index
 
 
 @functools.lru_cache(maxsize=4)

@@ -46,21 +46,21 @@ def view_parameters(augmentation: Augmentation, seed: int, times: np.ndarray, im
     mirror (V, B): 0 or 1.
     gamma (V, B): the exponent of the gray levels in [0, 1]; left out where it is always 1.
     equalize (V, B): 0 or 1; left out where it is always 0.
-    mean, std (V, B): gray levels, 0 to 255, that normalise an image and on the way apply
-    brightness b and contrast c. With m, s = MEAN, STD and x in [0, 1]:
+    mean, std (V, B): in gray levels of 0 to 255. (x - mean) / std applies brightness b and
+    contrast c and normalises, at once. In gray levels of 0 to 1, with m, s = MEAN, STD:
 
-        brightness, then contrast about m:  y = c (b x - m) + m
-        normalised:                         (y - m) / s = (x - m / b) / (s / (b c))
+        y = c (b x - m) + m                         brightness, then contrast about m
+        (y - m) / s = (x - m / b) / (s / (b c))     so that mean = m / b, std = s / (b c)
 
     torchvision's contrast pivots on the image's own mean and clips; this one does neither."""
+    # Numbers in [0, 1) for each view, image and time.
     view = np.arange(views)[:, None]                            # (V, 1)
     numbers = uniform_numbers((seed, VIEW), len(NUMBERS), view, images, times)
-    u = dict(zip(NUMBERS, numbers))                             # (V, B) each, in [0, 1)
+    u = dict(zip(NUMBERS, numbers))                             # (V, B) each
 
-    # The window's shape is relative to the image's: of aspect 1 it has the image's own
-    # proportions, because evaluation, too, maps the whole image onto the square. The aspect,
-    # width over height, is log-uniform in 3/4 to 4/3, narrowed so that no side of the window
-    # exceeds the image.
+    # Evaluation maps the whole image onto the square. So do views: a window of aspect 1 has the
+    # image's own proportions. The aspect, width over height, is log-uniform in 3/4 to 4/3, or
+    # in what of that keeps both sides within the image.
     area = _between(augmentation.crop_area, u["area"])
     widest = np.minimum(np.log(4 / 3), -np.log(area))
     aspect = np.exp(_around(0, widest, u["aspect"]))

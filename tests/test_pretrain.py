@@ -408,12 +408,20 @@ def test_each_way_to_draw_and_view_trains(data, tmp_path, flags):
     ("--equalize 2", "--equalize: 2 does not lie in 0 to 1"),
     ("--weigh-loss", "--weigh-loss needs --balance"),
     ("--positives study", "manifest.csv has no column study"),
+    ("--positives patient --same-patient", "--same-patient would count images among"),
     ("--positives person", "--positives: invalid choice: 'person'"),
     ("--balance Lump", "--balance Lump: there is no such label; the choice is patient, Effusion, "
                        "Mass")])
 def test_ways_to_draw_and_view_that_make_no_sense(data, tmp_path, capsys, flags, complaint):
     assert complaint in refused(capsys, *flags.split(), "--data", data, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags, lr", [
+    ("", 0.3), ("--optimizer adamw", 5e-4), ("--demo", 2e-3), ("--demo --optimizer lars", 0.3),
+    ("--demo --lr 0.1", 0.1)])
+def test_learning_rate_is_that_of_the_optimizer(flags, lr):
+    assert run_module.parse(pretrain.Config, flags.split()).lr == lr
 
 
 def test_adam_goes_on_as_this_machine_computes(data, tmp_path):
