@@ -392,7 +392,7 @@ def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> O
             if step == first * epoch_steps:
                 compute.rehearse(model, tuple(x.shape))
             with compute.autocast():
-                logits = model(x.contiguous(memory_format=torch.channels_last))
+                logits = model(x)
             # ... and its answers are compared with the labels, as far as there are any.
             loss = training.loss(logits, index)
             scaler.scale(loss).backward()

@@ -225,7 +225,6 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
     # DistributedDataParallel's first backward pass rounds otherwise; see Compute.rehearse.
     compute.rehearse(model, (2 * piece, 1, config.image_size, config.image_size))
     loss_options = dict(decoupled=config.decoupled, hardness=config.hardness, prior=config.prior)
-    # What is written, and what may end the loop before its time.
     start_step = training.step
     curves = Curves(config, compute.rank == 0, start_step)
     progress = Progress(config, config.batch_size, compute, start_step)
@@ -270,7 +269,6 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
         with progress.waiting():
             view1, view2, index = next(batches)                         # (N, 1, S, S) each, (N,)
         x = torch.cat([view1, view2])                                   # (2N, 1, S, S)
-        x = x.contiguous(memory_format=torch.channels_last)
         patients = compute.send(sampling.patients[index])               # (N,)
         weights = None
         if sampling.loss_weights is not None:

@@ -53,7 +53,7 @@ def extract_features(net: nn.Module, width: int, loader: Loader,
     row = loader.rank
     for x, _ in loader:
         with torch.autocast(loader.device.type, dtype, enabled=dtype is not None):
-            y = net(x.contiguous(memory_format=torch.channels_last))            # (b, width)
+            y = net(x)                                                          # (b, width)
         end = row + loader.world_size * len(y)
         features[row:end:loader.world_size] = y.float()
         row = end

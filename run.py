@@ -177,6 +177,7 @@ class Compute:
         if self.world_size > 1:
             SyncBatchNorm.replace_in(net)
         net = net.to(device=self.device)
+        # The images need no such layout: of one channel, both are the same.
         return net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def data_parallel(self, net: Any) -> Any:
@@ -204,7 +205,7 @@ class Compute:
         x = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
         with unchanged_statistics(model):
             with self.autocast():
-                y = model(x.contiguous(memory_format=torch.channels_last))
+                y = model(x)
             y.float().sum().backward()
             model.zero_grad(set_to_none=True)
 
