@@ -38,12 +38,12 @@ import run_folder
 from checkpoint import (
     ARCHITECTURES, FORMAT, MALFORMED, CheckpointError, first_not_finite, last_line,
     load_checkpoint, save_checkpoint)
+from classifier import image_flags
 from common import write_text
 from dali_pipeline import eval_loader, train_loader
 from flags import ENCODERS, PRECISION, THREADS, flag
 from labels import Draw, add_labels, cell_weights, masked_cross_entropy, to_probabilities
 from linear import LinearProbe, cross_validate, read_features
-from manifest import image_flags
 from probe import extract_features
 from run import Compute
 from report import report, report_folds

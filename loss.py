@@ -1,8 +1,9 @@
 """NT-Xent, the SimCLR loss, with negatives from every process; and what to watch beside it.
 
 The anchors of a process are the 2N projections of its own N images, two views of each;
-their keys are the K = 2WN projections of all W processes. Each process returns W times its
-part of the mean over all anchors, because DistributedDataParallel divides gradients by W.
+their keys are the K = 2WN projections of all W processes. Each process returns the mean over
+its own anchors; DistributedDataParallel averages gradients over the processes, which makes it
+the mean over all.
 """
 import math
 from typing import NamedTuple
@@ -11,10 +12,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-
-# Stands for the similarity to a key that is no negative. Its exponential is 0, as that of -inf;
-# but where a row has nothing else, ABSENT - ABSENT is 0, and -inf - -inf would be NaN.
-ABSENT = -1e30
 
 
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float, patients: Tensor | None = None,
@@ -84,7 +81,7 @@ class Batch(NamedTuple):
     keys: Tensor          # (K, D) projections of all processes, of length 1
     patients: Tensor      # (N,) of this process's images; without patients, each its own
     key_patients: Tensor  # (K,)
-    weights: Tensor       # (N,) of each of an image's anchors in the mean over all, times W
+    weights: Tensor       # (N,) of each of an image's two anchors in this process's sum
 
 
 def _batch(z1: Tensor, z2: Tensor, patients: Tensor | None, weights: Tensor | None) -> Batch:
@@ -98,8 +95,9 @@ def _batch(z1: Tensor, z2: Tensor, patients: Tensor | None, weights: Tensor | No
     key_patients = _all_gather(patients)  # (W, N) -> (W, 2, N) -> (K,), in the keys' order
     key_patients = key_patients[:, None].expand(-1, 2, -1).flatten()
     if weights is None:
-        weights = anchors.new_full((n_images,), 1 / (2 * n_images))  # W / 2WN
+        weights = anchors.new_full((n_images,), 1 / (2 * n_images))
     else:
+        # They add up to 1 over all processes, times W, as DistributedDataParallel divides by it.
         weights = weights.float() * (world_size / (2 * _all_gather(weights.float()).sum()))
     return Batch(anchors, keys, patients, key_patients, weights)
 
@@ -126,6 +124,11 @@ def _count_negatives(batch: Batch) -> Tensor:
     """How many keys are negatives of each of an image's two anchors, (N,)."""
     return torch.cat([(batch.patients[block, None] != batch.key_patients).sum(1)
                       for block in _blocks(batch)])
+
+
+# Stands for the similarity to a key that is no negative. Its exponential is 0, as that of -inf.
+# But where a row has nothing else, ABSENT - ABSENT is 0, and -inf - -inf would be NaN.
+ABSENT = -1e30
 
 
 def _similarities(batch: Batch, block: slice, scale: float) -> Tensor:
@@ -165,7 +168,7 @@ class LogSumExp(torch.autograd.Function):
         # backward pass. It computes the others once more.
         parts = []
         for block in _blocks(batch):
-            ctx.kept = None
+            ctx.kept = None  # frees one block before the next is made
             ctx.kept = _similarities(batch, block, scale)  # (2, n, K)
             parts.append(ctx.kept.logsumexp(2))
         r = torch.cat(parts, 1)  # (2, N)

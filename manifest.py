@@ -10,12 +10,10 @@ images.tar may stand for images/, see archive.py.
 import dataclasses
 import functools
 import io
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -123,13 +121,3 @@ def read_manifest(folder: str | Path, use_tar: bool = True, check_files: bool = 
     elif check_files:
         sizes = sizes_on_disk(*files)
     return dataclasses.replace(manifest, archive=archive, sizes=sizes)
-
-
-def image_flags(folder: str | Path) -> dict[str, Any]:
-    """The flags that shaped the images of a data folder, {name: value} as prepare.py wrote them;
-    {} where nothing says it: the folder was not made by prepare.py."""
-    try:
-        made = json.loads((Path(folder) / "prepare.json").read_text("utf-8"))
-        return {name: made[name] for name in ("size", "quality", "stretch")}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}

@@ -45,13 +45,13 @@ import run_folder
 from archive import Archive, Member
 from checkpoint import (
     MALFORMED, PREPROCESSING, CheckpointError, last_line, load_checkpoint, settings_of)
-from classifier import Classifier, rebuild_projector
+from classifier import Classifier, image_flags, rebuild_projector
 from common import DataError, plain_name, restart_in_utf8, whole_file, write_csv
 from dali_pipeline import Loader, Preprocessing, eval_loader
 from dicom import is_dicom, read_radiograph
 from flags import PRECISION, THREADS, differing_flags, flag, positional
 from labels import to_probabilities
-from manifest import Manifest, image_flags, read_manifest
+from manifest import Manifest, read_manifest
 from model import MEAN, STD, build_encoder, num_features
 from probe import extract_features
 from prepare import Conversion, convert, count_notes, look_back_at

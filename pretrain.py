@@ -180,7 +180,9 @@ class Config:
 # The stage. What it calls stands below, in the order in which it is called.
 
 def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) -> None:
-    """Train until --epochs, --max-steps or a signal. FloatingPointError where it diverges."""
+    """Train until --epochs, --max-steps or a signal. FloatingPointError where it diverges.
+
+    resources: run.main closes them however the run ends."""
     # The data: which images there are, and which of them form a batch.
     manifest, train = read_data(config, compute)
     sampling = choose_sampling(manifest, train, config.balance, config.weigh_loss,
@@ -188,9 +190,9 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     probe = choose_probe(config, manifest)
     schedule = Schedule(config, len(train), probe is not None)
 
-    # Network, optimizer, scaler, the steps taken and the step last probed at: as last.pt in the
-    # run folder left them, else new. A folder whose own run had other flags or data is refused;
-    # a new one with a copied last.pt is not. It stays locked until `resources` are closed.
+    # Network, optimizer, scaler, step and last probe: from last.pt in the run folder if there is
+    # one, else new. A folder that holds a run with other flags or data is refused; a copied last.pt
+    # in an otherwise empty one is taken. The folder stays locked until the run ends.
     training = Training(config, compute)
     training.begin_or_go_on(manifest, train, probe, resources)
     if training.step >= schedule.last_step:
@@ -249,11 +251,10 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
                 curves.add(step, schedule.epoch(step), scores)
                 say(f"{schedule.position(step)} | {probe_sentence(scores)}")
 
-            # After a probe, every few steps, at the end and at a signal: save, if there is
-            # anything that last.pt does not have yet.
-            save_now = probed or step % config.save_every == 0 or at_end or stop_signal
-            is_new = step > start_step or (step > 0 and probed)
-            if save_now and is_new and compute.rank == 0:
+            # After a probe, every few steps, at the end and at a signal: save.
+            due = probed or step % config.save_every == 0 or at_end or stop_signal
+            unsaved = step > start_step or probed  # last.pt may have this step already
+            if due and unsaved and step > 0 and compute.rank == 0:
                 training.save()
         if at_end:
             break
@@ -278,13 +279,13 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
 
         # Encode the views as one batch, compare each projection with those of all processes, and
         # go back to the weights.
-        if piece < own_batch:
-            z1, z2, loss = backward_in_pieces(model, x, 2 * piece, loss_of, scaler, compute)
-        else:
+        if piece == own_batch:
             with compute.autocast():
                 z1, z2 = model(x).chunk(2)                              # (N, proj_dim) each
             loss = loss_of(z1, z2)
             scaler.scale(loss).backward()
+        else:
+            z1, z2, loss = backward_in_pieces(model, x, 2 * piece, loss_of, scaler, compute)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -297,6 +298,7 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
         progress.add(loss, step)
         if step % config.log_every == 0 or step == schedule.last_step:
             watched = diagnostics(z1, z2, patients, weights, config.decoupled)
+            # Averaged over the processes; FloatingPointError where a loss was not finite.
             scalars = progress.read(step, watched) | {"lr": lr, "temperature": tau}
             curves.add(step, schedule.epoch(step), scalars)
             speed = scalars["images_per_second"]
@@ -325,8 +327,8 @@ def read_data(config: Config, compute: Compute) -> tuple[Manifest, np.ndarray]:
         raise DataError(f"--batch-size {config.batch_size} is larger than the train split: "
                         f"{len(train)} images")
     if config.batch_size % compute.world_size:
-        raise DataError(f"--batch-size {config.batch_size} is global and must divide by the "
-                        f"{compute.world_size} processes")
+        raise DataError(f"--batch-size {config.batch_size} is global and must be divisible by the "
+                        f"number of processes, {compute.world_size}")
     return manifest, train
 
 
@@ -429,13 +431,13 @@ def leave(stop_signal: int, training: Training) -> NoReturn:
     sys.exit(128 + stop_signal)
 
 
-def backward_in_pieces(model: Any, x: Tensor, size: int, loss_of: Callable,
+def backward_in_pieces(model: Any, x: Tensor, views_at_once: int, loss_of: Callable,
                        scaler: torch.amp.GradScaler, compute: Compute,
                        ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient caching (Gao et al. 2021): the loss of a whole batch, with memory for a
-    piece of it.
+    """For --micro-batch: gradient caching (Gao et al. 2021), the loss of a whole batch
+    with memory for a piece of it.
 
-    x: (2N, 1, S, S), encoded `size` views at a time, twice. The first pass keeps no graph
+    x: (2N, 1, S, S), encoded so many views at a time, twice. The first pass keeps no graph
     and gives all projections, the loss, and its gradient with respect to the projections.
     The second encodes each piece again, with a graph, and sends its rows of that gradient
     back. The parameters' gradients add up to those of the whole batch, but that batch norm
@@ -443,14 +445,14 @@ def backward_in_pieces(model: Any, x: Tensor, size: int, loss_of: Callable,
 
     Returns z1, z2 (N, D) and the loss."""
     net = model.module if isinstance(model, DistributedDataParallel) else model
-    pieces = x.split(size)
+    pieces = x.split(views_at_once)
     # The first pass goes past DistributedDataParallel, which would expect a backward
     # pass, and leaves batch norm's statistics alone, which are to count an image once.
     with unchanged_statistics(net), torch.no_grad(), compute.autocast():
         z = torch.cat([net(piece) for piece in pieces]).requires_grad_()    # (2N, D)
     loss = loss_of(*z.chunk(2))
     z_gradient, = torch.autograd.grad(scaler.scale(loss), z)                # (2N, D)
-    for i, (piece, piece_gradient) in enumerate(zip(pieces, z_gradient.split(size)), 1):
+    for i, (piece, piece_gradient) in enumerate(zip(pieces, z_gradient.split(views_at_once)), 1):
         # The processes add up their gradients once, after the last piece.
         defer_sync = net is not model and i < len(pieces)
         with model.no_sync() if defer_sync else contextlib.nullcontext():

@@ -40,10 +40,10 @@ def main(stage: Callable, config_class: type, argv: list[str] | None = None,
     timeout: how long a process waits for another one in a collective call.
     bf16_on_cpu: whether --precision auto may be bf16 there.
 
-    After Ctrl-C the user is told that the same command goes on from --out. A Config whose
-    stage does not says in `afterwards` what the command does instead."""
+    After Ctrl-C the user is told that the same command goes on. Where it does not, the Config
+    has an attribute `afterwards`, which says what it does instead."""
     print_any_name()  # a name that the terminal cannot spell ends no run
-    # Of a full disk the main thread tells; TensorBoard's thread need not, too.
+    # The main thread reports a full disk; TensorBoard's need not print a traceback as well.
     threading.excepthook = report_but_for_full_disk
     config = parse(config_class, argv)
     script = f"{stage.__name__}.py"
@@ -187,8 +187,8 @@ class Compute:
         model = DistributedDataParallel(
             net, device_ids=[self.device.index] if self.cuda else None,
             gradient_as_bucket_view=True)
-        # Every step would broadcast batch norm's statistics, which are the same everywhere. (As an
-        # argument, False would also keep the constructor from sending the first ones round.)
+        # Batch norm's statistics are the same everywhere: do not broadcast them every step. Set
+        # here and not as an argument, because the constructor's own broadcast is wanted.
         model.broadcast_buffers = False
         return model
 

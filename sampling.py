@@ -1,9 +1,7 @@
 """Which images form a batch, and which of them are compared: pure functions of the seed.
 
-Without flags every epoch is one shuffle of the train split, and `batch_at` is all
-that matters here. With --balance some images are drawn more often than others;
---positives pairs an image with another of its patient or study; --weigh-loss and
---same-patient change what the loss makes of a batch.
+Without flags every epoch is one shuffle of the train split, by `batch_at`, and images of
+one patient are not each other's negatives. The rest is for flags.
 """
 import functools
 from collections.abc import Callable
@@ -50,9 +48,9 @@ def shuffled_order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 class Sampling(NamedTuple):
     """What the flags make of the manifest's N images, (N,) each."""
-    draw_weights: np.ndarray | None  # how often it is drawn, in proportion; None: once an epoch
-    loss_weights: Tensor | None      # of its anchors in the loss; None: all the same
-    pair_group: np.ndarray | None    # images of one number may be a pair; None: two views of one
+    draw_weights: np.ndarray | None  # --balance: how often it is drawn, in proportion; else None
+    loss_weights: Tensor | None      # --weigh-loss: of its anchors in the loss; else None
+    pair_group: np.ndarray | None    # --positives: images of one number may be a pair; else None
     patients: Tensor                 # images of one number are not each other's negatives
 
 

@@ -46,27 +46,25 @@ def view_parameters(augmentation: Augmentation, seed: int, times: np.ndarray, im
     mirror (V, B): 0 or 1.
     gamma (V, B): the exponent of the gray levels in [0, 1]; left out where it is always 1.
     equalize (V, B): 0 or 1; left out where it is always 0.
-    mean, std (V, B): in gray levels of 0 to 255. (x - mean) / std applies brightness b and
-    contrast c and normalises, at once. In gray levels of 0 to 1, with m, s = MEAN, STD:
-
-        y = c (b x - m) + m                         brightness, then contrast about m
-        (y - m) / s = (x - m / b) / (s / (b c))     so that mean = m / b, std = s / (b c)
-
-    torchvision's contrast pivots on the image's own mean and clips; this one does neither."""
+    mean, std (V, B): (x - mean) / std is brightness, contrast and normalisation in one, of
+    gray levels x of 0 to 255."""
     # Numbers in [0, 1) for each view, image and time.
     view = np.arange(views)[:, None]                            # (V, 1)
     numbers = uniform_numbers((seed, VIEW), len(NUMBERS), view, images, times)
     u = dict(zip(NUMBERS, numbers))                             # (V, B) each
 
-    # Evaluation maps the whole image onto the square. So do views: a window of aspect 1 has the
-    # image's own proportions. The aspect, width over height, is log-uniform in 3/4 to 4/3, or
-    # in what of that keeps both sides within the image.
+    # Evaluation maps the whole image onto the square, and so do views: a window of aspect 1 has
+    # the image's own proportions. Its height is sqrt(area / aspect), its width sqrt(area * aspect).
+    # As neither may exceed 1, the aspect lies within area to 1 / area, and within 3/4 to 4/3.
     area = _between(augmentation.crop_area, u["area"])
     widest = np.minimum(np.log(4 / 3), -np.log(area))
     aspect = np.exp(_around(0, widest, u["aspect"]))
     window = np.sqrt(np.stack([area / aspect, area * aspect], axis=-1))  # (V, B, 2)
     start = (1 - window) * np.stack([u["top"], u["left"]], axis=-1)      # (V, B, 2)
 
+    # Brightness b, then contrast c about m, with m, s = MEAN, STD: y = c (b x - m) + m. Normalised:
+    # (y - m) / s = (x - m / b) / (s / (b c)). Here x is in 0 to 1, DALI's gray levels in 0 to 255.
+    # (torchvision's contrast pivots on the image's own mean, and clips.)
     b = _around(1, augmentation.brightness, u["brightness"])
     c = _around(1, augmentation.contrast, u["contrast"])
     parameters = {
