@@ -57,6 +57,7 @@ from model import MEAN, STD, SimCLR, build_encoder
 from probe import STRENGTHS, fit_logistic
 from radiograph import ImageSettings, read_image
 from syncbn import SyncBatchNorm
+from training import Training
 from views import Augmentation
 
 CUDA = torch.cuda.is_available()
@@ -302,6 +303,34 @@ class Way:
     optimizer: str = "lars"
     compiled: bool = False
     layout: torch.memory_format = torch.channels_last
+    stem: str = ""      # one of STEMS, or the encoder's own
+
+
+# Other ways to compute the stem, whose single channel may not suit a GPU's kernels.
+STEMS = ("4 channels", "8 channels", "2 x 2 blocks")
+
+
+class Stem(nn.Module):
+    """The one-channel stem with the same weights and the same output, computed in another way.
+
+    x (B, 1, S, S), S even, -> (B, C, S / 2, S / 2). With more channels, those are zeros. Of
+    2 x 2 blocks: each block of pixels becomes one pixel of four channels, and the kernel,
+    7 x 7 of stride 2, one of 4 x 4 blocks and stride 1."""
+
+    def __init__(self, convolution: nn.Conv2d, form: str):
+        super().__init__()
+        self.weight, self.form = convolution.weight, form               # (C, 1, 7, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.form == "2 x 2 blocks":
+            # The kernel begins at an odd pixel, three before the first: a row and a column of
+            # zeros before it make it whole blocks, two before the first and one behind it.
+            weight = F.pixel_unshuffle(F.pad(self.weight, (1, 0, 1, 0)), 2)     # (C, 4, 4, 4)
+            x = F.pad(F.pixel_unshuffle(x, 2), (2, 1, 2, 1))
+            return F.conv2d(x.contiguous(memory_format=torch.channels_last), weight)
+        zeros = (0, 0, 0, 0, 0, int(self.form.split()[0]) - 1)
+        x = F.pad(x, zeros).contiguous(memory_format=torch.channels_last)
+        return F.conv2d(x, F.pad(self.weight, zeros), stride=2, padding=3)
 
 
 def ways(args: argparse.Namespace) -> list[Way]:
@@ -311,7 +340,8 @@ def ways(args: argparse.Namespace) -> list[Way]:
     if CUDA:
         compiled.append(Way("compiled, fp16", "fp16", compiled=True))
     return [Way("default"), *compiled, *(Way(precision, precision) for precision in other),
-            Way("adamw", optimizer="adamw"), Way("contiguous", layout=torch.contiguous_format)]
+            Way("adamw", optimizer="adamw"), Way("contiguous", layout=torch.contiguous_format),
+            *(Way(f"stem of {stem}", stem=stem) for stem in STEMS)]
 
 
 class Step:
@@ -322,8 +352,10 @@ class Step:
                                  optimizer=way.optimizer, precision=way.precision,
                                  threads=args.threads, out=str(folder))
         self.compute = run.start(config)
-        self.training, self.way = pretrain.Training(config, self.compute, ""), way
+        self.training, self.way = Training(config, self.compute), way
         net = self.training.net.to(memory_format=way.layout)    # pyright: ignore
+        if way.stem:
+            net.encoder.conv1 = Stem(net.encoder.conv1, way.stem)
         self.model = torch.compile(net) if way.compiled else net
         self.patients = torch.arange(pairs, device=DEVICE)      # each has one image
 
@@ -365,7 +397,8 @@ def pairs_per_second(args: argparse.Namespace, step: Callable, pairs: int,
 
 
 def bench_step(args: argparse.Namespace, folder: Path) -> None:
-    """Whole steps on noise: precisions, compiled or not, optimizers, the bare encoder beside."""
+    """Whole steps on noise: precisions, compiled or not, optimizers, ways to compute the stem, the
+    bare encoder beside."""
     for pairs in GPU_PAIRS if CUDA else (args.batch_size,):
         same, speeds, memory = itertools.repeat(noise(args, pairs)), {}, {}
         for way in ways(args):

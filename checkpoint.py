@@ -158,6 +158,10 @@ def _damage(state: dict) -> str:
 # --------------------------------------------------------------------------------------------------
 # The weights of an encoder, from a checkpoint of this project or of another tool.
 
+# By which torchvision's weights expect the channels to be normalised.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
 def encoder_weights(init: str | Path, arch: str, expected: dict[str, Tensor],
                     say: Callable) -> dict[str, Tensor]:
     """The state dict of a ResNet, of the keys and shapes of `expected`; its stem may have three
@@ -175,6 +179,25 @@ def encoder_weights(init: str | Path, arch: str, expected: dict[str, Tensor],
         raise CheckpointError(
             f"{init} does not fit a {arch} with a one-channel stem: {reason}")
     return state
+
+
+def fold_rgb_stem(state: dict[str, Tensor], mean: float, std: float) -> dict[str, Tensor]:
+    """The one-channel network that computes what an RGB one does on a gray image repeated thrice.
+
+    mean, std: m and s, of the one-channel network's input, whose gray levels are in [0, 1].
+
+    The RGB stem sees channel c as (x - mean_c) / std_c, ours sees y = (x - m) / s. Put x = m + s y
+    into the former: the weights become sum_c w_c s / std_c, and a constant remains, the sum of
+    w_c (m - mean_c) / std_c over channels and kernel. The batch norm behind the stem absorbs it
+    where its running mean is lowered by as much. Exact but for the outermost pixels, where the
+    zeros of the padding mean the gray level m here and mean_c there."""
+    weight = state["conv1.weight"]                                              # (C, 3, 7, 7)
+    rgb_mean = torch.tensor(IMAGENET_MEAN).view(3, 1, 1).to(weight)
+    rgb_std = torch.tensor(IMAGENET_STD).view(3, 1, 1).to(weight)
+    constant = (weight * (mean - rgb_mean) / rgb_std).sum((1, 2, 3))            # (C,)
+    return state | {
+        "conv1.weight": (weight * std / rgb_std).sum(1, keepdim=True),          # (C, 1, 7, 7)
+        "bn1.running_mean": state["bn1.running_mean"] - constant}
 
 
 def last_line(error: Exception) -> str:

@@ -3,6 +3,10 @@
 It may stand on the first layers of the projection head, which encoder.pt carries, instead of
 on the features themselves (SimCLR v2, Chen et al. 2020b).
 """
+import json
+from pathlib import Path
+from typing import Any
+
 import torchvision
 from torch import Tensor, nn
 
@@ -68,3 +72,13 @@ def first_layers(init: str, count: int, encoder: torchvision.models.ResNet) -> n
 
 def linear_layers(net: nn.Sequential) -> list[nn.Linear]:
     return [layer for layer in net if isinstance(layer, nn.Linear)]
+
+
+def image_flags(folder: str | Path) -> dict[str, Any]:
+    """The flags that shaped the images of a data folder, {name: value} as prepare.py wrote them;
+    {} where nothing says it: the folder was not made by prepare.py."""
+    try:
+        made = json.loads((Path(folder) / "prepare.json").read_text("utf-8"))
+        return {name: made[name] for name in ("size", "quality", "stretch")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}

@@ -244,7 +244,7 @@ def features_of(row: Row, selection: Selection, compute: Compute, folder: Path) 
         # Raw pixels pass through Flatten, so that the loader and the cache need no special case.
         encoder, width = nn.Flatten(), PIXELS ** 2
     else:
-        encoder = compute.place(build_encoder(row.arch, row.init))
+        encoder = compute.to_device(build_encoder(row.arch, row.init))
         width = num_features(encoder)
     loader = eval_loader(selection.manifest, selection.images, 128,
                          Preprocessing(**row.preprocessing), **compute.loader_arguments())

@@ -36,13 +36,13 @@ def blame_image(manifest: Manifest, in_flight: list, error: RuntimeError,
                     raise OSError(f"a {image.format}, where prepare.py writes JPEG")
                 image.load()
         except Exception as reason:         # a decoder may raise anything on a broken file
-            raise ImageError(f"{manifest.full_name(i)} cannot be read: {reason}") from error
+            raise ImageError(f"{manifest.name_in_message(i)} cannot be read: {reason}") from error
 
     # Pillow reads some damaged files that DALI does not: ask DALI for each of them alone.
     if "decoders.image" not in str(error) and "peek_image_shape" not in str(error):
         return
     if len(images) == 1:
-        raise ImageError(f"{manifest.full_name(images[0])} cannot be read: its data is "
+        raise ImageError(f"{manifest.name_in_message(images[0])} cannot be read: its data is "
                          "damaged") from error
     for i in images:
         load_alone(i)
@@ -53,10 +53,11 @@ class Watch:
 
     A read may never return, from a file server that is gone for example. DALI waits for
     it, and in a process that waits no exception can be raised; the other processes wait
-    for this one. Each batch is loaded `with` the watch."""
+    for this one. Each batch is loaded `with` the watch. Where DALI raises an error
+    instead, that becomes an ImageError; see blame_image for the arguments."""
 
-    def __init__(self, manifest: Manifest, in_flight: list):
-        self.manifest, self.in_flight = manifest, in_flight
+    def __init__(self, manifest: Manifest, in_flight: list, load_alone: Callable[[int], object]):
+        self.manifest, self.in_flight, self.load_alone = manifest, in_flight, load_alone
         self.since = math.inf           # when DALI was asked for a batch, while it is
         self.closed = threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
@@ -64,8 +65,10 @@ class Watch:
     def __enter__(self) -> None:
         self.since = time.monotonic()
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind, error, traceback) -> None:
         self.since = math.inf
+        if isinstance(error, RuntimeError):
+            blame_image(self.manifest, self.in_flight, error, self.load_alone)
 
     def close(self) -> None:
         self.closed.set()
@@ -78,7 +81,7 @@ class Watch:
             since = self.since
             if looks >= 10:
                 images = [i for work, _ in self.in_flight for i in work.files]
-                silent = next((self.manifest.full_name(i) for i in images
+                silent = next((self.manifest.name_in_message(i) for i in images
                                if _never_read(self.manifest, i)), "an image")
                 print(f"{Path(sys.argv[0]).name}: {silent} cannot be read: nothing has come of "
                       f"it for {PATIENCE:g} seconds", file=sys.stderr, flush=True)

@@ -38,13 +38,13 @@ import run_folder
 from checkpoint import (
     ARCHITECTURES, FORMAT, MALFORMED, CheckpointError, first_not_finite, last_line,
     load_checkpoint, save_checkpoint)
+from classifier import image_flags
 from common import write_text
 from dali_pipeline import eval_loader, train_loader
 from flags import ENCODERS, PRECISION, THREADS, flag
 from labels import Draw, add_labels, cell_weights, masked_cross_entropy, to_probabilities
 from linear import LinearProbe, cross_validate, read_features
-from manifest import image_flags
-from model import extract_features
+from probe import extract_features
 from run import Compute
 from report import report, report_folds
 from scores import youden
@@ -239,7 +239,7 @@ class FineTuning:
 
         # Network and optimizer, as before the first step.
         torch.manual_seed(c.seed)
-        self.net = compute.place(study.classifier(study.inits[c.init]))
+        self.net = compute.to_device(study.classifier(study.inits[c.init]))
         pretrained = [*self.net.encoder.parameters(), *self.net.projector.parameters()]
         groups = [dict(params=pretrained, peak=config.lr_encoder),
                   dict(params=self.net.head.parameters(), peak=config.lr_head)]
@@ -386,13 +386,13 @@ def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> O
         # A step. The learning rates depend on its number alone ...
         for step in range((epoch - 1) * epoch_steps, epoch * epoch_steps):
             for group in optimizer.param_groups:
-                group["lr"] = run.learning_rate(step, steps, steps // 10, group["peak"])
+                group["lr"] = run.warmup_and_cosine(step, steps, steps // 10, group["peak"])
             # ... the network sees one view of each image of the batch ...
             x, index = next(batches)                                        # (B, 1, S, S), (B,)
             if step == first * epoch_steps:
                 compute.rehearse(model, tuple(x.shape))
             with compute.autocast():
-                logits = model(x.contiguous(memory_format=torch.channels_last))
+                logits = model(x)
             # ... and its answers are compared with the labels, as far as there are any.
             loss = training.loss(logits, index)
             scaler.scale(loss).backward()

@@ -1,8 +1,22 @@
-"""LARS, the optimizer that SimCLR was published with, as a dozen launches on a GPU."""
+"""The optimizers of pre-training; LARS, that of the publication, as a dozen launches on a GPU."""
 # pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportArgumentType=false
 # The type stubs of PyTorch do not know its operations on lists of tensors, torch._foreach_*.
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def make_optimizer(net: nn.Module, name: str, lr: float, weight_decay: float,
+                   fused: bool) -> torch.optim.Optimizer:
+    """`lars`, `adam` or `adamw` over a network's parameters, without decay of biases and of batch
+    norm. fused: for a GPU, where it is faster."""
+    weights = [p for p in net.parameters() if p.ndim > 1]
+    biases = [p for p in net.parameters() if p.ndim <= 1]  # and batch norm
+    groups = [dict(params=weights, weight_decay=weight_decay),
+              dict(params=biases, weight_decay=0.0)]
+    if name == "lars":
+        return LARS(groups, lr)
+    adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
+    return adam(groups, lr, fused=fused)
 
 
 class LARS(torch.optim.Optimizer):

@@ -31,7 +31,7 @@ def read_features(study: Study, init: Init) -> Features:
     finite."""
     compute = study.compute.without_others()
     torch.manual_seed(0)                # the same untrained encoder for every seed of the draw
-    net = compute.place(study.classifier(init)).eval()
+    net = compute.to_device(study.classifier(init)).eval()
 
     # The encoder's features of each split in a file of its own, as cluster_eval.py looks for them
     # where every image of the split has a label.

@@ -1,11 +1,10 @@
 """NT-Xent, the SimCLR loss, with negatives from every process; and what to watch beside it.
 
 The anchors of a process are the 2N projections of its own N images, two views of each;
-their keys are the K = 2WN projections of all W processes. DistributedDataParallel averages
-gradients over the processes, and so the loss of a process is made such that its average
-over them is the mean over all anchors.
+their keys are the K = 2WN projections of all W processes. Each process returns the mean over
+its own anchors; DistributedDataParallel averages gradients over the processes, which makes it
+the mean over all.
 """
-import contextlib
 import math
 from typing import NamedTuple
 
@@ -13,10 +12,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-
-# The similarity to a key that is no negative: as -inf is, nothing in a sum of exponentials, but
-# it can be multiplied and subtracted where a row has nothing else.
-ABSENT = -1e30
 
 
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float, patients: Tensor | None = None,
@@ -26,55 +21,55 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float, patients: Tensor | None 
     a variant.
 
     z1, z2: (N, D) projections of the two views, of any norm, the same N on every
-    process. Returns a scalar, float32, computed outside autocast, of which the
-    average over the processes is the mean over all 2WN anchors i of
+    process. An anchor i has one positive p, the other view of its image, and n negatives
+    k, all other keys. With l the cosine similarity over the temperature, its loss is
 
         -l_ip + ln(exp(l_ip) + R),        R = sum over the negatives k of exp(l_ik)
 
-    with l the cosine similarity over the temperature and p the positive, the anchor
-    image's other view. All keys but the anchor itself and its positive are negatives, unless:
+    Returns a scalar, float32, computed outside autocast; its average over the processes
+    is the mean over all 2WN anchors. What the options change:
 
-    patients: (N,) integers, equal for images of the same patient. Then an anchor's
-        negatives are the n keys of other patients. This covers an image that stands
-        in the batch twice. An anchor without any negative has the loss 0.
-    weights: (N,), not negative, of the images in the mean, which is divided by
-        their sum over all processes; some weight must be above 0.
-    decoupled: the loss is -l_ip + ln R (L_DC of Yeh et al. 2022).
-    hardness: beta of Robinson et al. 2021. R is n times the mean of exp(l_ik) in
-        which each negative's weight is proportional to exp(beta l_ik). As in the
-        authors' published code these weights carry gradient.
-    prior: tau+ of Chuang et al. 2020, from 0 to below 1, the expected share of
-        negatives that are of the anchor's own kind. They are taken from R, which
-        becomes (R - tau+ n exp(l_ip)) / (1 - tau+), at least n exp(-1 / temperature).
+    patients: (N,) integers, equal for images of the same patient. The negatives are the
+        keys of other patients alone, so that an image that stands in the batch twice is
+        none, either. An anchor without any negative has the loss 0.
+    weights: (N,), not negative and not all 0, of the images in the mean.
+    hardness: b. R = n (sum of exp((1 + b) l_ik)) / (sum of exp(b l_ik)) (Robinson et al.
+        2021, beta; the weights exp(b l_ik) carry gradient, as in the authors' code).
+    prior: t, from 0 to below 1. R becomes max((R - t n exp(l_ip)) / (1 - t),
+        n exp(-1 / temperature)) (Chuang et al. 2020, tau+: the expected share of negatives
+        that are of the anchor's own kind).
+    decoupled: the loss is -l_ip + ln R (Yeh et al. 2022, L_DC).
 
-    What an encoder scores that tells nothing apart stands in `diagnostics`, as `chance`."""
-    with _without_autocast(z1.device.type):
+    `diagnostics` gives `chance`, the loss of an encoder that maps all images to one point."""
+    with torch.autocast(z1.device.type, enabled=False):
         batch = _batch(z1, z2, patients, weights)
-        positive = (batch.anchors[0] * batch.anchors[1]).sum(1) / temperature  # (N,) l_ip
-        log_n = batch.n_negatives.clamp_min(1).log()  # (N,)
-        # What all negatives of an anchor weigh together: ln R, (2, N).
+        n_negatives = _count_negatives(batch)  # (N,)
+        # l_ip, (N,): the same for both anchors of an image.
+        positive = (batch.anchors[0] * batch.anchors[1]).sum(1) / temperature
+        # ln R, (2, N): what all negatives of an anchor weigh together.
+        log_r = log_sum_exp(batch, (1 + hardness) / temperature)
+        log_n = n_negatives.clamp_min(1).log()  # for these two options
         if hardness:
-            log_r = (log_n + log_sum_exp(batch, (1 + hardness) / temperature)
-                     - log_sum_exp(batch, hardness / temperature))
-        else:
-            log_r = log_sum_exp(batch, 1 / temperature)
+            log_r = log_n + log_r - log_sum_exp(batch, hardness / temperature)
         if prior:
-            log_r = _debiased(log_r, positive, log_n, temperature, prior)
+            log_r = _debias(log_r, positive, log_n, temperature, prior)
         excess = log_r - positive  # (2, N)
         # -l_ip + ln(exp(l_ip) + R) = ln(1 + exp(ln R - l_ip)), which is softplus.
         loss = excess if decoupled else F.softplus(excess)
-        return (batch.shares * loss).sum()
+        # An anchor without a negative has nothing to be told from.
+        loss = torch.where(n_negatives > 0, loss, 0.0)
+        return (batch.weights * loss).sum()
 
 
-def _debiased(log_r: Tensor, positive: Tensor, log_n: Tensor, temperature: float,
+def _debias(log_r: Tensor, positive: Tensor, log_n: Tensor, temperature: float,
               prior: float) -> Tensor:
-    """ln of max((R - tau+ n exp(l_ip)) / (1 - tau+), n exp(-1 / temperature)), (2, N)."""
+    """ln of max((R - t n exp(l_ip)) / (1 - t), n exp(-1 / temperature)), (2, N); prior is t."""
     floor = log_n - 1 / temperature
-    # What is left of R, as a share of it. The clamps keep what is out of range from overflowing;
-    # there the floor is taken.
-    share = 1 - prior * (log_n + positive - log_r).clamp_max(60).exp()
-    left = log_r + share.clamp_min(1e-30).log() - math.log(1 - prior)
-    return torch.where(share > 0, left, floor).maximum(floor)
+    # Which share of R is taken off. Where it is all of it or more, the floor remains; the
+    # clamps keep those entries finite.
+    taken = prior * (log_n + positive - log_r).clamp_max(60).exp()
+    left = log_r + (1 - taken).clamp_min(1e-30).log() - math.log(1 - prior)
+    return torch.where(taken < 1, left, floor).maximum(floor)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -86,33 +81,25 @@ class Batch(NamedTuple):
     keys: Tensor          # (K, D) projections of all processes, of length 1
     patients: Tensor      # (N,) of this process's images; without patients, each its own
     key_patients: Tensor  # (K,)
-    n_negatives: Tensor   # (N,) of each of an image's two anchors
-    shares: Tensor        # (N,) of each of its two anchors in the mean; 0 without a negative
+    weights: Tensor       # (N,) of each of an image's two anchors in this process's sum
 
 
 def _batch(z1: Tensor, z2: Tensor, patients: Tensor | None, weights: Tensor | None) -> Batch:
-    images, world_size, rank = len(z1), 1, 0
+    n_images, world_size, rank = len(z1), 1, 0
     if dist.is_initialized():
         world_size, rank = dist.get_world_size(), dist.get_rank()
     anchors = F.normalize(torch.stack([z1, z2]).float(), dim=2)
-    keys = _all_gather(anchors.detach()).flatten(0, 2)  # by process, view, image
+    keys = _all_gather(anchors.detach()).flatten(0, 2)  # (W, 2, N, D) -> (K, D)
     if patients is None:
-        patients = torch.arange(rank * images, (rank + 1) * images, device=z1.device)
-    all_patients = _all_gather(patients)  # (W, N)
-    key_patients = all_patients[:, None].expand(-1, 2, -1).flatten()
-    # In a sorted list the images of a patient stand together. (torch.unique would have the host
-    # wait for the GPU.)
-    in_order = all_patients.flatten().sort().values
-    images_of_patient = (torch.searchsorted(in_order, patients, right=True)
-                         - torch.searchsorted(in_order, patients))  # (N,)
-    n_negatives = 2 * (world_size * images - images_of_patient)
-    # The shares of all anchors of all processes add up to W, because DistributedDataParallel
-    # divides by it.
-    shares = anchors.new_full((images,), 1 / (2 * images))
-    if weights is not None:
-        shares = weights.float() * (world_size / (2 * _all_gather(weights.float()).sum()))
-    shares = shares * (n_negatives > 0)
-    return Batch(anchors, keys, patients, key_patients, n_negatives, shares)
+        patients = torch.arange(rank * n_images, (rank + 1) * n_images, device=z1.device)
+    key_patients = _all_gather(patients)  # (W, N) -> (W, 2, N) -> (K,), in the keys' order
+    key_patients = key_patients[:, None].expand(-1, 2, -1).flatten()
+    if weights is None:
+        weights = anchors.new_full((n_images,), 1 / (2 * n_images))
+    else:
+        # They add up to 1 over all processes, times W, as DistributedDataParallel divides by it.
+        weights = weights.float() * (world_size / (2 * _all_gather(weights.float()).sum()))
+    return Batch(anchors, keys, patients, key_patients, weights)
 
 
 def _all_gather(rows: Tensor) -> Tensor:
@@ -120,6 +107,7 @@ def _all_gather(rows: Tensor) -> Tensor:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return rows[None]
     gathered = rows.new_empty(dist.get_world_size(), *rows.shape)
+    # The items of the list are views of `gathered`, which is filled by filling them.
     dist.all_gather(list(gathered), rows.contiguous())
     return gathered
 
@@ -132,9 +120,20 @@ def _blocks(batch: Batch) -> list[slice]:
     return [slice(start, min(start + size, images)) for start in range(0, images, size)]
 
 
+def _count_negatives(batch: Batch) -> Tensor:
+    """How many keys are negatives of each of an image's two anchors, (N,)."""
+    return torch.cat([(batch.patients[block, None] != batch.key_patients).sum(1)
+                      for block in _blocks(batch)])
+
+
+# Stands for the similarity to a key that is no negative. Its exponential is 0, as that of -inf.
+# But where a row has nothing else, ABSENT - ABSENT is 0, and -inf - -inf would be NaN.
+ABSENT = -1e30
+
+
 def _similarities(batch: Batch, block: slice, scale: float) -> Tensor:
-    """Cosines of a block's 2n anchors with all K keys, times scale, (2, n, K); ABSENT where the
-    key is no negative: the anchor, its positive, and what else is of its patient."""
+    """Cosines of a block's 2n anchors with all K keys, times scale, (2, n, K). ABSENT where the key
+    is no negative: for the anchor itself, its positive, and all else that is of its patient."""
     similarities = (batch.anchors[:, block] * scale) @ batch.keys.T
     same_patient = batch.patients[block, None] == batch.key_patients  # (n, K)
     return similarities.masked_fill_(same_patient, ABSENT)
@@ -151,56 +150,48 @@ def log_sum_exp(batch: Batch, scale: float) -> Tensor:
 class LogSumExp(torch.autograd.Function):
     """`log_sum_exp` by blocks of similarities, so that all of them, (2N, 2WN), are never in memory.
 
-    With r_i the result for anchor i and g_i the gradient that arrives there, the gradient
-    for anchor i is
+    Let s_ik be scale * cosine of anchor i and key k, where k is a negative of i, else ABSENT;
+    r_i the result for anchor i, and g_i the gradient that arrives there. Every anchor is a
+    key, too, so that its gradient has two terms:
 
-        scale * sum over k of (g_i exp(s_ik - r_i) + g_k exp(s_ki - r_k)) key_k
+        scale * sum over k of (g_i exp(s_ik - r_i) + g_k exp(s_ik - r_k)) key_k
 
-    The first term is the softmax of its own negatives. The second is what it gets as a key
-    of the other anchors, those of other processes too; without it the loss would still be
-    right, and its gradient wrong. As s_ki = s_ik, this process can compute both from its
-    own similarities: all it needs of another anchor is r_k and g_k."""
+    The first is i's as an anchor, the softmax over its own negatives. The second is i's as a
+    key of the anchors k, those of other processes too; without it the loss would be right,
+    and its gradient wrong. Where k is a negative of i, i is one of k, and s_ki = s_ik: this
+    process computes both terms from its own similarities, and needs of another anchor
+    nothing but r_k and g_k."""
 
     @staticmethod
     def forward(ctx, anchors: Tensor, batch: Batch, scale: float) -> Tensor:
-        log_sums, similarities = [], None
+        # The similarities of the last block, in many runs the only one, are kept for the
+        # backward pass. It computes the others once more.
+        parts = []
         for block in _blocks(batch):
-            similarities = _similarities(batch, block, scale)  # (2, n, K)
-            log_sums.append(similarities.logsumexp(2))
-        log_sum = torch.cat(log_sums, 1)  # (2, N)
-        ctx.save_for_backward(log_sum)
+            ctx.kept = None  # frees one block before the next is made
+            ctx.kept = _similarities(batch, block, scale)  # (2, n, K)
+            parts.append(ctx.kept.logsumexp(2))
+        r = torch.cat(parts, 1)  # (2, N)
+        ctx.save_for_backward(r)
         ctx.batch, ctx.scale = batch, scale
-        ctx.last_block = similarities  # the gradient begins there; a small batch has no other
-        return log_sum
+        return r
 
     @staticmethod
     def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        batch, (log_sum,) = ctx.batch, ctx.saved_tensors
-        gradient = ctx.scale * gradient  # (2, N)
-        # One collective call for both.
-        of_all = _all_gather(torch.stack([log_sum, gradient]))  # (W, 2, 2, N)
-        log_sums, gradients = of_all.transpose(0, 1).flatten(1)  # (K,) each, in the keys' order
+        batch, (own_r,) = ctx.batch, ctx.saved_tensors  # (2, N)
+        own_g = ctx.scale * gradient  # (2, N)
+        # Those of all processes by one collective call.
+        of_all = _all_gather(torch.stack([own_r, own_g]))  # (W, r or g, view, N)
+        all_r, all_g = of_all.transpose(0, 1).flatten(1)  # (K,) each, in the keys' order
         for_anchors = torch.empty_like(batch.anchors)  # (2, N, D)
-        for block in reversed(_blocks(batch)):
-            similarities, ctx.last_block = ctx.last_block, None  # forward has left the last one's
-            if similarities is None:
-                similarities = _similarities(batch, block, ctx.scale)  # (2, n, K)
-            as_anchor = similarities - log_sum[:, block, None]  # g_i exp(s_ik - r_i)
-            as_anchor = as_anchor.exp_().mul_(gradient[:, block, None])
-            as_key = similarities.sub_(log_sums).exp_().mul_(gradients)  # g_k exp(s_ki - r_k)
+        for block in reversed(_blocks(batch)):  # the kept one first
+            if ctx.kept is None:
+                ctx.kept = _similarities(batch, block, ctx.scale)
+            s, ctx.kept = ctx.kept, None  # (2, n, K)
+            as_anchor = (s - own_r[:, block, None]).exp_().mul_(own_g[:, block, None])
+            as_key = s.sub_(all_r).exp_().mul_(all_g)  # this overwrites s
             for_anchors[:, block] = as_anchor.add_(as_key) @ batch.keys
-            del similarities, as_anchor, as_key  # before the next block takes as much
         return for_anchors, None, None
-
-
-def _without_autocast(device: str) -> contextlib.AbstractContextManager:
-    """A context in which float32 stays float32.
-
-    Autocast's own costs a small batch a twentieth of its time, even where there is
-    nothing to switch off."""
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -214,23 +205,26 @@ def diagnostics(z1: Tensor, z2: Tensor, patients: Tensor | None = None,
 
     top1: how often an anchor's positive is nearer than all its negatives on all
     processes, by more than the rounding of float32: where all projections are the
-    same that is never.
+    same, or there is no negative, that is never.
     alignment: mean squared distance of positives on the unit sphere, 0 at best.
     uniformity: log of the mean Gaussian potential of this process's pairs, about -4
     at best, 0 where all projections are the same (both Wang and Isola 2020); NaN for
     one image a process.
     chance: the loss of this batch where all projections are the same."""
-    with _without_autocast(z1.device.type):
+    with torch.autocast(z1.device.type, enabled=False):
         batch = _batch(z1, z2, patients, weights)
         z1, z2 = batch.anchors
         positive = (z1 * z2).sum(1)  # (N,)
         nearest = torch.cat([_similarities(batch, block, 1).amax(2)  # (2, N)
                              for block in _blocks(batch)], 1)
+        n_negatives = _count_negatives(batch)  # (N,)
+        hits = (positive > nearest + 1e-6) & (n_negatives > 0)  # (2, N)
         potentials = [torch.pdist(z).square().mul(-2).exp().mean().log() for z in (z1, z2)]
-        # If all similarities are the same, it is the logarithm of how many terms the sum has.
-        terms = (batch.n_negatives + (not decoupled)).clamp_min(1)  # (N,)
+        # Where all similarities are the same, an anchor's loss is the logarithm of the number of
+        # terms in its sum: its negatives, and its positive unless that is left out.
+        terms = (n_negatives + (not decoupled)).clamp_min(1)  # (N,)
         return {
-            "top1": (positive > nearest + 1e-6).float().mean(),
+            "top1": hits.float().mean(),
             "alignment": (z1 - z2).square().sum(1).mean(),
             "uniformity": (potentials[0] + potentials[1]) / 2,
-            "chance": 2 * (batch.shares * terms.log()).sum()}
+            "chance": 2 * (batch.weights * terms.log()).sum()}

@@ -10,12 +10,10 @@ images.tar may stand for images/, see archive.py.
 import dataclasses
 import functools
 import io
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -23,12 +21,12 @@ from archive import Archive, check_against_folder, open_archive, sizes_on_disk
 from common import DataError
 from manifest_csv import table_at_once, table_by_rows
 
+
 @dataclass(frozen=True)
 class Manifest:
     """The rows of a data folder's manifest.csv; row i is image index i everywhere in the project.
 
-    A plain folder of images, which predict.py takes too, has paths and nothing else: no
-    patients, no splits and no labels (`listed` is False)."""
+    Of a plain folder of images, which predict.py takes too, there are paths alone."""
     folder: Path
     paths: list[str]                # N of them, relative to the folder
     patients: np.ndarray            # (N,) str
@@ -40,20 +38,6 @@ class Manifest:
     listed: bool = True             # whether there is a manifest.csv
     sizes: np.ndarray | None = None     # (N,) int64: bytes of each image's file
     archive: Archive | None = None      # where the folder has an images.tar
-
-    def file(self, i: int) -> bytes:
-        """The path of image i for the operating system."""
-        return os.path.join(os.fsencode(self.folder), self.path_bytes[i])
-
-    def open(self, i: int) -> bytes | io.BytesIO:
-        """What Pillow opens image i by. DataError where its bytes in images.tar are damaged."""
-        return io.BytesIO(self.archive.member(i).read_bytes()) if self.archive else self.file(i)
-
-    def full_name(self, i: int) -> str:
-        """Image i in a message: where it lies, and which row of the manifest it is."""
-        where = f"{self.archive.file}, {self.paths[i]}" if self.archive else \
-            str(self.folder / self.paths[i])
-        return where + (f" (row {i + 2} of manifest.csv)" if self.listed else "")
 
     def images(self, split: str) -> np.ndarray:
         """Image indices of a split, (n,) int64, in manifest order; DataError where it is empty."""
@@ -71,69 +55,69 @@ class Manifest:
         if self.studies is None:
             raise DataError(f"{self.folder / 'manifest.csv'} has no column study, which "
                             "--positives study needs")
+        # A study's name may be another patient's, too: number the pairs of patient and study,
+        # and unknown ones below 0; then count from 0.
         names, study = np.unique(self.studies, return_inverse=True)
         number = self.patient_numbers() * len(names) + study
         number = np.where(self.studies == "", -1 - np.arange(len(study)), number)
         return np.unique(number, return_inverse=True)[1]
 
+    # Where image i lies: for DALI, for Pillow, in a message.
+
     def dali_inputs(self, images: np.ndarray) -> list[np.ndarray]:
-        """What DALI gets of some images, uint8: from images.tar what is in their files,
-        else their full paths as the bytes that the file system knows."""
+        """What DALI gets of some images, one array of uint8 each: the content of their files
+        where it is in images.tar, else their full paths."""
         if self.archive:
             return self.archive.contents(images)
-        text, start = self._full_paths
-        return [text[i:j] for i, j in zip(start[images].tolist(), start[images + 1].tolist())]
+        folder, paths = os.path.join(os.fsencode(self.folder), b""), self.path_bytes
+        return [np.frombuffer(folder + paths[i], np.uint8) for i in images.tolist()]
+
+    def open(self, i: int) -> bytes | io.BytesIO:
+        """What Pillow opens image i by. DataError where its bytes in images.tar are damaged."""
+        if self.archive:
+            return io.BytesIO(self.archive.member(i).read_bytes())
+        return os.path.join(os.fsencode(self.folder), self.path_bytes[i])
+
+    def name_in_message(self, i: int) -> str:
+        """Where image i lies, and which row of the manifest it is."""
+        where = f"{self.archive.file}, {self.paths[i]}" if self.archive else \
+            str(self.folder / self.paths[i])
+        return where + (f" (row {i + 2} of manifest.csv)" if self.listed else "")
 
     @functools.cached_property
     def path_bytes(self) -> list[bytes]:
         """The paths for the operating system; a manifest's are UTF-8, whatever the locale is."""
-        return encoded(self.paths) if self.listed else [os.fsencode(path) for path in self.paths]
-
-    @functools.cached_property
-    def _full_paths(self) -> tuple[np.ndarray, np.ndarray]:
-        """All of them in one array, and where each of them starts in it, (N + 1,)."""
-        folder = os.path.join(os.fsencode(self.folder), b"")
-        names = self.path_bytes
-        lengths = np.fromiter(map(len, names), np.int64, len(names)) + len(folder)
-        text = b"".join([part for name in names for part in (folder, name)])
-        return np.frombuffer(text, np.uint8), np.concatenate([[0], np.cumsum(lengths)])
+        return as_bytes(self.paths) if self.listed else [os.fsencode(path) for path in self.paths]
 
 
-def encoded(paths: Iterable[str]) -> list[bytes]:
+def as_bytes(paths: Iterable[str]) -> list[bytes]:
     """Paths of a manifest for the operating system."""
     return [path.encode("utf-8", "surrogateescape") for path in paths]
 
 
-def read_manifest(folder: str | Path, packed: bool = True, images_on_disk: bool = True) -> Manifest:
+def read_manifest(folder: str | Path, use_tar: bool = True, check_files: bool = True) -> Manifest:
     """Read and check `folder`/manifest.csv, and that every image in it is there.
 
-    packed: take the images from images.tar if there is one, and else from their own files.
-    images_on_disk: False leaves it to the caller to look for the files.
+    use_tar: take the images from images.tar if there is one, and else from their own files.
+    check_files: look whether these are there; False leaves that to the caller.
     DataError names the file, the row (the header is row 1) and the column."""
     file = Path(folder) / "manifest.csv"
     if not file.is_file():
         raise DataError(f"{folder} is not a data folder: {file} is missing "
                         "(`python prepare.py nih --src DIR --out DIR`, or another source, makes "
                         "one; --data names another; `python pretrain.py --demo` brings its own)")
-    # The slow way is taken where the fast one has doubts; it says which row and column is wrong.
+    # The fast way gives nothing where anything is unusual. The slow one reads that, too, or says
+    # which row and column is wrong.
     table = table_at_once(file) or table_by_rows(file, folder)
-    manifest = Manifest(Path(folder), *table)
-    if archive := packed and open_archive(manifest.folder, manifest.paths, manifest.path_bytes):
+    manifest = Manifest(Path(folder), *table)  # the fields of Manifest in their order
+    files = manifest.folder, manifest.paths, manifest.path_bytes
+    archive = open_archive(*files) if use_tar else None
+    sizes = None
+    if archive:
         # A sample of a hundred finds a tar that is older than the images.
         sample = np.unique(np.linspace(0, len(manifest.paths) - 1, 100).astype(int))
         check_against_folder(archive, manifest.folder, manifest.path_bytes, sample)
-        return dataclasses.replace(manifest, archive=archive, sizes=archive.table["size"])
-    if images_on_disk:
-        manifest = dataclasses.replace(manifest, sizes=sizes_on_disk(
-            manifest.folder, manifest.paths, manifest.path_bytes))
-    return manifest
-
-
-def image_flags(folder: str | Path) -> dict[str, Any]:
-    """The flags that shaped the images of a data folder, {name: value} as prepare.py wrote them;
-    {} where nothing says it: the folder was not made by prepare.py."""
-    try:
-        made = json.loads((Path(folder) / "prepare.json").read_text("utf-8"))
-        return {name: made[name] for name in ("size", "quality", "stretch")}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        sizes = archive.table["size"]
+    elif check_files:
+        sizes = sizes_on_disk(*files)
+    return dataclasses.replace(manifest, archive=archive, sizes=sizes)

@@ -1,25 +1,17 @@
-"""The networks of pre-training, encoder and projection head, and the features of a data folder.
+"""The network of pre-training: encoder and projection head.
 
 The encoder is torchvision's ResNet with a one-channel stem and without `fc`, so that
 its state dict loads into torchvision's own model. Its input is a normalised radiograph,
 (B, 1, S, S); its output the pooled features, (B, D).
 """
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
 
-from checkpoint import ARCHITECTURES, CheckpointError, encoder_weights
-
-if TYPE_CHECKING:
-    from dali_pipeline import Loader
+from checkpoint import ARCHITECTURES, CheckpointError, encoder_weights, fold_rgb_stem
 
 MEAN, STD = 0.5, 0.25               # the input is (gray level - MEAN) / STD, gray levels in [0, 1]
-IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])
-IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -46,31 +38,15 @@ def build_encoder(arch: str, init: str = "random",
 
     state = encoder_weights(init, arch, encoder.state_dict(), say)
     rgb = state["conv1.weight"].shape[1] == 3
-    encoder.load_state_dict(fold_rgb_stem(state) if rgb else state)
+    encoder.load_state_dict(fold_rgb_stem(state, MEAN, STD) if rgb else state)
     return encoder
 
 
 def num_features(encoder: torchvision.models.ResNet) -> int:
     """D, the width of what the encoder gives."""
     width = encoder.num_features
-    assert isinstance(width, int)
+    assert isinstance(width, int)  # which a type checker cannot know of a module's attribute
     return width
-
-
-def fold_rgb_stem(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The one-channel network that computes what an RGB one does on a gray image repeated thrice.
-
-    The RGB stem sees channel c as (x - mean_c) / std_c, ours sees y = (x - m) / s. Put x = m + s y
-    into the former: the weights become sum_c w_c s / std_c, and a constant remains, the sum of
-    w_c (m - mean_c) / std_c over channels and kernel. The batch norm behind the stem absorbs it
-    where its running mean is lowered by as much. Exact but for the outermost pixels, where the
-    zeros of the padding mean the gray level m here and mean_c there."""
-    weight = state["conv1.weight"]                                              # (C, 3, 7, 7)
-    mean, std = IMAGENET_MEAN.view(3, 1, 1).to(weight), IMAGENET_STD.view(3, 1, 1).to(weight)
-    constant = (weight * (MEAN - mean) / std).sum((1, 2, 3))                    # (C,)
-    return state | {
-        "conv1.weight": (weight * STD / std).sum(1, keepdim=True),              # (C, 1, 7, 7)
-        "bn1.running_mean": state["bn1.running_mean"] - constant}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -98,33 +74,3 @@ class SimCLR(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.projector(self.encoder(x))
-
-
-# --------------------------------------------------------------------------------------------------
-# Features of the images of a data folder.
-
-@torch.no_grad()
-def extract_features(net: nn.Module, width: int, loader: "Loader",
-                     dtype: torch.dtype | None = None) -> Tensor:
-    """Outputs (n, width) of a network for the loader's n images, float32 on the loader's device.
-
-    They are in the loader's order and the same on every process: process `rank` gets
-    images rank, rank + world_size, ... and fills their rows, and the sum over the
-    processes completes the others, exactly. dtype: autocast's, None for float32. The
-    network's mode is restored."""
-    training = net.training
-    net.eval()
-    features = torch.zeros(len(loader.images), width, device=loader.device)
-    row = loader.rank
-    for x, _ in loader:
-        with torch.autocast(loader.device.type, dtype, enabled=dtype is not None):
-            y = net(x.contiguous(memory_format=torch.channels_last))            # (b, width)
-        end = row + loader.world_size * len(y)
-        features[row:end:loader.world_size] = y.float()
-        row = end
-    if loader.world_size > 1:
-        dist.all_reduce(features)
-    net.train(training)
-    return features
-
-

@@ -1,11 +1,14 @@
 """Random numbers as a function of whose they are: NumPy's Philox for many images in one go.
 
 Philox4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") turns a
-key of two and a counter of four numbers into four random ones. Nothing depends on what was
-drawn before. NumPy has it too, but needs a generator object for each counter, which is ten
-times slower for a batch of images; the numbers are the same.
+key of two and a counter of four numbers into four random ones. Nothing depends on
+what was drawn before. NumPy has it too, but needs a generator object for each counter,
+which is ten times slower for a batch of images; the numbers are the same.
 """
 import numpy as np
+
+# What numbers are drawn for. With the seed it is the key, so that no two uses share a number.
+SHUFFLE, VIEW, RESAMPLE, PARTNER = range(4)
 
 # The multipliers of a round, and what is added to the two halves of the key after it.
 MULTIPLIERS = 0xD2E7470EE14C6C93, 0xCA5A826395121157
@@ -13,16 +16,24 @@ WEYL = 0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B
 LOW, HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
-def uniform_numbers(key: tuple[int, int], count: int, *counter: np.ndarray | int) -> np.ndarray:
-    """`count` numbers in [0, 1) for each of B counters, (count, B) float64.
+def generator(seed: int, purpose: int, epoch: int) -> np.random.Generator:
+    """NumPy's generator for one purpose and epoch, for numbers of no image in particular."""
+    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, 0, epoch]))
 
-    counter: three numbers, or arrays (B,) of them. Column i is what NumPy's
-    Generator(Philox(key, [0, counter[0][i], counter[1][i], counter[2][i]])) draws."""
+
+def uniform_numbers(key: tuple[int, int], count: int, *counter: np.ndarray | int) -> np.ndarray:
+    """`count` numbers in [0, 1) for each counter, (count, ...) float64.
+
+    key: seed and purpose. counter: three numbers, or arrays of them that broadcast to
+    shape (...). Those of counter a, b, c are what NumPy's
+    Generator(Philox(key, [0, a, b, c])) draws."""
+    shape = np.broadcast_shapes(*map(np.shape, counter))
     # A counter gives a block of four numbers. NumPy counts up before it draws the first block.
-    blocks = np.arange(1, 1 + (count + 3) // 4, dtype=np.uint64)[:, None]       # (b, 1)
+    blocks = np.arange(1, 1 + (count + 3) // 4, dtype=np.uint64)                # (b,)
+    blocks = blocks.reshape(-1, *[1] * len(shape))                              # (b, 1, ...)
     counters = np.broadcast_arrays(blocks, *(np.asarray(c, np.uint64) for c in counter))
-    numbers = np.stack(_philox(key, counters), axis=1)                          # (b, 4, B)
-    numbers = numbers.reshape(4 * len(blocks), -1)[:count]                      # 64 bits each
+    numbers = np.stack(_philox(key, counters), axis=1)                          # (b, 4, ...)
+    numbers = numbers.reshape(-1, *shape)[:count]                               # 64 bits each
     return (numbers >> np.uint64(11)) * 2.0 ** -53
 
 

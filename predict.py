@@ -45,14 +45,15 @@ import run_folder
 from archive import Archive, Member
 from checkpoint import (
     MALFORMED, PREPROCESSING, CheckpointError, last_line, load_checkpoint, settings_of)
-from classifier import Classifier, rebuild_projector
+from classifier import Classifier, image_flags, rebuild_projector
 from common import DataError, plain_name, restart_in_utf8, whole_file, write_csv
 from dali_pipeline import Loader, Preprocessing, eval_loader
 from dicom import is_dicom, read_radiograph
 from flags import PRECISION, THREADS, differing_flags, flag, positional
 from labels import to_probabilities
-from manifest import Manifest, image_flags, read_manifest
-from model import MEAN, STD, build_encoder, extract_features, num_features
+from manifest import Manifest, read_manifest
+from model import MEAN, STD, build_encoder, num_features
+from probe import extract_features
 from prepare import Conversion, convert, count_notes, look_back_at
 from radiograph import (
     EXTENSIONS, FORMATS, MIN_SIDE, ImageSettings, Reading, blank_reason, find_files, in_parallel,
@@ -184,7 +185,7 @@ def find_inputs(data: Path) -> Inputs:
     """The images of a data folder, those of another folder, or the one file; DataError if none."""
     # An image that the manifest lists and that is missing will cost one row, as a broken one does.
     if (data / "manifest.csv").exists():
-        manifest = read_manifest(data, images_on_disk=False)
+        manifest = read_manifest(data, check_files=False)
         return Inputs(data, manifest.paths, [], True, manifest.archive)
     if data.is_file():
         return Inputs(data.parent, [data.name], [], listed=False)
@@ -449,7 +450,7 @@ def predict(config: Config, compute: Compute, resources: contextlib.ExitStack) -
     check_outs(configs, inputs)
 
     # One DIR after the other. What is wrong with one of them stops no other.
-    net, problems = compute.place(net), []
+    net, problems = compute.to_device(net), []
     for config_of_one, inputs_of_one in zip(configs, inputs):
         try:
             with contextlib.ExitStack() as until_next:

@@ -40,7 +40,7 @@ from common import (                  # first: it answers Ctrl-C while the rest 
     DataError, errors_in_one_sentence, lock, open_text, print_any_name, read_text,
     restart_in_utf8, whole_file, write_csv, write_text)
 import archive
-from manifest import encoded, read_manifest
+from manifest import as_bytes, read_manifest
 from manifest_csv import FIRST_COLUMNS, OPTIONAL_COLUMNS, SPLITS
 
 import numpy as np
@@ -609,7 +609,7 @@ def pack(args: argparse.Namespace) -> int:
     if not args.folder.is_dir():            # it would be made, for its lock
         raise DataError(f"{args.folder} is not a folder")
     with lock_folder(args.folder):
-        manifest = read_manifest(args.folder, packed=False)
+        manifest = read_manifest(args.folder, use_tar=False)
         files = [args.folder / path for path in manifest.paths]
         looks = in_parallel(partial(look_at, size=None), files, args.workers, "decode")
         broken = [f"{path}: {look.problem}" for path, look in zip(manifest.paths, looks)
@@ -663,9 +663,9 @@ def find_problems(folder: Path, split_of: dict[str, str], workers: int) -> dict[
     order = {"test": 0, "val": 1}
     paths = sorted(split_of, key=lambda path: order.get(split_of[path], 2))
     rows = {path: i for i, path in enumerate(split_of)}
-    packed = archive.open_archive(folder, list(rows), encoded(rows))
+    packed = archive.open_archive(folder, list(rows), as_bytes(rows))
     if packed:
-        archive.check_against_folder(packed, folder, encoded(rows), np.arange(len(rows)))
+        archive.check_against_folder(packed, folder, as_bytes(rows), np.arange(len(rows)))
     files = [packed.member(rows[path]) if packed else folder / path for path in paths]
     looks = in_parallel(partial(look_at, size=size), files, workers, "verify")
 

@@ -14,44 +14,36 @@ rate, say.
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import math
-import operator
 import signal
 import sys
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import run  # first: it answers Ctrl-C while PyTorch loads
+import run  # before PyTorch, which loads for seconds: from here on Ctrl-C is one sentence
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import make_grid
 
-import run_folder
-from checkpoint import (
-    ARCHITECTURES, FORMAT, MALFORMED, CheckpointError, first_not_finite, last_line,
-    load_checkpoint, save_checkpoint)
+from checkpoint import ARCHITECTURES
 from common import DataError
 from dali_pipeline import Preprocessing, train_loader
 from flags import PRECISION, THREADS, flag
-from lars import LARS
 from loss import diagnostics, nt_xent
 from manifest import Manifest, read_manifest
-from model import MEAN, STD, SimCLR, build_encoder
+from model import MEAN, STD
 from probe import Probe, probe_sentence
 from run import Compute
 from run_folder import Curves, Progress, diverged
-from sampling import choose_sampling
+from sampling import Sampling, choose_sampling
+from syncbn import unchanged_statistics
+from training import Training
 from views import Augmentation
 
-# What a run writes, and --overwrite deletes. The first of them is what a run goes on from.
-RESULTS = ("last.pt", "encoder.pt", "log.jsonl", "events.out.tfevents.*")
 # Peak learning rates for a batch of 256; larger batches get more in proportion (Goyal et al. 2017).
 BASE_LR = {"lars": 0.3, "adam": 5e-4, "adamw": 5e-4}
 PUBLISHED = Augmentation()
@@ -78,8 +70,9 @@ class Config:
     proj_dim: int = flag(128, "width of the projections", 1)
 
     image_size: int = flag(224, "side of a view, pixels", 1, section="preprocessing and views")
-    normalize: str = flag("fixed", "by a fixed mean and deviation, or each image to these",
-                          choices=("fixed", "image"))
+    normalize: str = flag(
+        "fixed", "by a fixed mean and deviation; image: each image is first brought to these",
+        choices=("fixed", "image"))
     clahe: bool = flag(False, "adaptive histogram equalisation of each image")
     crop_area: tuple[float, float] = flag(
         PUBLISHED.crop_area, "area of the crop, as a share of the image", metavar=("LOW", "HIGH"))
@@ -105,13 +98,13 @@ class Config:
         (0.07,), "of NT-Xent; with two, a cosine goes from HIGH to LOW and back", 1e-6, 1e6,
         metavar=("LOW", "HIGH"))
     positives: str = flag(
-        "image", "the second view is of the same image, or of another of its patient or study, "
-        "where there is one", choices=("image", "patient", "study"))
+        "image", "what the second view is of: the same image, or another of its patient or "
+        "study, where there is one", choices=("image", "patient", "study"))
     balance: tuple[str, ...] = flag(
         (), "draw images in an epoch so that each patient, or present and absent of each of these "
         "labels, comes equally often", metavar="patient|LABEL")
     weigh_loss: bool = flag(
-        False, "instead of drawing by --balance, draw each image once and weigh its loss by it")
+        False, "weigh the loss by --balance, instead of drawing by it")
     same_patient: bool = flag(
         False, "count other images of an anchor's patient among its negatives")
     decoupled: bool = flag(False, "leave the positive out of the denominator")
@@ -121,7 +114,8 @@ class Config:
         0.0, "share of negatives that are of the anchor's kind, tau+ of Chuang et al.", 0, 0.999)
     optimizer: str = flag("lars", "optimizer; lars as published", choices=tuple(BASE_LR))
     lr: float = flag(  # None until __post_init__
-        None, "peak learning rate for a batch of 256 (default: lars 0.3, adam and adamw 5e-4)",
+        None, "peak learning rate for a batch of 256 (default: lars 0.3, adam and adamw 5e-4, "
+        "adamw with --demo 2e-3)",
         1e-12, 1e30)
     weight_decay: float = flag(1e-6, "decay of weights, not of biases and batch norm", 0, 1e6)
     warmup_epochs: float = flag(10.0, "epochs of linear warm-up", 0, 1e6)
@@ -147,10 +141,18 @@ class Config:
             data="data/demo", out="runs/demo", arch="resnet18", image_size=64,
             normalize="image", crop_area=(0.5, 1.0), rotation=20.0, blur=(0.1, 1.0),
             brightness=0.3, contrast=0.3, epochs=14, batch_size=128, temperature=(0.1,),
-            optimizer="adamw", lr=2e-3, warmup_epochs=1.0, probe_every=4)
+            optimizer="adamw", warmup_epochs=1.0, probe_every=4)
+
+    def augmentation(self) -> Augmentation:
+        """Each of its fields has a flag of the same name."""
+        return Augmentation(**{field.name: getattr(self, field.name)
+                               for field in dataclasses.fields(Augmentation)})
 
     def __post_init__(self):
-        self.lr = BASE_LR[self.optimizer] if self.lr is None else self.lr
+        if self.lr is None:
+            in_demo = self.demo and self.optimizer == "adamw"
+            self.lr = 2e-3 if in_demo else BASE_LR[self.optimizer]
+        # What the range of one flag cannot say.
         low, high = self.crop_area
         if not 0 < low <= high <= 1:
             raise ValueError(f"--crop-area {low} {high} must rise, within 0 to 1")
@@ -166,145 +168,151 @@ class Config:
             raise ValueError(f"--gamma {self.gamma[0]:g} {self.gamma[1]:g} must rise")
         if self.weigh_loss and not self.balance:
             raise ValueError("--weigh-loss needs --balance, which says by what")
+        if self.positives != "image" and self.same_patient:
+            raise ValueError(f"--same-patient would count images among an anchor's negatives that "
+                             f"--positives {self.positives} makes its positives")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"--warmup-epochs {self.warmup_epochs:g} leaves nothing of --epochs "
-                             f"{self.epochs}")
+                             f"{self.epochs}: give a smaller --warmup-epochs too")
 
 
 # --------------------------------------------------------------------------------------------------
-# What is trained.
+# The stage. What it calls stands below, in the order in which it is called.
 
-class Training:
-    """All that a step changes. last.pt keeps it, and the flags, and which images it saw.
+def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) -> None:
+    """Train until --epochs, --max-steps or a signal. FloatingPointError where it diverges.
 
-    images_digest: of the train split's paths; last.pt may be copied without config.json.
-    The views follow from the images, the flags and the step, so that last.pt needs no
-    state of the loader."""
+    resources: run.main closes them however the run ends."""
+    # The data: which images there are, and which of them form a batch.
+    manifest, train = read_data(config, compute)
+    sampling = choose_sampling(manifest, train, config.balance, config.weigh_loss,
+                               config.positives, config.same_patient)
+    probe = choose_probe(config, manifest)
+    schedule = Schedule(config, len(train), probe is not None)
 
-    def __init__(self, config: Config, compute: Compute, images_digest: str):
-        torch.manual_seed(config.seed)
-        # A run that goes on takes its weights from last.pt, and does not read or download --init.
-        goes_on = Path(config.out, "last.pt").exists() and not config.overwrite
-        encoder = build_encoder(config.arch, "random" if goes_on else config.init, compute.say)
-        net = SimCLR(encoder, config.proj_layers, config.proj_width, config.proj_dim)
-        self.config, self.images_digest = config, images_digest
-        self.settings = dataclasses.asdict(config) | {"mean": MEAN, "std": STD}
-        self.step = 0     # steps taken
-        self.probed = -1  # the step after which the features were last probed
-        self.net = compute.place(net)
+    # Network, optimizer, scaler, step and last probe: from last.pt in the run folder if there is
+    # one, else new. A folder that holds a run with other flags or data is refused; a copied last.pt
+    # in an otherwise empty one is taken. The folder stays locked until the run ends.
+    training = Training(config, compute)
+    training.begin_or_go_on(manifest, train, probe, resources)
+    if training.step >= schedule.last_step:
+        end_at_once(training, schedule)
+        return
 
-        # Decay shrinks what multiplies features, not what shifts or scales them.
-        weights = [p for p in self.net.parameters() if p.ndim > 1]
-        biases = [p for p in self.net.parameters() if p.ndim <= 1]  # and batch norm
-        groups = [dict(params=weights, weight_decay=config.weight_decay),
-                  dict(params=biases, weight_decay=0.0)]
-        if config.optimizer == "lars":
-            self.optimizer: torch.optim.Optimizer = LARS(groups, config.lr)
+    # Two views of each image.
+    preprocessing = Preprocessing(config.image_size, config.normalize, config.clahe)
+    batches = train_loader(
+        manifest, train, config.batch_size, steps=range(training.step, schedule.last_step),
+        views=2, augmentation=config.augmentation(), preprocessing=preprocessing,
+        seed=config.seed, draw_weights=sampling.draw_weights, pair_group=sampling.pair_group,
+        **compute.loader_arguments())
+    introduce(training, schedule, probe)
+    train_steps(training, schedule, iter(batches), sampling, probe, preprocessing, resources)
+
+
+def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list[Tensor]],
+                sampling: Sampling, probe: Probe | None, preprocessing: Preprocessing,
+                resources: contextlib.ExitStack) -> None:
+    """The loop, from the step of `training` to the last one of `schedule` or a signal."""
+    config, compute, say = training.config, training.compute, training.compute.say
+    net, optimizer, scaler = training.net, training.optimizer, training.scaler
+    # model is net, compiled and in DistributedDataParallel, for training steps. Probes and
+    # checkpoints use net itself.
+    model = compute.data_parallel(torch.compile(net) if config.compile else net)
+    model.train()
+    # Each process has own_batch images of a batch and encodes `piece` of them at once: all,
+    # unless --micro-batch says less.
+    own_batch = config.batch_size // compute.world_size
+    piece = min(config.micro_batch or own_batch, own_batch)
+    # DistributedDataParallel's first backward pass rounds otherwise; see Compute.rehearse.
+    compute.rehearse(model, (2 * piece, 1, config.image_size, config.image_size))
+    loss_options = dict(decoupled=config.decoupled, hardness=config.hardness, prior=config.prior)
+    start_step = training.step
+    curves = Curves(config, compute.rank == 0, start_step)
+    progress = Progress(config, config.batch_size, compute, start_step)
+    stop = run.StopSignal(resources)
+
+    # After `step` steps: probe, save, leave if it is time; then take one more.
+    while True:
+        step = training.step
+        at_end = step == schedule.last_step
+        stop_signal = stop.received(compute)
+        with progress.pause():
+            # Every few epochs: do the features get better, and not only the loss? A signal
+            # leaves no time to ask, and the run that goes on asks then. After the last step
+            # no run goes on, so it is asked anyway.
+            probed = False
+            if (probe and step in schedule.probe_steps and step > training.last_probe
+                    and (at_end or not stop_signal)):
+                scores = probe.scores(net.encoder, piece, preprocessing, compute)
+                if not scores:
+                    raise diverged(f"the features are not finite after step {step}", config)
+                training.last_probe, probed = step, True
+                curves.add(step, schedule.epoch(step), scores)
+                say(f"{schedule.position(step)} | {probe_sentence(scores)}")
+
+            # After a probe, every few steps, at the end and at a signal: save.
+            due = probed or step % config.save_every == 0 or at_end or stop_signal
+            unsaved = step > start_step or probed  # last.pt may have this step already
+            if due and unsaved and step > 0 and compute.rank == 0:
+                training.save()
+        if at_end:
+            break
+        if stop_signal:
+            leave(stop_signal, training)
+
+        # Learning rate and temperature depend on the step alone.
+        lr, tau = schedule.learning_rate(step), schedule.temperature(step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        # Load two views of each image.
+        with progress.waiting():
+            view1, view2, index = next(batches)                         # (N, 1, S, S) each, (N,)
+        x = torch.cat([view1, view2])                                   # (2N, 1, S, S)
+        patients = compute.send(sampling.patients[index])               # (N,)
+        weights = None
+        if sampling.loss_weights is not None:
+            weights = compute.send(sampling.loss_weights[index])        # (N,)
+        loss_of = functools.partial(
+            nt_xent, temperature=tau, patients=patients, weights=weights, **loss_options)
+
+        # Encode the views as one batch, compare each projection with those of all processes, and
+        # go back to the weights.
+        if piece == own_batch:
+            with compute.autocast():
+                z1, z2 = model(x).chunk(2)                              # (N, proj_dim) each
+            loss = loss_of(z1, z2)
+            scaler.scale(loss).backward()
         else:
-            adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
-            self.optimizer = adam(groups, config.lr, fused=compute.cuda)
-        # float16 underflows where gradients are small, so the loss is
-        # scaled up; bf16 needs no scaling.
-        self.scaler = torch.amp.GradScaler(
-            compute.device.type, enabled=compute.precision == "fp16")
+            z1, z2, loss = backward_in_pieces(model, x, 2 * piece, loss_of, scaler, compute)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
 
-    def load(self, file: Path) -> None:
-        """Go on from a last.pt; CheckpointError or DataError where it belongs to another run."""
-        state = load_checkpoint(file)
-        if not {"model", "optimizer", "scaler", "step", "config", "images"} <= state.keys():
-            raise CheckpointError(f"{file} is no last.pt of a pre-training run")
-        # Other shapes do not fit, and a step means so many images: batch_size stays, too.
-        for name in ("arch", "optimizer", "batch_size"):
-            in_file, flag_value = state["config"].get(name), getattr(self.config, name)
-            if in_file != flag_value:
-                raise CheckpointError(f"{file} has --{name.replace('_', '-')} {in_file}, "
-                                      f"not {flag_value}")
-        if state["images"] != self.images_digest:
-            raise DataError(f"{self.config.data}/manifest.csv lists other training images than "
-                            f"when {file} was saved")
-        # PyTorch itself compares the widths and the number of the layers.
-        try:
-            self.net.load_state_dict(state["model"])
-            # The moments come from the file, what steers them from the flags and this machine.
-            moments = {"state": state["optimizer"]["state"]}
-            self.optimizer.load_state_dict(self.optimizer.state_dict() | moments)
-            if state["scaler"]:  # empty where the run computed without one until now
-                self.scaler.load_state_dict(state["scaler"])
-            self.step = operator.index(state["step"])
-            self.probed = operator.index(state.get("probed", self.step))
-        except MALFORMED as error:
-            reason = last_line(error)
-            raise CheckpointError(f"{file} does not fit these flags: {reason}") from None
+        # Every few steps: a point on the curves. Reading the loss waits for the GPU, so not always.
+        if step == start_step:
+            curves.add_image("views", view_pairs(view1, view2), step)
+        training.step += 1
+        step = training.step  # from here on with this step
+        progress.add(loss, step)
+        if step % config.log_every == 0 or step == schedule.last_step:
+            watched = diagnostics(z1, z2, patients, weights, config.decoupled)
+            # Averaged over the processes; FloatingPointError where a loss was not finite.
+            scalars = progress.read(step, watched) | {"lr": lr, "temperature": tau}
+            curves.add(step, schedule.epoch(step), scalars)
+            speed = scalars["images_per_second"]
+            say(f"{schedule.position(step)} | loss {scalars['loss']:.4f} (chance "
+                f"{scalars['chance']:.2f}) | lr {lr:.2e} | {speed:.0f} img/s | wait "
+                f"{scalars['wait_share']:.0%} | eta {schedule.time_left(step, speed)}")
 
-    def save(self) -> None:
-        """Write last.pt and encoder.pt. FloatingPointError where a weight, or what the optimizer
-        remembers of it, is not finite."""
-        # A poisoned state must not replace the last good one.
-        if name := first_not_finite(self.net, self.optimizer):
-            raise diverged(f"{name} is not finite after step {self.step}", self.config)
-        save_checkpoint(Path(self.config.out) / "last.pt", {
-            "model": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(), "step": self.step, "probed": self.probed,
-            "config": self.settings, "images": self.images_digest})
-        self.save_encoder()
-
-    def save_encoder(self) -> None:
-        save_checkpoint(Path(self.config.out) / "encoder.pt", {
-            "format": FORMAT, "arch": self.config.arch, "step": self.step,
-            "config": self.settings, "encoder": self.net.encoder.state_dict(),
-            "projector": self.net.projector.state_dict()})
+    curves.close(config)
+    compute.barrier()  # the last save is done before any process leaves
+    say(f"done: {training.encoder_file}")
 
 
 # --------------------------------------------------------------------------------------------------
-# What is prepared before the loop.
-
-def input_digests(config: Config, manifest: Manifest, train: np.ndarray,
-                  probe: Probe | None) -> dict[str, dict[str, str]]:
-    """What the run is made of, as {name: {path: digest}}: the same wherever the files lie."""
-    # Labels that come later make no other run, unless this one draws or pairs images by the table.
-    whole_table = config.balance or config.positives != "image"
-    content = run_folder.content_of_data(manifest, None if whole_table else train)
-    found = {"data": {config.data: content}}
-    if not config.same_patient:
-        found["patients"] = {config.data: run_folder.patients_digest(manifest, train)}
-    if config.probe_data and probe:
-        content = run_folder.content_of_data(probe.manifest)
-        found["probe_data"] = {config.probe_data: content}
-    if Path(config.init).is_file():  # it is not needed once there is a last.pt
-        found["init"] = {config.init: run_folder.content_of_file(config.init)}
-    return found
-
-
-def begin_or_go_on(training: Training, inputs: dict[str, dict[str, str]], config: Config,
-                   compute: Compute, resources: contextlib.ExitStack) -> None:
-    """Lock the run folder for this run and bring `training` to where its last.pt left off.
-
-    A run goes on with the flags and the inputs that config.json has, but for flags that
-    `may_differ`. A last.pt that was copied from another run has no config.json beside it:
-    it fits if networks, optimizer, batch size and images are the same."""
-    out, last = Path(config.out), Path(config.out) / "last.pt"
-    if compute.rank == 0:
-        if last.exists() and not (out / "config.json").exists() and not config.overwrite:
-            # Copied: refuse what does not fit before config.json is written. All processes load
-            # it below.
-            training.load(last)
-        if (out / "encoder.pt").exists() and not last.exists() and not config.overwrite:
-            raise DataError(f"{out} holds an encoder.pt and no last.pt to go on from; choose "
-                            "another --out, or give it up with --overwrite")
-        run_folder.open_run(config, "pretrain", RESULTS, resources, "last.pt", inputs)
-    # From here on the folder belongs to this run, and all processes start from the same file.
-    compute.barrier()
-    if last.exists():
-        training.load(last)
-    if not compute.same_everywhere(training.step):
-        raise DataError(f"the processes do not see the same {last}: --out must lie on storage "
-                        "that all of them see")
-    # A copy of the data folder on each machine's own disk may be an old one.
-    content = json.dumps([list(inputs[name].values()) for name in ("data", "patients")
-                          if name in inputs])
-    if not compute.same_everywhere(zlib.crc32(content.encode())):
-        raise DataError(f"the processes do not see the same train split in {config.data}")
-
+# The data, and when what happens.
 
 def read_data(config: Config, compute: Compute) -> tuple[Manifest, np.ndarray]:
     """The data folder and the images of its train split; for --demo it is made first."""
@@ -319,8 +327,8 @@ def read_data(config: Config, compute: Compute) -> tuple[Manifest, np.ndarray]:
         raise DataError(f"--batch-size {config.batch_size} is larger than the train split: "
                         f"{len(train)} images")
     if config.batch_size % compute.world_size:
-        raise DataError(f"--batch-size {config.batch_size} is global and must divide by the "
-                        f"{compute.world_size} processes")
+        raise DataError(f"--batch-size {config.batch_size} is global and must be divisible by the "
+                        f"number of processes, {compute.world_size}")
     return manifest, train
 
 
@@ -343,217 +351,128 @@ class Schedule:
     def __init__(self, config: Config, n_images: int, has_probe: bool):
         """n_images: in the train split."""
         self.n_images, self.batch_size = n_images, config.batch_size
+        # Larger batches take larger steps, in proportion.
         self.peak_lr = config.lr * config.batch_size / 256
         self.temperatures = config.temperature
-        self.total = config.epochs * n_images // config.batch_size
-        self.warmup = config.warmup_epochs * n_images / config.batch_size
+        self.total_steps = self.step_at(config.epochs)
+        self.warmup_steps = config.warmup_epochs * n_images / config.batch_size  # or a part of one
         # Where this run stops, and after which steps the features are probed.
-        self.end = self.total if config.max_steps is None else min(self.total, config.max_steps)
-        self.probes = set()
+        self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
+        self.probe_steps = set()
         if has_probe:
             epochs = range(0, config.epochs, config.probe_every)
-            self.probes = {epoch * n_images // config.batch_size for epoch in epochs} | {self.total}
+            self.probe_steps = {self.step_at(epoch) for epoch in epochs} | {self.total_steps}
 
-    def learning_rate(self, step: int) -> float:
-        return run.learning_rate(step, self.total, self.warmup, self.peak_lr)
-
-    def temperature(self, step: int) -> float:
-        """Constant, or a cosine from high to low and back over the run (Kukleva et al. 2023):
-        low ones tell images apart, high ones bring groups together."""
-        low, high = self.temperatures[0], self.temperatures[-1]  # of one number, both
-        return low + (high - low) * (1 + math.cos(2 * math.pi * step / self.total)) / 2
+    def step_at(self, epoch: int) -> int:
+        """The whole steps in so many epochs."""
+        return (epoch * self.n_images) // self.batch_size
 
     def epoch(self, step: int) -> float:
         return step * self.batch_size / self.n_images
 
+    def learning_rate(self, step: int) -> float:
+        return run.warmup_and_cosine(step, self.total_steps, self.warmup_steps, self.peak_lr)
+
+    def temperature(self, step: int) -> float:
+        """Constant, or a cosine from high to low and back over the run (Kukleva et
+        al. 2023): low ones tell images apart, high ones bring groups together."""
+        low, high = self.temperatures[0], self.temperatures[-1]  # of one number, both
+        return low + (high - low) * (1 + math.cos(2 * math.pi * step / self.total_steps)) / 2
+
     def position(self, step: int) -> str:
-        return f"epoch {int(self.epoch(step)):03d} step {step:05d}/{self.total}"
+        return f"epoch {int(self.epoch(step)):03d} step {step:05d}/{self.total_steps}"
+
+    def time_left(self, step: int, images_per_second: float) -> str:
+        minutes = int((self.last_step - step) * self.batch_size / images_per_second) // 60
+        return f"{minutes // 60}h{minutes % 60:02d}m"
 
 
-def backward_in_pieces(model: Any, x: Tensor, size: int, loss_of: Callable,
-                       scaler: torch.amp.GradScaler, compute: Compute) -> tuple[Tensor, Tensor]:
-    """Gradient caching (Gao et al. 2021): the loss of a whole batch, with memory for a piece of it.
+# --------------------------------------------------------------------------------------------------
+# What is said before the first step.
 
-    x: (2N, 1, S, S), encoded `size` views at a time. First without a graph, which gives
-    all projections, the loss, and its gradient with respect to each projection; then once
-    more with one, through which a piece's part of that gradient goes back. The sum is the
-    gradient of the whole batch, but that batch norm's statistics are those of a piece.
+def end_at_once(training: Training, schedule: Schedule) -> None:
+    """A run whose last step was taken before. Its encoder.pt may be missing or older
+    than last.pt, if a kill came between the two, and is written once more."""
+    if training.compute.rank == 0:
+        training.save_encoder()
+    what = "is complete" if training.step >= schedule.total_steps else "has reached --max-steps"
+    training.compute.say(f"{training.config.out} {what}: step {training.step} of "
+                         f"{schedule.total_steps}, encoder in {training.encoder_file}")
 
-    Adds up the gradients of the parameters; returns z (2N, D) and the loss."""
+
+def introduce(training: Training, schedule: Schedule, probe: Probe | None) -> None:
+    """Say what is about to be trained, on what, and how."""
+    config, compute, say = training.config, training.compute, training.compute.say
+    parameters = sum(p.numel() for p in training.net.parameters()) / 1e6
+    say(f"{config.arch} from {config.init}, {parameters:.1f} M parameters, {compute.precision} on "
+        f"{compute.world_size} x {compute.name}")
+    say(f"{schedule.n_images} images of {config.data} at {config.image_size} px, {config.epochs} "
+        f"epochs = {schedule.total_steps} steps of {config.batch_size} images "
+        f"({config.batch_size // compute.world_size} a process)")
+    say(f"{config.optimizer}, learning rate {schedule.peak_lr:.3g} = {config.lr:g} x "
+        f"{config.batch_size} / 256")
+    say(str(probe) if probe else
+        "no probe of the features: it needs --probe-every, labels and a val split")
+    if training.step:
+        say(f"going on from {training.last_file}, step {training.step}")
+
+
+# --------------------------------------------------------------------------------------------------
+# What the loop calls.
+
+def leave(stop_signal: int, training: Training) -> NoReturn:
+    """End a run that somebody stopped. All processes come here at the same step."""
+    config, compute = training.config, training.compute
+    compute.barrier()  # or torchrun might end the one that saves
+    state = f"saved {training.last_file}" if training.step else "nothing to save yet"
+    command = "the same command" + (" without --overwrite" if config.overwrite else "")
+    compute.say(f"{signal.Signals(stop_signal).name} at step {training.step}: {state}; "
+                f"{command} goes on")
+    sys.exit(128 + stop_signal)
+
+
+def backward_in_pieces(model: Any, x: Tensor, views_at_once: int, loss_of: Callable,
+                       scaler: torch.amp.GradScaler, compute: Compute,
+                       ) -> tuple[Tensor, Tensor, Tensor]:
+    """For --micro-batch: gradient caching (Gao et al. 2021), the loss of a whole batch
+    with memory for a piece of it.
+
+    x: (2N, 1, S, S), encoded so many views at a time, twice. The first pass keeps no graph
+    and gives all projections, the loss, and its gradient with respect to the projections.
+    The second encodes each piece again, with a graph, and sends its rows of that gradient
+    back. The parameters' gradients add up to those of the whole batch, but that batch norm
+    sees one piece at a time.
+
+    Returns z1, z2 (N, D) and the loss."""
     net = model.module if isinstance(model, DistributedDataParallel) else model
-    pieces = x.contiguous(memory_format=torch.channels_last).split(size)
-    # The first pass goes past DistributedDataParallel, which would prepare for a backward pass.
-    # Batch norm shall count each image once, in the second pass.
-    with run.unchanged_statistics(net), torch.no_grad(), compute.autocast():
+    pieces = x.split(views_at_once)
+    # The first pass goes past DistributedDataParallel, which would expect a backward
+    # pass, and leaves batch norm's statistics alone, which are to count an image once.
+    with unchanged_statistics(net), torch.no_grad(), compute.autocast():
         z = torch.cat([net(piece) for piece in pieces]).requires_grad_()    # (2N, D)
     loss = loss_of(*z.chunk(2))
-    gradient, = torch.autograd.grad(scaler.scale(loss), z)                  # (2N, D)
-    for i, (piece, of_piece) in enumerate(zip(pieces, gradient.split(size)), 1):
+    z_gradient, = torch.autograd.grad(scaler.scale(loss), z)                # (2N, D)
+    for i, (piece, piece_gradient) in enumerate(zip(pieces, z_gradient.split(views_at_once)), 1):
         # The processes add up their gradients once, after the last piece.
         defer_sync = net is not model and i < len(pieces)
         with model.no_sync() if defer_sync else contextlib.nullcontext():
             with compute.autocast():
                 z_piece = model(piece)
-            z_piece.backward(of_piece)
-    return z.detach(), loss.detach()
+            z_piece.backward(piece_gradient)
+    z1, z2 = z.detach().chunk(2)
+    return z1, z2, loss.detach()
 
 
 def view_pairs(view1: Tensor, view2: Tensor) -> Tensor:
     """The first eight images' views, one above the other, as a picture (3, H, W) in [0, 1]."""
+    # Back to the gray levels from before normalisation.
     pairs = torch.stack([view1[:8], view2[:8]]).flatten(0, 1).float().cpu() * STD + MEAN
     return make_grid(pairs.clamp(0, 1), nrow=len(view1[:8]))
 
 
-def introduce(training: Training, schedule: Schedule, probe: Probe | None,
-              compute: Compute) -> None:
-    """Say what is about to be trained, on what, and how."""
-    config, say = training.config, compute.say
-    parameters = sum(p.numel() for p in training.net.parameters()) / 1e6
-    say(f"{config.arch} from {config.init}, {parameters:.1f} M parameters, {compute.precision} on "
-        f"{compute.world_size} x {compute.name}")
-    say(f"{schedule.n_images} images of {config.data} at {config.image_size} px, {config.epochs} "
-        f"epochs = {schedule.total} steps of {config.batch_size} images "
-        f"({config.batch_size // compute.world_size} a process)")
-    say(f"{config.optimizer}, learning rate {schedule.peak_lr:.3g} = {config.lr:g} x "
-        f"{config.batch_size} / 256")
-    say(probe or "no probe of the features: it needs --probe-every, labels and a val split")
-    if training.step:
-        say(f"going on from {config.out}/last.pt, step {training.step}")
-
-
-# --------------------------------------------------------------------------------------------------
-# The stage.
-
-def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) -> None:
-    """Train until --epochs, --max-steps or a signal. Raises
-    FloatingPointError where it diverges."""
-    # The data, when what happens, and how views are made.
-    say = compute.say
-    manifest, train = read_data(config, compute)
-    probe = choose_probe(config, manifest)
-    schedule = Schedule(config, len(train), probe is not None)
-    preprocessing = Preprocessing(config.image_size, config.normalize, config.clahe)
-    augmentation = Augmentation(**{field.name: getattr(config, field.name)
-                                   for field in dataclasses.fields(Augmentation)})
-    sampling = choose_sampling(manifest, train, config.balance, config.weigh_loss,
-                               config.positives, config.same_patient)
-
-    # Network, optimizer and step, as the last.pt of the run folder left them.
-    paths = "\n".join(manifest.paths[i] for i in train)
-    digest = hashlib.sha256(paths.encode(errors="surrogateescape")).hexdigest()
-    training = Training(config, compute, digest)
-    inputs = input_digests(config, manifest, train, probe)
-    begin_or_go_on(training, inputs, config, compute, resources)
-    net, optimizer, scaler = training.net, training.optimizer, training.scaler
-    start_step, encoder = training.step, Path(config.out) / "encoder.pt"
-    if start_step >= schedule.end:
-        # A kill between the two files of a checkpoint left an older encoder.pt, or somebody
-        # deleted it.
-        if compute.rank == 0:
-            training.save_encoder()
-        what = "is complete" if start_step >= schedule.total else "has reached --max-steps"
-        say(f"{config.out} {what}: step {start_step} of {schedule.total}, encoder in {encoder}")
-        return
-
-    introduce(training, schedule, probe, compute)
-    model = compute.data_parallel(torch.compile(net) if config.compile else net)
-    model.train()
-    own_batch = config.batch_size // compute.world_size
-    piece = min(config.micro_batch or own_batch, own_batch)  # images that are encoded at once
-    compute.rehearse(model, (2 * piece, 1, config.image_size, config.image_size))
-    curves = Curves(config, compute.rank == 0, start_step)
-    stop = run.StopSignal(resources)
-    progress = Progress(config, config.batch_size, compute, start_step)
-    loss, auroc = math.nan, math.nan  # the latest, for the table of hyper-parameters
-    batches = iter(train_loader(
-        manifest, train, config.batch_size, range(start_step, schedule.end), 2, augmentation,
-        preprocessing, config.seed, draw_weights=sampling.draw_weights,
-        groups=sampling.groups, **compute.loader_arguments()))
-    # After `step` steps: probe, save, leave if it is time; then take one more.
-    while True:
-        step, stop_signal = training.step, stop.received(compute)
-        at_end, saved = step == schedule.end, step == start_step
-        with progress.pause():
-            # Every few epochs: do the features get better, and not only the loss? When somebody
-            # wants the machine there is no time for that; the run that goes on will do it.
-            if probe and step in schedule.probes and training.probed < step and (
-                    at_end or not stop_signal):
-                scores = probe.scores(net.encoder, config.batch_size, preprocessing, compute)
-                if not scores:
-                    raise diverged(f"the features are not finite after step {step}", config)
-                training.probed, auroc, saved = step, scores["probe/auroc"], False
-                curves.add(step, schedule.epoch(step), scores)
-                say(f"{schedule.position(step)} | {probe_sentence(scores)}")
-
-            # Every few steps, after a probe, at the end, and when somebody wants the machine: save.
-            due = step % config.save_every == 0 or step in schedule.probes or at_end or stop_signal
-            if compute.rank == 0 and step and due and not saved:
-                training.save()
-        if at_end:
-            break
-        if stop_signal:
-            compute.barrier()  # or torchrun might end the one that saves
-            state = f"saved {config.out}/last.pt" if step else "nothing to save yet"
-            command = "the same command" + (" without --overwrite" if config.overwrite else "")
-            say(f"{signal.Signals(stop_signal).name} at step {step}: {state}; {command} goes on")
-            sys.exit(128 + stop_signal)
-
-        # Set learning rate and temperature, which depend on the step alone.
-        lr, tau = schedule.learning_rate(step), schedule.temperature(step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-
-        # Load two views of each image.
-        with progress.waiting():
-            view1, view2, index = next(batches)                         # (N, 1, S, S) each, (N,)
-        x = torch.cat([view1, view2])                                   # (2N, 1, S, S)
-        patients = compute.send(sampling.patients[index])               # (N,)
-        weights = None
-        if sampling.loss_weights is not None:
-            weights = compute.send(sampling.loss_weights[index])        # (N,)
-        loss_of = functools.partial(
-            nt_xent, temperature=tau, patients=patients, weights=weights,
-            decoupled=config.decoupled, hardness=config.hardness, prior=config.prior)
-
-        # Encode the views as one batch, compare each projection with those of all processes, and
-        # go back to the weights.
-        if piece < own_batch:
-            z, batch_loss = backward_in_pieces(model, x, 2 * piece, loss_of, scaler, compute)
-            z1, z2 = z.chunk(2)
-        else:
-            with compute.autocast():
-                z = model(x.contiguous(memory_format=torch.channels_last))  # (2N, proj_dim)
-            z1, z2 = z.chunk(2)                                         # (N, proj_dim) each
-            batch_loss = loss_of(z1, z2)
-            scaler.scale(batch_loss).backward()
-
-        # Step down the gradient.
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        if step == start_step:
-            curves.add_image("views", view_pairs(view1, view2), step)
-        training.step = step = step + 1  # steps taken
-        progress.add(batch_loss, step)
-
-        # Every few steps: a point on the curves. Reading the loss waits for the GPU, so not always.
-        if step % config.log_every == 0 or step == schedule.end:
-            last = diagnostics(z1, z2, patients, weights, config.decoupled)
-            scalars = progress.read(step, last) | {"lr": lr, "temperature": tau}
-            curves.add(step, schedule.epoch(step), scalars)
-            loss, speed = scalars["loss"], scalars["images_per_second"]
-            left = int((schedule.end - step) * config.batch_size / speed)  # seconds
-            say(f"{schedule.position(step)} | loss {loss:.4f} (chance {scalars['chance']:.2f}) | "
-                f"lr {lr:.2e} | {speed:.0f} img/s | wait {scalars['wait_share']:.0%} | "
-                f"eta {left // 3600}h{left // 60 % 60:02d}m")
-
-    curves.close(config, {"loss": loss, "probe/auroc": auroc})
-    compute.barrier()  # the last save is done before any process leaves
-    say(f"done: {encoder}")
-
-
 def main(argv: list[str] | None = None) -> None:
-    # Training gains from bf16 on a CPU, while probabilities should not depend on the machine.
+    # bf16 on a CPU is for training alone: the later stages' probabilities should not depend on
+    # the machine.
     run.main(pretrain, Config, argv, bf16_on_cpu=True)
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from torchvision.models import ResNet
 from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from dali_pipeline import Loader, Preprocessing, eval_loader
 from manifest import Manifest
-from model import extract_features, num_features
+from model import num_features
 from run import Compute
 from run_folder import rows_digest, sizes_digest
 
@@ -32,6 +33,34 @@ TEMPERATURE = 0.07
 STRENGTHS = 10.0 ** np.arange(-4, 3)
 # Bytes of kept features; NIH's 112,120 images of ResNet-50 take 0.9 GB.
 KEPT_FEATURES = 8 * 2**30
+
+
+# --------------------------------------------------------------------------------------------------
+# Features of the images of a data folder.
+
+@torch.no_grad()
+def extract_features(net: nn.Module, width: int, loader: Loader,
+                     dtype: torch.dtype | None = None) -> Tensor:
+    """Outputs (n, width) of a network for the loader's n images, float32 on the loader's device.
+
+    They are in the loader's order and the same on every process: process `rank` gets
+    images rank, rank + world_size, ... and fills their rows, and the sum over the
+    processes completes the others, exactly. dtype: autocast's, None for float32. The
+    network's mode is restored."""
+    training = net.training
+    net.eval()
+    features = torch.zeros(len(loader.images), width, device=loader.device)
+    row = loader.rank
+    for x, _ in loader:
+        with torch.autocast(loader.device.type, dtype, enabled=dtype is not None):
+            y = net(x)                                                          # (b, width)
+        end = row + loader.world_size * len(y)
+        features[row:end:loader.world_size] = y.float()
+        row = end
+    if loader.world_size > 1:
+        dist.all_reduce(features)
+    net.train(training)
+    return features
 
 
 # --------------------------------------------------------------------------------------------------

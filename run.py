@@ -6,19 +6,17 @@ have to repeat from another script stands here.
 """
 import contextlib
 import dataclasses
-import inspect
 import math
 import os
 import signal
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from common import (  # first: it answers Ctrl-C while PyTorch loads
+from common import (  # before PyTorch, for its answer to Ctrl-C
     ALONE, DataError, Place, errors_in_one_sentence, print_any_name, read_place)
 
 import torch
@@ -27,18 +25,96 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flags import RunConfig, parse
-from syncbn import SyncBatchNorm
+from run_folder import report_but_for_full_disk
+from syncbn import SyncBatchNorm, unchanged_statistics
 
 
 # --------------------------------------------------------------------------------------------------
-# Processes, device, precision.
+# How a run begins.
 
-# Batch norm's statistics are the same on all processes, so that nobody has to send them.
-# The argument that says so is broadcast_buffers, or forward_sync_buffers in newer PyTorch.
-ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
-NO_BROADCAST: dict[str, Any] = {
-    "forward_sync_buffers" if "forward_sync_buffers" in ARGUMENTS else "broadcast_buffers": False}
+def main(stage: Callable, config_class: type, argv: list[str] | None = None,
+         timeout: timedelta = timedelta(minutes=30), bf16_on_cpu: bool = False) -> None:
+    """Run `stage(config, compute, resources)`; what its user can mend ends it in one sentence.
 
+    resources: an ExitStack; what the stage enters there is closed however the run ends.
+    timeout: how long a process waits for another one in a collective call.
+    bf16_on_cpu: whether --precision auto may be bf16 there.
+
+    After Ctrl-C the user is told that the same command goes on. Where it does not, the Config
+    has an attribute `afterwards`, which says what it does instead."""
+    print_any_name()  # a name that the terminal cannot spell ends no run
+    # The main thread reports a full disk; TensorBoard's need not print a traceback as well.
+    threading.excepthook = report_but_for_full_disk
+    config = parse(config_class, argv)
+    script = f"{stage.__name__}.py"
+    # Until its place is known, each process reports for itself; then one of each machine does,
+    # because what is wrong may be so on one machine alone.
+    with errors_in_one_sentence(script, config.out):
+        place = read_place()
+    speaks = place.local_rank == 0
+    afterwards = getattr(config, "afterwards", "")
+    try:
+        with (contextlib.ExitStack() as resources,
+              errors_in_one_sentence(script, config.out, speaks, afterwards)):
+            stage(config, start(config, place, timeout, bf16_on_cpu), resources)
+    except FloatingPointError as error:
+        sys.exit(f"{script}: {error}" if speaks else 1)
+    except torch.OutOfMemoryError:
+        sys.exit(f"{script}: the GPU has too little memory: leave it to this run alone, take a "
+                 "larger one, or, as far as this script can, a smaller --batch-size or "
+                 "--micro-batch, or more GPUs")
+    except RuntimeError as error:
+        # Connection closed by peer, or reset by it, or a broken pipe.
+        if "gloo/transport" not in str(error) and "closed by peer" not in str(error):
+            raise
+        sys.exit(1)  # another process failed, and the first one of its machine says why
+    finally:
+        threading.excepthook = threading.__excepthook__
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def start(config: RunConfig, place: Place = ALONE, timeout: timedelta = timedelta(minutes=30),
+          bf16_on_cpu: bool = False) -> "Compute":
+    """Join the processes that torchrun started, or be the only one."""
+    rank, world_size, local_rank, local_world_size = place
+    cuda = torch.cuda.is_available()
+    if cuda and max(local_rank + 1, local_world_size) > torch.cuda.device_count():
+        raise DataError(f"{local_world_size} processes are too many for "
+                        f"{torch.cuda.device_count()} GPUs")
+    if cuda:
+        torch.cuda.set_device(local_rank)
+        torch.backends.cudnn.benchmark = True  # nearly every batch has the same shape
+    if world_size > 1:
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
+        except (dist.DistError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(
+                f"the {world_size} processes did not meet at {os.environ['MASTER_ADDR']}:"
+                f"{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT): {reason}") from None
+    precision = config.precision
+    if precision == "auto":
+        precision = _fastest_precision(cuda, bf16_on_cpu)
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    cores = len(os.sched_getaffinity(0))
+    threads = config.threads or max(1, min(8, cores // local_world_size))
+    return Compute(rank, world_size, device, precision, threads)
+
+
+def _fastest_precision(cuda: bool, bf16_on_cpu: bool) -> str:
+    """bf16 where GPU or processor computes in it, and does not only imitate it."""
+    if cuda:
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    instructions = set()
+    with contextlib.suppress(OSError):
+        instructions.update(Path("/proc/cpuinfo").read_text().split())
+    faster = bf16_on_cpu and instructions & {"avx512_bf16", "amx_bf16"}
+    return "bf16" if faster else "fp32"
+
+
+# --------------------------------------------------------------------------------------------------
+# Where it computes.
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
@@ -82,18 +158,6 @@ class Compute:
         if self.rank == 0:
             print(*words, flush=True)
 
-    def now(self) -> Any:
-        """A moment on the GPU's own clock, which this process does not wait for; or on a CPU's."""
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self, start: Any, end: Any) -> float:
-        """From one such moment to another, once the GPU has come there."""
-        return start.elapsed_time(end) / 1000 if self.cuda else end - start
-
     def send(self, x: Tensor) -> Tensor:
         """A CPU tensor on the device. From pinned memory, so that this process does not wait."""
         return x.pin_memory().to(self.device, non_blocking=True) if self.cuda else x
@@ -108,148 +172,53 @@ class Compute:
             dist.all_reduce(x, op)
         return x
 
-    def same_everywhere(self, number: int) -> bool:
-        """Whether all processes have the same number."""
-        smallest = self.reduce(torch.tensor(number), dist.ReduceOp.MIN)
-        return bool(smallest == self.reduce(torch.tensor(number), dist.ReduceOp.MAX))
-
-    def place(self, net: nn.Module) -> Any:
+    def to_device(self, net: nn.Module) -> Any:
         """A network on this process's device, with batch norm over the images of all processes."""
         if self.world_size > 1:
             SyncBatchNorm.replace_in(net)
         net = net.to(device=self.device)
+        # The images need no such layout: of one channel, both are the same.
         return net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def data_parallel(self, net: Any) -> Any:
         """The network for the training step: backward() averages gradients over all processes."""
         if self.world_size == 1:
             return net
-        return DistributedDataParallel(net, device_ids=[self.device.index] if self.cuda else None,
-                                       gradient_as_bucket_view=True, **NO_BROADCAST)
+        model = DistributedDataParallel(
+            net, device_ids=[self.device.index] if self.cuda else None,
+            gradient_as_bucket_view=True)
+        # Batch norm's statistics are the same everywhere: do not broadcast them every step. Set
+        # here and not as an argument, because the constructor's own broadcast is wanted.
+        model.broadcast_buffers = False
+        return model
 
     def rehearse(self, model: nn.Module, shape: tuple[int, ...]) -> None:
-        """A forward and backward pass that changes nothing, before the first step of every start.
+        """A forward and backward pass of a batch of this shape, which changes nothing, before the
+        first step of every start.
 
         DistributedDataParallel lays out its gradients anew after its first backward pass, and
         sums of three or more round differently in another layout. Without this, a run that goes
-        on would take one step in the first layout and end with other bits.
-        shape: of a batch."""
+        on would take one step in the first layout and end with other bits."""
         if self.world_size == 1:
             return
         parameter = next(model.parameters())
         x = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
         with unchanged_statistics(model):
             with self.autocast():
-                y = model(x.contiguous(memory_format=torch.channels_last))
+                y = model(x)
             y.float().sum().backward()
             model.zero_grad(set_to_none=True)
 
 
-@contextlib.contextmanager
-def unchanged_statistics(net: nn.Module) -> Iterator[None]:
-    """A context after which batch norm's running statistics are what they were before."""
-    before = [buffer.clone() for buffer in net.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, value in zip(net.buffers(), before):
-            buffer.copy_(value)
+# --------------------------------------------------------------------------------------------------
+# For the loop of a stage.
 
-
-def start(config: RunConfig, place: Place = ALONE, timeout: timedelta = timedelta(minutes=30),
-          bf16_on_cpu: bool = False) -> Compute:
-    """Join the processes that torchrun started, or be the only one."""
-    rank, world_size, local_rank, local_world_size = place
-    cuda = torch.cuda.is_available()
-    if cuda and max(local_rank + 1, local_world_size) > torch.cuda.device_count():
-        raise DataError(f"{local_world_size} processes are too many for "
-                        f"{torch.cuda.device_count()} GPUs")
-    if cuda:
-        torch.cuda.set_device(local_rank)
-        torch.backends.cudnn.benchmark = True  # nearly every batch has the same shape
-    if world_size > 1:
-        try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
-        except (dist.DistError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise DataError(
-                f"the {world_size} processes did not meet at {os.environ['MASTER_ADDR']}:"
-                f"{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT): {reason}") from None
-    precision = config.precision
-    if precision == "auto":
-        precision = _fastest_precision(cuda, bf16_on_cpu)
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    cores = len(os.sched_getaffinity(0))
-    threads = config.threads or max(1, min(8, cores // local_world_size))
-    return Compute(rank, world_size, device, precision, threads)
-
-
-def _fastest_precision(cuda: bool, bf16_on_cpu: bool) -> str:
-    """bf16 where GPU or processor computes in it, and does not only imitate it."""
-    if cuda:
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    instructions = set()
-    with contextlib.suppress(OSError):
-        instructions.update(Path("/proc/cpuinfo").read_text().split())
-    faster = bf16_on_cpu and instructions & {"avx512_bf16", "amx_bf16"}
-    return "bf16" if faster else "fp32"
-
-
-def learning_rate(step: int, total_steps: int, warmup_steps: float, peak: float = 1.0) -> float:
+def warmup_and_cosine(step: int, total_steps: int, warmup_steps: float, peak: float = 1.0) -> float:
     """Linear warm-up to `peak`, then half a cosine to zero."""
     if step < warmup_steps:
         return peak * (step + 1) / math.ceil(warmup_steps)
     angle = math.pi * (step - warmup_steps) / (total_steps - warmup_steps)
     return peak * (1 + math.cos(angle)) / 2
-
-
-# --------------------------------------------------------------------------------------------------
-# How a run begins and ends.
-
-def main(stage: Callable, config_class: type, argv: list[str] | None = None,
-         timeout: timedelta = timedelta(minutes=30), bf16_on_cpu: bool = False) -> None:
-    """Run `stage(config, compute, resources)`; what its user can mend ends it in one sentence.
-
-    resources: an ExitStack; what the stage enters there is closed however the run ends.
-    timeout: how long a process waits for another one in a collective call.
-    bf16_on_cpu: whether --precision auto may be bf16 there.
-
-    A Config may say in `afterwards` what the same command does after Ctrl-C, where it does not
-    go on from what is in --out."""
-    print_any_name()
-    threading.excepthook = _but_for_tensorboard
-    config, script = parse(config_class, argv), f"{stage.__name__}.py"
-    with errors_in_one_sentence(script, config.out):
-        place = read_place()
-    # What is wrong may be so on one machine alone, and is said once on each.
-    speaks, afterwards = place.local_rank == 0, getattr(config, "afterwards", "")
-    try:
-        with (contextlib.ExitStack() as resources,
-              errors_in_one_sentence(script, config.out, speaks, afterwards)):
-            stage(config, start(config, place, timeout, bf16_on_cpu), resources)
-    except FloatingPointError as error:
-        sys.exit(f"{script}: {error}" if speaks else 1)
-    except torch.OutOfMemoryError:
-        sys.exit(f"{script}: the GPU has too little memory: leave it to this run alone, take a "
-                 "larger one, or, as far as this script can, a smaller --batch-size or "
-                 "--micro-batch, or more GPUs")
-    except RuntimeError as error:
-        # Connection closed by peer, or reset by it, or a broken pipe.
-        if "gloo/transport" not in str(error) and "closed by peer" not in str(error):
-            raise
-        sys.exit(1)  # another process failed, and the first one of its machine says why
-    finally:
-        threading.excepthook = threading.__excepthook__
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def _but_for_tensorboard(args) -> None:
-    """The traceback of a thread, but for a disk that is full under TensorBoard's: its error
-    is raised in the main thread as well, where it becomes one sentence."""
-    full = isinstance(args.exc_value, OSError)
-    if not (full and type(args.thread).__name__ == "_AsyncWriterThread"):
-        threading.__excepthook__(args)
 
 
 class StopSignal:
@@ -269,11 +238,11 @@ class StopSignal:
         self.number = number
 
     def received(self, compute: Compute) -> int:
-        """The signal that any of the processes has received, or 0: all leave at the same step.
+        """The signal that some process has received, or 0: the same answer on all of them, so
+        that they leave at the same step.
 
-        The processes ask each other while they compute, so that nobody waits for the
-        answer: it comes with the next call, one step late. The last question of a run
-        needs none."""
+        To make nobody wait, each call starts an all_reduce and returns the result of the one
+        that the call before started: the answer is one step old. The last one is never read."""
         if compute.world_size == 1:
             return self.number
         answer = 0

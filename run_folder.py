@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,6 +58,12 @@ def sizes_digest(manifest: Manifest, images: np.ndarray) -> str:
     return _digest(b"" if manifest.sizes is None else manifest.sizes[images].tobytes())
 
 
+def paths_digest(manifest: Manifest, images: np.ndarray) -> str:
+    """Of the paths of some images, by which a last.pt that was copied knows its own."""
+    paths = "\n".join(manifest.paths[i] for i in images)
+    return hashlib.sha256(paths.encode(errors="surrogateescape")).hexdigest()
+
+
 def patients_digest(manifest: Manifest, images: np.ndarray) -> str:
     """Of which of some images are of the same patient, whatever the patients are called."""
     _, first, number = np.unique(
@@ -79,6 +86,9 @@ def content_of_file(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
+
+# --------------------------------------------------------------------------------------------------
+# Which run a folder holds.
 
 def open_run(config: RunConfig, stage: str, results: tuple[str, ...],
              resources: contextlib.ExitStack, starts_from: str = "",
@@ -170,12 +180,15 @@ def _read_config(file) -> dict:
     return config if isinstance(config, dict) else {"stage": "unknown"}
 
 
+# --------------------------------------------------------------------------------------------------
+# Its curves.
+
 class Curves:
     """log.jsonl and TensorBoard's files in the run folder, written by the first process."""
 
     def __init__(self, config: RunConfig, first: bool, step: int):
         """Go on after `step`; lines and points after it belong to steps that will be repeated."""
-        self.writer = None
+        self.writer, self.latest = None, {"loss": math.nan, "probe/auroc": math.nan}
         if not first:
             return
         path = Path(config.out) / "log.jsonl"
@@ -203,22 +216,32 @@ class Curves:
             self.file.flush()
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, step)
+            self.latest |= {name: scalars[name] for name in self.latest if name in scalars}
 
     def add_image(self, name: str, pixels: Tensor, step: int) -> None:
         """pixels: (3, H, W) in [0, 1]."""
         if self.writer:
             self.writer.add_image(name, pixels, step)
 
-    def close(self, config: RunConfig, results: dict[str, float]) -> None:
-        """End with the flags and the results in TensorBoard's table of hyper-parameters."""
+    def close(self, config: RunConfig) -> None:
+        """End with the flags, the latest loss and the latest AUROC in TensorBoard's table of
+        hyper-parameters."""
         if self.writer:
             flags = {name: value if isinstance(value, int | float) else valid_unicode(str(value))
                      for name, value in dataclasses.asdict(config).items()}
-            for summary in hparams(flags, results):
+            for summary in hparams(flags, self.latest):
                 self.writer._get_file_writer().add_summary(summary)
             self.writer.flush()  # close() alone would not say that the disk is full
             self.writer.close()
             self.file.close()
+
+
+def report_but_for_full_disk(args) -> None:
+    """For threading.excepthook: a traceback, but where TensorBoard's thread finds the disk full.
+    The same error is raised in the main thread as well, where it becomes one sentence."""
+    full = isinstance(args.exc_value, OSError)
+    if not (full and type(args.thread).__name__ == "_AsyncWriterThread"):
+        threading.__excepthook__(args)
 
 
 class Progress:
@@ -246,9 +269,17 @@ class Progress:
     def waiting(self) -> Iterator[None]:
         """What the loader lets the step wait. On a GPU it is the GPU that waits, while this
         process goes on at once, so that the time is taken there."""
-        start = self.compute.now()
+        start = self._now()
         yield
-        self.waits.append((start, self.compute.now()))
+        self.waits.append((start, self._now()))
+
+    def _now(self) -> Any:
+        """A moment on the GPU's own clock, without waiting for it; or on a CPU's."""
+        if not self.compute.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def add(self, loss: Tensor, step: int) -> None:
         """The loss of the step that led to `step`; whether it is finite is asked in `read`."""
@@ -267,7 +298,8 @@ class Progress:
             raise diverged(f"the loss is not finite at step {first_bad}", self.config)
         averages = (averages / self.compute.world_size).tolist()
         seconds = time.perf_counter() - self.start
-        waited = sum(self.compute.seconds(*wait) for wait in self.waits)
+        waited = sum(start.elapsed_time(end) / 1000 if self.compute.cuda else end - start
+                     for start, end in self.waits)
         self._begin(step)
         return dict(zip(scalars, averages)) | {
             "images_per_second": steps * self.batch_size / seconds,

@@ -1,9 +1,7 @@
 """Which images form a batch, and which of them are compared: pure functions of the seed.
 
-Without flags every epoch is one shuffle of the train split, and `batch_at` is all that
-matters here. With --balance some images are drawn more often than others; --positives pairs an
-image with another of its patient or study; --weigh-loss and --same-patient change what the
-loss makes of a batch.
+Without flags every epoch is one shuffle of the train split, by `batch_at`, and images of
+one patient are not each other's negatives. The rest is for flags.
 """
 import functools
 from collections.abc import Callable
@@ -15,9 +13,7 @@ from torch import Tensor
 
 from labels import image_weights
 from manifest import Manifest
-from philox import uniform_numbers
-
-SHUFFLE, VIEW, RESAMPLE, PARTNER = range(4)  # purposes, so that no two of them share a number
+from philox import PARTNER, RESAMPLE, SHUFFLE, generator, uniform_numbers
 
 
 def batch_at(step: int, batch_size: int, images: np.ndarray, seed: int,
@@ -25,27 +21,26 @@ def batch_at(step: int, batch_size: int, images: np.ndarray, seed: int,
              ) -> tuple[np.ndarray, np.ndarray]:
     """The global batch at `step`, or a part of it: times and image indices, (B,) each.
 
-    Epochs follow each other without a gap, and batches are cut from that sequence: of 10
-    images in batches of 4, step 2 takes the last 2 of epoch 0 and the first 2 of epoch 1.
+    Epochs follow each other without a gap: of 10 images in batches of 4, step 2 takes
+    the last 2 of epoch 0 and the first 2 of epoch 1.
 
-    A time tells one showing of an image from the next, so that each has other views. It
-    is the epoch, in which an image comes once. With `order`, by which it may come several
-    times, it is the place in the sequence.
-    order(epoch): (n,) places in `images`, instead of a shuffle."""
-    positions = np.arange(step * batch_size, (step + 1) * batch_size)[part]
-    epochs, places = np.divmod(positions, len(images))
+    times: tell the showings of an image apart, so that each gets views of its own.
+    Usually that is the epoch.
+    order: for --balance. order(epoch) is (n,) places in `images`, instead of a shuffle.
+    It may show an image twice in an epoch, so that times are positions in the whole run."""
+    positions = np.arange(step * batch_size, (step + 1) * batch_size)[part]  # in the whole run
+    epochs, places = np.divmod(positions, len(images))                       # in an epoch
     index = np.empty_like(places)
-    for epoch in range(epochs[0], epochs[-1] + 1):
-        same = epochs == epoch
-        of_epoch = order(epoch) if order else _shuffle(len(images), seed, epoch)
-        index[same] = images[of_epoch[places[same]]]
-    return positions if order else epochs, index
+    for epoch in range(epochs[0], epochs[-1] + 1):                           # mostly one
+        here = epochs == epoch
+        of_epoch = order(epoch) if order else shuffled_order(len(images), seed, epoch)
+        index[here] = images[of_epoch[places[here]]]
+    return (positions if order else epochs), index
 
 
 @functools.lru_cache(maxsize=4)
-def _shuffle(n: int, seed: int, epoch: int) -> np.ndarray:
-    philox = np.random.Philox(key=[seed, SHUFFLE], counter=[0, 0, 0, epoch])
-    return np.random.Generator(philox).permutation(n)
+def shuffled_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    return generator(seed, SHUFFLE, epoch).permutation(n)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -53,28 +48,35 @@ def _shuffle(n: int, seed: int, epoch: int) -> np.ndarray:
 
 class Sampling(NamedTuple):
     """What the flags make of the manifest's N images, (N,) each."""
-    draw_weights: np.ndarray | None  # how often it is drawn, in proportion; None: once an epoch
-    groups: np.ndarray | None        # equal for those that may be a pair; None: only its own views
-    patients: Tensor                 # equal for those that are not each other's negatives
-    loss_weights: Tensor | None      # of its anchors in the loss; None: all the same
+    draw_weights: np.ndarray | None  # --balance: how often it is drawn, in proportion; else None
+    loss_weights: Tensor | None      # --weigh-loss: of its anchors in the loss; else None
+    pair_group: np.ndarray | None    # --positives: images of one number may be a pair; else None
+    patients: Tensor                 # images of one number are not each other's negatives
 
 
 def choose_sampling(manifest: Manifest, train: np.ndarray, balance: tuple[str, ...],
                     weigh_loss: bool, positives: str, same_patient: bool) -> Sampling:
     """By the flags of these names. DataError where the manifest lacks a column."""
     patients = manifest.patient_numbers()
-    weights = groups = None
+    draw_weights = loss_weights = pair_group = None
     if balance:
         weights = image_weights(balance, patients, manifest.labels, manifest.label_names, train)
-    if positives != "image":
-        groups = patients if positives == "patient" else manifest.study_numbers()
-    # An image of the same patient is no negative: what it shows may well be the same.
-    together = np.arange(len(patients)) if same_patient else patients
-    return Sampling(None if weigh_loss else weights, groups, torch.from_numpy(together),
-                    torch.from_numpy(weights) if weigh_loss else None)
+        if weigh_loss:
+            loss_weights = torch.from_numpy(weights)
+        else:
+            draw_weights = weights
+    if positives == "patient":
+        pair_group = patients
+    elif positives == "study":
+        pair_group = manifest.study_numbers()
+    # Another image of the same patient may well show the same, so it is no negative. With
+    # --same-patient it is one: each image counts as a patient of its own.
+    if same_patient:
+        patients = np.arange(len(patients))
+    return Sampling(draw_weights, loss_weights, pair_group, torch.from_numpy(patients))
 
 
-def resampled(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+def weighted_order(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """An epoch of n draws among n images of these weights (n,): places (n,), shuffled.
 
     Systematic resampling: the images lie along a line, each as long as n times its
@@ -82,39 +84,45 @@ def resampled(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     it lies in. So each is drawn as often as that expectation says, rounded down or up:
     of weights 1, 1 and 2 the expectations are 0.75, 0.75 and 1.5."""
     n = len(weights)
-    philox = np.random.Philox(key=[seed, RESAMPLE], counter=[0, 0, 0, epoch])
-    random = np.random.Generator(philox)
+    random = generator(seed, RESAMPLE, epoch)
     # Another order in each epoch, so that neighbours do not always go together.
-    images, u = random.permutation(n), random.random()
-    ends = np.cumsum(weights[images])                                   # (n,)
-    points = np.ceil(ends / ends[-1] * n - u)                           # up to each end
+    places, u = random.permutation(n), random.random()
+    ends = np.cumsum(weights[places])
+    ends = ends / ends[-1] * n                          # (n,) where each image ends on the line
+    points = np.ceil(ends - u)                          # how many lie before each end
+    points[-1] = n                                      # also where n - u is rounded to n - 1
     draws = np.diff(points, prepend=0).astype(int)
-    return np.repeat(images, draws)[_shuffle(n, seed, epoch)]
+    return np.repeat(places, draws)[shuffled_order(n, seed, epoch)]
 
 
 class Groups(NamedTuple):
-    """n of N images by patient or study, so that another of the same is found at once."""
-    members: np.ndarray  # (n,) image indices, one group after another
-    place: np.ndarray    # (N,) of an image among the members
-    first: np.ndarray    # (N,) place of the first image of its group
-    size: np.ndarray     # (N,) images in its group
+    """n of N images sorted by their group, so that the others of a group are found at once.
+
+    If images 5, 7 and 9 are of groups b, a and b, the members are 7, 5 and 9; the group
+    of image 9 begins at place 1 and has 2 images, and its own place is 2."""
+    members: np.ndarray      # (n,) image indices, one group after another
+    place: np.ndarray        # (N,) of each image among the members
+    group_start: np.ndarray  # (N,) place at which its group begins
+    group_size: np.ndarray   # (N,) images in its group
 
 
-def grouped(numbers: np.ndarray, images: np.ndarray) -> Groups:
-    """numbers: (N,), equal for images of one group. images: (n,) those that may be drawn."""
-    members = images[np.argsort(numbers[images], kind="stable")]
-    first, end = (np.searchsorted(numbers[members], numbers, side) for side in ("left", "right"))
-    place = np.zeros(len(numbers), int)
+def group_table(pair_group: np.ndarray, images: np.ndarray) -> Groups:
+    """pair_group: (N,) of Sampling. images: (n,) those that may be drawn."""
+    members = images[np.argsort(pair_group[images], kind="stable")]
+    in_order = pair_group[members]                                      # (n,)
+    start = np.searchsorted(in_order, pair_group, "left")               # (N,)
+    end = np.searchsorted(in_order, pair_group, "right")                # (N,)
+    place = np.zeros(len(pair_group), int)
     place[members] = np.arange(len(members))
-    return Groups(members, place, first, end - first)
+    return Groups(members, place, start, end - start)
 
 
-def partners(groups: Groups, seed: int, times: np.ndarray, images: np.ndarray) -> np.ndarray:
-    """Another image of the same group for each of B images, (B,), each with the same
-    probability; the image itself where there is no other."""
-    u = uniform_numbers((seed, PARTNER), 1, 0, images, times)[0]       # (B,) in [0, 1)
-    first, size = groups.first[images], groups.size[images]
-    # A group's images stand in a row: go 1 to size - 1 places on, and from the last to the first.
-    own = groups.place[images] - first
-    ahead = 1 + (u * (size - 1)).astype(int)  # alone, 1 place on leads back to itself
-    return groups.members[first + (own + ahead) % size]
+def draw_partners(groups: Groups, seed: int, times: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """Another image of the same group for each of B images, (B,), all equally likely;
+    the image itself where there is no other."""
+    u = uniform_numbers((seed, PARTNER), 1, 0, images, times)[0]        # (B,) in [0, 1)
+    start, size = groups.group_start[images], groups.group_size[images]
+    in_group = groups.place[images] - start
+    # 1 to size - 1 places on, round the group; in a group of one that is the image itself.
+    ahead = 1 + (u * (size - 1)).astype(int)
+    return groups.members[start + (in_group + ahead) % size]

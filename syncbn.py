@@ -5,6 +5,9 @@ three times a layer, and breaks the graph of torch.compile. This one exchanges
 its statistics by one collective call in each direction, never looks at a
 tensor's values on the host, and is the same on gloo and NCCL.
 """
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -89,3 +92,14 @@ class SyncBatchNorm(_BatchNorm):
                 setattr(module, name, synchronised)
             else:
                 SyncBatchNorm.replace_in(child)
+
+
+@contextlib.contextmanager
+def unchanged_statistics(net: nn.Module) -> Iterator[None]:
+    """A context after which batch norm's running statistics are what they were before."""
+    before = [buffer.clone() for buffer in net.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in zip(net.buffers(), before):
+            buffer.copy_(value)

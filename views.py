@@ -1,26 +1,28 @@
 """What makes the views of an image: a pure function of the seed.
 
-A view is a function, not a stream. Every augmentation parameter follows from (seed, time,
-image index, view) alone. Philox maps (key, counter) to numbers: the key holds the seed and
-the purpose, the counter says whose numbers they are, and nothing depends on what was drawn
-before. So a run can be resumed at any step, or spread over any number of processes, and
-sees the very same views.
+A view is a function, not a stream. Every augmentation parameter follows from (seed,
+time, image index, view) alone. Philox maps (key, counter) to numbers: the key holds
+the seed and the purpose, the counter says whose numbers they are, and nothing
+depends on what was drawn before. So a run can be resumed at any step, or spread over
+any number of processes, and sees the very same views.
 """
 from dataclasses import dataclass
 
 import numpy as np
 
 from model import MEAN, STD
-from philox import uniform_numbers
-from sampling import VIEW
+from philox import VIEW, uniform_numbers
+
+# What each random number of a view is for. Append only: the first numbers do not depend
+# on how many there are.
+NUMBERS = ("area", "aspect", "top", "left", "angle", "sigma", "mirror",
+           "brightness", "contrast", "gamma", "equalize")
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How far two views of one radiograph may differ; the defaults are the published recipe's.
-
-    Its hue, saturation and random grayscale do nothing to a gray image and are
-    left out."""
+    """How far two views of one radiograph may differ. The defaults are the published
+    recipe's, whose hue, saturation and random grayscale do nothing to a gray image."""
     crop_area: tuple[float, float] = (0.8, 1.0)  # share of the image's area in the view
     rotation: float = 10.0                       # degrees, to either side
     blur: tuple[float, float] = (0.1, 2.0)       # sigma of the Gaussian, pixels of the view
@@ -32,53 +34,53 @@ class Augmentation:
 
 
 def view_parameters(augmentation: Augmentation, seed: int, times: np.ndarray, images: np.ndarray,
-                    view: int | np.ndarray) -> dict[str, np.ndarray]:
-    """What makes view number `view` of each of B images.
+                    views: int) -> dict[str, np.ndarray]:
+    """What makes each of V views of each of B images.
 
     times: (B,) of `batch_at`, which tell the showings of an image apart.
+
     Returns, most of them under the names of DALI's arguments:
-    roi_start, roi_end (B, 2): the crop window, (y, x) as fractions of the image.
-    angle (B,): degrees, counter-clockwise; left out where nothing is rotated.
-    sigma (B,): of the blur, pixels; left out where nothing is blurred.
-    mirror (B,): 0 or 1.
-    gamma (B,): the exponent of the gray levels in [0, 1]; left out where it is always 1.
-    equalize (B,): 0 or 1; left out where it is always 0.
-    mean, std (B,): gray levels, 0 to 255, that normalise an image and on the way apply
-    brightness b and contrast c. With m, s = MEAN, STD and x in [0, 1]:
+    roi_start, roi_end (V, B, 2): the crop window, (y, x) as fractions of the image.
+    angle (V, B): degrees, counter-clockwise; left out where nothing is rotated.
+    sigma (V, B): of the blur, pixels; left out where nothing is blurred.
+    mirror (V, B): 0 or 1.
+    gamma (V, B): the exponent of the gray levels in [0, 1]; left out where it is always 1.
+    equalize (V, B): 0 or 1; left out where it is always 0.
+    mean, std (V, B): (x - mean) / std is brightness, contrast and normalisation in one, of
+    gray levels x of 0 to 255."""
+    # Numbers in [0, 1) for each view, image and time.
+    view = np.arange(views)[:, None]                            # (V, 1)
+    numbers = uniform_numbers((seed, VIEW), len(NUMBERS), view, images, times)
+    u = dict(zip(NUMBERS, numbers))                             # (V, B) each
 
-        brightness, then contrast about m:  y = c (b x - m) + m
-        normalised:                         (y - m) / s = (x - m / b) / (s / (b c))
-
-    torchvision's contrast pivots on the image's own mean and clips; this one does neither."""
-    # A new number goes to the end, so that those before it stay what they are. (B,) each:
-    area, aspect, top, left, angle, sigma, mirror, brightness, contrast, gamma, equalize = \
-        uniform_numbers((seed, VIEW), 11, view, images, times)
-
-    # The window's aspect ratio is log-uniform in 3/4 to 4/3, as far as the window fits. It is
-    # relative to the image's own, because evaluation maps the whole image onto the square, too,
-    # tall or wide: nothing at the lungs' edges is cut off.
-    area = _between(augmentation.crop_area, area)
+    # Evaluation maps the whole image onto the square, and so do views: a window of aspect 1 has
+    # the image's own proportions. Its height is sqrt(area / aspect), its width sqrt(area * aspect).
+    # As neither may exceed 1, the aspect lies within area to 1 / area, and within 3/4 to 4/3.
+    area = _between(augmentation.crop_area, u["area"])
     widest = np.minimum(np.log(4 / 3), -np.log(area))
-    aspect = np.exp(_between((-widest, widest), aspect))
-    window = np.sqrt([area / aspect, area * aspect])  # (2, B): height, width
-    start = (1 - window) * [top, left]                # (2, B)
+    aspect = np.exp(_around(0, widest, u["aspect"]))
+    window = np.sqrt(np.stack([area / aspect, area * aspect], axis=-1))  # (V, B, 2)
+    start = (1 - window) * np.stack([u["top"], u["left"]], axis=-1)      # (V, B, 2)
 
-    b = _between((1 - augmentation.brightness, 1 + augmentation.brightness), brightness)
-    c = _between((1 - augmentation.contrast, 1 + augmentation.contrast), contrast)
+    # Brightness b, then contrast c about m, with m, s = MEAN, STD: y = c (b x - m) + m. Normalised:
+    # (y - m) / s = (x - m / b) / (s / (b c)). Here x is in 0 to 1, DALI's gray levels in 0 to 255.
+    # (torchvision's contrast pivots on the image's own mean, and clips.)
+    b = _around(1, augmentation.brightness, u["brightness"])
+    c = _around(1, augmentation.contrast, u["contrast"])
     parameters = {
-        "roi_start": start.T,
-        "roi_end": (start + window).T.clip(max=1),
-        "mirror": mirror < augmentation.flip,
+        "roi_start": start,
+        "roi_end": (start + window).clip(max=1),
+        "mirror": u["mirror"] < augmentation.flip,
         "mean": 255 * MEAN / b,
         "std": 255 * STD / (b * c)}
     if augmentation.rotation:
-        parameters["angle"] = _between((-augmentation.rotation, augmentation.rotation), angle)
+        parameters["angle"] = _around(0, augmentation.rotation, u["angle"])
     if max(augmentation.blur):
-        parameters["sigma"] = _between(augmentation.blur, sigma)
+        parameters["sigma"] = _between(augmentation.blur, u["sigma"])
     if augmentation.gamma != (1, 1):
-        parameters["gamma"] = np.exp(_between(np.log(augmentation.gamma), gamma))
+        parameters["gamma"] = np.exp(_between(np.log(augmentation.gamma), u["gamma"]))
     if augmentation.equalize:
-        parameters["equalize"] = equalize < augmentation.equalize
+        parameters["equalize"] = u["equalize"] < augmentation.equalize
     return {name: np.ascontiguousarray(value, np.int32 if value.dtype == bool else np.float32)
             for name, value in parameters.items()}
 
@@ -86,3 +88,7 @@ def view_parameters(augmentation: Augmentation, seed: int, times: np.ndarray, im
 def _between(limits: tuple | np.ndarray, u: np.ndarray) -> np.ndarray:
     low, high = limits
     return low + (high - low) * u
+
+
+def _around(middle: float, reach: float | np.ndarray, u: np.ndarray) -> np.ndarray:
+    return _between((middle - reach, middle + reach), u)

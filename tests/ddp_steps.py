@@ -33,7 +33,7 @@ def train(compute, data, live, first=0, state=None):
     torch.manual_seed(0)
     encoder = build_encoder("resnet18")
     encoder.layer4, encoder.num_features = torch.nn.Identity(), 256     # a quarter of the weights
-    net = compute.place(SimCLR(encoder)).train(live)
+    net = compute.to_device(SimCLR(encoder)).train(live)
     precision, lr = torch.float64, 0.0 if live else 1e-3
     net.to(precision)
     if state:

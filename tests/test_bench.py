@@ -55,6 +55,19 @@ def test_parts_that_take_minutes_run_only_where_they_are_named(capsys, monkeypat
         bench.main(["nothing"])
 
 
+@pytest.mark.parametrize("form", bench.STEMS)
+def test_stem_computed_in_another_way_is_the_same(form):
+    convolution = nn.Conv2d(1, 8, 7, stride=2, padding=3, bias=False)
+    x = torch.randn(2, 1, 20, 20)
+    expected, found = convolution(x), bench.Stem(convolution, form)(x)
+    assert found.shape == expected.shape == (2, 8, 10, 10)
+    assert torch.allclose(found, expected, atol=1e-5)
+    weight = torch.randn_like(expected)
+    gradients = [torch.autograd.grad((y * weight).sum(), convolution.weight)[0]
+                 for y in (expected, found)]
+    assert torch.allclose(*gradients, atol=1e-3)
+
+
 def test_memory_is_what_a_convolution_a_norm_and_a_relu_keep():
     net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
     one, three = (bench.saved_bytes(net, torch.randn(n, 1, 16, 16)) for n in (1, 3))

@@ -25,8 +25,8 @@ from common import DataError
 from dali_pipeline import Preprocessing, eval_loader
 from labels import choose_classes
 from manifest import read_manifest
-from model import build_encoder, extract_features
-from probe import knn_class_shares
+from model import build_encoder
+from probe import extract_features, knn_class_shares
 from run import Compute
 
 

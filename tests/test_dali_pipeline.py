@@ -19,8 +19,8 @@ from common import ImageError
 from dali_pipeline import Preprocessing, eval_loader, train_loader
 from manifest import read_manifest
 from model import MEAN, STD
-from philox import uniform_numbers
-from sampling import PARTNER, VIEW, batch_at, grouped, partners, resampled
+from philox import PARTNER, VIEW, uniform_numbers
+from sampling import batch_at, draw_partners, group_table, weighted_order
 from views import Augmentation, view_parameters
 
 STRONG = Augmentation(crop_area=(0.3, 1.0), rotation=25.0, blur=(0.1, 2.0), flip=0.5,
@@ -60,20 +60,28 @@ def test_a_part_of_a_batch_is_that_part():
             assert (own_epochs == epochs[part]).all() and (own == index[part]).all()
 
 
+def one_view(augmentation, seed, times, images, view):
+    """The parameters of view number `view` alone."""
+    parameters = view_parameters(augmentation, seed, times, images, 2)
+    return {name: values[view] for name, values in parameters.items()}
+
+
 def test_views_depend_on_seed_epoch_image_and_view_alone():
     images, epochs = np.array([5, 900, 3]), np.array([2, 3, 2])
-    together = view_parameters(STRONG, 7, epochs, images, 1)
-    alone = view_parameters(STRONG, 7, epochs[1:2], images[1:2], 1)
+    together = view_parameters(STRONG, 7, epochs, images, 2)
+    alone = view_parameters(STRONG, 7, epochs[1:2], images[1:2], 2)
+    fewer = view_parameters(STRONG, 7, epochs, images, 1)
     for name, values in together.items():
-        assert np.array_equal(values[1:2], alone[name])
-    for other in ((8, epochs, images, 1), (7, epochs + 1, images, 1), (7, epochs, images + 1, 1),
-                  (7, epochs, images, 0)):
-        assert not np.isclose(together["angle"], view_parameters(STRONG, *other)["angle"]).any()
+        assert np.array_equal(values[:, 1:2], alone[name])
+        assert np.array_equal(values[:1], fewer[name])
+    for other in ((8, epochs, images), (7, epochs + 1, images), (7, epochs, images + 1)):
+        assert not np.isclose(together["angle"], view_parameters(STRONG, *other, 2)["angle"]).any()
+    assert not np.isclose(*together["angle"]).any()
 
 
 def test_view_parameters_keep_their_ranges_and_fill_them():
     n = 4000
-    p = view_parameters(STRONG, 0, np.zeros(n, int), np.arange(n), 0)
+    p = one_view(STRONG, 0, np.zeros(n, int), np.arange(n), 0)
     height, width = (p["roi_end"] - p["roi_start"]).T
     assert (p["roi_start"] >= 0).all() and (p["roi_end"] <= 1).all()
     area, aspect = height * width, width / height
@@ -98,7 +106,7 @@ def test_each_image_is_drawn_as_often_as_its_weight_says(n, spread):
     weights = np.exp(np.random.default_rng(0).normal(0, spread, n))
     expected, total = n * weights / weights.sum(), np.zeros(n)
     for epoch in range(200):
-        order = resampled(weights, 3, epoch)
+        order = weighted_order(weights, 3, epoch)
         assert order.shape == (n,)
         draws = np.bincount(order, minlength=n)
         assert (np.floor(expected + 1e-9) <= draws).all()
@@ -107,15 +115,16 @@ def test_each_image_is_drawn_as_often_as_its_weight_says(n, spread):
     # A draw beyond the floor has the probability of what is beyond it.
     p = expected % 1
     assert (np.abs(total / 200 - expected) <= 5 * np.sqrt(p * (1 - p) / 200) + 1e-9).all()
-    assert np.array_equal(order, resampled(weights, 3, 199))
-    assert not np.array_equal(order, resampled(weights, 4, 199))
-    together = [np.bincount(resampled(np.repeat([1, 3], [12, 12]), 0, e))[:2] for e in range(300)]
+    assert np.array_equal(order, weighted_order(weights, 3, 199))
+    assert not np.array_equal(order, weighted_order(weights, 4, 199))
+    two_weights = np.repeat([1, 3], [12, 12])
+    together = [np.bincount(weighted_order(two_weights, 0, e))[:2] for e in range(300)]
     assert np.prod(together, 1).mean() == pytest.approx(0.25, abs=0.1)      # neighbours are free
 
 
 def test_batches_of_an_order_are_cut_from_its_epochs():
     images, weights = np.arange(10) * 3, np.arange(1.0, 11)
-    order = functools.partial(resampled, weights, 0)
+    order = functools.partial(weighted_order, weights, 0)
     sequence = np.concatenate([images[order(epoch)] for epoch in range(10)])
     for step in range(8):
         places, index = batch_at(step, 12, images, 0, order=order)
@@ -129,9 +138,9 @@ def test_partners_are_other_images_of_the_group():
     """Each of them with the same probability, and only of those that may be drawn."""
     rng = np.random.default_rng(0)
     numbers, images = rng.integers(0, 12, 40), np.sort(rng.choice(40, 30, replace=False))
-    groups, seen = grouped(numbers, images), np.zeros((40, 40))
+    groups, seen = group_table(numbers, images), np.zeros((40, 40))
     for epoch in range(600):
-        found = partners(groups, 7, np.full(30, epoch), images)
+        found = draw_partners(groups, 7, np.full(30, epoch), images)
         seen[images, found] += 1
     for i in images:
         others = [j for j in images if numbers[j] == numbers[i] and j != i]
@@ -180,7 +189,7 @@ def test_views_equal_an_independent_computation(data, image_size):
         assert view1.dtype == torch.float32
         for k, i in enumerate(index.tolist()):
             for number, view in enumerate((view1, view2)):
-                p = view_parameters(STRONG, 0, np.array([0]), np.array([i]), number)
+                p = one_view(STRONG, 0, np.array([0]), np.array([i]), number)
                 expected, inside = independent_view(manifest, preprocessing, p, i)
                 assert inside.mean() > 0.05
                 error = np.abs(view[k, 0].numpy() - expected)[inside] * p["std"]
@@ -198,7 +207,7 @@ def test_batches_are_the_same_from_any_step_and_on_any_number_of_processes(data,
     def batches(steps, rank=0, world_size=1):
         return list(train_loader(manifest, manifest.images("train"), 8, steps, 2, STRONG,
                                  Preprocessing(32), 3, "cpu", rank, world_size,
-                                 draw_weights=weights, groups=numbers))
+                                 draw_weights=weights, pair_group=numbers))
 
     whole = batches(range(8))                                   # across the seam at step 5.25
     for expected, got in zip(whole[5:], batches(range(5, 8)), strict=True):
@@ -291,7 +300,7 @@ def test_gray_levels_as_other_machines_give_them(tmp_path, options, normalize):
     drawn = []
     for k, i in enumerate(index.tolist()):
         for number, view in enumerate((view1, view2)):
-            p = view_parameters(augmentation, 5, np.array([0]), np.array([i]), number)
+            p = one_view(augmentation, 5, np.array([0]), np.array([i]), number)
             p = {name: values[0] for name, values in p.items()}
             drawn.append((float(p.get("gamma", 1)), int(p.get("equalize", 0))))
             x = other_machine(images[i], *drawn[-1], normalize)
@@ -308,10 +317,10 @@ def test_gray_levels_as_other_machines_give_them(tmp_path, options, normalize):
 
 def test_other_gray_levels_move_no_other_number():
     images, epochs = np.arange(50), np.full(50, 3)
-    before = view_parameters(STRONG, 7, epochs, images, 1)
+    before = one_view(STRONG, 7, epochs, images, 1)
     assert not {"gamma", "equalize"} & before.keys()
     changed = dataclasses.replace(STRONG, gamma=(0.5, 2.0), equalize=0.3)
-    after = view_parameters(changed, 7, epochs, images, 1)
+    after = one_view(changed, 7, epochs, images, 1)
     assert all(np.array_equal(values, after[name]) for name, values in before.items())
     u = np.stack([np.random.Generator(np.random.Philox(key=[7, VIEW], counter=[0, 1, i, 3])).random(
         11) for i in images])
@@ -333,7 +342,7 @@ def test_the_second_view_is_of_another_image(folder, data, numbers, packed):
     for preprocessing in (Preprocessing(48), Preprocessing(48, "image", True)):
         alone = next(iter(eval_loader(manifest, np.arange(60), 60, preprocessing, "cpu")))[0]
         loader = train_loader(manifest, train, 14, range(3), 2, plain, preprocessing, 3, "cpu",
-                              groups=numbers)
+                              pair_group=numbers)
         pairs = []
         for view1, view2, index in loader:
             other = [int((alone - view).abs().amax((1, 2, 3)).argmin()) for view in view2]
@@ -351,14 +360,14 @@ def test_second_image_that_cannot_be_read_is_named(folder, damage):
     manifest, seed = read_manifest(folder), 0
     train = manifest.images("train")
     epochs, anchors = batch_at(0, 2, train, seed)
-    bad = next(iter(set(partners(grouped(manifest.patient_numbers(), train), seed, epochs, anchors))
-                    - set(anchors)))
+    groups = group_table(manifest.patient_numbers(), train)
+    bad = next(iter(set(draw_partners(groups, seed, epochs, anchors)) - set(anchors)))
     path = folder / manifest.paths[bad]
     content = path.read_bytes()
     path.write_bytes(content[:len(content) // 2] if damage == "truncate" else b"no image")
     with pytest.raises(ImageError, match=f"{path.name} .row {bad + 2} of .* cannot be read"):
         list(train_loader(manifest, train, 2, range(1), 2, STRONG, Preprocessing(32), seed, "cpu",
-                          groups=manifest.patient_numbers()))
+                          pair_group=manifest.patient_numbers()))
 
 
 def test_second_image_that_never_arrives_is_named(folder):
@@ -374,8 +383,8 @@ manifest = read_manifest({str(folder)!r})
 os.remove({str(pipe)!r})
 os.mkfifo({str(pipe)!r})
 culprit.PATIENCE = 1
-work = Work(np.array([0, 1]), [], np.array([0, 5]))
-with culprit.Watch(manifest, [(work, [])]):
+work = Work(np.array([0, 1]), {{}}, np.array([0, 5]))
+with culprit.Watch(manifest, [(work, [])], load_alone=None):
     time.sleep(60)
 """
     process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, text=True, timeout=50,

@@ -6,10 +6,12 @@ import signal
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, SMALL, run, start
 from ddp_steps import steps_of_both
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from model import SimCLR, build_encoder
 from run import Compute
 
 
@@ -92,7 +94,7 @@ def test_bad_input_is_told_once(data, tmp_path):
     code, output = run("pretrain.py", *SMALL, "--data", data, "--out", tmp_path / "run",
                        "--batch-size", "9", processes=2)
     assert code != 0
-    assert output.count("--batch-size 9 is global and must divide by the 2 processes") == 1
+    assert output.count("--batch-size 9 is global and must be divisible by the") == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -122,3 +124,23 @@ def test_synchronised_batch_norm_and_bf16_under_nccl(data, tmp_path):
     assert code == 0 and ("bf16" in output or "fp16" in output), output
     lines = map(json.loads, open(tmp_path / "run/log.jsonl"))
     assert all(line["loss"] is not None for line in lines)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_compiled_network_with_batch_norm_over_all_processes_is_one_graph(precision):
+    """Where a graph breaks, --compile gains little. The other processes are PyTorch's fake ones."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        compute = Compute(0, 2, torch.device("cpu"), precision, 1)
+        net = compute.to_device(SimCLR(build_encoder("resnet18")))
+
+        def project(x):
+            with compute.autocast():
+                return net(x)
+
+        found = torch._dynamo.explain(project)(torch.randn(4, 1, 32, 32))
+        assert found.graph_count == 1 and not found.break_reasons
+    finally:
+        torch._dynamo.reset()
+        dist.destroy_process_group()

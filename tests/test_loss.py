@@ -273,6 +273,8 @@ def test_diagnostics():
     assert other["uniformity"] < -2.5 < collapsed["uniformity"]
     # Projections that differ by rounding only tell nothing apart.
     assert diagnostics(*(z[:1] * torch.rand(2, 64, 1)))["top1"] == 0
+    # Neither does a batch of one patient, whose anchors have no negative.
+    assert diagnostics(z, z, patients=torch.zeros(64, dtype=torch.long))["top1"] == 0
 
 
 def test_a_step_leaves_no_tensor_behind():

@@ -6,13 +6,14 @@ import pytest
 import torch
 import torchvision
 
+import checkpoint
 import model
 import probe
 from checkpoint import FORMAT, CheckpointError, load_checkpoint, save_checkpoint
 from dali_pipeline import Preprocessing, eval_loader
 from manifest import read_manifest
-from model import SimCLR, build_encoder, extract_features
-from probe import cached_features
+from model import SimCLR, build_encoder
+from probe import cached_features, extract_features
 
 
 def rgb_network(arch="resnet18"):
@@ -41,7 +42,8 @@ def test_folded_stem_sees_what_the_rgb_network_sees(tmp_path):
     torch.save(rgb.state_dict(), tmp_path / "rgb.pth")
     gray = build_encoder("resnet18", str(tmp_path / "rgb.pth")).eval()
     x = torch.rand(2, 1, 96, 96)
-    mean, std = model.IMAGENET_MEAN.view(3, 1, 1), model.IMAGENET_STD.view(3, 1, 1)
+    mean, std = (torch.tensor(channels).view(3, 1, 1) for channels in (
+        checkpoint.IMAGENET_MEAN, checkpoint.IMAGENET_STD))
     rgb_input = (x.expand(-1, 3, -1, -1) - mean) / std
     gray_input = (x - model.MEAN) / model.STD
     with torch.no_grad():

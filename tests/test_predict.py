@@ -18,9 +18,9 @@ import finetune
 import predict
 import prepare
 from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from classifier import Classifier
+from classifier import Classifier, image_flags
 from dali_pipeline import Preprocessing, eval_loader
-from manifest import image_flags, read_manifest
+from manifest import read_manifest
 from model import build_encoder
 from test_dicom import RAMP, write_dicom
 

@@ -23,7 +23,7 @@ import run as run_module
 from checkpoint import load_checkpoint, save_checkpoint
 from lars import LARS
 from probe import knn_auroc
-from run import Compute, learning_rate
+from run import Compute, warmup_and_cosine
 
 LONG = pytest.mark.long     # what test_faults.py tries as well, at other moments
 
@@ -190,8 +190,9 @@ def test_run_goes_on_without_its_first_weights_and_in_another_precision(finished
     assert sorted(scalars(tmp_path / "run", "loss")) == [1, 2]
     state = load_checkpoint(tmp_path / "run/last.pt")
     compute = Compute(0, 1, torch.device("cpu"), "fp16", 1)             # no CPU trains in it
-    training = pretrain.Training(run_module.parse(pretrain.Config, flags), compute, state["images"])
-    training.load(tmp_path / "run/last.pt")
+    training = pretrain.Training(run_module.parse(pretrain.Config, flags), compute)
+    training.images_digest = state["images"]
+    training.load()
     assert training.scaler.is_enabled() and training.step == 2
 
 
@@ -352,7 +353,7 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(data, tm
 
 
 def test_schedule():
-    lr = [learning_rate(step, 100, 10, 2.0) for step in range(100)]
+    lr = [warmup_and_cosine(step, 100, 10, 2.0) for step in range(100)]
     assert lr[0] == pytest.approx(0.2) and lr[9] == lr[10] == 2.0 and lr[55] == pytest.approx(1.0)
     assert lr[:10] == sorted(lr[:10]) and lr[10:] == sorted(lr[10:], reverse=True)
     assert 0 < lr[99] < 0.002
@@ -407,12 +408,20 @@ def test_each_way_to_draw_and_view_trains(data, tmp_path, flags):
     ("--equalize 2", "--equalize: 2 does not lie in 0 to 1"),
     ("--weigh-loss", "--weigh-loss needs --balance"),
     ("--positives study", "manifest.csv has no column study"),
+    ("--positives patient --same-patient", "--same-patient would count images among"),
     ("--positives person", "--positives: invalid choice: 'person'"),
     ("--balance Lump", "--balance Lump: there is no such label; the choice is patient, Effusion, "
                        "Mass")])
 def test_ways_to_draw_and_view_that_make_no_sense(data, tmp_path, capsys, flags, complaint):
     assert complaint in refused(capsys, *flags.split(), "--data", data, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags, lr", [
+    ("", 0.3), ("--optimizer adamw", 5e-4), ("--demo", 2e-3), ("--demo --optimizer lars", 0.3),
+    ("--demo --lr 0.1", 0.1)])
+def test_learning_rate_is_that_of_the_optimizer(flags, lr):
+    assert run_module.parse(pretrain.Config, flags.split()).lr == lr
 
 
 def test_adam_goes_on_as_this_machine_computes(data, tmp_path):

@@ -201,7 +201,7 @@ LOOKS = """
 import sys, time, types
 import culprit
 
-watch = culprit.Watch(None, [])
+watch = culprit.Watch(None, [], load_alone=None)
 watch.close()
 watch.since = time.monotonic() - 100 * culprit.PATIENCE     # so long ago a batch was asked for
 looks = iter([False] * int(sys.argv[1]) + [True])

@@ -1,0 +1,166 @@
+"""What a step of pre-training changes and last.pt keeps, and how a run goes on from it.
+
+A run goes on with the flags and the inputs that config.json in its folder has, but for flags
+that `may_differ`. A last.pt that was copied from another run, to go on with another learning
+rate, say, has no config.json beside it: it fits where networks, optimizer, batch size and
+images are the same.
+"""
+import contextlib
+import dataclasses
+import json
+import operator
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import run_folder
+from checkpoint import (
+    FORMAT, MALFORMED, CheckpointError, first_not_finite, last_line, load_checkpoint,
+    save_checkpoint)
+from common import DataError
+from lars import make_optimizer
+from manifest import Manifest
+from model import MEAN, STD, SimCLR, build_encoder
+from probe import Probe
+from run import Compute
+from run_folder import diverged
+
+if TYPE_CHECKING:
+    from pretrain import Config
+
+# What a run writes, and --overwrite deletes. A run goes on from the first of them.
+RESULTS = ("last.pt", "encoder.pt", "log.jsonl", "events.out.tfevents.*")
+
+
+class Training:
+    """All that a step changes. last.pt keeps it, and the flags, and which images it saw.
+
+    Views follow from images, flags and step alone, so that last.pt needs no state of the
+    loader."""
+
+    def __init__(self, config: "Config", compute: Compute):
+        self.config, self.compute = config, compute
+        self.last_file = Path(config.out) / "last.pt"
+        self.encoder_file = Path(config.out) / "encoder.pt"
+        torch.manual_seed(config.seed)
+        # A run that goes on takes its weights from last.pt: do not read or download --init.
+        goes_on = self.last_file.exists() and not config.overwrite
+        encoder = build_encoder(config.arch, "random" if goes_on else config.init, compute.say)
+        net = SimCLR(encoder, config.proj_layers, config.proj_width, config.proj_dim)
+        self.net = compute.to_device(net)
+        self.optimizer = make_optimizer(
+            self.net, config.optimizer, config.lr, config.weight_decay, fused=compute.cuda)
+        # Small gradients underflow in float16, so that their loss is scaled up.
+        self.scaler = torch.amp.GradScaler(
+            compute.device.type, enabled=compute.precision == "fp16")
+        self.step = 0         # steps taken
+        self.last_probe = -1  # the step after which the features were last probed
+        self.images_digest = ""  # of the train split's paths
+
+    def begin_or_go_on(self, manifest: Manifest, train: np.ndarray, probe: Probe | None,
+                       resources: contextlib.ExitStack) -> None:
+        """Lock the run folder for this run, and come to where its last.pt left off.
+
+        train: image indices of the train split. CheckpointError or DataError where the folder
+        holds another run, or the processes do not see the same files."""
+        config, compute, out = self.config, self.compute, Path(self.config.out)
+        self.images_digest = run_folder.paths_digest(manifest, train)
+        inputs = inputs_of(config, manifest, train, probe)
+        if compute.rank == 0:
+            if not config.overwrite:
+                # Refuse a copied last.pt that does not fit before config.json is written.
+                if self.last_file.exists() and not (out / "config.json").exists():
+                    self.load()
+                if self.encoder_file.exists() and not self.last_file.exists():
+                    raise DataError(f"{out} holds an encoder.pt and no last.pt to go on from; "
+                                    "choose another --out, or give it up with --overwrite")
+            run_folder.open_run(config, "pretrain", RESULTS, resources, "last.pt", inputs)
+        # From here on the folder belongs to this run, and all processes start from the same file.
+        compute.barrier()
+        if self.last_file.exists():
+            self.load()
+        if not _same_everywhere(self.step, compute):
+            raise DataError(f"the processes do not see the same {self.last_file}: --out must lie "
+                            "on storage that all of them see")
+        # A copy of the data folder on each machine's own disk may be an old one.
+        content = json.dumps([list(inputs[name].values()) for name in ("data", "patients")
+                              if name in inputs])
+        if not _same_everywhere(zlib.crc32(content.encode()), compute):
+            raise DataError(f"the processes do not see the same train split in {config.data}")
+
+    def load(self) -> None:
+        """Go on from last.pt; CheckpointError or DataError where it is of another run."""
+        file = self.last_file
+        state = load_checkpoint(file)
+        if not {"model", "optimizer", "scaler", "step", "config", "images"} <= state.keys():
+            raise CheckpointError(f"{file} is no last.pt of a pre-training run")
+        # Of another architecture or optimizer the tensors would not fit; and with another batch
+        # size a step would stand for other images.
+        for name in ("arch", "optimizer", "batch_size"):
+            in_file, flag_value = state["config"].get(name), getattr(self.config, name)
+            if in_file != flag_value:
+                raise CheckpointError(f"{file} has --{name.replace('_', '-')} {in_file}, "
+                                      f"not {flag_value}")
+        if state["images"] != self.images_digest:
+            raise DataError(f"{self.config.data}/manifest.csv lists other training images than "
+                            f"when {file} was saved")
+        try:
+            self.net.load_state_dict(state["model"])  # PyTorch compares all shapes
+            # Momenta come from the file; learning rate and decay from this run's flags.
+            momenta = {"state": state["optimizer"]["state"]}
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | momenta)
+            if state["scaler"]:  # empty where the run computed without one until now
+                self.scaler.load_state_dict(state["scaler"])
+            self.step = operator.index(state["step"])
+            self.last_probe = operator.index(state.get("probed", self.step))
+        except MALFORMED as error:
+            reason = last_line(error)
+            raise CheckpointError(f"{file} does not fit these flags: {reason}") from None
+
+    def save(self) -> None:
+        """Write last.pt and encoder.pt. FloatingPointError where a weight, or what the optimizer
+        remembers of it, is not finite: such a state must not replace the last good one."""
+        if name := first_not_finite(self.net, self.optimizer):
+            raise diverged(f"{name} is not finite after step {self.step}", self.config)
+        save_checkpoint(self.last_file, {
+            "model": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(), "step": self.step, "probed": self.last_probe,
+            "config": self.settings(), "images": self.images_digest})
+        self.save_encoder()
+
+    def save_encoder(self) -> None:
+        save_checkpoint(self.encoder_file, {
+            "format": FORMAT, "arch": self.config.arch, "step": self.step,
+            "config": self.settings(), "encoder": self.net.encoder.state_dict(),
+            "projector": self.net.projector.state_dict()})
+
+    def settings(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.config) | {"mean": MEAN, "std": STD}
+
+
+def inputs_of(config: "Config", manifest: Manifest, train: np.ndarray,
+              probe: Probe | None) -> dict[str, dict[str, str]]:
+    """The digests of what the run is made of, {flag: {path: digest}}: where they differ from those
+    in config.json, it is another run."""
+    # Labels added later make no other run, unless --balance or --positives reads them.
+    whole_table = config.balance or config.positives != "image"
+    content = run_folder.content_of_data(manifest, None if whole_table else train)
+    inputs = {"data": {config.data: content}}
+    if not config.same_patient:
+        inputs["patients"] = {config.data: run_folder.patients_digest(manifest, train)}
+    if config.probe_data and probe:
+        content = run_folder.content_of_data(probe.manifest)
+        inputs["probe_data"] = {config.probe_data: content}
+    if Path(config.init).is_file():  # it is not needed once there is a last.pt
+        inputs["init"] = {config.init: run_folder.content_of_file(config.init)}
+    return inputs
+
+
+def _same_everywhere(number: int, compute: Compute) -> bool:
+    """Whether all processes have the same number."""
+    smallest = compute.reduce(torch.tensor(number), dist.ReduceOp.MIN)
+    return bool(smallest == compute.reduce(torch.tensor(number), dist.ReduceOp.MAX))
