@@ -12,7 +12,8 @@ from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from common import DataError
-from layout import SPLIT_NAMES, place_of, split_name, without_accents
+from layout import (
+    SHORT_SPLITS, SPLIT_NAMES, place_of, split_name, split_word, without_accents)
 from manifest_csv import SPLITS
 from tables import form_key, most_classes, value_of
 
@@ -29,7 +30,7 @@ ALLOW = {
     "untrained-class": "a class stands in the given val or test split, and not in train",
     "unknown-patients": "folders or columns seem to name patients, and are not used, or some "
                         "DICOM files have no PatientID",
-    "unused-splits": "a column seems to name the splits, and is not used",
+    "unused-splits": "a column, or the names of files, seem to name the splits, and are not used",
     "odd-classes": "class folders are named images, part1, normal_train and the like, or lie one "
                    "in another"}
 FEW = 3                         # images; fewer are not doubted
@@ -465,31 +466,80 @@ def classes_of_splits(names: list[str]) -> tuple[str, str] | None:
     return None
 
 
-# What programs append to the name of a changed copy, and the view that a name may say.
+def splits_in_names(images: list[str]) -> dict[str, list[str]]:
+    """{train, val or test: the images whose name says it} of files such as
+    train_1.png and 7_test_0_.png.
+
+    By one word of the name alone, which is not in all of the names; by short
+    words, as tr is one, where all names have one."""
+    words = {image: {split_word(word) for word in words_of(PurePosixPath(image).stem)}
+             for image in images}
+    shared = set.intersection(*words.values()) if words else set()
+    for known in (SPLIT_NAMES, SHORT_SPLITS):
+        found: dict[str, list[str]] = {}
+        for image in images:
+            said = {known[word] for word in words[image] - shared if word in known}
+            if len(said) == 1:
+                found.setdefault(said.pop(), []).append(image)
+        if found and (known is SPLIT_NAMES or sum(map(len, found.values())) == len(images)):
+            return found
+    return {}
+
+
+# What programs append to the name of a changed copy, and the view that a name may say. A number
+# beside it may count the changes, or be the picture's own; so may one in brackets at the end.
 CHANGED = re.compile(
-    r"[\W_]*(?<![^\W\d_])((aug(mented|mentation)?|[hv]?flip(ped)?|flip_?(lr|ud|[hv])|mirror(ed)?|rot"
-    r"(ate|ated|ation)?|crop(ped)?|zoom(ed)?|shift(ed)?|shear(ed)?|blur(red)?|noisy?|noise|clahe"
-    r"|bright(ness|er|ened)?|dark(er|ened)?|contrast|gamma|equali[sz]ed|resized?|scaled"
-    r"|transform(ed)?|copy)([\W_]*\d{1,3})?|rf\.[0-9a-f]{32}|frontal|lateral|lat|pa|ap)"
-    r"(?![^\W_])[)\]]*")
+    r"[\W_]*(?<![^\W\d_])(?:(?:aug(?:mented|mentation)?|[hv]?flip(?:ped)?|flip_?(?:lr|ud|[hv])"
+    r"|mirror(?:ed)?|rot(?:ate|ated|ation)?|crop(?:ped)?|zoom(?:ed)?|shift(?:ed)?|shear(?:ed)?"
+    r"|blur(?:red)?|noisy?|noise|clahe|bright(?:ness|er|ened)?|dark(?:er|ened)?|contrast|gamma"
+    r"|equali[sz]ed|enhanced?|enhancement|sharp(?:en|ened)?|denoised|inverted|normali[sz]ed"
+    r"|resized?|scaled|transform(?:ed)?|copy)(?:[\W_]*(\d{1,3}))?|rf\.[0-9a-f]{32}"
+    r"|frontal|lateral|lat|pa|ap|left|right)(?![^\W_])[)\]]*")
+NUMBERED_COPY = re.compile(r"\s*\(\d{1,3}\)$")          # x (1), as browsers and Windows write
 
 
-def picture_name(image: str) -> str:
-    """The name of a file without what CHANGED finds in it; "" where no number
-    is left that would tell a picture from others: crop_1 and crop_2 may be of
-    two."""
-    name = CHANGED.sub("", PurePosixPath(image).stem.casefold()).strip(" ._-")
-    return name if re.search(r"\d", name) else ""
+def stem_of(image: str) -> str:
+    """The name of a file without folders and suffix, in small letters."""
+    return PurePosixPath(image).stem.casefold()
+
+
+def picture_names(images: list[str]) -> dict[str, str]:
+    """{image: the name of its picture} of images that lie together; for most
+    it is the file's own. Without a number no name tells a picture from
+    others: crop_1 and crop_2 may be of two.
+
+    A number beside CHANGED counts the changes, or is the picture's own, as
+    the other files tell: aug_2_7 is of 7 or of 2, whichever there is. Where
+    neither is, a rest that is the same behind all numbers tells nothing."""
+    found = {image: CHANGED.search(stem_of(image)) for image in images}
+    plain = {stem_of(image) for image in images if not found[image]}
+    rests, numbers = {}, {}
+    for image, change in found.items():
+        rests[image] = (CHANGED if change else NUMBERED_COPY).sub("", stem_of(image)).strip(" ._-")
+        numbers[image] = change[1] or "" if change else ""
+    # Whichever finds more pictures is the better reading of a name that has two.
+    ways = sorted((rests, numbers), key=lambda way: -len(plain & {*way.values()}))
+    behind = {rests[image] for image in images if numbers[image]}
+    names = {}
+    for image in images:
+        known = [way[image] for way in ways if way[image] in plain]
+        rest_tells = found[image] and (len(behind) > 1 or not numbers[image])
+        own = rests[image] if rest_tells else stem_of(image)
+        names[image] = known[0] if known else own
+    return {image: name for image, name in names.items() if re.search(r"\d", name)}
 
 
 def same_pictures(images: list[str]) -> dict[str, str]:
     """{image: the name that it shares with others}, of images of one folder
     that seem to be changed copies or further views of one another: x1.png,
     x1_flip.png and aug_2_x1.png; x1.png, x1.jpg."""
-    sharing: dict[str, list[str]] = {}
+    folders: dict[str, list[str]] = {}
     for image in images:
-        if name := picture_name(image):
-            sharing.setdefault(f"{PurePosixPath(image).parent}/{name}", []).append(image)
+        folders.setdefault(str(PurePosixPath(image).parent), []).append(image)
+    sharing: dict[str, list[str]] = {}
+    for folder, inside in folders.items():
+        for image, name in picture_names(inside).items():
+            sharing.setdefault(f"{folder}/{name}", []).append(image)
     return {image: name for name, group in sharing.items() for image in group
             if 1 < len(group) <= MOST_COPIES}
 
@@ -498,18 +548,19 @@ def strayed_copies(images: list[str], places: list[tuple[str, Hashable]]) -> lis
     """Those images whose names are of changed copies, and of which the
     picture itself is in another split, as far as splits are given. places:
     (split or "", class) of each image."""
-    found: dict[Hashable, dict[str, list[str]]] = {}    # by the class and name, by the split
+    kinds: dict[Hashable, dict[str, str]] = {}          # by the class: the split of each image
     for image, (split, kind) in zip(images, places):
-        if split and (name := picture_name(image)):
-            found.setdefault((kind, name), {}).setdefault(split, []).append(image)
-    return [image for by_split in found.values() if len(by_split) > 1
-            for group in by_split.values() if all(map(is_changed, group)) for image in group]
-
-
-def is_changed(image: str) -> bool:
-    """Whether a file's name says that it is a changed copy, or which view it
-    is."""
-    return bool(CHANGED.search(PurePosixPath(image).stem.casefold()))
+        if split:
+            kinds.setdefault(kind, {})[image] = split
+    strayed = []
+    for split_of in kinds.values():
+        found: dict[str, dict[str, list[str]]] = {}     # by the name, by the split
+        for image, name in picture_names([*split_of]).items():
+            found.setdefault(name, {}).setdefault(split_of[image], []).append(image)
+        for name, by_split in found.items():
+            for group in by_split.values() if len(by_split) > 1 else ():
+                strayed += group if name not in map(stem_of, group) else []
+    return strayed
 
 
 def persons_in_names(images: list[str]) -> str:

@@ -22,7 +22,7 @@ from common import DataError, read_text
 from doubts import (
     Doubt, classes_of_splits, drawings, folders_of_persons, many_classes, may_be_persons,
     names_without_meaning, persons_in_names, repeated_below, same_pictures, seem_patients,
-    seem_splits, seem_studies, seem_views, strayed_copies, untrained_classes)
+    seem_splits, seem_studies, seem_views, splits_in_names, strayed_copies, untrained_classes)
 from flags import number_within
 from layout import (
     Place, excluder, find_layout, layout_text, levels_of, outside_splits, place_of, split_name)
@@ -241,6 +241,8 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
                   guessed=args.layout is None)
     if not patients and args.layout is None:
         doubt_unknown_patients(source, images, named, labelled=bool(columns))
+    if not any(splits.values()):
+        doubt_splits_in_names(source, images)
     if table:
         doubt_unused_columns(source, args, table, levels, list(key_of.values()))
     for folder, count in outside_splits(images, levels).items():
@@ -439,6 +441,22 @@ def doubt_other_splits(source: Source, splits: dict[str, str], levels: list[str]
             "unused-splits", f"{len(others):,} images, such as {text_of(others[0])}, lie in the "
             f"folder of another split than the table says, here {splits[others[0]]}, which would "
             "be used"))
+
+
+def doubt_splits_in_names(source: Source, images: list[str]) -> None:
+    """Say that names of files name splits, of images that have none, and
+    doubt it where two splits are named."""
+    found = splits_in_names(images)
+    count = sum(map(len, found.values()))
+    says = (f"{count:,} names of files, such as "
+            f"{' and '.join(text_of(named[0]) for named in found.values())}, seem to name the "
+            f"split, {' or '.join(found)}")
+    if len(found) > 1 and 20 * count >= len(images):
+        source.doubts.append(Doubt(
+            "unused-splits", f"{says}, which is not used: sort the images into folders of these "
+            "names, or write the splits into a column of --csv"))
+    elif found:
+        source.notes.append(f"{says}; that is not used.")
 
 
 def doubt_unused_columns(source: Source, args: argparse.Namespace, table: Table,

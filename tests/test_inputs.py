@@ -212,57 +212,57 @@ def test_blanks_and_marks_are_told(tmp_path, capsys, columns, rows, expected):
     ("a/b/c/1_{split}/{name}/{i}.png", ("NORMAL", "TB"), "*/*/*/split/class"),
     ("{split}_images/{name}/pngs/{i}.png", ("NORMAL", "TB"), "split/class"),
     ("{name}/{Split}/{i}.png", ("0", "1"), "class/split"),
-    ("{name}/{i}_{split}.png", ("TB", "TB "), "label 'TB' is 1 for every image"),
-    ("{name}/{split}{i}.png", ("images", "masks"), "seem to be masks.*images does not look like"),
-    ("{name}/{split}{i}.png", ("TB", "TB/segmentations"), "seem to be masks"),
-    ("TB/{split}{i}{name}.png", ("", "_seg"), "seem to be masks"),
-    ("{name}/{split}{i}.png", ("TB", "gt"), "seem to be masks"),
+    ("{name}/{i}_{set}.png", ("TB", "TB "), "label 'TB' is 1 for every image"),
+    ("{name}/{set}{i}.png", ("images", "masks"), "seem to be masks.*images does not look like"),
+    ("{name}/{set}{i}.png", ("TB", "TB/segmentations"), "seem to be masks"),
+    ("TB/{set}{i}{name}.png", ("", "_seg"), "seem to be masks"),
+    ("{name}/{set}{i}.png", ("TB", "gt"), "seem to be masks"),
     ("{split}/{name}/{i}_3rh5gt.png", ("TB", "x0roi1"), "split/class"),
-    ("{name}/{split}{i}.png", ("00017", "00018"), "00017 does not look like a class"),
-    ("{name}/{split}{i}.png", ("2020-01-31", "2020-02-01"), "does not look like a class"),
-    ("{name}/{split}{i}.png", ("JPCLN001", "JPCLN002"), "does not look like a class"),
+    ("{name}/{set}{i}.png", ("00017", "00018"), "00017 does not look like a class"),
+    ("{name}/{set}{i}.png", ("2020-01-31", "2020-02-01"), "does not look like a class"),
+    ("{name}/{set}{i}.png", ("JPCLN001", "JPCLN002"), "does not look like a class"),
     ("{split}/{name}/{i}.png", ("TB", "unlabeled"), "unlabeled does not look like a class"),
     ("{split}/{name}/p{i}/a.png", ("NORMAL", "TB"), "split/class"),         # one image of each
-    ("{name}/p1/{split}{i}.png", ("NORMAL", "TB"), "NORMAL/p1 seems to be of one patient, .*"
+    ("{name}/p1/{set}{i}.png", ("NORMAL", "TB"), "NORMAL/p1 seems to be of one patient, .*"
                                                    "--layout class/patient"),
-    ("{name}/{split}{i}.png", ("NORMAL/pt01", "NORMAL/pt02", "TB/pt03", "TB/pt04"),
+    ("{name}/{set}{i}.png", ("NORMAL/pt01", "NORMAL/pt02", "TB/pt03", "TB/pt04"),
      "NORMAL/pt01 seems to be of one patient, .*--layout class/patient"),
-    ("{name}/{split}{i}.png", ("NORMAL/Smith_John", "NORMAL/A17", "TB/Doe"), "seems to be of one"),
-    ("x/{name}/a/{i}{split}.png", ("NORMAL/imgs/A1", "TB/imgs/A2", "TB/imgs/B"),
+    ("{name}/{set}{i}.png", ("NORMAL/Smith_John", "NORMAL/A17", "TB/Doe"), "seems to be of one"),
+    ("x/{name}/a/{i}{set}.png", ("NORMAL/imgs/A1", "TB/imgs/A2", "TB/imgs/B"),
      r"x/NORMAL/imgs/A1 seems to be of one patient.*--layout \*/class/\*/patient"),
-    ("{name}/{split}{i}.png", ("TB/active", "TB/latent", "NORMAL"), "class"),
-    ("{name}/{split}{i}.png", ("pt01", "pt02", "pt03"), "pt01 does not look like a class"),
-    ("{name}/{split}{i}.png", ("A17", "B03", "C22"), "A17 does not look like a class"),
-    ("{name}/{split}{i}.png", ("TB", "unknown"), "unknown does not look like a class"),
-    *(("{name}/{split}{i}.png", names, "seem to be of one person each.*--layout patient")
+    ("{name}/{set}{i}.png", ("TB/active", "TB/latent", "NORMAL"), "class"),
+    ("{name}/{set}{i}.png", ("pt01", "pt02", "pt03"), "pt01 does not look like a class"),
+    ("{name}/{set}{i}.png", ("A17", "B03", "C22"), "A17 does not look like a class"),
+    ("{name}/{set}{i}.png", ("TB", "unknown"), "unknown does not look like a class"),
+    *(("{name}/{set}{i}.png", names, "seem to be of one person each.*--layout patient")
       for names in (
         ("Smith_John", "Doe_Jane", "Roe_Richard", "Miles_Mary"), ("DOE^JANE", "ROE^R"),
         ("Smith, John", "Doe, Jane"), ("mueller", "schmidt", "meier", "otto"))),
-    *(("{name}/{split}{i}.png", names, "does not look like a class") for names in (
+    *(("{name}/{set}{i}.png", names, "does not look like a class") for names in (
         ("A", "A - Copy"), ("TB", "TB_augmented"), ("A", "thumbnails"), ("A", "$RECYCLE.BIN"),
         ("a3f9c2", "b81e77", "c0ffee"))),
-    *(("{name}/{split}{i}.png", names, "seem to be masks") for names in (
+    *(("{name}/{set}{i}.png", names, "seem to be masks") for names in (
         ("A", "cams"), ("A", "segmented"))),
-    *(("{name}/{split}{i}.png", names, "class") for names in (
+    *(("{name}/{set}{i}.png", names, "class") for names in (
         ("COVID", "Lung_Opacity", "Normal", "Viral Pneumonia"), ("No Finding", "Pleural Effusion"),
         ("A", "B", "C", "D"))),
     ("{name}_{split}/{i}.png", ("normal", "tb"),
      "classes normal_test and normal_train seem to be of two splits by .*--allow odd-classes"),
     ("{split}{name}/{i}.png", ("A", "B"), "classes testA and trainA seem to be of two"),
-    ("{name}/{split}{i}.png", ("TB", "TB_test"), "classes TB and TB_test seem to be of two"),
-    ("{name}/{split}{i}.png", ("train_NORMAL", "test_TB"), "test_TB and train_NORMAL seem to be"),
-    ("{name}/{split}{i}.png", ("train_NORMAL", "protest", "Device"), "class"),
+    ("{name}/{set}{i}.png", ("TB", "TB_test"), "classes TB and TB_test seem to be of two"),
+    ("{name}/{set}{i}.png", ("train_NORMAL", "test_TB"), "test_TB and train_NORMAL seem to be"),
+    ("{name}/{set}{i}.png", ("train_NORMAL", "protest", "Device"), "class"),
     *(("{split}/{name}{i}.png", names, "differ in form only") for names in (
         ("COVID19/", "COVID-19/"), ("MassNodule/", "Mass_Nodule/"), ("A&B/", "A B/"))),
     ("{split}/{name}{i}.png", ("TB+/", "TB-/"), "split/class"),
     *(("{Short}/{name}/{i}.png", names, layout) for names, layout in (
         (("NORMAL", "TB"), "split/class"), (("0", "1"), "split/class"))),
     ("{name}/{Short}_set/{i}.png", ("NORMAL", "TB"), "class/split"),
-    ("{name}/{split}{i}.png", ("VA", "NORMAL"), "class"),
+    ("{name}/{set}{i}.png", ("VA", "NORMAL"), "class"),
     ("seen_{split}/{name}/{i}.png", ("NORMAL", "TB"), "NORMAL lies both below seen_"),
-    *(("{name}/{split}{i}.png", names, "does not look like a class") for names in (
+    *(("{name}/{set}{i}.png", names, "does not look like a class") for names in (
         ("TB", "TB (1)"), ("TB", "TB 2"), ("TB", "TB - Kopie"), ("TB", "Kopie von TB"))),
-    *(("{name}/{split}{i}.png", names, "class") for names in (
+    *(("{name}/{set}{i}.png", names, "class") for names in (
         ("label_0", "label_1"), ("Label 0", "Label 1"), ("COVID (576)", "Normal (1583)"),
         ("SARS", "SARS-CoV-2"), ("Stage 1", "Stage 2"))),
     *((pattern, ("NORMAL", "TB"), r"12 names of files, such as .*test.*NORMAL.*, hold .* unzip")
@@ -273,7 +273,7 @@ def test_layouts(tmp_path, capsys, pattern, classes, expected):
     short = {"test": "te", "val": "VA", "train": "tr"}
     src, out = tree(tmp_path, *(
         os.path.normpath(pattern.format(split=split, Split=names[split], Short=short[split],
-                                        name=name, i=i))
+                                        set=ord(split[1]), name=name, i=i))
         for split in names for name in classes for i in range(2)))
     for litter in ("__MACOSX/x/1.png", ".hidden/2.png", "Thumbs.db", "desktop.ini"):
         (src / litter).parent.mkdir(exist_ok=True, parents=True)
@@ -421,7 +421,12 @@ def test_folders_that_may_be_persons_are_told(tmp_path, capsys, names, told):
       "x{i}_png.rf.fedcba98765432100123456789abcdef.jpg"], 4),
     (["{i}.png", "{i}.jpg"], 4), (["p{i}_frontal.png", "p{i}_lateral.png"], 4),
     (["crop_{i}.png", "{i}_2.png"], 0), (["flipped{i}.png", "x{i} (2).png"], 0),
-    (["p{i}_1.png", "p{i}_2.png"], 0), (["apical{i}.png", "x{i}paid.png"], 0)])
+    (["p{i}_1.png", "p{i}_2.png"], 0), (["apical{i}.png", "x{i}paid.png"], 0),
+    # The number beside such a word is the picture's own, or its copy's.
+    (["{i}.png", "augmented_{i}_7712.png"], 4), (["{i}.png", "flip-{i}-31.png"], 4),
+    (["{i}.png", "aug_2_{i}.png"], 4), (["augmented_{i}_7712.png", "p{i}.png"], 0),
+    (["x{i}.png", "x{i} (1).png"], 4), (["a ({i}).png", "b ({i}).png"], 0),
+    (["x{i}.png", "x{i}_sharpened.png"], 4), (["x{i}_left.png", "x{i}_right.png"], 4)])
 def test_changed_copies_stay_together(tmp_path, capsys, names, pictures):
     """Copies and views of a picture come into one split, as far as their names tell."""
     src, out = tree(tmp_path, *(f"{part}/{name.format(i=i)}"
@@ -443,6 +448,31 @@ def test_changed_copies_in_two_given_splits_are_told(tmp_path, capsys, files, st
     folder(src, out)
     text = f"By their names {strayed} images, such as test/A/1_flip.png, are changed copies"
     assert (text in capsys.readouterr().out) == bool(strayed)
+
+
+@pytest.mark.parametrize("pattern, refused", [
+    ("{name}/{split}-{i}.png", True), ("{i}_{split}set.png", True), ("a_test_{split}{i}.png", True),
+    ("{name}/x{i}.{Short}.png", True), ("{name}/{i}_covid_test.png", False),
+    ("{name}/{i}_{split}_test_val.png", False), ("{name}/{split}ing2{i}ed.png", True),
+    ("{name}/{i}contest{split}d.png", False), ("{split}/{name}/{split}_{i}.png", False)])
+def test_splits_in_the_names_of_files(tmp_path, pattern, refused):
+    """Official test images must not come into train because only their names say so."""
+    short = {"train": "tr", "val": "va", "test": "te"}
+    src, out = tree(tmp_path, *(pattern.format(name=name, split=split, Short=short[split], i=i)
+                                for name in ("NORMAL", "TB") for split in short
+                                for i in (range(2) if name == "TB" else range(2, 4))))
+    with outcome("names of files, such as .* seem to name the split, .* column of --csv .*"
+                 "--allow unused-splits" if refused else None):
+        folder(src, out)
+    folder(src, out, "--allow", "unused-splits")
+
+
+def test_one_split_in_the_names_of_some_files_is_told(tmp_path, capsys):
+    src, out = tree(tmp_path, *(f"{name}/{i}{test}.png" for name in ("NORMAL", "TB")
+                                for i, test in enumerate(["", "", "_test", "-testing"])))
+    folder(src, out)
+    assert "4 names of files, such as NORMAL/2_test.png, seem to name the split, test; that is not"\
+        in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name, cells, told", [
