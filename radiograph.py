@@ -320,7 +320,7 @@ def has_two_levels(levels: np.ndarray) -> bool:
 
 
 def narrow_note(image: Image.Image) -> tuple[str, ...]:
-    """A note where few pixels, or the border, of an image of mode L take most of its gray levels."""
+    """A note where few pixels or the border of an image of mode L take most of its gray levels."""
     levels = np.asarray(image)                      # (H, W) uint8
     for end, border in ((levels.min(), levels <= int(levels.min()) + 8),
                         (levels.max(), levels >= int(levels.max()) - 8)):
