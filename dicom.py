@@ -28,7 +28,7 @@ from common import DataError
 from doubts import FINDINGS, Doubt, pairs_alike, patient_key
 from layout import split_name
 from radiograph import (
-    EXTENSIONS, ImageSettings, Reading, eight_bits, in_parallel, load_image, reason)
+    EXTENSIONS, PACKED, ImageSettings, Reading, eight_bits, in_parallel, load_image, reason)
 from sources import (
     Item, Source, check_patients_and_splits, doubt_classes, doubt_unused_splits, label_flags,
     label_rules, plain_path, that_end_alike, unused_splits)
@@ -116,7 +116,10 @@ def read_identity(file: Path, modalities: Sequence[str], max_megapixels: float,
                             "(--patient-from folder or file takes such files)")
         return identity
     except InvalidDicomError:
-        return BROKEN if file.suffix.lower() in SUFFIXES else NO_DICOM
+        inner, suffix = (name.lower() for name in ["", "", *file.suffixes][-2:])
+        if suffix in PACKED and inner in SUFFIXES:
+            return f"packed ({inner}{suffix}): unpack it first"
+        return BROKEN if suffix in SUFFIXES else NO_DICOM
     except Exception as error:          # a damaged header may make pydicom raise anything
         return reason(error, file)
 

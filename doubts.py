@@ -25,8 +25,10 @@ ALLOW = {
     "many-classes": "a column holds more classes than its images can teach",
     "similar-patients": "patients differ in case, blanks or leading zeros only",
     "masks": "images seem to be masks, segmentations or other drawings",
-    "many-left-out": "more than a tenth of the images are damaged, or missing",
-    "other-folders": "images lie beside the split folders, and are left out",
+    "many-left-out": "more than a tenth of the images are damaged, missing or of a kind that is "
+                     "not read, or all of a class are",
+    "other-folders": "images lie beside the split folders, and are left out, or two folders are "
+                     "one by a link",
     "untrained-class": "a class stands in the given val or test split, and not in train",
     "unknown-patients": "folders or columns seem to name patients, and are not used, or some "
                         "DICOM files have no PatientID",

@@ -51,6 +51,7 @@ from doubts import (
     FEW, Doubt, allow_flag, constant_labels, empty_splits, large_patients, many_left_out,
     refuse_doubts, similar_labels, similar_patients)
 from flags import differing_flags, number_within
+from layout import excluder
 from radiograph import (
     MASK, MIN_SIDE, Found, ImageSettings, Reader, blank_reason, find_files, in_parallel, load_image,
     read_image, reason)
@@ -347,11 +348,12 @@ def prepare(args: argparse.Namespace) -> None:
     of DICOM are written."""
     check_out(args)
     with lock_folder(args.out):
-        below = find_files(args.src) if "src" in args else Found([], [])
+        below = find_files(args.src) if "src" in args else Found([], [], [])
         source = SOURCES[args.source].items(args, below.files)
         special = "a named pipe, a socket or a device"
         source.rejected += [(path, special) for path in below.special]
         source.asked_for.add(special)
+        say_links(source, args, below)
         check_source(source, args, below.files)
         found = len(source.items)
         if found < FEW:
@@ -388,6 +390,24 @@ def prepare(args: argparse.Namespace) -> None:
                 for item in source.items]
         write_csv(args.out / "manifest.csv", [[*columns, *source.label_names], *rows])
     print(card)
+
+
+def say_links(source: Source, args: argparse.Namespace, below: Found) -> None:
+    """Say which folders have their files under another name, by which they are taken; doubt it
+    where folders are all that says what an image is."""
+    excluded = excluder(getattr(args, "exclude", []))
+    links = [(link, name) for link, name in below.links if not excluded(f"{link}/x")
+             and any(file.startswith(f"{name}/") for file in below.files)]
+    if not links:
+        return
+    link, name = map(text_of, links[0])
+    more = f", and {len(links) - 1:,} more" if len(links) > 1 else ""
+    says = f"{link} leads to the same folder as {name}{more}: its files are taken by that name only"
+    if args.source == "folder" and not args.csv:
+        source.doubts.append(Doubt(
+            "other-folders", f"{says}; remove the link, or --exclude {link}"))
+    else:
+        source.notes.append(f"{says}.")
 
 
 def contradictions(source: Source) -> list[str]:

@@ -30,7 +30,12 @@ from common import DataError
 
 # The formats that Pillow may try to open, and the suffixes by which their files are found.
 FORMATS = ("PNG", "JPEG", "JPEG2000", "TIFF", "BMP", "PPM", "WEBP")
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".jp2", ".tif", ".tiff", ".bmp", ".pgm", ".ppm", ".webp")
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k", ".tif", ".tiff", ".bmp",
+              ".pgm", ".ppm", ".pnm", ".webp")
+# What else pictures and radiographs are kept in, and what files are packed by.
+UNREAD = (".gif", ".heic", ".heif", ".avif", ".jxl", ".tga", ".psd", ".dcm", ".dicom", ".nii",
+          ".nrrd", ".mha", ".mhd", ".img", ".npy")
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 TIFF_TAGS = {"BitsPerSample": 258, "PhotometricInterpretation": 262, "SampleFormat": 339}
 
@@ -95,38 +100,54 @@ Reader = Callable[[Path, ImageSettings], Reading]
 # --------------------------------------------------------------------------------------------------
 # Files.
 
+# Folders of these names are hidden, of macOS, or of a NAS: its thumbnails, bins and snapshots.
+SYSTEM_FOLDERS = (".", "__MACOSX", "@eaDir", "@Recycle", "@Recently-Snapshot", "#recycle",
+                  "#snapshot", "@tmp")
+
+
 class Found(NamedTuple):
     """The files below a folder as sorted relative paths."""
     files: list[str]
     special: list[str]              # named pipes, sockets and devices, which are never opened
+    links: list[tuple[str, str]]    # a folder that has its files under another name, and that
 
 
 def find_files(folder: Path) -> Found:
     """All files below a folder.
 
-    Hidden files and folders (.DS_Store, ._x.png) and __MACOSX do not count. Links are followed; a
-    link to nowhere counts as a file, so that it is missed. OSError where a folder cannot be
-    read."""
-    files, special, seen = [], [], set()
+    Hidden files and folders (.DS_Store, ._x.png) and those of SYSTEM_FOLDERS do not count. Links
+    are followed; a link to nowhere counts as a file, so that it is missed. OSError where a folder
+    cannot be read."""
+    files, special, links = [], [], []
+    seen: dict[str, str] = {}       # by its real path, the name of each folder that was read
     folders = [""]                  # those still to be read, relative to `folder`
     while folders:
         parent = folders.pop()
         # A link back to a folder above would give the same files other names.
         real = os.path.realpath(os.path.join(folder, parent))
         if real in seen:
+            if not f"{parent}/".startswith(os.path.join(seen[real], "")):
+                links.append((parent, seen[real]))
             continue
-        seen.add(real)
+        seen[real] = parent
         with os.scandir(os.path.join(folder, parent)) as entries:
             below = sorted(entries, key=lambda entry: entry.name, reverse=True)
         for entry in below:
             path = os.path.join(parent, entry.name)
             if leads_to_folder(entry):
-                if not entry.name.startswith((".", "__MACOSX")):
+                if not entry.name.startswith(SYSTEM_FOLDERS):
                     folders.append(path)
             elif not entry.name.startswith("."):
                 regular = not os.path.exists(entry.path) or entry.is_file()
                 (files if regular else special).append(path)
-    return Found(sorted(files), sorted(special))
+    return Found(sorted(files), sorted(special), sorted(links))
+
+
+def unread_suffix(file: str) -> str:
+    """The suffix, .gif or .png.gz, of a picture that is not read by its name; "" for others."""
+    stem, suffix = os.path.splitext(file.lower())
+    inner = os.path.splitext(stem)[1] if suffix in PACKED else ""
+    return inner + suffix if suffix in UNREAD or inner in (*EXTENSIONS, *UNREAD) else ""
 
 
 def leads_to_folder(entry: os.DirEntry) -> bool:

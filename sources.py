@@ -26,7 +26,7 @@ from doubts import (
 from flags import number_within
 from layout import (
     Place, excluder, find_layout, layout_text, levels_of, outside_splits, place_of, split_name)
-from radiograph import EXTENSIONS, ImageSettings, Reading
+from radiograph import EXTENSIONS, ImageSettings, Reading, unread_suffix
 from tables import (
     MOST_CELLS, LabelRules, Table, merged, read_labels, read_table, spellings, understand, value_of)
 
@@ -254,6 +254,9 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
             f"{text_of(folder) or '--src'} lie beside the split folders and would be left out: "
             f"{ask}"))
 
+    if not table:
+        reject_unread(source, files, places, levels, excluded)
+
     # The labels.
     if table and columns:
         source.label_names, by_key, notes = understand(
@@ -292,6 +295,27 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
     source.passed_over = f"Files passed over: {passed_over(others) or 'none'}."
     source.notes.append(source.passed_over)
     return source
+
+
+def reject_unread(source: Source, files: list[str], places: dict[str, Place], levels: list[str],
+                  excluded: Callable[[str], bool]) -> None:
+    """Reject pictures of kinds that are not read: they are lost, unless the same folder has an
+    image of their name. Doubt it where they are all that a class has. places: of the images."""
+    stems = {os.path.splitext(image)[0] for image in places}
+    lost = {file: place_of(file, levels) for file in files if unread_suffix(file)
+            and file[:-len(unread_suffix(file))] not in stems and not excluded(file)}
+    for file in drawings([*lost]):
+        del lost[file]
+    lost = {file: place for file, place in lost.items() if place.split is not None}
+    source.rejected += [
+        (file, f"{unread_suffix(file)} is not read: save it as PNG, or --exclude it")
+        for file in lost]
+    missed = {place.class_name: file for file, place in reversed(lost.items())}
+    for name in sorted(missed.keys() - {"", *(place.class_name for place in places.values())}):
+        if not names_without_meaning([name]):
+            source.doubts.append(Doubt(
+                "many-left-out", f"class {text_of(name)} has no image that can be read, only such "
+                f"as {text_of(missed[name])}: save them as PNG, or --exclude {text_of(name)}"))
 
 
 def doubt_classes(source: Source, said: bool) -> None:

@@ -712,6 +712,16 @@ def test_broken_dicom_files_are_counted_whatever_lies_beside_them(tmp_path):
         dicom(tmp_path)
 
 
+@pytest.mark.parametrize("suffix", [".dcm.gz", ".DCM.zip", ".ima.xz"])
+def test_packed_dicom_files_are_lost_ones(tmp_path, suffix):
+    several(tmp_path)
+    for i in range(12):
+        (tmp_path / f"src/packed{i}{suffix}").write_bytes(b"\x1f\x8b")
+    (tmp_path / "src/notes.txt.gz").write_bytes(b"\x1f\x8b")
+    with pytest.raises(SystemExit, match=r"12 of 24 images .* packed .*: unpack it first"):
+        dicom(tmp_path)
+
+
 def test_labels_where_no_file_is_taken(tmp_path):
     several(tmp_path, Modality="CT")
     write_csv(tmp_path / "l.csv", [("PatientID", "y"), *((f"P{i}", i % 2) for i in range(6))])

@@ -475,6 +475,57 @@ def test_one_split_in_the_names_of_some_files_is_told(tmp_path, capsys):
         in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("names, expected", [
+    (["N/{i}.png", "P/{i}.jfif", "P/{i}.jpe"], 18), (["N/{i}.png", "P/{i}.png", "P/{i}.dcm"], 12),
+    (["N/{i}.png", "P/{i}.png", "TB/{i}.heic"], "class TB has no image that can be read, only such "
+     "as TB/0.heic.* 6 of 18 .* .heic is not read: save it as PNG.*--allow many-left-out"),
+    (["N/{i}.png", "P/{i}.png", "N/x{i}.jpg.gz"], "6 of 18 images .* .jpg.gz is not read"),
+    (["N/{i}.png", "P/{i}.png", "P/{i}.GIF.png", "P/x{i}.GIF"], "6 of 24 images .* .gif is not"),
+    (["N/{i}.png", "P/{i}.png", "masks/{i}.gif"], 12),
+    (["N/{i}.png", "P/{i}.png", "docs/{i}.txt"], 12)])
+def test_pictures_of_a_kind_that_is_not_read_are_lost(tmp_path, names, expected):
+    src, out = tmp_path / "src", tmp_path / "out"
+    for name in names:
+        for i in range(6):
+            file = src / name.format(i=i)
+            if file.suffix == ".png":
+                save(file, radiograph(i))
+            elif file.suffix in (".jfif", ".jpe"):
+                save(file, radiograph(10 + i), format="JPEG")
+            else:
+                file.parent.mkdir(exist_ok=True)
+                file.write_bytes(b"something")
+    with outcome(expected):
+        folder(src, out)
+        assert len(read_manifest(out).paths) == expected
+    if isinstance(expected, str):
+        folder(src, out, "--exclude", "*.heic", "*.gz", "*.GIF")
+
+
+@pytest.mark.parametrize("link, target", [
+    ("val/NORMAL", "../train/NORMAL"), ("train/TB2", "TB"), ("val/virus", "../../elsewhere")])
+def test_folders_that_are_one_by_a_link(tmp_path, link, target):
+    src, out = tree(tmp_path, "../elsewhere/0.png", "../elsewhere/1.png", *(
+        f"{place}/{i}.png" for place in ("train/NORMAL", "train/TB", "val/TB") for i in range(4)))
+    (src / "train/virus").symlink_to("../../elsewhere")
+    (src / link).symlink_to(target)
+    with pytest.raises(SystemExit, match=f"{link} leads to the same folder as train/.*: its files "
+                       f"are taken by that name only; .*--exclude {link} .*--allow other-folders"):
+        folder(src, out)
+    for flags in (["--exclude", link], ["--allow", "other-folders"]):
+        folder(src, out, "--overwrite", *flags)
+        assert len(read_manifest(out).paths) == 14
+
+
+@pytest.mark.parametrize("litter", ["@eaDir", "#recycle", "@Recycle", "__MACOSX"])
+def test_folders_of_a_nas_are_passed_over(tmp_path, litter):
+    src, out = tree(tmp_path, *(f"{name}/{place}{i}.png" for name in ("NORMAL", "TB")
+                                for place in ("", f"{litter}/x") for i in range(4)),
+                    f"{litter}/1.png")
+    folder(src, out)
+    assert len(read_manifest(out).paths) == 8
+
+
 @pytest.mark.parametrize("name, cells, told", [
     ("Projection", ["PA", "L", "PA", "AP"], "PA (2), L (1), AP (1)"),
     ("BodyPart", ["CHEST", "HAND", "CHEST", ""], "CHEST (2), HAND (1)"),
