@@ -163,6 +163,18 @@ def many_classes(names: list[str], images: int) -> list[Doubt]:
                   "can teach: --layout says what each level of folders is")]
 
 
+def lone_images(classes: Iterable[str]) -> list[Doubt]:
+    """A doubt for a class folder of a single image where others have ten: the
+    image may be a figure of a text. classes: of each image."""
+    counts = Counter(classes)
+    lone = [name for name, count in sorted(counts.items()) if count == 1 and name]
+    if not lone or max(counts.values()) < FEW_OF_A_PERSON:
+        return []
+    more = f", as have {len(lone) - 1:,} more" if len(lone) > 1 else ""
+    return [Doubt("odd-classes", f"class folder {lone[0]} has one image only{more}, which teaches "
+                  f"nothing: --exclude {lone[0]}")]
+
+
 def similar_labels(names: list[str]) -> list[Doubt]:
     """Doubts for labels of the same letters and numbers in the same order:
     COVID19 and COVID-19, MassNodule and Mass/Nodule. Signs that mean
@@ -297,7 +309,11 @@ NO_CLASSES = {"image", "images", "img", "imgs", "png", "jpg", "jpeg", "dicom",
               "files", "patient", "study", "series", "case", "subject", "subj",
               "sub", "scan", "scans", "pat", "unlabeled", "unlabelled", "unsorted",
               "person", "participant", "unknown", "all", "thumbnail", "thumb",
-              "recyclebin", "lostfound", "trash", "tmp", "temp", "backup", "misc"}
+              "recyclebin", "lostfound", "trash", "tmp", "temp", "backup", "misc",
+              "doc", "docs", "document", "documentation", "figure", "fig", "screenshot",
+              "preview", "icon", "logo", "supplement", "readme",
+              # Views, which are no finding.
+              "pa", "ap", "lateral", "lat", "frontal", "ll", "view", "projection"}
 # What makes the class of its own that is left without it another one: A - Copy, A_augmented.
 COPIES = ("copy", "copie", "copia", "kopie", "augmented", "augmentation", "aug", "backup",
           "resized", "cropped", "new", "old")
@@ -422,10 +438,10 @@ def seem_persons(names: list[str], images: int) -> bool:
     return all(words) and (len(names) > 3 or all(len(of_one) == 2 for of_one in words))
 
 
-def may_be_persons(names: list[str], images: int) -> bool:
-    """Whether class folders may be of a person each although seem_persons says
-    nothing: few images in each, and no name says a finding."""
-    return images < FEW_OF_A_PERSON * len(names) and not any(
+def say_no_finding(names: list[str]) -> bool:
+    """Whether class folders may be of persons or hospitals: no name says a
+    finding, or is as short as A and 0."""
+    return bool(names) and not any(
         FINDINGS.search(name.casefold()) or len("".join(words_of(name))) < 3 for name in names)
 
 
@@ -703,6 +719,9 @@ def small_folders(images: list[str], levels: list[str]) -> str:
                     form_key(place_of(image, levels).class_name))
         own = all(len(names) == 1 for names in classes.values())
         few = counts.total() <= MOST_OF_A_PATIENT * len(counts)
+        # Names of findings are kinds of a class: non/Atelectasis.
+        findings = sum(bool(FINDINGS.search(name)) for name in classes)
+        few = few and 4 * findings < len(classes)
         if own and few and len(counts) > 2 and max(counts.values()) > 1:
             return min(counts)
     return ""

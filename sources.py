@@ -20,9 +20,10 @@ from PIL import Image
 import phantom
 from common import DataError, read_text
 from doubts import (
-    Doubt, classes_of_splits, drawings, folders_of_persons, many_classes, may_be_persons,
-    names_without_meaning, persons_in_names, repeated_below, same_pictures, seem_patients,
-    seem_splits, seem_studies, seem_views, splits_in_names, strayed_copies, untrained_classes)
+    Doubt, classes_of_splits, drawings, folders_of_persons, lone_images, many_classes,
+    names_without_meaning, persons_in_names, repeated_below, same_pictures, say_no_finding,
+    seem_patients, seem_splits, seem_studies, seem_views, splits_in_names, strayed_copies,
+    untrained_classes)
 from flags import number_within
 from layout import (
     Place, excluder, find_layout, layout_text, levels_of, outside_splits, place_of, split_name)
@@ -390,9 +391,10 @@ def class_folders(source: Source, places: dict[str, Place]) -> dict[str, tuple[s
     source.doubts += many_classes(source.label_names, len(places))
     if merged(spelling):
         source.notes.append(f"Class folders.{merged(spelling)}")
-    if may_be_persons(source.label_names, len(places)):
+    if say_no_finding(source.label_names):
         source.notes.append(f"No class folder, such as {source.label_names[0]}, is called as a "
-                            "finding is: if they are persons, --layout says patient there.")
+                            "finding is: if they are persons, --layout says patient there; if "
+                            "they are hospitals or views, --layout none and a table of labels.")
     outside = sum(not name for name in names.values())
     if source.label_names and outside:
         source.notes.append(f"Images in no class folder: {outside:,}; nothing is mentioned for "
@@ -423,7 +425,9 @@ def doubt_folders(source: Source, images: list[str], levels: list[str], guessed:
     if "class" not in levels:
         return
     ask = "--layout says what each level of folders is, --layout none that none is a class"
-    odd = names_without_meaning(sorted({place_of(file, levels).class_name for file in images}))
+    classes = [place_of(file, levels).class_name for file in images]
+    source.doubts += lone_images(map(text_of, classes))
+    odd = names_without_meaning(sorted({*classes}))
     twice = repeated_below(images, levels)
     if odd:
         source.doubts.append(Doubt(

@@ -231,6 +231,10 @@ def test_blanks_and_marks_are_told(tmp_path, capsys, columns, rows, expected):
     ("x/{name}/a/{i}{set}.png", ("NORMAL/imgs/A1", "TB/imgs/A2", "TB/imgs/B"),
      r"x/NORMAL/imgs/A1 seems to be of one patient.*--layout \*/class/\*/patient"),
     ("{name}/{set}{i}.png", ("TB/active", "TB/latent", "NORMAL"), "class"),
+    ("{name}/{set}{i}.png", ("other/Effusion", "other/nodule", "covid/mild"), "class"),
+    ("{split}/{name}/{set}{i}.png", ("sick/Pneumonia", "sick/Fibrosis", "well/normal", "well/x"),
+     "split/class"),
+    ("{name}/{set}{i}.png", ("NORMAL/PA", "NORMAL/LAT", "TB/PA", "TB/LAT"), "class"),
     ("{name}/{set}{i}.png", ("pt01", "pt02", "pt03"), "pt01 does not look like a class"),
     ("{name}/{set}{i}.png", ("A17", "B03", "C22"), "A17 does not look like a class"),
     ("{name}/{set}{i}.png", ("TB", "unknown"), "unknown does not look like a class"),
@@ -239,6 +243,7 @@ def test_blanks_and_marks_are_told(tmp_path, capsys, columns, rows, expected):
         ("Smith_John", "Doe_Jane", "Roe_Richard", "Miles_Mary"), ("DOE^JANE", "ROE^R"),
         ("Smith, John", "Doe, Jane"), ("mueller", "schmidt", "meier", "otto"))),
     *(("{name}/{set}{i}.png", names, "does not look like a class") for names in (
+        ("Frontal", "lateral"), ("AP", "PA"), ("TB", "documents"), ("TB", "Figures"),
         ("A", "A - Copy"), ("TB", "TB_augmented"), ("A", "thumbnails"), ("A", "$RECYCLE.BIN"),
         ("a3f9c2", "b81e77", "c0ffee"))),
     *(("{name}/{set}{i}.png", names, "seem to be masks") for names in (
@@ -407,12 +412,27 @@ def test_what_is_not_used_is_told(tmp_path, capsys):
 @pytest.mark.parametrize("names, told", [
     (("mueller", "schmidt"), True),
     (("\u674e\u5c0f\u660e\u5148", "\u738b\u5927\u660e\u5148"), True),
+    (("Shenzhen/png", "JSRT/png"), True), (("Geneva", "Beirut"), True),
     (("normal", "mueller"), False), (("0", "1"), False), (("A", "B", "C"), False)])
-def test_folders_that_may_be_persons_are_told(tmp_path, capsys, names, told):
-    src, out = tree(tmp_path, *(f"{name}/{i}.png" for name in names for i in range(4)))
+@pytest.mark.parametrize("images", [4, 12])
+def test_folders_that_name_no_finding_are_told(tmp_path, capsys, names, told, images):
+    src, out = tree(tmp_path, *(f"{name}/{i}.png" for name in names for i in range(images)))
     folder(src, out)
+    names = [name.removesuffix("/png") for name in names]
     text = f"No class folder, such as {min(names)}, is called as a finding is"
     assert (text in capsys.readouterr().out) == told
+
+
+@pytest.mark.parametrize("name", ["cover/page.png", "Pneumonia/a/1.png"])
+def test_a_class_of_one_image_beside_large_ones(tmp_path, name):
+    src, out = tree(tmp_path, name, *(f"{part}/{i}.png" for part in ("NORMAL", "TB")
+                                      for i in range(10)))
+    part = name.split("/")[0]
+    with pytest.raises(SystemExit, match=f"class folder {part} has one image only, .*--exclude "
+                                         f"{part} .*--allow odd-classes"):
+        folder(src, out)
+    folder(src, out, "--allow", "odd-classes")
+    folder(src, out, "--overwrite", "--layout", "class")
 
 
 @pytest.mark.parametrize("names, pictures", [
