@@ -1007,6 +1007,26 @@ def test_settings_that_cannot_work(data, tmp_path, monkeypatch, capsys, flags, e
     assert words in str(caught.value) + capsys.readouterr().err
 
 
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "TkAgg", "none"])
+def test_a_notebooks_way_to_draw_is_not_asked_for(backend):
+    """A notebook names it to all that it starts, where its package may be missing."""
+    result = subprocess.run(
+        [sys.executable, "-c", "import common, matplotlib; print(matplotlib.get_backend())"],
+        capture_output=True, text=True, cwd=SCRIPT.parent, env=os.environ | {"MPLBACKEND": backend})
+    assert result.stdout.lower() == "agg\n", result.stderr
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "<&- 2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed_stop_nothing(tmp_path, closed):
+    src, out = tree(tmp_path, *(f"{i}.png" for i in range(6)))
+    result = subprocess.run(
+        f'"{sys.executable}" "{SCRIPT}" folder --src "{src}" --out "{out}" --workers 2 {closed}',
+        shell=True)
+    assert result.returncode == 0 and len(read_manifest(out).paths) == 6
+    # No file of theirs holds what was printed.
+    assert run("verify", out, "--workers", 1) == 0
+
+
 def test_names_that_figures_cannot_write(tmp_path, recwarn):
     """From right to left, and a sign that no font has."""
     import cluster_eval
