@@ -104,6 +104,11 @@ WEIGHTS_ALONE = (
     "torch.save(f(getattr(c, 'state_dict', lambda: c)()), {})")
 
 
+# Modules of which no checkpoint holds an object, and a pickle that is to do harm has a function.
+# In pickles subprocess is called commands.
+RUNNING = {"", "io", "os", "subprocess", "commands", "shutil", "runpy", "importlib", "ctypes"}
+
+
 def _why_not(path: str | Path, error: Exception) -> str:
     """Why a file cannot be read as a checkpoint, and what to do, by its first bytes and by what
     PyTorch raised."""
@@ -120,8 +125,9 @@ def _why_not(path: str | Path, error: Exception) -> str:
         if head.startswith(start):
             return f"is no checkpoint but {what}"
     found = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if found and "blocked" in str(error):
-        return f"is not read: it would run {found[1]}, which no checkpoint needs"
+    # Of what is built into Python it gives the name alone: getattr, eval.
+    if found and ("blocked" in str(error) or found[1].rpartition(".")[0] in RUNNING):
+        return f"is not a whole checkpoint: it would run {found[1]}, which no weights need"
     if found:
         alone = os.path.splitext(path)[0] + "-weights.pt"
         command = WEIGHTS_ALONE.format(repr(str(path)), repr(alone))

@@ -109,13 +109,13 @@ def test_broken_checkpoint_is_named(tmp_path, damage):
         load_checkpoint(path)
 
 
-class Blocked:
-    """What runs a command where it is unpickled freely."""
-    def __init__(self, command):
-        self.command = command
+class Harm:
+    """What runs a function where it is unpickled freely."""
+    def __init__(self, function, argument):
+        self.call = function, (argument,)
 
     def __reduce__(self):
-        return os.system, (self.command,)
+        return self.call
 
 
 @pytest.mark.parametrize("wrap, words", [
@@ -146,9 +146,13 @@ def test_files_that_are_no_checkpoints_are_called_what_they_are(tmp_path, conten
         load_checkpoint(path)
 
 
-def test_code_in_a_checkpoint_does_not_run_and_is_not_advised(tmp_path):
-    torch.save({"conv1.weight": Blocked(f"touch {tmp_path / 'ran'}")}, tmp_path / "x.pt")
-    with pytest.raises(CheckpointError, match="it would run [a-z]+.system") as error:
+@pytest.mark.parametrize("function, words", [
+    (os.system, "touch {}"), (eval, "open({!r}, 'w')"), (os.mkdir, "{}"),
+    (subprocess.check_output, "touch {}")])
+def test_code_in_a_checkpoint_does_not_run_and_is_not_advised(tmp_path, function, words):
+    harm = Harm(function, words.format(str(tmp_path / "ran")))
+    torch.save({"conv1.weight": harm}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=f"it would run .*{function.__name__}") as error:
         load_checkpoint(tmp_path / "x.pt")
     assert not (tmp_path / "ran").exists() and "python -c" not in str(error.value)
 
