@@ -274,6 +274,13 @@ def plain_name(text: str, most: int = 200) -> str:
     return plain.encode()[-most:].decode(errors="ignore")
 
 
+def printable(text: str) -> str:
+    """Text in one line: what a terminal would take for a command is escaped, and blanks that look
+    like others are."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1]
+                   for character in text)
+
+
 def valid_unicode(text: str) -> str:
     """Text for those who take no bytes of file names that are not UTF-8: they are escaped."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from common import (                  # first: it answers Ctrl-C while the rest loads
-    DataError, errors_in_one_sentence, lock, open_text, print_any_name, read_text,
+    DataError, errors_in_one_sentence, lock, open_text, print_any_name, printable, read_text,
     restart_in_utf8, whole_file, write_csv, write_text)
 import archive
 from manifest import encoded, read_manifest
@@ -447,12 +447,6 @@ def print_rows(source: Source, args: argparse.Namespace) -> None:
     print(flush=True)
 
 
-def printable(text: str) -> str:
-    """Text in one line: what a terminal would take for a command is escaped."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1]
-                   for character in text)
-
-
 def split_doubts(source: Source, args: argparse.Namespace, found: int) -> list[Doubt]:
     """Doubts for splits without images that nobody asked for."""
     fractions = {split: getattr(args, f"{split}_fraction") for split in ("val", "test")
@@ -475,7 +469,8 @@ def doubts_of(source: Source, args: argparse.Namespace, found: int) -> list[Doub
     """Doubts that counting raises, of whatever source. found: images before any was decoded."""
     # Images that nobody asked to leave out.
     lost = lost_images(source)
-    doubts = [doubt._replace(sentence=doubt.sentence + takes_masks(why for _, why in lost))
+    masks = takes_masks(why for _, why in lost)
+    doubts = [doubt._replace(sentence=printable(doubt.sentence) + masks)
               for doubt in many_left_out(len(source.items), lost)]
     doubts += split_doubts(source, args, found)
     # A DICOM file's patient is a hash by now, which shows nothing of the identity's form.
@@ -561,7 +556,7 @@ def check_source(source: Source, args: argparse.Namespace, files: list[str]) -> 
         says += [source.passed_over.rstrip(".")] if source.passed_over else []
         if args.source != "dicom" and any(is_dicom(args.src / file) for file in files[:100]):
             says.append("`prepare.py dicom` reads DICOM files")
-        raise DataError("; ".join([f"no image found in {args.src}", *says]))
+        raise DataError(printable("; ".join([f"no image found in {args.src}", *says])))
     # A label is a column of the manifest.
     for name in source.label_names:
         taken = name in FIRST_COLUMNS + OPTIONAL_COLUMNS or source.label_names.count(name) > 1

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 import phantom
-from common import DataError, read_text
+from common import DataError, printable, read_text
 from doubts import (
     Doubt, classes_of_splits, drawings, folders_of_persons, lone_images, many_classes,
     names_without_meaning, persons_in_names, repeated_below, same_pictures, say_no_finding,
@@ -602,24 +602,34 @@ def plain_path(path: str) -> str:
     return unicodedata.normalize("NFC", os.path.normpath(path.replace("\\", "/")))
 
 
+def loose_path(path: str) -> str:
+    """What is the same for paths that look alike: in small letters, each run of blanks of any kind
+    as one, without characters of no width."""
+    path = path.casefold()
+    if not path.isascii():
+        path = unicodedata.normalize("NFKC", path).casefold()
+        path = "".join(letter for letter in path if unicodedata.category(letter) != "Cf")
+    return " ".join(path.split())
+
+
 def rows_of_files(table: Table, images: list[str], src: Path, source: Source) -> dict[str, str]:
     """{file: its key in the table} of those images that the table names.
 
     A row names a file by its path below --src, under any name that links give
-    it, and if it is the only one also in other case. Where no row does, all
+    it, and if it is the only one also in other case or blanks. Where no row does, all
     rows are taken to end like their file's path, or to go on before it, and
     then the same without suffixes; that is noted. What is only in one of the
     two is rejected. DataError where two rows name one file or two files have
     the name of one row."""
-    # By the path, or by what differs from it in case only, where that is one file.
+    # By the path, or by what differs from it in case or blanks only, where that is one file.
     by_path = unique(images, plain_path)
     file_of = {key: by_path[key] for key in table.rows if key in by_path}
-    case = Counter(path.casefold() for path in by_path)
-    by_case = {path.casefold(): file for path, file in by_path.items()
-               if case[path.casefold()] == 1}
+    alike = Counter(map(loose_path, by_path))
+    by_form = {loose_path(path): file for path, file in by_path.items()
+               if alike[loose_path(path)] == 1}
     for key in table.rows:
-        if key not in file_of and key.casefold() in by_case:
-            file_of[key] = by_case[key.casefold()]
+        if key not in file_of and loose_path(key) in by_form:
+            file_of[key] = by_form[loose_path(key)]
     # By another name of the same file: below a link, find_files has only one of the two.
     missing = [key for key in table.rows
                if key not in file_of and os.path.exists(src / key)]
@@ -635,14 +645,14 @@ def rows_of_files(table: Table, images: list[str], src: Path, source: Source) ->
     for way, plain in (("name", str), ("name without suffix", without_suffix)):
         if file_of:
             break
-        path_of = {key: plain(key).casefold() for key in table.rows}
+        path_of = {key: loose_path(plain(key)) for key in table.rows}
         files_of = that_end_alike(
-            path_of.values(), {image: plain(plain_path(image)).casefold() for image in images})
+            path_of.values(), {image: loose_path(plain(plain_path(image))) for image in images})
         for key in table.rows:
             found = files_of[path_of[key]]
             if len(found) > 1:
-                raise DataError(f"{table.file}, row {table.rows[key].number}: {key} may be "
-                                f"{found[0]} or {found[1]}")
+                raise DataError(printable(f"{table.file}, row {table.rows[key].number}: {key} may "
+                                          f"be {found[0]} or {found[1]}"))
             if found:
                 file_of[key] = found[0]
         if file_of:
@@ -670,9 +680,9 @@ def refuse_mixed_names(table: Table, images: list[str], file_of: dict[str, str])
     file_of: the rows that were found by their path. Where there are none,
     names are as good."""
     found = set(file_of.values())
-    path_of = {key: key.casefold() for key in table.rows if file_of and key not in file_of}
+    path_of = {key: loose_path(key) for key in table.rows if file_of and key not in file_of}
     files_of = that_end_alike(path_of.values(), {
-        file: plain_path(file).casefold() for file in images if file not in found})
+        file: loose_path(plain_path(file)) for file in images if file not in found})
     for key, path in path_of.items():
         if files_of[path]:
             row, file = table.rows[key], files_of[path][-1]

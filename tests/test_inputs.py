@@ -891,7 +891,13 @@ def test_odd_files_stop_nothing(tmp_path):
      "row 2: there is no 1.png, but x/1.png, and row 4 names 3.png by its path"),
     (["a.b.png", "a.c.png", "d.png"], ["a.b", "a.c", "d"], [0, 1, 0]),
     (["1/0.png", "2/0.png", "3.png"], ["0.jpg", "3.jpg"], "row 2: 0.jpg may be 1/0.png or 2/0.png"),
-    (["link/0.png", "z/1.png", "z/2.png"], ["z/0.png", "link/1.png", "z/2.png"], [0, 1, 0])])
+    (["link/0.png", "z/1.png", "z/2.png"], ["z/0.png", "link/1.png", "z/2.png"], [0, 1, 0]),
+    # Blanks that look alike, and characters without width.
+    *(([f"x/a{blank}{i}.png" for i in range(4)], [f"x/A {i}.png" for i in range(4)], [0, 1, 0, 1])
+      for blank in ("\u2009", "\u3000", "  ", "\u200b ")),
+    ([f"x/a {i}.png" for i in range(4)], [f"a\u202f{i}.png" for i in range(4)], [0, 1, 0, 1]),
+    ([f"a{blank}{i}.png" for i in range(2) for blank in "\u2009\u3000"],
+     [f"a {i}.png" for i in range(2)], r"a 0.png may be a\\u20090.png or a\\u30000.png")])
 def test_rows_find_their_files(tmp_path, files, rows, expected):
     if files[0].startswith("link"):
         (tmp_path / "src/z").mkdir(parents=True)
