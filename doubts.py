@@ -440,9 +440,10 @@ def seem_persons(names: list[str], images: int) -> bool:
 
 def say_no_finding(names: list[str]) -> bool:
     """Whether class folders may be of persons or hospitals: no name says a
-    finding, or is as short as A and 0."""
+    finding, is an answer, as pos is, or is as short as A and 0."""
     return bool(names) and not any(
-        FINDINGS.search(name.casefold()) or len("".join(words_of(name))) < 3 for name in names)
+        FINDINGS.search(name.casefold()) or value_of(name) or len("".join(words_of(name))) < 3
+        for name in names)
 
 
 def is_number_of(name: str, alike: int) -> bool:
@@ -493,13 +494,13 @@ def splits_in_names(images: list[str]) -> dict[str, list[str]]:
     words = {image: {split_word(word) for word in words_of(PurePosixPath(image).stem)}
              for image in images}
     shared = set.intersection(*words.values()) if words else set()
-    for known in (SPLIT_NAMES, SHORT_SPLITS):
+    for known in (SPLIT_NAMES | dict.fromkeys(HELD_OUT, "test"), SHORT_SPLITS):
         found: dict[str, list[str]] = {}
         for image in images:
             said = {known[word] for word in words[image] - shared if word in known}
             if len(said) == 1:
                 found.setdefault(said.pop(), []).append(image)
-        if found and (known is SPLIT_NAMES or sum(map(len, found.values())) == len(images)):
+        if found and (known is not SHORT_SPLITS or sum(map(len, found.values())) == len(images)):
             return found
     return {}
 
@@ -536,8 +537,9 @@ def picture_names(images: list[str]) -> dict[str, str]:
         rests[image] = (CHANGED if change else NUMBERED_COPY).sub("", stem_of(image)).strip(" ._-")
         numbers[image] = change[1] or "" if change else ""
     # Whichever finds more pictures is the better reading of a name that has two.
-    ways = sorted((rests, numbers), key=lambda way: -len(plain & {*way.values()}))
-    behind = {rests[image] for image in images if numbers[image]}
+    both = [image for image in images if numbers[image]]
+    ways = sorted((rests, numbers), key=lambda way: -len(plain & {way[image] for image in both}))
+    behind = {rests[image] for image in both}
     names = {}
     for image in images:
         known = [way[image] for way in ways if way[image] in plain]

@@ -413,7 +413,8 @@ def test_what_is_not_used_is_told(tmp_path, capsys):
     (("mueller", "schmidt"), True),
     (("\u674e\u5c0f\u660e\u5148", "\u738b\u5927\u660e\u5148"), True),
     (("Shenzhen/png", "JSRT/png"), True), (("Geneva", "Beirut"), True),
-    (("normal", "mueller"), False), (("0", "1"), False), (("A", "B", "C"), False)])
+    (("normal", "mueller"), False), (("pos", "neg"), False), (("0", "1"), False),
+    (("A", "B", "C"), False)])
 @pytest.mark.parametrize("images", [4, 12])
 def test_folders_that_name_no_finding_are_told(tmp_path, capsys, names, told, images):
     src, out = tree(tmp_path, *(f"{name}/{i}.png" for name in names for i in range(images)))
@@ -444,7 +445,8 @@ def test_a_class_of_one_image_beside_large_ones(tmp_path, name):
     (["p{i}_1.png", "p{i}_2.png"], 0), (["apical{i}.png", "x{i}paid.png"], 0),
     # The number beside such a word is the picture's own, or its copy's.
     (["{i}.png", "augmented_{i}_7712.png"], 4), (["{i}.png", "flip-{i}-31.png"], 4),
-    (["{i}.png", "aug_2_{i}.png"], 4), (["augmented_{i}_7712.png", "p{i}.png"], 0),
+    (["{i}.png", "aug_2_{i}.png"], 4), (["{i}.png", "aug_{i}_0.png", "aug_{i}_1.png"], 4),
+    (["augmented_{i}_7712.png", "p{i}.png"], 0),
     (["x{i}.png", "x{i} (1).png"], 4), (["a ({i}).png", "b ({i}).png"], 0),
     (["x{i}.png", "x{i}_sharpened.png"], 4), (["x{i}_left.png", "x{i}_right.png"], 4)])
 def test_changed_copies_stay_together(tmp_path, capsys, names, pictures):
@@ -472,15 +474,18 @@ def test_changed_copies_in_two_given_splits_are_told(tmp_path, capsys, files, st
 
 @pytest.mark.parametrize("pattern, refused", [
     ("{name}/{split}-{i}.png", True), ("{i}_{split}set.png", True), ("a_test_{split}{i}.png", True),
-    ("{name}/x{i}.{Short}.png", True), ("{name}/{i}_covid_test.png", False),
+    ("{name}/x{i}.{Short}.png", True), ("{name}/{held}{i}.png", True),
+    ("{name}/{i}_covid_test.png", False),
     ("{name}/{i}_{split}_test_val.png", False), ("{name}/{split}ing2{i}ed.png", True),
     ("{name}/{i}contest{split}d.png", False), ("{split}/{name}/{split}_{i}.png", False)])
 def test_splits_in_the_names_of_files(tmp_path, pattern, refused):
     """Official test images must not come into train because only their names say so."""
     short = {"train": "tr", "val": "va", "test": "te"}
-    src, out = tree(tmp_path, *(pattern.format(name=name, split=split, Short=short[split], i=i)
-                                for name in ("NORMAL", "TB") for split in short
-                                for i in (range(2) if name == "TB" else range(2, 4))))
+    held = {"train": "train", "val": "train", "test": "holdout"}
+    src, out = tree(tmp_path, *(
+        pattern.format(name=name, split=split, Short=short[split], held=held[split], i=i)
+        for name in ("NORMAL", "TB") for split in short
+        for i in (range(2) if name == "TB" else range(2, 4))))
     with outcome("names of files, such as .* seem to name the split, .* column of --csv .*"
                  "--allow unused-splits" if refused else None):
         folder(src, out)
