@@ -6,6 +6,8 @@ import contextlib
 import json
 import math
 import os
+import re
+import shlex
 import signal
 import urllib.error
 import zipfile
@@ -86,14 +88,56 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except Exception as error:          # a decoder may raise anything on a broken file
-        # Only the first sentence: PyTorch goes on to suggest weights_only=False.
-        reason = (str(error) or repr(error)).splitlines()[0].split(". ")[0]
-        raise CheckpointError(f"{path} is not a whole checkpoint: {reason}") from None
+        raise CheckpointError(f"{path} {_why_not(path, error)}") from None
     if not isinstance(state, dict) or not isinstance(state.get("config", {}), dict):
         raise CheckpointError(f"{path} is not a checkpoint of this project, nor a state dict")
     if damage := _damage(state):
         raise CheckpointError(f"{path} is damaged: {damage}")
     return state
+
+
+# What keeps the tensors of a file, and their names: to be typed into a shell.
+WEIGHTS_ALONE = (
+    "import torch; f = lambda d: {{k: f(v) if isinstance(v, dict) else torch.as_tensor(v) "
+    "for k, v in d.items() if isinstance(v, dict) or hasattr(v, 'shape')}}; "
+    "c = torch.load({}, 'cpu', weights_only=False); "
+    "torch.save(f(getattr(c, 'state_dict', lambda: c)()), {})")
+
+
+# Modules of which no checkpoint holds an object, and a pickle that is to do harm has a function.
+# In pickles subprocess is called commands.
+RUNNING = {"", "io", "os", "subprocess", "commands", "shutil", "runpy", "importlib", "ctypes"}
+
+
+def _why_not(path: str | Path, error: Exception) -> str:
+    """Why a file cannot be read as a checkpoint, and what to do, by its first bytes and by what
+    PyTorch raised."""
+    if os.path.isdir(path):
+        return "is a folder, and no checkpoint"
+    head = b""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        head = file.read(64).lstrip()
+    known = {b"version https://git-lfs": "a pointer of Git LFS: `git lfs pull` brings the file",
+             b"<": "a page of HTML or XML: the download gave a page, such as one to log in",
+             b"\x1f\x8b": "packed by gzip: unpack it", b"\x89HDF": "HDF5, as Keras writes it",
+             b"\x93NUMPY": "an array of NumPy"}
+    for start, what in known.items():
+        if head.startswith(start):
+            return f"is no checkpoint but {what}"
+    found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    # Of what is built into Python it gives the name alone: getattr, eval.
+    if found and ("blocked" in str(error) or found[1].rpartition(".")[0] in RUNNING):
+        return f"is not a whole checkpoint: it would run {found[1]}, which no weights need"
+    if found:
+        alone = os.path.splitext(path)[0] + "-weights.pt"
+        command = WEIGHTS_ALONE.format(repr(str(path)), repr(alone))
+        quoted = shlex.quote(command) if re.search(r'["$`\\!]', command) else f'"{command}"'
+        return (f"holds Python objects beside its weights or around them ({found[1]}), and to read "
+                "them could run any code. Where its source can be trusted, this saves the weights "
+                f"alone as {alone}: python -c {quoted}")
+    # Only the first sentence: PyTorch goes on to suggest weights_only=False.
+    reason = (str(error) or repr(error)).splitlines()[0].split(". ")[0]
+    return f"is not a whole checkpoint: {reason}"
 
 
 # What PyTorch raises where parts of a checkpoint have another shape or type than they should.
@@ -235,13 +279,18 @@ def _mismatch(expected: dict[str, Tensor], state: dict[str, Tensor]) -> str:
     shapes = {key: tuple(value.shape) for key, value in expected.items()}
     stem = shapes["conv1.weight"]
     allowed = {"conv1.weight": (stem, (stem[0], 3, *stem[2:]))}
+    # Without the scale that a quantised number had, it says nothing.
+    integers = [f"{key} ({state[key].dtype})" for key, value in expected.items() if key in state
+                and value.is_floating_point() and not (
+                    state[key].is_floating_point() and state[key].itemsize > 1)]
     other_shape = [f"{key} ({_by(state[key].shape)}, not {_by(shapes[key])})" for key in shapes
                    if key in state
                    and tuple(state[key].shape) not in allowed.get(key, (shapes[key],))]
     return "; ".join(f"{what}: {first_three(keys)}" for what, keys in (
         ("missing keys", missing),
         ("unexpected keys", [key for key in state if key not in expected]),
-        ("keys of another shape", other_shape)) if keys)
+        ("keys of another shape", other_shape),
+        ("numbers that seem to be quantised", integers)) if keys)
 
 
 def _by(shape: Iterable[int]) -> str:

@@ -115,9 +115,24 @@ def _leave_with_torchrun() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def _open_streams() -> None:
+    """Open what a daemon or cron has closed of standard input, output and error as /dev/null. Else
+    the next file that is opened would get their number, and what is printed; and a progress bar
+    finds no stream."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)    # the lowest free number
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)
+
+
 # Nothing else in the project runs at import. A script loads PyTorch for seconds before its main()
 # is called, and nothing else can answer Ctrl-C until then; so this file is loaded first.
 sys.excepthook, sys.unraisablehook = _report_uncaught, _interrupt_again
+_open_streams()
+# A notebook tells what it starts to draw into it, by a backend that need not be installed here.
+os.environ["MPLBACKEND"] = "Agg"
 if "TORCHELASTIC_RUN_ID" in os.environ:
     _leave_with_torchrun()
 
@@ -257,6 +272,13 @@ def plain_name(text: str, most: int = 200) -> str:
     """Text as part of a file's name, the last `most` bytes of it: file systems take 255."""
     plain = re.sub(r"[^\w.-]+", "-", text)
     return plain.encode()[-most:].decode(errors="ignore")
+
+
+def printable(text: str) -> str:
+    """Text in one line: what a terminal would take for a command is escaped, and blanks that look
+    like others are."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1]
+                   for character in text)
 
 
 def valid_unicode(text: str) -> str:

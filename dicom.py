@@ -28,11 +28,11 @@ from common import DataError
 from doubts import FINDINGS, Doubt, pairs_alike, patient_key
 from layout import split_name
 from radiograph import (
-    EXTENSIONS, ImageSettings, Reading, eight_bits, in_parallel, load_image, reason)
+    EXTENSIONS, PACKED, ImageSettings, Reading, eight_bits, in_parallel, load_image, reason)
 from sources import (
     Item, Source, check_patients_and_splits, doubt_classes, doubt_unused_splits, label_flags,
     label_rules, plain_path, that_end_alike, unused_splits)
-from tables import Table, read_labels, read_table, understand
+from tables import Table, read_labels, read_table, understand, value_of
 
 
 SUFFIXES = (".dcm", ".dicom", ".dic", ".ima")       # of DICOM files, if they have one
@@ -81,7 +81,7 @@ def open_dicom(file: Path, pixels: bool = True) -> pydicom.FileDataset:
     A file whose first 132 bytes (a blank and the word DICM) were lost is read nevertheless, if it
     holds an image."""
     try:
-        return pydicom.dcmread(file, stop_before_pixels=not pixels)
+        dataset = pydicom.dcmread(file, stop_before_pixels=not pixels)
     except InvalidDicomError:
         try:
             dataset = pydicom.dcmread(file, stop_before_pixels=not pixels, force=True)
@@ -96,6 +96,9 @@ def open_dicom(file: Path, pixels: bool = True) -> pydicom.FileDataset:
         dataset.file_meta.TransferSyntaxUID = (
             ImplicitVRLittleEndian if implicit
             else ExplicitVRLittleEndian if little else ExplicitVRBigEndian)
+    # All that looks at this, pydicom as well, knows it in capital letters.
+    if isinstance(dataset.get("PhotometricInterpretation"), str):
+        dataset.PhotometricInterpretation = dataset.PhotometricInterpretation.strip().upper()
     return dataset
 
 
@@ -116,7 +119,10 @@ def read_identity(file: Path, modalities: Sequence[str], max_megapixels: float,
                             "(--patient-from folder or file takes such files)")
         return identity
     except InvalidDicomError:
-        return BROKEN if file.suffix.lower() in SUFFIXES else NO_DICOM
+        inner, suffix = (name.lower() for name in ["", "", *file.suffixes][-2:])
+        if suffix in PACKED and inner in SUFFIXES:
+            return f"packed ({inner}{suffix}): unpack it first"
+        return BROKEN if suffix in SUFFIXES else NO_DICOM
     except Exception as error:          # a damaged header may make pydicom raise anything
         return reason(error, file)
 
@@ -179,7 +185,8 @@ def check_header(header, modalities: Sequence[str], max_megapixels: float) -> No
     if (modality.lower() or "none") not in [name.lower() or "none" for name in modalities]:
         if not modality:
             raise DataError("Modality is missing (--modality none takes such files)")
-        raise DataError(f"modality {modality}, not {' or '.join(modalities)}")
+        raise DataError(f"modality {modality}, not {' or '.join(modalities)} (--modality "
+                        f"{' '.join(modalities)} {modality} takes it, too)")
     for keyword in NEEDED:
         if header.get(keyword) in (None, ""):
             raise DataError(f"{keyword} is missing")
@@ -195,8 +202,10 @@ def check_header(header, modalities: Sequence[str], max_megapixels: float) -> No
         raise DataError("FOR PROCESSING: raw data of the detector, in which bone may be black")
     if header.Rows * header.Columns > max_megapixels * 1e6:
         raise DataError(f"{header.Columns} x {header.Rows} pixels are more than --max-megapixels")
-    if str(header.get("BurnedInAnnotation") or "").strip().upper() == "YES":
-        raise DataError("BurnedInAnnotation is YES: a name may be written into the image")
+    burned_in = str(header.get("BurnedInAnnotation") or "").strip()
+    if burned_in and value_of(burned_in) != "0":        # Y, TRUE, 1, UNKNOWN
+        raise DataError(f"BurnedInAnnotation is {burned_in.upper()}: a name may be written into "
+                        "the image")
 
 
 # --------------------------------------------------------------------------------------------------

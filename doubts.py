@@ -12,7 +12,8 @@ from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from common import DataError
-from layout import SPLIT_NAMES, place_of, split_name, without_accents
+from layout import (
+    SHORT_SPLITS, SPLIT_NAMES, place_of, split_name, split_word, without_accents)
 from manifest_csv import SPLITS
 from tables import form_key, most_classes, value_of
 
@@ -24,12 +25,14 @@ ALLOW = {
     "many-classes": "a column holds more classes than its images can teach",
     "similar-patients": "patients differ in case, blanks or leading zeros only",
     "masks": "images seem to be masks, segmentations or other drawings",
-    "many-left-out": "more than a tenth of the images are damaged, or missing",
-    "other-folders": "images lie beside the split folders, and are left out",
+    "many-left-out": "more than a tenth of the images are damaged, missing or of a kind that is "
+                     "not read, or all of a class are",
+    "other-folders": "images lie beside the split folders, and are left out, or two folders are "
+                     "one by a link",
     "untrained-class": "a class stands in the given val or test split, and not in train",
     "unknown-patients": "folders or columns seem to name patients, and are not used, or some "
                         "DICOM files have no PatientID",
-    "unused-splits": "a column seems to name the splits, and is not used",
+    "unused-splits": "a column, or the names of files, seem to name the splits, and are not used",
     "odd-classes": "class folders are named images, part1, normal_train and the like, or lie one "
                    "in another"}
 FEW = 3                         # images; fewer are not doubted
@@ -158,6 +161,18 @@ def many_classes(names: list[str], images: int) -> list[Doubt]:
         return []
     return [Doubt("many-classes", f"{len(names):,} class folders are more than {images:,} images "
                   "can teach: --layout says what each level of folders is")]
+
+
+def lone_images(classes: Iterable[str]) -> list[Doubt]:
+    """A doubt for a class folder of a single image where others have ten: the
+    image may be a figure of a text. classes: of each image."""
+    counts = Counter(classes)
+    lone = [name for name, count in sorted(counts.items()) if count == 1 and name]
+    if not lone or max(counts.values()) < FEW_OF_A_PERSON:
+        return []
+    more = f", as have {len(lone) - 1:,} more" if len(lone) > 1 else ""
+    return [Doubt("odd-classes", f"class folder {lone[0]} has one image only{more}, which teaches "
+                  f"nothing: --exclude {lone[0]}")]
 
 
 def similar_labels(names: list[str]) -> list[Doubt]:
@@ -294,7 +309,11 @@ NO_CLASSES = {"image", "images", "img", "imgs", "png", "jpg", "jpeg", "dicom",
               "files", "patient", "study", "series", "case", "subject", "subj",
               "sub", "scan", "scans", "pat", "unlabeled", "unlabelled", "unsorted",
               "person", "participant", "unknown", "all", "thumbnail", "thumb",
-              "recyclebin", "lostfound", "trash", "tmp", "temp", "backup", "misc"}
+              "recyclebin", "lostfound", "trash", "tmp", "temp", "backup", "misc",
+              "doc", "docs", "document", "documentation", "figure", "fig", "screenshot",
+              "preview", "icon", "logo", "supplement", "readme",
+              # Views, which are no finding.
+              "pa", "ap", "lateral", "lat", "frontal", "ll", "view", "projection"}
 # What makes the class of its own that is left without it another one: A - Copy, A_augmented.
 COPIES = ("copy", "copie", "copia", "kopie", "augmented", "augmentation", "aug", "backup",
           "resized", "cropped", "new", "old")
@@ -419,11 +438,12 @@ def seem_persons(names: list[str], images: int) -> bool:
     return all(words) and (len(names) > 3 or all(len(of_one) == 2 for of_one in words))
 
 
-def may_be_persons(names: list[str], images: int) -> bool:
-    """Whether class folders may be of a person each although seem_persons says
-    nothing: few images in each, and no name says a finding."""
-    return images < FEW_OF_A_PERSON * len(names) and not any(
-        FINDINGS.search(name.casefold()) or len("".join(words_of(name))) < 3 for name in names)
+def say_no_finding(names: list[str]) -> bool:
+    """Whether class folders may be of persons or hospitals: no name says a
+    finding, is an answer, as pos is, or is as short as A and 0."""
+    return bool(names) and not any(
+        FINDINGS.search(name.casefold()) or value_of(name) or len("".join(words_of(name))) < 3
+        for name in names)
 
 
 def is_number_of(name: str, alike: int) -> bool:
@@ -465,31 +485,81 @@ def classes_of_splits(names: list[str]) -> tuple[str, str] | None:
     return None
 
 
-# What programs append to the name of a changed copy, and the view that a name may say.
+def splits_in_names(images: list[str]) -> dict[str, list[str]]:
+    """{train, val or test: the images whose name says it} of files such as
+    train_1.png and 7_test_0_.png.
+
+    By one word of the name alone, which is not in all of the names; by short
+    words, as tr is one, where all names have one."""
+    words = {image: {split_word(word) for word in words_of(PurePosixPath(image).stem)}
+             for image in images}
+    shared = set.intersection(*words.values()) if words else set()
+    for known in (SPLIT_NAMES | dict.fromkeys(HELD_OUT, "test"), SHORT_SPLITS):
+        found: dict[str, list[str]] = {}
+        for image in images:
+            said = {known[word] for word in words[image] - shared if word in known}
+            if len(said) == 1:
+                found.setdefault(said.pop(), []).append(image)
+        if found and (known is not SHORT_SPLITS or sum(map(len, found.values())) == len(images)):
+            return found
+    return {}
+
+
+# What programs append to the name of a changed copy, and the view that a name may say. A number
+# beside it may count the changes, or be the picture's own; so may one in brackets at the end.
 CHANGED = re.compile(
-    r"[\W_]*(?<![^\W\d_])((aug(mented|mentation)?|[hv]?flip(ped)?|flip_?(lr|ud|[hv])|mirror(ed)?|rot"
-    r"(ate|ated|ation)?|crop(ped)?|zoom(ed)?|shift(ed)?|shear(ed)?|blur(red)?|noisy?|noise|clahe"
-    r"|bright(ness|er|ened)?|dark(er|ened)?|contrast|gamma|equali[sz]ed|resized?|scaled"
-    r"|transform(ed)?|copy)([\W_]*\d{1,3})?|rf\.[0-9a-f]{32}|frontal|lateral|lat|pa|ap)"
-    r"(?![^\W_])[)\]]*")
+    r"[\W_]*(?<![^\W\d_])(?:(?:aug(?:mented|mentation)?|[hv]?flip(?:ped)?|flip_?(?:lr|ud|[hv])"
+    r"|mirror(?:ed)?|rot(?:ate|ated|ation)?|crop(?:ped)?|zoom(?:ed)?|shift(?:ed)?|shear(?:ed)?"
+    r"|blur(?:red)?|noisy?|noise|clahe|bright(?:ness|er|ened)?|dark(?:er|ened)?|contrast|gamma"
+    r"|equali[sz]ed|enhanced?|enhancement|sharp(?:en|ened)?|denoised|inverted|normali[sz]ed"
+    r"|resized?|scaled|transform(?:ed)?|copy)(?:[\W_]*(\d{1,3}))?|rf\.[0-9a-f]{32}"
+    r"|frontal|lateral|lat|pa|ap|left|right)(?![^\W_])[)\]]*")
+NUMBERED_COPY = re.compile(r"\s*\(\d{1,3}\)$")          # x (1), as browsers and Windows write
 
 
-def picture_name(image: str) -> str:
-    """The name of a file without what CHANGED finds in it; "" where no number
-    is left that would tell a picture from others: crop_1 and crop_2 may be of
-    two."""
-    name = CHANGED.sub("", PurePosixPath(image).stem.casefold()).strip(" ._-")
-    return name if re.search(r"\d", name) else ""
+def stem_of(image: str) -> str:
+    """The name of a file without folders and suffix, in small letters."""
+    return PurePosixPath(image).stem.casefold()
+
+
+def picture_names(images: list[str]) -> dict[str, str]:
+    """{image: the name of its picture} of images that lie together; for most
+    it is the file's own. Without a number no name tells a picture from
+    others: crop_1 and crop_2 may be of two.
+
+    A number beside CHANGED counts the changes, or is the picture's own, as
+    the other files tell: aug_2_7 is of 7 or of 2, whichever there is. Where
+    neither is, a rest that is the same behind all numbers tells nothing."""
+    found = {image: CHANGED.search(stem_of(image)) for image in images}
+    plain = {stem_of(image) for image in images if not found[image]}
+    rests, numbers = {}, {}
+    for image, change in found.items():
+        rests[image] = (CHANGED if change else NUMBERED_COPY).sub("", stem_of(image)).strip(" ._-")
+        numbers[image] = change[1] or "" if change else ""
+    # Whichever finds more pictures is the better reading of a name that has two.
+    both = [image for image in images if numbers[image]]
+    ways = sorted((rests, numbers), key=lambda way: -len(plain & {way[image] for image in both}))
+    behind = {rests[image] for image in both}
+    names = {}
+    for image in images:
+        known = [way[image] for way in ways if way[image] in plain]
+        rest_tells = found[image] and (len(behind) > 1 or not numbers[image])
+        own = rests[image] if rest_tells else stem_of(image)
+        names[image] = known[0] if known else own
+    return {image: name for image, name in names.items() if re.search(r"\d", name)}
 
 
 def same_pictures(images: list[str]) -> dict[str, str]:
     """{image: the name that it shares with others}, of images of one folder
     that seem to be changed copies or further views of one another: x1.png,
     x1_flip.png and aug_2_x1.png; x1.png, x1.jpg."""
-    sharing: dict[str, list[str]] = {}
+    folders: dict[str, list[str]] = {}
     for image in images:
-        if name := picture_name(image):
-            sharing.setdefault(f"{PurePosixPath(image).parent}/{name}", []).append(image)
+        folders.setdefault(str(PurePosixPath(image).parent), []).append(image)
+    sharing: dict[str, list[str]] = {}
+    for folder, inside in folders.items():
+        for image, name in picture_names(inside).items():
+            sharing.setdefault(f"{folder}/{name}", []).append(image)
     return {image: name for name, group in sharing.items() for image in group
             if 1 < len(group) <= MOST_COPIES}
 
@@ -498,18 +568,19 @@ def strayed_copies(images: list[str], places: list[tuple[str, Hashable]]) -> lis
     """Those images whose names are of changed copies, and of which the
     picture itself is in another split, as far as splits are given. places:
     (split or "", class) of each image."""
-    found: dict[Hashable, dict[str, list[str]]] = {}    # by the class and name, by the split
+    kinds: dict[Hashable, dict[str, str]] = {}          # by the class: the split of each image
     for image, (split, kind) in zip(images, places):
-        if split and (name := picture_name(image)):
-            found.setdefault((kind, name), {}).setdefault(split, []).append(image)
-    return [image for by_split in found.values() if len(by_split) > 1
-            for group in by_split.values() if all(map(is_changed, group)) for image in group]
-
-
-def is_changed(image: str) -> bool:
-    """Whether a file's name says that it is a changed copy, or which view it
-    is."""
-    return bool(CHANGED.search(PurePosixPath(image).stem.casefold()))
+        if split:
+            kinds.setdefault(kind, {})[image] = split
+    strayed = []
+    for split_of in kinds.values():
+        found: dict[str, dict[str, list[str]]] = {}     # by the name, by the split
+        for image, name in picture_names([*split_of]).items():
+            found.setdefault(name, {}).setdefault(split_of[image], []).append(image)
+        for name, by_split in found.items():
+            for group in by_split.values() if len(by_split) > 1 else ():
+                strayed += group if name not in map(stem_of, group) else []
+    return strayed
 
 
 def persons_in_names(images: list[str]) -> str:
@@ -650,6 +721,9 @@ def small_folders(images: list[str], levels: list[str]) -> str:
                     form_key(place_of(image, levels).class_name))
         own = all(len(names) == 1 for names in classes.values())
         few = counts.total() <= MOST_OF_A_PATIENT * len(counts)
+        # Names of findings are kinds of a class: non/Atelectasis.
+        findings = sum(bool(FINDINGS.search(name)) for name in classes)
+        few = few and 4 * findings < len(classes)
         if own and few and len(counts) > 2 and max(counts.values()) > 1:
             return min(counts)
     return ""

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from common import (                  # first: it answers Ctrl-C while the rest loads
-    DataError, errors_in_one_sentence, lock, open_text, print_any_name, read_text,
+    DataError, errors_in_one_sentence, lock, open_text, print_any_name, printable, read_text,
     restart_in_utf8, whole_file, write_csv, write_text)
 import archive
 from manifest import as_bytes, read_manifest
@@ -51,6 +51,7 @@ from doubts import (
     FEW, Doubt, allow_flag, constant_labels, empty_splits, large_patients, many_left_out,
     refuse_doubts, similar_labels, similar_patients)
 from flags import differing_flags, number_within
+from layout import excluder
 from radiograph import (
     MASK, MIN_SIDE, Found, ImageSettings, Reader, blank_reason, find_files, in_parallel, load_image,
     read_image, reason)
@@ -246,10 +247,16 @@ def write_images(source: Source, args: argparse.Namespace) -> None:
     changed = [path for path, print_now in now.items() if made_from.get(path) != print_now]
     # And before it all that speaks of the old pictures, should this run not come to its end.
     for path in ("manifest.csv", archive.NAME, *changed) if changed else ():
-        if is_written(args.out / path):
+        if size_of(args.out / path):
             (args.out / path).unlink()
     write_csv(args.out / RECORD, [("path", "made_from"), *now.items()])
-    todo = [item for item in source.items if not is_written(args.out / item.path)]
+    there = [item.path for item in source.items if size_of(args.out / item.path)]
+    whole = in_parallel(is_whole, [args.out / path for path in there], args.workers, "check")
+    written = {path for path, good in zip(there, whole, strict=True) if good}
+    todo = [item for item in source.items if item.path not in written]
+    if len(written) < len(there):
+        print(f"{len(there) - len(written):,} images of an earlier run are broken, and are made "
+              "again")
     if len(todo) < len(source.items):
         print(f"{len(source.items) - len(todo):,} of {len(source.items):,} images "
               "are there already")
@@ -286,12 +293,22 @@ def write_images(source: Source, args: argparse.Namespace) -> None:
                         f"{takes_masks(failed.values())} (all in {file})")
 
 
-def is_written(file: Path) -> bool:
-    """Whether an image is there: only a whole one gets its name, but a power cut may empty it."""
+def size_of(file: Path) -> int:
+    """Bytes of a file; 0 where it is missing, or its name is longer than names can be."""
     try:
-        return file.stat().st_size > 0
-    except OSError:                 # it is missing, or its name is longer than names can be
-        return False
+        return file.stat().st_size
+    except OSError:
+        return 0
+
+
+def is_whole(file: Path) -> bool:
+    """Whether an image of an earlier run has all its bytes, which a power cut or a copy may have
+    cut off or left as zeros: convert waits for no disk. To decode it would take twenty times as
+    long and find no more of that: the end mark can stand nowhere else, and no JPEG has so many
+    zeros in a row. To be called in a process of a pool."""
+    content = file.read_bytes()
+    return (content.startswith(b"\xff\xd8") and content.endswith(b"\xff\xd9")
+            and bytes(64) not in content)
 
 
 def fingerprints(source: Source, args: argparse.Namespace) -> dict[str, str]:
@@ -331,11 +348,12 @@ def prepare(args: argparse.Namespace) -> None:
     of DICOM are written."""
     check_out(args)
     with lock_folder(args.out):
-        below = find_files(args.src) if "src" in args else Found([], [])
+        below = find_files(args.src) if "src" in args else Found([], [], [])
         source = SOURCES[args.source].items(args, below.files)
         special = "a named pipe, a socket or a device"
         source.rejected += [(path, special) for path in below.special]
         source.asked_for.add(special)
+        say_links(source, args, below)
         check_source(source, args, below.files)
         found = len(source.items)
         if found < FEW:
@@ -372,6 +390,24 @@ def prepare(args: argparse.Namespace) -> None:
                 for item in source.items]
         write_csv(args.out / "manifest.csv", [[*columns, *source.label_names], *rows])
     print(card)
+
+
+def say_links(source: Source, args: argparse.Namespace, below: Found) -> None:
+    """Say which folders have their files under another name, by which they are taken; doubt it
+    where folders are all that says what an image is."""
+    excluded = excluder(getattr(args, "exclude", []))
+    links = [(link, name) for link, name in below.links if not excluded(f"{link}/x")
+             and any(file.startswith(f"{name}/") for file in below.files)]
+    if not links:
+        return
+    link, name = map(text_of, links[0])
+    more = f", and {len(links) - 1:,} more" if len(links) > 1 else ""
+    says = f"{link} leads to the same folder as {name}{more}: its files are taken by that name only"
+    if args.source == "folder" and not args.csv:
+        source.doubts.append(Doubt(
+            "other-folders", f"{says}; remove the link, or --exclude {link}"))
+    else:
+        source.notes.append(f"{says}.")
 
 
 def contradictions(source: Source) -> list[str]:
@@ -411,12 +447,6 @@ def print_rows(source: Source, args: argparse.Namespace) -> None:
     print(flush=True)
 
 
-def printable(text: str) -> str:
-    """Text in one line: what a terminal would take for a command is escaped."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1]
-                   for character in text)
-
-
 def split_doubts(source: Source, args: argparse.Namespace, found: int) -> list[Doubt]:
     """Doubts for splits without images that nobody asked for."""
     fractions = {split: getattr(args, f"{split}_fraction") for split in ("val", "test")
@@ -439,7 +469,8 @@ def doubts_of(source: Source, args: argparse.Namespace, found: int) -> list[Doub
     """Doubts that counting raises, of whatever source. found: images before any was decoded."""
     # Images that nobody asked to leave out.
     lost = lost_images(source)
-    doubts = [doubt._replace(sentence=doubt.sentence + takes_masks(why for _, why in lost))
+    masks = takes_masks(why for _, why in lost)
+    doubts = [doubt._replace(sentence=printable(doubt.sentence) + masks)
               for doubt in many_left_out(len(source.items), lost)]
     doubts += split_doubts(source, args, found)
     # A DICOM file's patient is a hash by now, which shows nothing of the identity's form.
@@ -525,7 +556,7 @@ def check_source(source: Source, args: argparse.Namespace, files: list[str]) -> 
         says += [source.passed_over.rstrip(".")] if source.passed_over else []
         if args.source != "dicom" and any(is_dicom(args.src / file) for file in files[:100]):
             says.append("`prepare.py dicom` reads DICOM files")
-        raise DataError("; ".join([f"no image found in {args.src}", *says]))
+        raise DataError(printable("; ".join([f"no image found in {args.src}", *says])))
     # A label is a column of the manifest.
     for name in source.label_names:
         taken = name in FIRST_COLUMNS + OPTIONAL_COLUMNS or source.label_names.count(name) > 1

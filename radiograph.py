@@ -30,7 +30,12 @@ from common import DataError
 
 # The formats that Pillow may try to open, and the suffixes by which their files are found.
 FORMATS = ("PNG", "JPEG", "JPEG2000", "TIFF", "BMP", "PPM", "WEBP")
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".jp2", ".tif", ".tiff", ".bmp", ".pgm", ".ppm", ".webp")
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k", ".tif", ".tiff", ".bmp",
+              ".pgm", ".ppm", ".pnm", ".webp")
+# What else pictures and radiographs are kept in, and what files are packed by.
+UNREAD = (".gif", ".heic", ".heif", ".avif", ".jxl", ".tga", ".psd", ".dcm", ".dicom", ".nii",
+          ".nrrd", ".mha", ".mhd", ".img", ".npy")
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 TIFF_TAGS = {"BitsPerSample": 258, "PhotometricInterpretation": 262, "SampleFormat": 339}
 
@@ -66,6 +71,9 @@ NARROW_NOTE = ("little contrast: a marker, a border or a few other pixels take m
 
 # Percentiles that become black and white where 9 to 16 bits come without a window.
 DEEP_PERCENTILES = (0.5, 99.5)
+BORDER_NOTE = ("one level at an end of the range cut off: as a border, a marker or NoData it would "
+               "have taken most of the gray levels")
+BORDER_SHARE = 0.05     # of the pixels; so many of 8 bits at one end are a border
 
 
 @dataclass(frozen=True)
@@ -92,38 +100,54 @@ Reader = Callable[[Path, ImageSettings], Reading]
 # --------------------------------------------------------------------------------------------------
 # Files.
 
+# Folders of these names are hidden, of macOS, or of a NAS: its thumbnails, bins and snapshots.
+SYSTEM_FOLDERS = (".", "__MACOSX", "@eaDir", "@Recycle", "@Recently-Snapshot", "#recycle",
+                  "#snapshot", "@tmp")
+
+
 class Found(NamedTuple):
     """The files below a folder as sorted relative paths."""
     files: list[str]
     special: list[str]              # named pipes, sockets and devices, which are never opened
+    links: list[tuple[str, str]]    # a folder that has its files under another name, and that
 
 
 def find_files(folder: Path) -> Found:
     """All files below a folder.
 
-    Hidden files and folders (.DS_Store, ._x.png) and __MACOSX do not count. Links are followed; a
-    link to nowhere counts as a file, so that it is missed. OSError where a folder cannot be
-    read."""
-    files, special, seen = [], [], set()
+    Hidden files and folders (.DS_Store, ._x.png) and those of SYSTEM_FOLDERS do not count. Links
+    are followed; a link to nowhere counts as a file, so that it is missed. OSError where a folder
+    cannot be read."""
+    files, special, links = [], [], []
+    seen: dict[str, str] = {}       # by its real path, the name of each folder that was read
     folders = [""]                  # those still to be read, relative to `folder`
     while folders:
         parent = folders.pop()
         # A link back to a folder above would give the same files other names.
         real = os.path.realpath(os.path.join(folder, parent))
         if real in seen:
+            if not f"{parent}/".startswith(os.path.join(seen[real], "")):
+                links.append((parent, seen[real]))
             continue
-        seen.add(real)
+        seen[real] = parent
         with os.scandir(os.path.join(folder, parent)) as entries:
             below = sorted(entries, key=lambda entry: entry.name, reverse=True)
         for entry in below:
             path = os.path.join(parent, entry.name)
             if leads_to_folder(entry):
-                if not entry.name.startswith((".", "__MACOSX")):
+                if not entry.name.startswith(SYSTEM_FOLDERS):
                     folders.append(path)
             elif not entry.name.startswith("."):
                 regular = not os.path.exists(entry.path) or entry.is_file()
                 (files if regular else special).append(path)
-    return Found(sorted(files), sorted(special))
+    return Found(sorted(files), sorted(special), sorted(links))
+
+
+def unread_suffix(file: str) -> str:
+    """The suffix, .gif or .png.gz, of a picture that is not read by its name; "" for others."""
+    stem, suffix = os.path.splitext(file.lower())
+    inner = os.path.splitext(stem)[1] if suffix in PACKED else ""
+    return inner + suffix if suffix in UNREAD or inner in (*EXTENSIONS, *UNREAD) else ""
 
 
 def leads_to_folder(entry: os.DirEntry) -> bool:
@@ -243,6 +267,21 @@ def eight_bits(levels: np.ndarray, percentiles: tuple[float, float]) -> Image.Im
     return Image.fromarray(np.rint(scaled).astype(np.uint8))
 
 
+def without_border(levels: np.ndarray) -> np.ndarray:
+    """(H, W) of any numbers without one level far from all others at an end of their range, as a
+    border or NoData has: it becomes as dark or bright as what is next to it. The same array where
+    the others have half of the range, as a radiograph's do that is black beside the body."""
+    step = max(1, min(levels.shape) // 256)         # some 256 rows tell, and 256 columns
+    seen = levels[::step, ::step].ravel()
+    low, high = whole = np.percentile(seen, DEEP_PERCENTILES)
+    for end in (np.min, np.max, np.min, np.max):    # NoData may lie beside a border
+        rest = seen[seen != end(seen)]
+        inner = np.percentile(rest, DEEP_PERCENTILES) if rest.size else whole
+        if 0 < 2 * (inner[1] - inner[0]) < high - low and len(np.unique(rest)) >= MIN_RANGE:
+            seen, (low, high) = rest, inner
+    return levels if (low, high) == tuple(whole) else levels.clip(float(low), float(high))
+
+
 def finish(image: Image.Image, settings: ImageSettings) -> Image.Image:
     """Mode L or F of any size -> mode L, shorter side at most settings.size.
 
@@ -302,8 +341,14 @@ def has_two_levels(levels: np.ndarray) -> bool:
 
 
 def narrow_note(image: Image.Image) -> tuple[str, ...]:
-    """A note where few pixels of an image of mode L take most of its gray levels."""
-    low, high = np.percentile(np.asarray(image), (5, 95))
+    """A note where few pixels or the border of an image of mode L take most of its gray levels."""
+    levels = np.asarray(image)                      # (H, W) uint8
+    for end, border in ((levels.min(), levels <= int(levels.min()) + 8),
+                        (levels.max(), levels >= int(levels.max()) - 8)):
+        if (levels == end).mean() > BORDER_SHARE and not border.all():
+            levels = levels[~border]
+            break
+    low, high = np.percentile(levels, (5, 95))
     return (NARROW_NOTE,) if high - low < NARROW else ()
 
 
@@ -329,11 +374,16 @@ def load_image(file: Path, read: Reader, settings: ImageSettings) -> Reading:
             # before it decodes, and the warning is made an exception.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             Image.MAX_IMAGE_PIXELS = int(settings.max_megapixels * 1e6)
-            reading = read(file, settings)
+            image, notes = read(file, settings)
             if not settings.masks:
-                refuse_mask(reading.image)
-            image = finish(reading.image, settings)
-            return Reading(image, (*reading.notes, *narrow_note(image)))
+                refuse_mask(image)
+            if image.mode == "F" and not settings.stretch:
+                levels = np.asarray(image)
+                inner = without_border(levels)
+                if inner is not levels:
+                    image, notes = Image.fromarray(inner), (*notes, BORDER_NOTE)
+            image = finish(image, settings)
+            return Reading(image, (*notes, *narrow_note(image)))
     except Exception as error:
         raise DataError(reason(error, file)) from error
 

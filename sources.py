@@ -18,15 +18,16 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 import phantom
-from common import DataError, read_text
+from common import DataError, printable, read_text
 from doubts import (
-    Doubt, classes_of_splits, drawings, folders_of_persons, many_classes, may_be_persons,
-    names_without_meaning, persons_in_names, repeated_below, same_pictures, seem_patients,
-    seem_splits, seem_studies, seem_views, strayed_copies, untrained_classes)
+    Doubt, classes_of_splits, drawings, folders_of_persons, lone_images, many_classes,
+    names_without_meaning, persons_in_names, repeated_below, same_pictures, say_no_finding,
+    seem_patients, seem_splits, seem_studies, seem_views, splits_in_names, strayed_copies,
+    untrained_classes)
 from flags import number_within
 from layout import (
     Place, excluder, find_layout, layout_text, levels_of, outside_splits, place_of, split_name)
-from radiograph import EXTENSIONS, ImageSettings, Reading
+from radiograph import EXTENSIONS, ImageSettings, Reading, unread_suffix
 from tables import (
     MOST_CELLS, LabelRules, Table, merged, read_labels, read_table, spellings, understand, value_of)
 
@@ -241,6 +242,8 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
                   guessed=args.layout is None)
     if not patients and args.layout is None:
         doubt_unknown_patients(source, images, named, labelled=bool(columns))
+    if not any(splits.values()):
+        doubt_splits_in_names(source, images)
     if table:
         doubt_unused_columns(source, args, table, levels, list(key_of.values()))
     for folder, count in outside_splits(images, levels).items():
@@ -251,6 +254,9 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
             "other-folders", f"{count:,} images {'' if beside else 'directly '}in "
             f"{text_of(folder) or '--src'} lie beside the split folders and would be left out: "
             f"{ask}"))
+
+    if not table:
+        reject_unread(source, files, places, levels, excluded)
 
     # The labels.
     if table and columns:
@@ -290,6 +296,27 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
     source.passed_over = f"Files passed over: {passed_over(others) or 'none'}."
     source.notes.append(source.passed_over)
     return source
+
+
+def reject_unread(source: Source, files: list[str], places: dict[str, Place], levels: list[str],
+                  excluded: Callable[[str], bool]) -> None:
+    """Reject pictures of kinds that are not read: they are lost, unless the same folder has an
+    image of their name. Doubt it where they are all that a class has. places: of the images."""
+    stems = {os.path.splitext(image)[0] for image in places}
+    lost = {file: place_of(file, levels) for file in files if unread_suffix(file)
+            and file[:-len(unread_suffix(file))] not in stems and not excluded(file)}
+    for file in drawings([*lost]):
+        del lost[file]
+    lost = {file: place for file, place in lost.items() if place.split is not None}
+    source.rejected += [
+        (file, f"{unread_suffix(file)} is not read: save it as PNG, or --exclude it")
+        for file in lost]
+    missed = {place.class_name: file for file, place in reversed(lost.items())}
+    for name in sorted(missed.keys() - {"", *(place.class_name for place in places.values())}):
+        if not names_without_meaning([name]):
+            source.doubts.append(Doubt(
+                "many-left-out", f"class {text_of(name)} has no image that can be read, only such "
+                f"as {text_of(missed[name])}: save them as PNG, or --exclude {text_of(name)}"))
 
 
 def doubt_classes(source: Source, said: bool) -> None:
@@ -364,9 +391,10 @@ def class_folders(source: Source, places: dict[str, Place]) -> dict[str, tuple[s
     source.doubts += many_classes(source.label_names, len(places))
     if merged(spelling):
         source.notes.append(f"Class folders.{merged(spelling)}")
-    if may_be_persons(source.label_names, len(places)):
+    if say_no_finding(source.label_names):
         source.notes.append(f"No class folder, such as {source.label_names[0]}, is called as a "
-                            "finding is: if they are persons, --layout says patient there.")
+                            "finding is: if they are persons, --layout says patient there; if "
+                            "they are hospitals or views, --layout none and a table of labels.")
     outside = sum(not name for name in names.values())
     if source.label_names and outside:
         source.notes.append(f"Images in no class folder: {outside:,}; nothing is mentioned for "
@@ -397,7 +425,9 @@ def doubt_folders(source: Source, images: list[str], levels: list[str], guessed:
     if "class" not in levels:
         return
     ask = "--layout says what each level of folders is, --layout none that none is a class"
-    odd = names_without_meaning(sorted({place_of(file, levels).class_name for file in images}))
+    classes = [place_of(file, levels).class_name for file in images]
+    source.doubts += lone_images(map(text_of, classes))
+    odd = names_without_meaning(sorted({*classes}))
     twice = repeated_below(images, levels)
     if odd:
         source.doubts.append(Doubt(
@@ -439,6 +469,22 @@ def doubt_other_splits(source: Source, splits: dict[str, str], levels: list[str]
             "unused-splits", f"{len(others):,} images, such as {text_of(others[0])}, lie in the "
             f"folder of another split than the table says, here {splits[others[0]]}, which would "
             "be used"))
+
+
+def doubt_splits_in_names(source: Source, images: list[str]) -> None:
+    """Say that names of files name splits, of images that have none, and
+    doubt it where two splits are named."""
+    found = splits_in_names(images)
+    count = sum(map(len, found.values()))
+    says = (f"{count:,} names of files, such as "
+            f"{' and '.join(text_of(named[0]) for named in found.values())}, seem to name the "
+            f"split, {' or '.join(found)}")
+    if len(found) > 1 and 20 * count >= len(images):
+        source.doubts.append(Doubt(
+            "unused-splits", f"{says}, which is not used: sort the images into folders of these "
+            "names, or write the splits into a column of --csv"))
+    elif found:
+        source.notes.append(f"{says}; that is not used.")
 
 
 def doubt_unused_columns(source: Source, args: argparse.Namespace, table: Table,
@@ -556,24 +602,34 @@ def plain_path(path: str) -> str:
     return unicodedata.normalize("NFC", os.path.normpath(path.replace("\\", "/")))
 
 
+def loose_path(path: str) -> str:
+    """What is the same for paths that look alike: in small letters, each run of blanks of any kind
+    as one, without characters of no width."""
+    path = path.casefold()
+    if not path.isascii():
+        path = unicodedata.normalize("NFKC", path).casefold()
+        path = "".join(letter for letter in path if unicodedata.category(letter) != "Cf")
+    return " ".join(path.split())
+
+
 def rows_of_files(table: Table, images: list[str], src: Path, source: Source) -> dict[str, str]:
     """{file: its key in the table} of those images that the table names.
 
     A row names a file by its path below --src, under any name that links give
-    it, and if it is the only one also in other case. Where no row does, all
+    it, and if it is the only one also in other case or blanks. Where no row does, all
     rows are taken to end like their file's path, or to go on before it, and
     then the same without suffixes; that is noted. What is only in one of the
     two is rejected. DataError where two rows name one file or two files have
     the name of one row."""
-    # By the path, or by what differs from it in case only, where that is one file.
+    # By the path, or by what differs from it in case or blanks only, where that is one file.
     by_path = unique(images, plain_path)
     file_of = {key: by_path[key] for key in table.rows if key in by_path}
-    case = Counter(path.casefold() for path in by_path)
-    by_case = {path.casefold(): file for path, file in by_path.items()
-               if case[path.casefold()] == 1}
+    alike = Counter(map(loose_path, by_path))
+    by_form = {loose_path(path): file for path, file in by_path.items()
+               if alike[loose_path(path)] == 1}
     for key in table.rows:
-        if key not in file_of and key.casefold() in by_case:
-            file_of[key] = by_case[key.casefold()]
+        if key not in file_of and loose_path(key) in by_form:
+            file_of[key] = by_form[loose_path(key)]
     # By another name of the same file: below a link, find_files has only one of the two.
     missing = [key for key in table.rows
                if key not in file_of and os.path.exists(src / key)]
@@ -589,14 +645,14 @@ def rows_of_files(table: Table, images: list[str], src: Path, source: Source) ->
     for way, plain in (("name", str), ("name without suffix", without_suffix)):
         if file_of:
             break
-        path_of = {key: plain(key).casefold() for key in table.rows}
+        path_of = {key: loose_path(plain(key)) for key in table.rows}
         files_of = that_end_alike(
-            path_of.values(), {image: plain(plain_path(image)).casefold() for image in images})
+            path_of.values(), {image: loose_path(plain(plain_path(image))) for image in images})
         for key in table.rows:
             found = files_of[path_of[key]]
             if len(found) > 1:
-                raise DataError(f"{table.file}, row {table.rows[key].number}: {key} may be "
-                                f"{found[0]} or {found[1]}")
+                raise DataError(printable(f"{table.file}, row {table.rows[key].number}: {key} may "
+                                          f"be {found[0]} or {found[1]}"))
             if found:
                 file_of[key] = found[0]
         if file_of:
@@ -624,9 +680,9 @@ def refuse_mixed_names(table: Table, images: list[str], file_of: dict[str, str])
     file_of: the rows that were found by their path. Where there are none,
     names are as good."""
     found = set(file_of.values())
-    path_of = {key: key.casefold() for key in table.rows if file_of and key not in file_of}
+    path_of = {key: loose_path(key) for key in table.rows if file_of and key not in file_of}
     files_of = that_end_alike(path_of.values(), {
-        file: plain_path(file).casefold() for file in images if file not in found})
+        file: loose_path(plain_path(file)) for file in images if file not in found})
     for key, path in path_of.items():
         if files_of[path]:
             row, file = table.rows[key], files_of[path][-1]

@@ -586,6 +586,37 @@ def test_dicom_unsigned_that_claims_a_sign(tmp_path):
         tmp_path / "out/DATA.md").read_text()
 
 
+@pytest.mark.parametrize("elements, words", [
+    ({"Modality": "RF"}, "modality RF, not CR or DX .--modality CR DX RF takes it, too"),
+    ({"Modality": "xa"}, "--modality CR DX xa takes it, too"),
+    *(({"BurnedInAnnotation": value}, f"BurnedInAnnotation is {value.upper()}: a name")
+      for value in ("Y", "true", "1", "PARTLY", "UNKNOWN")),
+    *(({"BurnedInAnnotation": value}, "") for value in ("N", "no", "FALSE", "0", ""))])
+@pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
+def test_words_of_a_header_are_read_in_any_form(tmp_path, elements, words):
+    write_dicom(tmp_path / "x.dcm", RAMP, **elements)
+    read = partial(read_radiograph, modalities=["CR", "DX"])
+    if words:
+        with pytest.raises(DataError, match=words):
+            load_image(tmp_path / "x.dcm", read, ImageSettings())
+    else:
+        load_image(tmp_path / "x.dcm", read, ImageSettings())
+
+
+@pytest.mark.parametrize("written, meant", [("Monochrome2", "MONOCHROME2"),
+                                            ("monochrome1", "MONOCHROME1")])
+@pytest.mark.parametrize("elements", [{}, {"WindowCenter": 2000, "WindowWidth": 3000}])
+@pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
+def test_a_photometric_interpretation_in_small_letters(tmp_path, written, meant, elements):
+    images = []
+    for word in (written, meant):
+        write_dicom(tmp_path / "x.dcm", RAMP, photometric=word, **elements)
+        read = partial(read_radiograph, modalities=["CR"])
+        images.append(load_image(tmp_path / "x.dcm", read, ImageSettings()))
+    assert images[0].notes == images[1].notes
+    assert (np.asarray(images[0].image) == np.asarray(images[1].image)).all()
+
+
 def several(tmp_path, count=12, **elements):
     """Images of two each of a patient; an element is a value, or a function of the number."""
     for i in range(count):
@@ -709,6 +740,16 @@ def test_broken_dicom_files_are_counted_whatever_lies_beside_them(tmp_path):
         (tmp_path / f"src/bad{i}.dcm").write_text("<html>")
     (tmp_path / "src/README.txt").write_text("notes")
     with pytest.raises(SystemExit, match="12 of 24 images .* a DICOM file, though it is called so"):
+        dicom(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".dcm.gz", ".DCM.zip", ".ima.xz"])
+def test_packed_dicom_files_are_lost_ones(tmp_path, suffix):
+    several(tmp_path)
+    for i in range(12):
+        (tmp_path / f"src/packed{i}{suffix}").write_bytes(b"\x1f\x8b")
+    (tmp_path / "src/notes.txt.gz").write_bytes(b"\x1f\x8b")
+    with pytest.raises(SystemExit, match=r"12 of 24 images .* packed .*: unpack it first"):
         dicom(tmp_path)
 
 

@@ -212,57 +212,62 @@ def test_blanks_and_marks_are_told(tmp_path, capsys, columns, rows, expected):
     ("a/b/c/1_{split}/{name}/{i}.png", ("NORMAL", "TB"), "*/*/*/split/class"),
     ("{split}_images/{name}/pngs/{i}.png", ("NORMAL", "TB"), "split/class"),
     ("{name}/{Split}/{i}.png", ("0", "1"), "class/split"),
-    ("{name}/{i}_{split}.png", ("TB", "TB "), "label 'TB' is 1 for every image"),
-    ("{name}/{split}{i}.png", ("images", "masks"), "seem to be masks.*images does not look like"),
-    ("{name}/{split}{i}.png", ("TB", "TB/segmentations"), "seem to be masks"),
-    ("TB/{split}{i}{name}.png", ("", "_seg"), "seem to be masks"),
-    ("{name}/{split}{i}.png", ("TB", "gt"), "seem to be masks"),
+    ("{name}/{i}_{set}.png", ("TB", "TB "), "label 'TB' is 1 for every image"),
+    ("{name}/{set}{i}.png", ("images", "masks"), "seem to be masks.*images does not look like"),
+    ("{name}/{set}{i}.png", ("TB", "TB/segmentations"), "seem to be masks"),
+    ("TB/{set}{i}{name}.png", ("", "_seg"), "seem to be masks"),
+    ("{name}/{set}{i}.png", ("TB", "gt"), "seem to be masks"),
     ("{split}/{name}/{i}_3rh5gt.png", ("TB", "x0roi1"), "split/class"),
-    ("{name}/{split}{i}.png", ("00017", "00018"), "00017 does not look like a class"),
-    ("{name}/{split}{i}.png", ("2020-01-31", "2020-02-01"), "does not look like a class"),
-    ("{name}/{split}{i}.png", ("JPCLN001", "JPCLN002"), "does not look like a class"),
+    ("{name}/{set}{i}.png", ("00017", "00018"), "00017 does not look like a class"),
+    ("{name}/{set}{i}.png", ("2020-01-31", "2020-02-01"), "does not look like a class"),
+    ("{name}/{set}{i}.png", ("JPCLN001", "JPCLN002"), "does not look like a class"),
     ("{split}/{name}/{i}.png", ("TB", "unlabeled"), "unlabeled does not look like a class"),
     ("{split}/{name}/p{i}/a.png", ("NORMAL", "TB"), "split/class"),         # one image of each
-    ("{name}/p1/{split}{i}.png", ("NORMAL", "TB"), "NORMAL/p1 seems to be of one patient, .*"
+    ("{name}/p1/{set}{i}.png", ("NORMAL", "TB"), "NORMAL/p1 seems to be of one patient, .*"
                                                    "--layout class/patient"),
-    ("{name}/{split}{i}.png", ("NORMAL/pt01", "NORMAL/pt02", "TB/pt03", "TB/pt04"),
+    ("{name}/{set}{i}.png", ("NORMAL/pt01", "NORMAL/pt02", "TB/pt03", "TB/pt04"),
      "NORMAL/pt01 seems to be of one patient, .*--layout class/patient"),
-    ("{name}/{split}{i}.png", ("NORMAL/Smith_John", "NORMAL/A17", "TB/Doe"), "seems to be of one"),
-    ("x/{name}/a/{i}{split}.png", ("NORMAL/imgs/A1", "TB/imgs/A2", "TB/imgs/B"),
+    ("{name}/{set}{i}.png", ("NORMAL/Smith_John", "NORMAL/A17", "TB/Doe"), "seems to be of one"),
+    ("x/{name}/a/{i}{set}.png", ("NORMAL/imgs/A1", "TB/imgs/A2", "TB/imgs/B"),
      r"x/NORMAL/imgs/A1 seems to be of one patient.*--layout \*/class/\*/patient"),
-    ("{name}/{split}{i}.png", ("TB/active", "TB/latent", "NORMAL"), "class"),
-    ("{name}/{split}{i}.png", ("pt01", "pt02", "pt03"), "pt01 does not look like a class"),
-    ("{name}/{split}{i}.png", ("A17", "B03", "C22"), "A17 does not look like a class"),
-    ("{name}/{split}{i}.png", ("TB", "unknown"), "unknown does not look like a class"),
-    *(("{name}/{split}{i}.png", names, "seem to be of one person each.*--layout patient")
+    ("{name}/{set}{i}.png", ("TB/active", "TB/latent", "NORMAL"), "class"),
+    ("{name}/{set}{i}.png", ("other/Effusion", "other/nodule", "covid/mild"), "class"),
+    ("{split}/{name}/{set}{i}.png", ("sick/Pneumonia", "sick/Fibrosis", "well/normal", "well/x"),
+     "split/class"),
+    ("{name}/{set}{i}.png", ("NORMAL/PA", "NORMAL/LAT", "TB/PA", "TB/LAT"), "class"),
+    ("{name}/{set}{i}.png", ("pt01", "pt02", "pt03"), "pt01 does not look like a class"),
+    ("{name}/{set}{i}.png", ("A17", "B03", "C22"), "A17 does not look like a class"),
+    ("{name}/{set}{i}.png", ("TB", "unknown"), "unknown does not look like a class"),
+    *(("{name}/{set}{i}.png", names, "seem to be of one person each.*--layout patient")
       for names in (
         ("Smith_John", "Doe_Jane", "Roe_Richard", "Miles_Mary"), ("DOE^JANE", "ROE^R"),
         ("Smith, John", "Doe, Jane"), ("mueller", "schmidt", "meier", "otto"))),
-    *(("{name}/{split}{i}.png", names, "does not look like a class") for names in (
+    *(("{name}/{set}{i}.png", names, "does not look like a class") for names in (
+        ("Frontal", "lateral"), ("AP", "PA"), ("TB", "documents"), ("TB", "Figures"),
         ("A", "A - Copy"), ("TB", "TB_augmented"), ("A", "thumbnails"), ("A", "$RECYCLE.BIN"),
         ("a3f9c2", "b81e77", "c0ffee"))),
-    *(("{name}/{split}{i}.png", names, "seem to be masks") for names in (
+    *(("{name}/{set}{i}.png", names, "seem to be masks") for names in (
         ("A", "cams"), ("A", "segmented"))),
-    *(("{name}/{split}{i}.png", names, "class") for names in (
+    *(("{name}/{set}{i}.png", names, "class") for names in (
         ("COVID", "Lung_Opacity", "Normal", "Viral Pneumonia"), ("No Finding", "Pleural Effusion"),
         ("A", "B", "C", "D"))),
     ("{name}_{split}/{i}.png", ("normal", "tb"),
      "classes normal_test and normal_train seem to be of two splits by .*--allow odd-classes"),
     ("{split}{name}/{i}.png", ("A", "B"), "classes testA and trainA seem to be of two"),
-    ("{name}/{split}{i}.png", ("TB", "TB_test"), "classes TB and TB_test seem to be of two"),
-    ("{name}/{split}{i}.png", ("train_NORMAL", "test_TB"), "test_TB and train_NORMAL seem to be"),
-    ("{name}/{split}{i}.png", ("train_NORMAL", "protest", "Device"), "class"),
+    ("{name}/{set}{i}.png", ("TB", "TB_test"), "classes TB and TB_test seem to be of two"),
+    ("{name}/{set}{i}.png", ("train_NORMAL", "test_TB"), "test_TB and train_NORMAL seem to be"),
+    ("{name}/{set}{i}.png", ("train_NORMAL", "protest", "Device"), "class"),
     *(("{split}/{name}{i}.png", names, "differ in form only") for names in (
         ("COVID19/", "COVID-19/"), ("MassNodule/", "Mass_Nodule/"), ("A&B/", "A B/"))),
     ("{split}/{name}{i}.png", ("TB+/", "TB-/"), "split/class"),
     *(("{Short}/{name}/{i}.png", names, layout) for names, layout in (
         (("NORMAL", "TB"), "split/class"), (("0", "1"), "split/class"))),
     ("{name}/{Short}_set/{i}.png", ("NORMAL", "TB"), "class/split"),
-    ("{name}/{split}{i}.png", ("VA", "NORMAL"), "class"),
+    ("{name}/{set}{i}.png", ("VA", "NORMAL"), "class"),
     ("seen_{split}/{name}/{i}.png", ("NORMAL", "TB"), "NORMAL lies both below seen_"),
-    *(("{name}/{split}{i}.png", names, "does not look like a class") for names in (
+    *(("{name}/{set}{i}.png", names, "does not look like a class") for names in (
         ("TB", "TB (1)"), ("TB", "TB 2"), ("TB", "TB - Kopie"), ("TB", "Kopie von TB"))),
-    *(("{name}/{split}{i}.png", names, "class") for names in (
+    *(("{name}/{set}{i}.png", names, "class") for names in (
         ("label_0", "label_1"), ("Label 0", "Label 1"), ("COVID (576)", "Normal (1583)"),
         ("SARS", "SARS-CoV-2"), ("Stage 1", "Stage 2"))),
     *((pattern, ("NORMAL", "TB"), r"12 names of files, such as .*test.*NORMAL.*, hold .* unzip")
@@ -273,7 +278,7 @@ def test_layouts(tmp_path, capsys, pattern, classes, expected):
     short = {"test": "te", "val": "VA", "train": "tr"}
     src, out = tree(tmp_path, *(
         os.path.normpath(pattern.format(split=split, Split=names[split], Short=short[split],
-                                        name=name, i=i))
+                                        set=ord(split[1]), name=name, i=i))
         for split in names for name in classes for i in range(2)))
     for litter in ("__MACOSX/x/1.png", ".hidden/2.png", "Thumbs.db", "desktop.ini"):
         (src / litter).parent.mkdir(exist_ok=True, parents=True)
@@ -407,12 +412,28 @@ def test_what_is_not_used_is_told(tmp_path, capsys):
 @pytest.mark.parametrize("names, told", [
     (("mueller", "schmidt"), True),
     (("\u674e\u5c0f\u660e\u5148", "\u738b\u5927\u660e\u5148"), True),
-    (("normal", "mueller"), False), (("0", "1"), False), (("A", "B", "C"), False)])
-def test_folders_that_may_be_persons_are_told(tmp_path, capsys, names, told):
-    src, out = tree(tmp_path, *(f"{name}/{i}.png" for name in names for i in range(4)))
+    (("Shenzhen/png", "JSRT/png"), True), (("Geneva", "Beirut"), True),
+    (("normal", "mueller"), False), (("pos", "neg"), False), (("0", "1"), False),
+    (("A", "B", "C"), False)])
+@pytest.mark.parametrize("images", [4, 12])
+def test_folders_that_name_no_finding_are_told(tmp_path, capsys, names, told, images):
+    src, out = tree(tmp_path, *(f"{name}/{i}.png" for name in names for i in range(images)))
     folder(src, out)
+    names = [name.removesuffix("/png") for name in names]
     text = f"No class folder, such as {min(names)}, is called as a finding is"
     assert (text in capsys.readouterr().out) == told
+
+
+@pytest.mark.parametrize("name", ["cover/page.png", "Pneumonia/a/1.png"])
+def test_a_class_of_one_image_beside_large_ones(tmp_path, name):
+    src, out = tree(tmp_path, name, *(f"{part}/{i}.png" for part in ("NORMAL", "TB")
+                                      for i in range(10)))
+    part = name.split("/")[0]
+    with pytest.raises(SystemExit, match=f"class folder {part} has one image only, .*--exclude "
+                                         f"{part} .*--allow odd-classes"):
+        folder(src, out)
+    folder(src, out, "--allow", "odd-classes")
+    folder(src, out, "--overwrite", "--layout", "class")
 
 
 @pytest.mark.parametrize("names, pictures", [
@@ -421,7 +442,13 @@ def test_folders_that_may_be_persons_are_told(tmp_path, capsys, names, told):
       "x{i}_png.rf.fedcba98765432100123456789abcdef.jpg"], 4),
     (["{i}.png", "{i}.jpg"], 4), (["p{i}_frontal.png", "p{i}_lateral.png"], 4),
     (["crop_{i}.png", "{i}_2.png"], 0), (["flipped{i}.png", "x{i} (2).png"], 0),
-    (["p{i}_1.png", "p{i}_2.png"], 0), (["apical{i}.png", "x{i}paid.png"], 0)])
+    (["p{i}_1.png", "p{i}_2.png"], 0), (["apical{i}.png", "x{i}paid.png"], 0),
+    # The number beside such a word is the picture's own, or its copy's.
+    (["{i}.png", "augmented_{i}_7712.png"], 4), (["{i}.png", "flip-{i}-31.png"], 4),
+    (["{i}.png", "aug_2_{i}.png"], 4), (["{i}.png", "aug_{i}_0.png", "aug_{i}_1.png"], 4),
+    (["augmented_{i}_7712.png", "p{i}.png"], 0),
+    (["x{i}.png", "x{i} (1).png"], 4), (["a ({i}).png", "b ({i}).png"], 0),
+    (["x{i}.png", "x{i}_sharpened.png"], 4), (["x{i}_left.png", "x{i}_right.png"], 4)])
 def test_changed_copies_stay_together(tmp_path, capsys, names, pictures):
     """Copies and views of a picture come into one split, as far as their names tell."""
     src, out = tree(tmp_path, *(f"{part}/{name.format(i=i)}"
@@ -443,6 +470,85 @@ def test_changed_copies_in_two_given_splits_are_told(tmp_path, capsys, files, st
     folder(src, out)
     text = f"By their names {strayed} images, such as test/A/1_flip.png, are changed copies"
     assert (text in capsys.readouterr().out) == bool(strayed)
+
+
+@pytest.mark.parametrize("pattern, refused", [
+    ("{name}/{split}-{i}.png", True), ("{i}_{split}set.png", True), ("a_test_{split}{i}.png", True),
+    ("{name}/x{i}.{Short}.png", True), ("{name}/{held}{i}.png", True),
+    ("{name}/{i}_covid_test.png", False),
+    ("{name}/{i}_{split}_test_val.png", False), ("{name}/{split}ing2{i}ed.png", True),
+    ("{name}/{i}contest{split}d.png", False), ("{split}/{name}/{split}_{i}.png", False)])
+def test_splits_in_the_names_of_files(tmp_path, pattern, refused):
+    """Official test images must not come into train because only their names say so."""
+    short = {"train": "tr", "val": "va", "test": "te"}
+    held = {"train": "train", "val": "train", "test": "holdout"}
+    src, out = tree(tmp_path, *(
+        pattern.format(name=name, split=split, Short=short[split], held=held[split], i=i)
+        for name in ("NORMAL", "TB") for split in short
+        for i in (range(2) if name == "TB" else range(2, 4))))
+    with outcome("names of files, such as .* seem to name the split, .* column of --csv .*"
+                 "--allow unused-splits" if refused else None):
+        folder(src, out)
+    folder(src, out, "--allow", "unused-splits")
+
+
+def test_one_split_in_the_names_of_some_files_is_told(tmp_path, capsys):
+    src, out = tree(tmp_path, *(f"{name}/{i}{test}.png" for name in ("NORMAL", "TB")
+                                for i, test in enumerate(["", "", "_test", "-testing"])))
+    folder(src, out)
+    assert "4 names of files, such as NORMAL/2_test.png, seem to name the split, test; that is not"\
+        in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("names, expected", [
+    (["N/{i}.png", "P/{i}.jfif", "P/{i}.jpe"], 18), (["N/{i}.png", "P/{i}.png", "P/{i}.dcm"], 12),
+    (["N/{i}.png", "P/{i}.png", "TB/{i}.heic"], "class TB has no image that can be read, only such "
+     "as TB/0.heic.* 6 of 18 .* .heic is not read: save it as PNG.*--allow many-left-out"),
+    (["N/{i}.png", "P/{i}.png", "N/x{i}.jpg.gz"], "6 of 18 images .* .jpg.gz is not read"),
+    (["N/{i}.png", "P/{i}.png", "P/{i}.GIF.png", "P/x{i}.GIF"], "6 of 24 images .* .gif is not"),
+    (["N/{i}.png", "P/{i}.png", "masks/{i}.gif"], 12),
+    (["N/{i}.png", "P/{i}.png", "docs/{i}.txt"], 12)])
+def test_pictures_of_a_kind_that_is_not_read_are_lost(tmp_path, names, expected):
+    src, out = tmp_path / "src", tmp_path / "out"
+    for name in names:
+        for i in range(6):
+            file = src / name.format(i=i)
+            if file.suffix == ".png":
+                save(file, radiograph(i))
+            elif file.suffix in (".jfif", ".jpe"):
+                save(file, radiograph(10 + i), format="JPEG")
+            else:
+                file.parent.mkdir(exist_ok=True)
+                file.write_bytes(b"something")
+    with outcome(expected):
+        folder(src, out)
+        assert len(read_manifest(out).paths) == expected
+    if isinstance(expected, str):
+        folder(src, out, "--exclude", "*.heic", "*.gz", "*.GIF")
+
+
+@pytest.mark.parametrize("link, target", [
+    ("val/NORMAL", "../train/NORMAL"), ("train/TB2", "TB"), ("val/virus", "../../elsewhere")])
+def test_folders_that_are_one_by_a_link(tmp_path, link, target):
+    src, out = tree(tmp_path, "../elsewhere/0.png", "../elsewhere/1.png", *(
+        f"{place}/{i}.png" for place in ("train/NORMAL", "train/TB", "val/TB") for i in range(4)))
+    (src / "train/virus").symlink_to("../../elsewhere")
+    (src / link).symlink_to(target)
+    with pytest.raises(SystemExit, match=f"{link} leads to the same folder as train/.*: its files "
+                       f"are taken by that name only; .*--exclude {link} .*--allow other-folders"):
+        folder(src, out)
+    for flags in (["--exclude", link], ["--allow", "other-folders"]):
+        folder(src, out, "--overwrite", *flags)
+        assert len(read_manifest(out).paths) == 14
+
+
+@pytest.mark.parametrize("litter", ["@eaDir", "#recycle", "@Recycle", "__MACOSX"])
+def test_folders_of_a_nas_are_passed_over(tmp_path, litter):
+    src, out = tree(tmp_path, *(f"{name}/{place}{i}.png" for name in ("NORMAL", "TB")
+                                for place in ("", f"{litter}/x") for i in range(4)),
+                    f"{litter}/1.png")
+    folder(src, out)
+    assert len(read_manifest(out).paths) == 8
 
 
 @pytest.mark.parametrize("name, cells, told", [
@@ -790,7 +896,13 @@ def test_odd_files_stop_nothing(tmp_path):
      "row 2: there is no 1.png, but x/1.png, and row 4 names 3.png by its path"),
     (["a.b.png", "a.c.png", "d.png"], ["a.b", "a.c", "d"], [0, 1, 0]),
     (["1/0.png", "2/0.png", "3.png"], ["0.jpg", "3.jpg"], "row 2: 0.jpg may be 1/0.png or 2/0.png"),
-    (["link/0.png", "z/1.png", "z/2.png"], ["z/0.png", "link/1.png", "z/2.png"], [0, 1, 0])])
+    (["link/0.png", "z/1.png", "z/2.png"], ["z/0.png", "link/1.png", "z/2.png"], [0, 1, 0]),
+    # Blanks that look alike, and characters without width.
+    *(([f"x/a{blank}{i}.png" for i in range(4)], [f"x/A {i}.png" for i in range(4)], [0, 1, 0, 1])
+      for blank in ("\u2009", "\u3000", "  ", "\u200b ")),
+    ([f"x/a {i}.png" for i in range(4)], [f"a\u202f{i}.png" for i in range(4)], [0, 1, 0, 1]),
+    ([f"a{blank}{i}.png" for i in range(2) for blank in "\u2009\u3000"],
+     [f"a {i}.png" for i in range(2)], r"a 0.png may be a\\u20090.png or a\\u30000.png")])
 def test_rows_find_their_files(tmp_path, files, rows, expected):
     if files[0].startswith("link"):
         (tmp_path / "src/z").mkdir(parents=True)
@@ -904,6 +1016,26 @@ def test_settings_that_cannot_work(data, tmp_path, monkeypatch, capsys, flags, e
                        "--image-size", "32", "--threads", "1", *flags])
     assert caught.value.code not in (0, None)
     assert words in str(caught.value) + capsys.readouterr().err
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "TkAgg", "none"])
+def test_a_notebooks_way_to_draw_is_not_asked_for(backend):
+    """A notebook names it to all that it starts, where its package may be missing."""
+    result = subprocess.run(
+        [sys.executable, "-c", "import common, matplotlib; print(matplotlib.get_backend())"],
+        capture_output=True, text=True, cwd=SCRIPT.parent, env=os.environ | {"MPLBACKEND": backend})
+    assert result.stdout.lower() == "agg\n", result.stderr
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "<&- 2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed_stop_nothing(tmp_path, closed):
+    src, out = tree(tmp_path, *(f"{i}.png" for i in range(6)))
+    result = subprocess.run(
+        f'"{sys.executable}" "{SCRIPT}" folder --src "{src}" --out "{out}" --workers 2 {closed}',
+        shell=True)
+    assert result.returncode == 0 and len(read_manifest(out).paths) == 6
+    # No file of theirs holds what was printed.
+    assert run("verify", out, "--workers", 1) == 0
 
 
 def test_names_that_figures_cannot_write(tmp_path, recwarn):

@@ -1,5 +1,10 @@
 """Encoders, the folded ImageNet stem, kept features, and checkpoints that are whole or refused."""
+import argparse
+import datetime
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -104,6 +109,65 @@ def test_broken_checkpoint_is_named(tmp_path, damage):
         torch.save([1, 2], path)
     with pytest.raises(CheckpointError, match="last.pt"):
         load_checkpoint(path)
+
+
+class Harm:
+    """What runs a function where it is unpickled freely."""
+    def __init__(self, function, argument):
+        self.call = function, (argument,)
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("wrap, words", [
+    (lambda state: {"model": state, "args": argparse.Namespace(lr=1)}, "argparse.Namespace"),
+    (lambda state: {key: value.numpy() for key, value in state.items()}, "numpy"),
+    (lambda state: {"epoch": np.float64(3), "best": Path("x"), "net": {"e": state}}, "numpy|path"),
+    (lambda state: {"state_dict": state, "when": datetime.timedelta(1)}, "datetime.timedelta")])
+def test_weights_beside_other_objects_can_be_saved_alone(tmp_path, wrap, words):
+    """The command in the message does what the message says."""
+    path, state = tmp_path / "it's $1.pt", rgb_network().state_dict()
+    torch.save(wrap(state), path)
+    with pytest.raises(CheckpointError, match=rf"holds Python objects .*\(.*({words})") as error:
+        load_checkpoint(path)
+    command = str(error.value).partition("python -c ")[2]
+    subprocess.run(f"{sys.executable} -c {command}", shell=True, check=True, cwd=tmp_path)
+    alone = build_encoder("resnet18", str(tmp_path / "it's $1-weights.pt"))
+    assert torch.equal(alone.layer1[0].conv1.weight, state["layer1.0.conv1.weight"])
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"\n<html>log in", "a page of HTML"), (b"version https://git-lfs.x/v1", "git lfs"),
+    (b"\x1f\x8b\x08", "packed by gzip"), (b"\x93NUMPY\1\0", "an array of NumPy"),
+    (None, "a folder")])
+def test_files_that_are_no_checkpoints_are_called_what_they_are(tmp_path, content, words):
+    path = tmp_path / "x.pt"
+    path.write_bytes(content) if content else path.mkdir()
+    with pytest.raises(CheckpointError, match=f"x.pt is .*{words}"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("function, words", [
+    (os.system, "touch {}"), (eval, "open({!r}, 'w')"), (os.mkdir, "{}"),
+    (subprocess.check_output, "touch {}")])
+def test_code_in_a_checkpoint_does_not_run_and_is_not_advised(tmp_path, function, words):
+    harm = Harm(function, words.format(str(tmp_path / "ran")))
+    torch.save({"conv1.weight": harm}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=f"it would run .*{function.__name__}") as error:
+        load_checkpoint(tmp_path / "x.pt")
+    assert not (tmp_path / "ran").exists() and "python -c" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.float8_e4m3fn, torch.bool])
+@pytest.mark.parametrize("all_of_it", [True, False])
+def test_quantised_weights_are_refused(tmp_path, dtype, all_of_it):
+    state = rgb_network().state_dict()
+    for key in state if all_of_it else ["layer2.0.conv1.weight"]:
+        state[key] = state[key].to(dtype) if state[key].is_floating_point() else state[key]
+    torch.save(state, tmp_path / "q.pt")
+    with pytest.raises(CheckpointError, match=rf"quantised: .*conv1.weight \({dtype}\)"):
+        build_encoder("resnet18", str(tmp_path / "q.pt"))
 
 
 def test_failed_save_leaves_the_old_checkpoint(tmp_path):

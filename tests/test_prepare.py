@@ -857,6 +857,26 @@ def test_a_file_that_is_another_now_is_made_again(tmp_path, capsys):
     assert "are there already" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("damage", [
+    lambda content: content[:-1], lambda content: content[:len(content) // 3],
+    lambda content: content[:40], lambda content: b"", lambda content: bytes(len(content)),
+    lambda content: content[:700] + bytes(120) + content[820:]])
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_broken_image_of_an_earlier_run_is_made_again(tmp_path, capsys, damage, finished):
+    """A power cut, or a copy that was not whole, may leave a part of it, or zeros."""
+    src, out = tmp_path / "src", tmp_path / "out"
+    for i in range(6):
+        save(src / f"{i}.png", radiograph(i, 64, 64))
+    folder(src, out)
+    before = contents(out)
+    broken = out / "images/3.jpg"
+    broken.write_bytes(damage(broken.read_bytes()))
+    if not finished:
+        (out / "manifest.csv").unlink()
+    folder(src, out)
+    assert contents(out) == before and "5 of 6 images are there already" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("error, words", [
     (MemoryError(), "Cannot allocate memory"), (OSError(errno.ESTALE, "x"), "Stale file handle"),
     (OSError(errno.ETIMEDOUT, "x"), "Connection timed out")])

@@ -146,7 +146,7 @@ def test_special_files_are_found_and_never_opened(tmp_path):
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(tmp_path / "socket.png"))
     assert find_files(tmp_path) == (
-        ["a.png", "below/b.png", "nowhere.png"], ["below/pipe.png", "null.png", "socket.png"])
+        ["a.png", "below/b.png", "nowhere.png"], ["below/pipe.png", "null.png", "socket.png"], [])
     for name in ("below/pipe.png", "null.png", "socket.png", "below"):
         assert "no file, but a named pipe" in refusal(tmp_path / name)
 
@@ -161,7 +161,8 @@ def test_special_files_and_long_names_are_listed_as_rejected(tmp_path):
     GRAY.save(src / "a" / ("y" * 247 + ".png"))
     GRAY.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(src / ("f" * 255) / "0.png")
     os.mkfifo(src / "a/pipe.png")
-    prepare.main(["folder", "--src", str(src), "--out", str(out), "--workers", "1"])
+    prepare.main(["folder", "--src", str(src), "--out", str(out), "--workers", "1",
+                  "--allow", "odd-classes"])
     rejected = (out / "rejected.csv").read_text()
     assert "a/pipe.png,\"a named pipe, a socket or a device\"" in rejected
     assert f"a/{'x' * 251}.png,its name would be longer than 251 bytes" in rejected
@@ -195,9 +196,55 @@ def test_little_contrast_is_noted(tmp_path):
     pixels = (RAMP * 600).astype(np.uint16)
     Image.fromarray(pixels).save(tmp_path / "x.png")
     assert load_image(tmp_path / "x.png", read_image, ImageSettings()).notes == ()
-    pixels[:4, :8] = 65535                                              # a marker, 1 %
+    pixels[:4, :8] = 65535 - np.arange(8) * 800                        # a marker, 1 %
     Image.fromarray(pixels).save(tmp_path / "x.png")
     note, = load_image(tmp_path / "x.png", read_image, ImageSettings()).notes
     assert note.startswith("little contrast: a marker")
     stretched = ImageSettings(stretch=(0.5, 98))
     assert load_image(tmp_path / "x.png", read_image, stretched).notes == ()
+
+
+def as_float(pixels):
+    return Image.fromarray(pixels.astype(np.float32))
+
+
+def as_16_bits(pixels):
+    return Image.fromarray(pixels.astype(np.uint16))
+
+
+@pytest.mark.parametrize("make, low, high, border, marker", [
+    (as_16_bits, 30000, 33000, 0, None), (as_16_bits, 2000, 2600, 65535, None),
+    (as_16_bits, 8000, 9000, 0, 65535), (as_float, -0.2, 0.7, -9999, None),
+    (as_float, 0, 1, -3.4e38, None), (as_float, 100, 300, 1e20, -32768)])
+@pytest.mark.parametrize("size", [256, 40])
+def test_a_border_takes_no_gray_levels(tmp_path, make, low, high, border, marker, size):
+    """Neither before the image is made smaller, which mixes the border with what is beside it."""
+    pixels = low + (high - low) * np.broadcast_to(RAMP, (len(RAMP), RAMP.shape[1])).copy()
+    pixels[:, :7] = border
+    if marker is not None:
+        pixels[:6, 20:26] = marker
+    make(pixels).save(tmp_path / "x.tif")
+    image, notes = load_image(tmp_path / "x.tif", read_image, ImageSettings(size=size))
+    inside = np.asarray(image, float)[8:, 8:]
+    assert np.ptp(inside) > 200 and inside.std() > 60
+    assert [note.split(":")[0] for note in notes] == [
+        "one level at an end of the range cut off"]
+
+
+def test_a_black_background_of_a_wide_range_changes_nothing(tmp_path):
+    pixels = (1600 + 2400 * np.broadcast_to(RAMP, (len(RAMP), RAMP.shape[1]))).astype(np.uint16)
+    pixels[:, :20] = 0
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    image, notes = load_image(tmp_path / "x.png", read_image, ImageSettings())
+    assert notes == () and np.abs(
+        np.asarray(image, int)[8:, 22:] - pixels[8:, 22:] * 255. / pixels.max()).max() < 4
+
+
+@pytest.mark.parametrize("border, body, told", [
+    (0, (225, 250), True), (255, (10, 40), True), (0, (60, 200), False), (0, (100, 170), False)])
+def test_a_body_of_few_levels_inside_a_border_is_noted(tmp_path, border, body, told):
+    pixels = np.interp(RAMP, (0, 1), body) + np.zeros((len(RAMP), 1))
+    pixels[:, :9] = border
+    Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "x.png")
+    notes = load_image(tmp_path / "x.png", read_image, ImageSettings()).notes
+    assert any("little contrast" in note for note in notes) == told
