@@ -788,8 +788,9 @@ def cells_help() -> str:
     meanings = {"1": "present", "0": "absent", "-1": "uncertain", "": "not mentioned"}
     lines = [f"  {meanings[value]:14s} {value or '(blank)'}, {', '.join(filter(None, words))}"
              for value, words in CELL_WORDS.items()]
-    return "\n".join(["Cells of label columns, in capital or small letters, in quotes or not; numbers "
-                      "such as 1.0 are compared as numbers, and 1 (yes) and 1=yes are yes:", *lines,
+    return "\n".join(["Cells of label columns, in capital or small letters, in quotes or not; "
+                      "numbers such as 1.0 are compared as numbers, 1 (yes) and 1=yes are yes:",
+                      *lines,
                       "  also not mentioned: not known, no data, not recorded and the like"])
 
 

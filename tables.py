@@ -20,14 +20,14 @@ from common import DataError, open_text
 # What a cell says -> as the manifest has it; as `bare` writes it. Numbers are not listed.
 CELL_WORDS = {
     "1": ("yes", "y", "true", "t", "positive", "pos", "present", "detected", "checked", "+", "(+)",
-          "+ve", "✓", "✔", "☑", "ja", "oui", "si", "sí", "sim", "tak", "evet", "kyllä", "igen",
-          "ναι", "wahr", "vrai", "verdadero", "verdadeiro", "vero", "waar", "positiv", "positif",
-          "positivo", "да", "是", "有", "阳性", "陽性", "はい",
-          "あり"),
+          "+ve", "✓", "✔", "☑", "ja", "oui", "si", "sí", "sim", "tak", "ano", "evet", "kyllä",
+          "jah", "taip", "igen", "da", "ya", "ναι", "wahr", "vrai", "verdadero", "verdadeiro",
+          "vero", "waar", "positiv", "positif", "positivo", "да", "是", "有", "阳性", "陽性",
+          "はい", "あり"),
     "0": ("no", "n", "false", "f", "negative", "neg", "absent", "not detected", "unchecked", "(-)",
-          "-ve", "✗", "✘", "☐", "nein", "non", "nao", "não", "nie", "hayır", "hayir", "ei", "nem",
-          "όχι", "falsch", "faux", "falso", "onwaar", "negativ", "negatif", "négatif", "negativo",
-          "нет", "否", "无", "無", "阴性", "陰性", "いいえ", "なし"),
+          "-ve", "✗", "✘", "☐", "nein", "non", "nao", "não", "nie", "ne", "nu", "hayır", "hayir",
+          "ei", "nem", "tidak", "όχι", "falsch", "faux", "falso", "onwaar", "negativ", "negatif",
+          "négatif", "negativo", "нет", "否", "无", "無", "阴性", "陰性", "いいえ", "なし"),
     "-1": ("uncertain", "u", "maybe", "unsure", "possible", "equivocal", "indeterminate"),
     "": ("", "nan", "nat", "none", "nil", "null", "n/a", "na", "n.a", "n.d", "n/r", "n.r", "nr",
          "#n/a", "<na>", r"\n", "-", "--", ".", "..", "...", "missing", "tbd", "unk", "unknown",
@@ -531,7 +531,7 @@ def refuse_answers_of_other_languages(labels: list[str], where: dict[str, str],
     """DataError for two short words that may be yes and no: neither says a
     finding, nor is in capital letters, as TB and COPD are."""
     if len(labels) == 2 and rules.flags and rules.separator != "none" and all(
-            1 < len(label) < 6 and label.isalpha() and label.casefold() != label.upper()
+            1 < len(label) < 5 and label.isalpha() and label.casefold() != label.upper()
             and not label.isupper() and not FINDINGS.search(label.casefold())
             for label in labels):
         place = next(iter(where.values()))
@@ -708,7 +708,8 @@ def refuse_hidden_lists(words: list[str], where: dict[str, str]) -> None:
         for word, parts in parts_of.items():
             # The + of TB+ and the # of TB #1 separate nothing.
             named = all(re.search(r"[^\W\d]", part) for part in parts)
-            if named and any(part in known or often[part] > 1 for part in parts):
+            # Grade: A and Grade: B begin with what the column is of.
+            if named and any(part in known or often[part] > 1 and mark != ":" for part in parts):
                 raise ask_for_separator(word, where)
     # Mass, Nodule, and Mass#Nodule, Mass with Nodule, or whatever separates them. A class of
     # several words rarely has two others in it.

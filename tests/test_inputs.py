@@ -136,8 +136,8 @@ LIST = {"Mass": [1, 1, 0], "Nodule": [1, 0, 1]}
         ["1. Yes", "2. No", "1) yes"], ["present (1)", "absent (0)", "Y=1"],
         ["=WAHR()", "=FALSCH()", "=TRUE()"], ["[1]", "[0]", '["present"]'],
         ["(yes)", "{no}", "Yes"],
-        ["detected", "Not Detected", "1"], ["Igen", "Nem", "igen"], ["tak", "nie", "tak"],
-        ["\u03bd\u03b1\u03b9", "\u03cc\u03c7\u03b9", "1"])),
+        ["detected", "Not Detected", "1"], ["Igen", "Nem", "igen"], ["Da", "Ne", "da"],
+        ["ya", "tidak", "1"], ["\u03bd\u03b1\u03b9", "\u03cc\u03c7\u03b9", "1"])),
     (["0=no", "1=yes", "9=missing"], {"y": [0, 1, ""]}),
     (["12 (f)", "13 (m)"] * 3, "row 2, column y: '12 .f.' seems to be a finding and its answer"),
     *((cells * 2, "row [23], column y: .* seems to be .*--class-columns") for cells in (
@@ -145,7 +145,7 @@ LIST = {"Mass": [1, 1, 0], "Nodule": [1, 0, 1]}
     *((cells * 3, "column y: .* may be yes and no in a language .*--class-columns")
       for cells in (["bai", "ez"], ["Po", "Jo"], ["\u0561\u0575\u0578", "\u0578\u0579"])),
     *((cells * 3, {one: [1, 0] * 3, other: [0, 1] * 3}) for cells in (
-        ["TB", "COPD"], ["edema", "cyst"], ["scoliosis", "pectus"])
+        ["TB", "COPD"], ["edema", "cyst"], ["left", "right"], ["Grade: A", "Grade: B"])
       for one, other in [cells]),
     # Labels that carry an answer, a number or a sign.
     *((cells * 3, f"row [234], column y: .* seems to be {what}.*--class-columns")
