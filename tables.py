@@ -6,7 +6,6 @@ else is a DataError that names file, row and column.
 import csv
 import re
 import sys
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
@@ -14,24 +13,26 @@ from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import category, normalize
 
 from common import DataError, open_text
 
 # What a cell says -> as the manifest has it; as `bare` writes it. Numbers are not listed.
 CELL_WORDS = {
-    "1": ("yes", "y", "true", "t", "positive", "pos", "present", "detected", "checked", "+", "(+)",
-          "+ve", "✓", "✔", "☑", "ja", "oui", "si", "sí", "sim", "tak", "ano", "evet", "kyllä",
-          "jah", "taip", "igen", "da", "ya", "ναι", "wahr", "vrai", "verdadero", "verdadeiro",
-          "vero", "waar", "positiv", "positif", "positivo", "да", "是", "有", "阳性", "陽性",
-          "はい", "あり"),
-    "0": ("no", "n", "false", "f", "negative", "neg", "absent", "not detected", "unchecked", "(-)",
-          "-ve", "✗", "✘", "☐", "nein", "non", "nao", "não", "nie", "ne", "nu", "hayır", "hayir",
-          "ei", "nem", "tidak", "όχι", "falsch", "faux", "falso", "onwaar", "negativ", "negatif",
-          "négatif", "negativo", "нет", "否", "无", "無", "阴性", "陰性", "いいえ", "なし"),
+    "1": ("yes", "y", "true", "t", "positive", "pos", "present", "detected", "seen", "found",
+          "checked", "+", "(+)", "+ve", "✓", "✔", "☑", "✅", "ja", "oui", "si", "sí", "sim",
+          "tak", "ano", "evet", "kyllä", "jah", "taip", "igen", "da", "ya", "ναι", "wahr", "vrai",
+          "verdadero", "verdadeiro", "vero", "waar", "positiv", "positif", "positivo", "да", "是",
+          "有", "阳性", "陽性", "はい", "あり"),
+    "0": ("no", "n", "false", "f", "negative", "neg", "absent", "not detected", "not seen",
+          "not found", "unchecked", "(-)", "-ve", "✗", "✘", "☐", "❌", "nein", "non", "nao",
+          "não", "nie", "ne", "nu", "hayır", "hayir", "ei", "nem", "tidak", "όχι", "falsch",
+          "faux", "falso", "onwaar", "negativ", "negatif", "négatif", "negativo", "нет", "否",
+          "无", "無", "阴性", "陰性", "いいえ", "なし"),
     "-1": ("uncertain", "u", "maybe", "unsure", "possible", "equivocal", "indeterminate"),
     "": ("", "nan", "nat", "none", "nil", "null", "n/a", "na", "n.a", "n.d", "n/r", "n.r", "nr",
-         "#n/a", "<na>", r"\n", "-", "--", ".", "..", "...", "missing", "tbd", "unk", "unknown",
-         "?")}
+         "#n/a", "<na>", r"\n", "-", "--", ".", "..", "...", "missing", "empty", "blank",
+         "undefined", "pending", "tbd", "unk", "unknown", "?")}
 # More of the last ones: not available, no data.
 NOTHING = re.compile(
     "(not|no) (answer|applicable|assessed|available|data|done|evaluated|given|info|information"
@@ -49,10 +50,10 @@ QUOTES = "'\"`«»‘’‚‛“”„‟‹›"
 MEANING = re.compile(r"([+-]?[0-9]|99)(?:[ :.,)-]+(?=\w\w)|\s*[=:(]\s*)([^\W\d].*?)\)?"
                      r"|([^\W\d].*?)\s*[=:(]\s*([+-]?[01])\)?")
 # Labels that carry an answer, a sign, a number: Mass (yes), Mass:0.9, Mass+ Nodule-, 1. Mass.
-ANSWER = re.compile(r".*\S\s*[:=(]\s*(.+?)\)?")
+ANSWER = re.compile(r".*[^\s-]\s*([:=(\[{@→]| - (?=\D))\s*(?P<answer>.+?)[)\]}]?")
 SHARE = re.compile(r"[+-]?(\d*\.\d+%?|\d+%)")
 SIGN = re.compile(r"\w([+-](?=[\s,;|]|$)| [+-](?=\s*([,;|]|$)))")
-NUMBERED = re.compile(r"\(?\d+[.)]\s*[^\W\d].*")
+NUMBERED = re.compile(r"\(?(\d+[.)]|[a-z]\)|[ivx]{2,}[.)])\s*[^\W\d].*", re.IGNORECASE)
 LONGEST_ANSWER = 100            # characters; a longer cell is a report
 # What has letters and yet names no class, and what to call it.
 MONTH = "(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]{0,6}"
@@ -69,7 +70,9 @@ DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
 
 # Lists: what separates their words, and what may stand around them.
 SEPARATORS = "|;"
-LIST_MARKS = re.compile("[,|;\uff0c\uff1b\uff5c\u3001]")      # the last ones as Chinese writes them
+LINE_ENDS = "\n\t\r\v\f\x85\u2028\u2029"
+# The last ones of the marks as Chinese writes them; or what is between two words in quotes.
+LIST_MARKS = re.compile("[,|;\uff0c\uff1b\uff5c\u3001]|[\"'”’»]\\s+[\"'“‘«]")
 MARKS = {"Po", "Ps", "Pe", "Sm", "Sc", "Sk", "So"}      # categories of Unicode that may separate
 NO_MARKS = {*QUOTES, *"().%_"}      # separate nothing, as no dash does
 LONGEST_RUN = 5                 # words; longer names of classes are not searched for in others
@@ -512,16 +515,22 @@ def what_is_no_class(word: str) -> str:
         return kind
     if is_garbled(word):
         return "damaged by a wrong decoding"
-    if re.search(r"\d", word) and not any(map(str.isalpha, word)):
-        return "a range, a date or other numbers"
+    if not any(map(str.isalpha, word)):
+        empty = not word.strip(f"[](){{}}|;, {QUOTES}")                    # a list of nothing
+        mark = "" if empty else "a mark"
+        return "a range, a date or other numbers" if re.search(r"\d", word) else mark
     parts = [part.strip(f" []{{}}{QUOTES}") for part in re.split(r"[|;,\n]", word)]
-    answers = [answer[1] for answer in map(ANSWER.fullmatch, parts) if answer]
+    answers = [answer["answer"] for answer in map(ANSWER.fullmatch, parts) if answer]
     for answer in answers:
         if value_of(answer) or SHARE.fullmatch(answer):
             return f"a finding and its {'number' if answer[-1] in '0123456789%.' else 'answer'}"
+    first = re.match(r"(\w\w+)\s*([:=(\[{]| - )", bare(word))
+    if first and VALUES.get(first[1]):
+        return "an answer and a remark"
     if len(SIGN.findall(small(word))) > 1:
         return "findings and their signs"
-    if len(parts) > 1 and any(value_of(part) and bare(part) != PREFIX for part in parts):
+    if len(parts) > 1 and any(
+            value_of(part) and bare(part) != PREFIX or SHARE.fullmatch(part) for part in parts):
         return "a list of answers"
     return "a numbered list" if len(parts) > 1 and any(map(NUMBERED.fullmatch, parts)) else ""
 
@@ -570,17 +579,17 @@ def most_classes(images: int) -> int:
 def small(text: str) -> str:
     """A text in small letters and one kind of dash, without characters without
     width."""
-    text = DASHES.sub("-", unicodedata.normalize("NFKC", text).casefold())
+    text = DASHES.sub("-", normalize("NFKC", text).casefold())
     if not text.isascii():
-        text = "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
+        text = "".join(letter for letter in text if category(letter) != "Cf")
     return text
 
 
 def bare(text: str) -> str:
     """What a cell says: small letters without the quotes and blanks around
-    them, and without a last point."""
+    them, and without points and the like after them."""
     text = unquoted(" ".join(small(text).split()))
-    return text.rstrip(" .") or text
+    return text.rstrip(" .!,;:*") or text
 
 
 def unquoted(text: str) -> str:
@@ -592,10 +601,14 @@ def unquoted(text: str) -> str:
 
 
 def is_garbled(text: str) -> bool:
-    """Whether a text was decoded wrongly: Neumon\ufffda, or UTF-8 that was
-    taken for Latin-1 or Windows-1252."""
+    """Whether a text was decoded wrongly: Neumon\ufffda, Neumon?a, or UTF-8
+    that was taken for Latin-1 or Windows-1252."""
+    if re.search(r"[^\W\d]\?[^\W\d]|\\(x[0-9a-f]{2}|u[0-9a-f]{4})", text, re.IGNORECASE):
+        return True
     if text.isascii():
         return False
+    if any(category(letter) in ("Cc", "Cn", "Co") and not letter.isspace() for letter in text):
+        return True
     for encoding in ("latin-1", "cp1252"):
         try:
             text.encode(encoding).decode()
@@ -700,14 +713,14 @@ def refuse_hidden_lists(words: list[str], where: dict[str, str]) -> None:
             raise ask_for_separator(word, where)
     # Mass, and Mass/Edema: by any mark one word that is found elsewhere is enough.
     marks = {mark for word in words for mark in word
-             if unicodedata.category(mark) in MARKS} - NO_MARKS
-    for mark in [*sorted(marks), " and ", "\n", "\t"]:
-        parts_of = {word: [form_key(part) for part in word.split(mark)]
+             if category(mark) in MARKS or mark in LINE_ENDS} - NO_MARKS
+    for mark in [*sorted(marks), " and "]:
+        parts_of = {word: [form_key(part) for part in word.split(mark) if part.strip()]
                     for word in words if mark in word}
         often = Counter(part for parts in parts_of.values() for part in set(parts))
         for word, parts in parts_of.items():
             # The + of TB+ and the # of TB #1 separate nothing.
-            named = all(re.search(r"[^\W\d]", part) for part in parts)
+            named = len(parts) > 1 and all(re.search(r"[^\W\d]", part) for part in parts)
             # Grade: A and Grade: B begin with what the column is of.
             if named and any(part in known or often[part] > 1 and mark != ":" for part in parts):
                 raise ask_for_separator(word, where)

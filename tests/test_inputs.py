@@ -136,6 +136,7 @@ LIST = {"Mass": [1, 1, 0], "Nodule": [1, 0, 1]}
         ["1. Yes", "2. No", "1) yes"], ["present (1)", "absent (0)", "Y=1"],
         ["=WAHR()", "=FALSCH()", "=TRUE()"], ["[1]", "[0]", '["present"]'],
         ["(yes)", "{no}", "Yes"],
+        ["present!", "absent*", "1;"], ["Found", "not found", "\u2705"],
         ["detected", "Not Detected", "1"], ["Igen", "Nem", "igen"], ["Da", "Ne", "da"],
         ["ya", "tidak", "1"], ["\u03bd\u03b1\u03b9", "\u03cc\u03c7\u03b9", "1"])),
     (["0=no", "1=yes", "9=missing"], {"y": [0, 1, ""]}),
@@ -145,7 +146,8 @@ LIST = {"Mass": [1, 1, 0], "Nodule": [1, 0, 1]}
     *((cells * 3, "column y: .* may be yes and no in a language .*--class-columns")
       for cells in (["bai", "ez"], ["Po", "Jo"], ["\u0561\u0575\u0578", "\u0578\u0579"])),
     *((cells * 3, {one: [1, 0] * 3, other: [0, 1] * 3}) for cells in (
-        ["TB", "COPD"], ["edema", "cyst"], ["left", "right"], ["Grade: A", "Grade: B"])
+        ["TB", "COPD"], ["edema", "cyst"], ["left", "right"], ["Grade: A", "Grade: B"],
+                    ["COVID-1", "COVID-2"], ["TB - active", "TB - latent"])
       for one, other in [cells]),
     # Labels that carry an answer, a number or a sign.
     *((cells * 3, f"row [234], column y: .* seems to be {what}.*--class-columns")
@@ -156,12 +158,22 @@ LIST = {"Mass": [1, 1, 0], "Nodule": [1, 0, 1]}
         (["[Edema=0]", "[Edema=1]"], "a finding and its number"),
         (["Edema: present, Cyst: absent", "Edema: absent"], "a finding and its answer"),
         (["Edema (positive)", "Edema (negative)"], "a finding and its answer"),
+        (["Edema [0.2]", "Cyst [0.7]"], "a finding and its number"),
+        (["Edema \u2192 1", "Edema \u2192 0"], "a finding and its number"),
+        (["Edema - yes", "Edema - no"], "a finding and its answer"),
+        (["Yes (CT)", "No (CT)"], "an answer and a remark"),
+        (["absent: edema", "present: edema"], "an answer and a remark"),
+        (["Edema|0.4", "Cyst|0.3"], "a list of answers"), (["TB", "*"], "a mark"),
+        (["\u25cf", "\u25cb"], "a mark"), (["a) Edema; b) Cyst", "a) Cyst"], "a numbered list"),
+        (["iv. Edema; ii. Cyst", "x"], "a numbered list"),
         (["1) Edema; 2) Cyst", "1) Cyst"], "a numbered list"),
         (["(1) Edema|(2) Cyst", "(1) Cyst"], "a numbered list"),
         (["TB+ HIV-", "TB- HIV-"], "findings and their signs"),
         (["edema +, cyst \u2212", "edema -, cyst +"], "findings and their signs"))),
     *((cells * 2, "may be a list") for cells in (
         ["(Edema;Cyst)", "Edema", "Cyst"], ["{Edema|Cyst}", "Cyst"], ["[Edema]", "Edema|Cyst"],
+        ["\u2022 Edema \u2022 Cyst", "\u2022 Edema"], ["#Edema #Cyst", "#Cyst"],
+        ["'Edema' 'Cyst'", "'Edema'"], ["Edema\u2028Cyst", "Edema"],
         ["Edema*Cyst", "Edema", "Normal"], ["Edema \u2192 Cyst", "Cyst", "Normal"],
         ["Edema\u00b7Cyst", "Cyst", "x"])),
     *((cells * 2, {cell: [int(cell == other) for other in cells] * 2 for cell in cells})
@@ -169,9 +181,12 @@ LIST = {"Mass": [1, 1, 0], "Nodule": [1, 0, 1]}
                     ["\u0938\u093e\u092e\u093e\u0928\u094d\u092f", "\u0938\u093e\u0930", "TB"])),
     # Words for nothing, and what a wrong decoding has left.
     *((["Mass", cell, "Nodule"], {"Mass": [1, "", 0], "Nodule": [0, "", 1]}) for cell in (
-        "N.D", "not recorded", "No information", "n/r", "not  specified.", "\\N", "n\u200ba")),
+        "N.D", "not recorded", "No information", "n/r", "not  specified", "\\N", "n\u200ba",
+        "Blank")),
     *((cells * 2, "row [23], column y: .* seems to be damaged by a wrong decoding") for cells in (
-        ["\u00d6dem", "\ufffddem"], ["Neumon\ufffd\ufffda", "TB"], ["Normal", "\u00c3\u2013dem"],
+        ["\u00d6dem", "\ufffddem"], ["Neumon\ufffd\ufffda", "TB"],
+        ["\u00c9panchement", "\u00c9p?nchement"], ["TB", "\\xe9panchement"],
+        ["TB", "\u00d6dem\x92"], ["TB", "\ue001dem"], ["Normal", "\u00c3\u2013dem"],
         ["Normal", "\u00e9panchement".encode().decode("cp1252")],
         ["\u6b63\u5e38".encode().decode("latin-1"), "TB"])),
     (["\u00c9panchement \u201cA\u201d", "Normal", "\u00c3O"] * 2, {
