@@ -278,15 +278,16 @@ def patient_key(patient: str) -> str:
     # A blank between a letter and a number, ".0" as spreadsheets append it, leading zeros.
     text = re.sub(r"(?<=[a-z]) (?=\d)", "", text)
     words = PERSON_WORDS | PERSONS - {"p", "s"} | {"no", "nr"}
-    text = re.sub(rf"^({'|'.join(words)})(?=\d)", "", text)
+    text = re.sub(rf"^(({'|'.join(words)}) ?)+(?=\d)", "", text)
+    if not re.search(r"\d", text):                          # Jane Doe is Doe, Jane
+        text = " ".join(sorted(text.split()))
     text = re.sub(r"^(\d+)\.0*$", r"\1", text)
     return re.sub(r"(?<![\d.])0+(?=\d)", "", text)
 
 
 def without_visit(patient: str) -> str:
-    """P001 of P001_visit2 and P001-scan1."""
-    return re.sub(r"(?<=\d)[\W_]*(visit|study|exam|examination|scan|image|img|view|series|session|"
-                  r"ses|timepoint|follow ?up|day|week|month|year)[\W_]*\d+$", "", small(patient))
+    """P001 of P001_visit2, P001-scan1, P001_T0, P001_2020-01-31 and P001_lateral."""
+    return VISIT.sub("", small(patient))
 
 
 def pairs_alike(names: Iterable[str], key: Callable[[str], str]) -> list[tuple[str, str]]:
@@ -338,13 +339,22 @@ ATTRIBUTES = {"age", "sex", "gender", "birth", "birthday", "birthdate", "dob",
 NAME_COLUMN = re.compile(
     r"((full|last|first|family|given|sur|short) ?)?names?|last|first|initials|vorname|nachname"
     r"|nom|prenom|nombre|apellidos?|nome|cognome|id|identifier|identifiant|individual|client|hn"
-    r"|uhid|nhs( ?number)?|pseudonym|e?mpi|nhc|historia clinica|paciente|paziente|患者|病人"
-    r"|病历号|住院号|환자"
+    r"|uhid|nhs( ?number)?|pseudonym|e?mpi|nhc|historia clinica|(n )?dossier|kennung"
+    r"|identificador|ssn|nric|cpf|pesel|amka|rut|curp|dni|cedula|donor|volunteer|uuid|guid"
+    r"|((codigo|numero|id) (de |del )?)?paciente|paziente|(no )?(rm|rekam medis)"
+    r"|.*(患者|病人|病案|病历|住院号|カルテ|환자|등록번호).*"
     r"|(hospital|medical record|record|chart|clinic|person)( ?(id|nr|no|number|code))")
 NUMBER_COLUMN = re.compile(r".+ (id|no|nr|number|key|code|hash)|(.+ )?\w*nummer|numero .+")
 VIEW_COLUMN = re.compile(r"(.* )?(view|projection|body ?part|anatomy)( .*)?|frontal lateral|ap pa")
 # A number as a spreadsheet shows it in a narrow column: 1.23457E+11.
-SHORTENED = re.compile(r"-?\d([.,]\d{1,5})?E\+(0[6-9]|[1-9]\d)", re.ASCII)
+SHORTENED = re.compile(r"-?\d([.,]\d{1,4})?E\+(0[5-9]|[1-9]\d)"
+                       r"|-?\d[.,]\d{5}E\+(0[6-9]|[1-9]\d)", re.ASCII | re.IGNORECASE)
+# What follows a patient's number in the name of an examination, or of an image.
+VISIT = re.compile(
+    r"(?<=\d)([\W_]*(visit|study|exam|examination|scan|image|img|view|series|session|ses|timepoint"
+    r"|follow[ _-]?up|day|week|month|year)[\W_]*\d+"
+    r"|[\W_]+([vt]\d\d?|baseline|follow[ _-]?up|pre|post|frontal|lateral|lat|pa|ap|left|right|l|r"
+    r"|(19|20)\d\d[_-]?[01]\d[_-]?[0-3]\d))$")
 STUDY_COLUMN = re.compile(
     r"(study|series|exam|examination|accession|encounter|episode|admission|hadm|stay|order|report)"
     r" ?(instance ?)?(id|uid|nr|no|number|num|key|code)|accession|uid|study uid")

@@ -375,15 +375,20 @@ def test_layouts(tmp_path, capsys, pattern, classes, expected):
         ["`007", "7"], ["\u201c9\u201d", "9"], ["#12", "#012"], ["No. 5", "5"], ["7;", "007"],
         ["3.4.19/1", "3.4.19-1"], ["12:30", "12_30"], ["[8]", "8"],
         ["Ibarra Jos\u00e9", "ibarra jose"], ["Subject_0012", "12"],
-        ["PID00031", "31"], ["\u0420001", "P001"], ["A\u200b1", "A1"])),
+        ["Patient No. 4", "4"], ["Ana Ruiz", "RUIZ^ANA"], ["PID00031", "31"],
+        ["\u0420001", "P001"], ["A\u200b1", "A1"])),
     *(("path,patient", cells, "patients '.*1' and '.*2' seem to be two examinations of one person"
        ".*--allow similar-patients") for cells in (
         ["7_scan1", "7_scan2", "8_scan1", "9_scan1"], ["A7-Exam1", "A7-Exam2", "B", "C"],
         ["sub-01_ses-1", "sub-01_ses-2", "sub-02_ses-1", "x"],
-        ["P3 week 1", "P3 week 2", "4", "5"])),
+        ["P3 week 1", "P3 week 2", "4", "5"], ["9-V1", "9-V2", "8", "7"],
+        ["3_t1", "3_t2", "4_t1", "5"])),
+    *(("path,patient", cells, "seem to be two examinations of one person") for cells in (
+        ["5_20200301", "5_20200302", "6", "7"], ["5_baseline", "5_follow-up", "6", "7"],
+        ["31 left", "31 right", "8", "9"])),
     *(("path,patient", [cell, "2", "3", "4"], f"patient '{re.escape(cell)}' is a number that a "
        "spreadsheet has shortened.*--allow similar-patients") for cell in (
-        "9.00012E+14", "4.5E+09", "-2E+07", "1E+10")),
+        "9.00012E+14", "4.5E+09", "-2E+07", "1.2e+05")),
     *(("path,patient", cells, {"test": 1, "train": 2, "val": 1}) for cells in (
         ["1.5E+01", "1e5b", "2E7", "3"], ["visit1", "visit2", "visit3", "visit4"],
         ["B_1", "A_1", "A_2", "B_2"])),
@@ -445,7 +450,8 @@ def test_layouts(tmp_path, capsys, pattern, classes, expected):
     ("path,patient,PatientID", ["1,7", "2,7", "3,8", "4,9"], "--patient-column PatientID"),
     *((f"path,{name}", ["1", "1", "2", "3"], f"column '{name}' .* the patients.*column {name} ")
       for name in ("deid_key", "research number", "MPI", "Aktennummer", "numero_historia",
-                   "Pseudonym_ID", "OP No", "kimlik no")),
+                   "Pseudonym_ID", "OP No", "kimlik no",
+                   "\u75c5\u6848\u53f7", "codigo del paciente", "CPF")),
     *((f"path,{name}", ["1", "1", "2", "3"], {"test": 1, "train": 2, "val": 1}) for name in (
         "image_no", "class_id", "room number", "batch key", "age code", "slice_no", "label_id",
         "project id", "country code")),
