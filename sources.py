@@ -775,13 +775,14 @@ def chexpert_items(args: argparse.Namespace, files: list[str]) -> Source:
     """CheXpert-v1.0, as it is unpacked or as -small is, or CheXphoto: train.csv,
     and valid.csv as the test split; -1 stays -1.
 
-    A patient's folder is the one called so, whatever is above it."""
-    source, laterals, used = Source(CHEXPERT_OBSERVATIONS, official_labels=True), 0, 0
+    A patient's folder is the one called so, whatever is above it, or else the first."""
+    source, laterals = Source(CHEXPERT_OBSERVATIONS, official_labels=True), 0
+    used: set[str] = set()
     for part, split in (("train", "train"), ("valid", "test")):
         place = partial(path_from, part)
         images = unique([file for file in files if file.lower().endswith(EXTENSIONS)
                          and place(file).startswith(f"{part}/")], place)
-        used += len(images)
+        used |= set(images.values())
         table = read_table(chexpert_table(args.src, f"{part}.csv", files), "Path",
                            ["Frontal/Lateral", "AP/PA", *CHEXPERT_OBSERVATIONS], ["AP/PA"],
                            normalise=place)
@@ -792,8 +793,9 @@ def chexpert_items(args: argparse.Namespace, files: list[str]) -> Source:
             if image not in frontal:
                 laterals += 1
                 continue
-            *_, patient, study, _ = "", "", *PurePosixPath(image).parts
-            if not patient.casefold().startswith("patient"):
+            *above, patient, study, _ = "", "", *PurePosixPath(image).parts
+            named = [name.casefold().startswith("patient") for name in (patient, study)]
+            if named != [True, False] and (any(named) or above != ["", "", part]):
                 raise DataError(f"{table.file}, row {table.rows[image].number}, column Path: "
                                 f"{image!r} is not {part}/patient00001/study1/IMAGE; folder --csv "
                                 "takes any path")
@@ -802,7 +804,7 @@ def chexpert_items(args: argparse.Namespace, files: list[str]) -> Source:
                                      labels[image], study, position or views[image]))
     source.passed_over = f"Lateral views left out: {laterals:,} (--all-views takes them)."
     source.notes.append(source.passed_over)
-    others = sum(file.lower().endswith(EXTENSIONS) for file in files) - used
+    others = sum(file.lower().endswith(EXTENSIONS) for file in files) - len(used)
     if others:
         source.notes.append(f"Images outside train and valid, which are not used: {others:,}.")
     return source

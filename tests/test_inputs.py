@@ -708,7 +708,18 @@ def test_chexpert_with_folders_above_the_patients(tmp_path, above):
     assert len(manifest.paths) == 6 and (tmp_path / "out/images" / paths[1]).exists()
 
 
-@pytest.mark.parametrize("path", ["train/a/patient1/view1.jpg", "train/a/b/view1.jpg",
+def test_chexpert_of_other_names(tmp_path, capsys):
+    """Pseudonyms, and a folder that seems to be of both parts."""
+    rows = [(part, f"{part}/{part}{i}/s1/v.jpg", f"{folder}/{part}{i}/s1/v.jpg", " FRONTAL ")
+            for part, folder in (("train", "x (train 1)"), ("valid", "x (train 1)/valid"))
+            for i in range(3)]
+    run(*chexpert_tree(tmp_path, rows))
+    assert sorted(read_manifest(tmp_path / "out").patients) == [
+        f"{part}{i}" for part in ("train", "valid") for i in range(3)]
+    assert "outside train and valid" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", ["train/a/patient1/view1.jpg", "train/x/a/b/view1.jpg",
                                   "train/patient1/study1/series2/view1.jpg"])
 def test_chexpert_of_another_depth(tmp_path, path):
     with pytest.raises(SystemExit, match=f"train.csv, row 2, column Path: '{path}' is not train/"):
