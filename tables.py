@@ -607,7 +607,7 @@ def is_garbled(text: str) -> bool:
         return True
     if text.isascii():
         return False
-    if any(category(letter) in ("Cc", "Cn", "Co") and not letter.isspace() for letter in text):
+    if any("\x80" <= letter < "\xa0" for letter in text):              # controls of Latin-1
         return True
     for encoding in ("latin-1", "cp1252"):
         try:
