@@ -43,6 +43,10 @@ def errors_in_one_sentence(script: str, out: str | Path, speaks: bool = True,
     one process alone. Ctrl-C exits with 130, as shells expect. Other exceptions pass through.
     afterwards: what the same command does after Ctrl-C, where it does not go on."""
     try:
+        os.getcwd()
+    except FileNotFoundError:
+        sys.exit(f"{script}: the folder that {script} was started in was deleted: go to another")
+    try:
         yield
         if sys.stdout:                  # None where a caller wants nothing printed
             sys.stdout.flush()          # what is still to be printed may find a full disk
@@ -237,7 +241,9 @@ def open_text(path: str | Path) -> TextIO:
 
 
 def read_text(path: str | Path) -> str:
-    """A whole text file, as open_text reads it. DataError names a file in another encoding."""
+    """A whole text file, as open_text reads it. DataError names a file in another encoding.
+
+    Where files were joined, the byte-order mark of the second begins a line."""
     try:
         with open_text(path) as file:
             text = file.read()
@@ -245,7 +251,7 @@ def read_text(path: str | Path) -> str:
         raise DataError(f"{path} is not text in UTF-8 ({error}): save it as UTF-8") from None
     if "\0" in text:
         raise DataError(f"{path} is not text in UTF-8 (it holds zero bytes): save it as UTF-8")
-    return text
+    return re.sub(r"\n?\ufeff", "\n", text)
 
 
 def write_csv(path: str | Path, rows: Iterable[Iterable]) -> None:

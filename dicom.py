@@ -25,14 +25,14 @@ from pydicom.pixels.utils import pixel_array
 from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from common import DataError
-from doubts import FINDINGS, Doubt, pairs_alike, patient_key
+from doubts import Doubt, pairs_alike, patient_key
 from layout import split_name
 from radiograph import (
     EXTENSIONS, PACKED, ImageSettings, Reading, eight_bits, in_parallel, load_image, reason)
 from sources import (
     Item, Source, check_patients_and_splits, doubt_classes, doubt_unused_splits, label_flags,
     label_rules, plain_path, that_end_alike, unused_splits)
-from tables import Table, read_labels, read_table, understand, value_of
+from tables import FINDINGS, Table, read_labels, read_table, understand, value_of
 
 
 SUFFIXES = (".dcm", ".dicom", ".dic", ".ima")       # of DICOM files, if they have one

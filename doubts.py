@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from pathlib import PurePosixPath
 from typing import NamedTuple
+from unicodedata import category
 
 from common import DataError
 from layout import (
     SHORT_SPLITS, SPLIT_NAMES, place_of, split_name, split_word, without_accents)
 from manifest_csv import SPLITS
-from tables import form_key, most_classes, value_of
+from tables import FINDINGS, form_key, is_garbled, most_classes, small, value_of
 
 ALLOW = {
     "empty-split": "train, val or test is empty",
@@ -23,7 +24,8 @@ ALLOW = {
     "mixed-letters": "a column holds y or n beside t or f",
     "similar-labels": "labels differ in form only, or hardly in spelling",
     "many-classes": "a column holds more classes than its images can teach",
-    "similar-patients": "patients differ in case, blanks or leading zeros only",
+    "similar-patients": "patients differ in form only, seem to be two examinations of one, or are "
+                        "numbers that a spreadsheet has shortened",
     "masks": "images seem to be masks, segmentations or other drawings",
     "many-left-out": "more than a tenth of the images are damaged, missing or of a kind that is "
                      "not read, or all of a class are",
@@ -37,6 +39,8 @@ ALLOW = {
                    "in another"}
 FEW = 3                         # images; fewer are not doubted
 FEW_LOST = 5                    # images; so many may be lost of whatever number
+# Letters of Cyrillic and Greek that look like others.
+LOOKALIKES = str.maketrans("авекмнорстухіјѕαβεικνορτυχ", "abekmhopctyxijsabeikvoptux")
 MARKS = r"[\s_/\\|&,;.:()'?-]"     # that make no other label of one
 
 
@@ -182,7 +186,7 @@ def similar_labels(names: list[str]) -> list[Doubt]:
     def letters(name: str) -> str:
         # Between two digits a mark is no form: 1.5 is not 15, but 1.0 is 1.
         name = re.sub(r"(\d)\.0+(?!\d)", r"\1", without_accents(name))
-        return re.sub(rf"(?<!\d){MARKS}+|{MARKS}+(?!\d)", "", form_key(name))
+        return re.sub(rf"(?<!\d){MARKS}+|{MARKS}+(?!\d)", "", form_key(name)).translate(LOOKALIKES)
 
     in_form = pairs_alike(names, letters)
     doubts = [f"labels {one!r} and {other!r} differ in form only" for one, other in in_form]
@@ -240,14 +244,22 @@ def plain_word(word: str) -> str:
 
 
 def similar_patients(patients: Iterable[str]) -> list[Doubt]:
-    """Doubts for patients that differ in form only, and might come into
-    different splits."""
-    alike = pairs_alike(patients, patient_key)
-    more = f", and {len(alike) - 1:,} more pairs" if len(alike) > 1 else ""
-    return [Doubt("similar-patients",
-                  f"patients {one!r} and {other!r} differ in form only{more}: write each patient "
-                  "in one way")
-            for one, other in alike[:1]]
+    """Doubts for patients that may be one, and come into different splits:
+    that differ in form only, or in an examination; and for numbers whose last
+    digits a spreadsheet has left out, so that several patients are one."""
+    names = list(dict.fromkeys(patients))
+    doubts = []
+    for key, what, how in ((patient_key, "differ in form only", "write each patient in one way"),
+                           (without_visit, "seem to be two examinations of one person",
+                            "the patient alone keeps them in one split")):
+        alike = pairs_alike(names, key)
+        more = f", and {len(alike) - 1:,} more pairs" if len(alike) > 1 else ""
+        doubts += [f"patients {one!r} and {other!r} {what}{more}: {how}"
+                   for one, other in alike[:1]]
+    doubts += [f"patient {name!r} is a number that a spreadsheet has shortened, so that others may "
+               "have become the same: save the column as text" for name in names
+               if SHORTENED.fullmatch(name)][:1]
+    return [Doubt("similar-patients", sentence) for sentence in doubts]
 
 
 def large_patients(patients: list[str]) -> list[Doubt]:
@@ -267,17 +279,30 @@ def large_patients(patients: list[str]) -> list[Doubt]:
 
 def patient_key(patient: str) -> str:
     """What is equal for 7, 007, 7. and 7.0, for 1000, 1e3 and 1,000, for P7,
-    p07 and P 7."""
+    p07 and P 7, for '7, #7 and patient007, for 1/2 and 1-2, Müller and Muller."""
     # Large numbers as spreadsheets write them.
     if re.fullmatch(r"\d+(\.\d+)?e\+?\d{1,3}", patient.casefold()):
         patient = f"{float(patient):.0f}"
     if re.fullmatch(r"\d{1,3}(,\d{3})+", patient):
         patient = patient.replace(",", "")
+    # Marks and accents, and letters that look like others. DOE^JANE^^ is Doe, Jane.
+    text = small(without_accents(patient)).translate(LOOKALIKES)
+    text = "".join(" " if letter != "." and category(letter)[0] in "PS" else letter
+                   for letter in text)
+    text = form_key(re.sub(r"(?<!\d)\.|\.(?!\d)", " ", text))
     # A blank between a letter and a number, ".0" as spreadsheets append it, leading zeros.
-    text = form_key(re.sub(r"[\^,]+", " ", patient))           # DOE^JANE^^, Doe, Jane
     text = re.sub(r"(?<=[a-z]) (?=\d)", "", text)
+    words = PERSON_WORDS | PERSONS - {"p", "s"} | {"no", "nr"}
+    text = re.sub(rf"^(({'|'.join(words)}) ?)+(?=\d)", "", text)
+    if not re.search(r"\d", text):                          # Jane Doe is Doe, Jane
+        text = " ".join(sorted(text.split()))
     text = re.sub(r"^(\d+)\.0*$", r"\1", text)
     return re.sub(r"(?<![\d.])0+(?=\d)", "", text)
+
+
+def without_visit(patient: str) -> str:
+    """P001 of P001_visit2, P001-scan1, P001_T0, P001_2020-01-31 and P001_lateral."""
+    return VISIT.sub("", small(patient))
 
 
 def pairs_alike(names: Iterable[str], key: Callable[[str], str]) -> list[tuple[str, str]]:
@@ -318,13 +343,6 @@ NO_CLASSES = {"image", "images", "img", "imgs", "png", "jpg", "jpeg", "dicom",
 COPIES = ("copy", "copie", "copia", "kopie", "augmented", "augmentation", "aug", "backup",
           "resized", "cropped", "new", "old")
 COPY_OF = ("copyof", "copiede", "copiade", "kopievon")
-# Words by which a name is one of findings, and not of a person.
-FINDINGS = re.compile(
-    "normal|healthy|finding|disease|covid|pneumo|bacteri|vir(al|us)|tubercul|tumou?r|cancer|malign"
-    "|benign|nodul|mass|effusion|edema|oedema|fibro|emphysem|atelecta|cardi|consolid|infiltr|opaci"
-    "|lesion|fractur|hernia|pleura|thick|device|lung|thora|sars|mers|flu|posit|negat|control|case"
-    "|class|label|grade|stage|mild|moder|sever|none|other|sick|train|test|valid|patholog|view"
-    "|lateral|front")
 PERSONS = {"p", "s", "id", "pt", "pid", "mrn"}          # with a number after them
 PERSON_WORDS = {"patient", "subject", "subj", "sub", "pat", "pt", "case", "person", "participant"}
 # Columns of a table that seem to tell one patient from another, or the splits.
@@ -340,9 +358,22 @@ ATTRIBUTES = {"age", "sex", "gender", "birth", "birthday", "birthdate", "dob",
 NAME_COLUMN = re.compile(
     r"((full|last|first|family|given|sur|short) ?)?names?|last|first|initials|vorname|nachname"
     r"|nom|prenom|nombre|apellidos?|nome|cognome|id|identifier|identifiant|individual|client|hn"
-    r"|uhid|nhs( ?number)?|paciente|paziente|患者|病人|病历号|住院号|환자"
+    r"|uhid|nhs( ?number)?|pseudonym|e?mpi|nhc|historia clinica|(n )?dossier|kennung"
+    r"|identificador|ssn|nric|cpf|pesel|amka|rut|curp|dni|cedula|donor|volunteer|uuid|guid"
+    r"|((codigo|numero|id) (de |del )?)?paciente|paziente|(no )?(rm|rekam medis)"
+    r"|.*(患者|病人|病案|病历|住院号|カルテ|환자|등록번호).*"
     r"|(hospital|medical record|record|chart|clinic|person)( ?(id|nr|no|number|code))")
+NUMBER_COLUMN = re.compile(r".+ (id|no|nr|number|key|code|hash)|(.+ )?\w*nummer|numero .+")
 VIEW_COLUMN = re.compile(r"(.* )?(view|projection|body ?part|anatomy)( .*)?|frontal lateral|ap pa")
+# A number as a spreadsheet shows it in a narrow column: 1.23457E+11.
+SHORTENED = re.compile(r"-?\d([.,]\d{1,4})?E\+(0[5-9]|[1-9]\d)"
+                       r"|-?\d[.,]\d{5}E\+(0[6-9]|[1-9]\d)", re.ASCII | re.IGNORECASE)
+# What follows a patient's number in the name of an examination, or of an image.
+VISIT = re.compile(
+    r"(?<=\d)([\W_]*(visit|study|exam|examination|scan|image|img|view|series|session|ses|timepoint"
+    r"|follow[ _-]?up|day|week|month|year)[\W_]*\d+"
+    r"|[\W_]+([vt]\d\d?|baseline|follow[ _-]?up|pre|post|frontal|lateral|lat|pa|ap|left|right|l|r"
+    r"|(19|20)\d\d[_-]?[01]\d[_-]?[0-3]\d))$")
 STUDY_COLUMN = re.compile(
     r"(study|series|exam|examination|accession|encounter|episode|admission|hadm|stay|order|report)"
     r" ?(instance ?)?(id|uid|nr|no|number|num|key|code)|accession|uid|study uid")
@@ -351,7 +382,11 @@ OTHER_NUMBERS = {"time", "width", "pixel", "pixels", "columns", "rows", "area",
                  "scanner", "device", "model", "serial", "manufacturer", "station",
                  "site", "institution", "center", "centre", "reader", "rater",
                  "radiologist", "doctor", "physician", "dx", "icd", "finding",
-                 "findings", "version", "url", "doi", "license", "threshold",
+                 "findings", "version", "image", "img", "file", "slice", "frame", "batch",
+                 "category", "lot", "room", "bed", "ward", "page", "fold", "project", "dataset",
+                 "country", "cluster", "annotator", "equipment", "machine", "user", "operator",
+                 "protocol", "procedure", "cpt", "snomed", "modality", "department", "color",
+                 "url", "doi", "license", "threshold",
                  "cost"}
 # Cells that number a person or an examination: P001, 20517, a UID, DOE^JANE; no day.
 ID_CELL = re.compile(
@@ -402,7 +437,7 @@ def names_without_meaning(classes: list[str]) -> list[str]:
     return [name for name in classes
             if {letters[name], letters[name].removesuffix("s")} & NO_CLASSES
             or letters[name].startswith(("image", "img"))
-            or is_copy(name, letters, known)
+            or is_copy(name, letters, known) or is_garbled(name)
             or letters[name] in PERSONS and name.casefold() not in PERSONS
             or numbered[letters[name]] > MANY or is_number_of(name, numbered[letters[name]])
             or codes > 2 and CODE.fullmatch(name)]
@@ -583,15 +618,16 @@ def strayed_copies(images: list[str], places: list[tuple[str, Hashable]]) -> lis
     return strayed
 
 
-def persons_in_names(images: list[str]) -> str:
+def persons_in_names(images: Iterable[str]) -> str:
     """The name of a file that seems to be one of several of a person, as
-    person1_virus_2.jpeg or 00000013_005.png; "" where there is none."""
-    first: dict[str, str] = {}                          # by the word and number, a file's name
+    person1_virus_2.jpeg, TB_patient1_2.png or 00000013_005.png; "" where
+    there is none."""
+    first: dict[str, str] = {}      # by all up to the person's number, a file's name
     for image in images:
         name = PurePosixPath(image).stem
-        found = re.match(r"(patient|person|subject|pat|pt|case)[ _-]?\d+[ _-]|\d{5,8}[_-]",
-                         name.casefold())
-        if found and first.setdefault(found[0], name) != name:
+        found = re.search(r"^\d{5,8}[_-]|(?<![^\W_])(patient|person|subject|pat|pt|case)"
+                          r"[ _-]?\d+[ _-]", name.casefold())
+        if found and first.setdefault(name.casefold()[:found.end()], name) != name:
             return name
     return ""
 
@@ -628,12 +664,14 @@ def seem_patients(name: str, cells: list[str]) -> bool:
         return False
     if may_name_patients(name):
         return True
-    if NAME_COLUMN.fullmatch(" ".join(words_of(name))):
+    words = " ".join(words_of(without_accents(name)))
+    if NAME_COLUMN.fullmatch(words):
         # A column called Name may be of classes.
         return not any(FINDINGS.search(cell.casefold()) for cell in set(cells))
     of_persons = not (ATTRIBUTES | OTHER_NUMBERS) & set(words_of(name))
+    named = NUMBER_COLUMN.fullmatch(words) and not STUDY_COLUMN.fullmatch(words)
     return (of_persons and len(cells) <= MOST_OF_A_PATIENT * len(set(cells))
-            and all(map(ID_CELL.fullmatch, set(cells))))
+            and (bool(named) or all(map(ID_CELL.fullmatch, set(cells)))))
 
 
 def seem_studies(name: str, cells: list[str]) -> bool:

@@ -125,6 +125,11 @@ def assign_splits(source: Source, args: argparse.Namespace) -> None:
                             f"{other.split or 'no split'} of {args.src}{hint}")
     split_of = {patient: item.split or "train" for patient, item in first.items()}
 
+    without = sum(not item.split for item in source.items)
+    if 0 < without < len(source.items):
+        source.notes.append("Images to which the source gives no split, though it gives one to "
+                            f"others: {without:,}; they count as train.")
+
     # The missing ones, each from what the one before it left.
     pool = [patient for patient, split in split_of.items() if split == "train"]
     pool.sort(key=lambda patient: hashlib.sha256(f"{args.seed} {patient}".encode()).digest())
@@ -814,8 +819,10 @@ def cells_help() -> str:
     meanings = {"1": "present", "0": "absent", "-1": "uncertain", "": "not mentioned"}
     lines = [f"  {meanings[value]:14s} {value or '(blank)'}, {', '.join(filter(None, words))}"
              for value, words in CELL_WORDS.items()]
-    return "\n".join(["Cells of label columns, in capital or small letters; numbers such as 1.0 "
-                      "are compared as numbers:", *lines])
+    return "\n".join(["Cells of label columns, in capital or small letters, in quotes or not; "
+                      "numbers such as 1.0 are compared as numbers, 1 (yes) and 1=yes are yes:",
+                      *lines,
+                      "  also not mentioned: not known, no data, not recorded and the like"])
 
 
 def source_flags(flag: Callable, kind: SourceKind) -> None:

@@ -8,6 +8,7 @@ table say is written in tables.py, what folders say in layout.py.
 """
 import argparse
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -293,6 +294,9 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
     source.patients_known = bool(patients)
     if not patients:
         say_no_patients(source, images, pictures)
+    elif person := persons_in_names(patients.values()):
+        source.notes.append(f"Some patients, such as {person}, seem to be parts of one person by "
+                            "their names: images of each may come into several splits.")
     source.passed_over = f"Files passed over: {passed_over(others) or 'none'}."
     source.notes.append(source.passed_over)
     return source
@@ -824,43 +828,69 @@ def chexpert_flags(flag: Callable) -> None:
 
 
 def chexpert_items(args: argparse.Namespace, files: list[str]) -> Source:
-    """CheXpert-v1.0 or -small: train.csv, and valid.csv as the test split; -1
-    stays -1."""
+    """CheXpert-v1.0, as it is unpacked or as -small is, or CheXphoto: train.csv,
+    and valid.csv as the test split; -1 stays -1.
+
+    A patient's folder is the one called so, whatever is above it, or else the first."""
     source, laterals = Source(CHEXPERT_OBSERVATIONS, official_labels=True), 0
+    used: set[str] = set()
     for part, split in (("train", "train"), ("valid", "test")):
-        images = {file: file for file in files
-                  if file.startswith(f"{part}/") and file.lower().endswith(EXTENSIONS)}
-        table = read_table(args.src / f"{part}.csv", "Path",
+        place = partial(path_from, part)
+        images = unique([file for file in files if file.lower().endswith(EXTENSIONS)
+                         and place(file).startswith(f"{part}/")], place)
+        used |= set(images.values())
+        table = read_table(chexpert_table(args.src, f"{part}.csv", files), "Path",
                            ["Frontal/Lateral", "AP/PA", *CHEXPERT_OBSERVATIONS], ["AP/PA"],
-                           normalise=partial(path_from, part))
-        views, positions = table.column("Frontal/Lateral"), table.column("AP/PA")
-        labels = observations(table)
+                           normalise=place)
+        positions, labels = table.column("AP/PA"), observations(table)
+        views = {image: chexpert_view(table, image) for image in table.rows}
         frontal = {image for image, view in views.items() if args.all_views or view == "Frontal"}
         for image in in_table_and_on_disk(table, images, source, frontal.__contains__):
             if image not in frontal:
                 laterals += 1
                 continue
-            if image.count("/") < 3:
+            *above, patient, study, _ = "", "", *PurePosixPath(image).parts
+            named = [name.casefold().startswith("patient") for name in (patient, study)]
+            if named != [True, False] and (any(named) or above != ["", "", part]):
                 raise DataError(f"{table.file}, row {table.rows[image].number}, column Path: "
-                                f"{image!r} is not {part}/PATIENT/STUDY/IMAGE")
-            patient, study = image.split("/")[1:3]
+                                f"{image!r} is not {part}/patient00001/study1/IMAGE; folder --csv "
+                                "takes any path")
             position = positions.get(image) if views[image] == "Frontal" else ""
-            source.items.append(Item(image, jpeg_path(image), patient, split, labels[image],
-                                     study, position or views[image]))
+            source.items.append(Item(images[image], jpeg_path(image), patient, split,
+                                     labels[image], study, position or views[image]))
     source.passed_over = f"Lateral views left out: {laterals:,} (--all-views takes them)."
     source.notes.append(source.passed_over)
-    others = sum(not file.startswith(("train/", "valid/")) and file.lower().endswith(EXTENSIONS)
-                 for file in files)
+    others = sum(file.lower().endswith(EXTENSIONS) for file in files) - len(used)
     if others:
         source.notes.append(f"Images outside train and valid, which are not used: {others:,}.")
     return source
 
 
+def chexpert_table(src: Path, name: str, files: list[str]) -> Path:
+    """train.csv or valid.csv, in --src or in a folder below. DataError where there is none, or
+    more."""
+    found = [src / file for file in files if PurePosixPath(file).name == name]
+    if (src / name).exists() or len(found) == 1:
+        return src / name if (src / name).exists() else found[0]
+    raise DataError(f"{src} must hold one {name}, it holds {len(found)}")
+
+
+def chexpert_view(table: Table, image: str) -> str:
+    """Frontal or Lateral, however it is written. DataError for anything else."""
+    cell = table.rows[image].cells[table.columns.index("Frontal/Lateral")]
+    if cell.capitalize() not in ("Frontal", "Lateral"):
+        raise DataError(f"{table.file}, row {table.rows[image].number}, column Frontal/Lateral: "
+                        f"{cell!r} is neither Frontal nor Lateral")
+    return cell.capitalize()
+
+
 def path_from(part: str, path: str) -> str:
     """The path of an image from the folder `part` on; what is before it is
     --src, wherever it was:
-    CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg."""
-    path = path.replace("\\", "/")
+    CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg.
+
+    The full size comes in folders such as "CheXpert-v1.0 batch 2 (train 1)"."""
+    path = re.sub(rf"[^/]*\({part} \d+\)/", f"{part}/", path.replace("\\", "/"))
     start = f"/{path}".rfind(f"/{part}/")
     return path[start:] if start >= 0 else path
 

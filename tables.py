@@ -6,59 +6,87 @@ else is a DataError that names file, row and column.
 import csv
 import re
 import sys
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import category, normalize
 
 from common import DataError, open_text
 
-# What a cell says -> as the manifest has it. Numbers are not listed: see value_of.
+# What a cell says -> as the manifest has it; as `bare` writes it. Numbers are not listed.
 CELL_WORDS = {
-    "1": ("yes", "y", "true", "t", "positive", "pos", "pos.", "present", "checked", "+", "(+)",
-          "+ve", "✓", "✔", "☑", "ja", "oui", "si", "sí", "sim", "wahr", "vrai", "verdadero",
-          "verdadeiro", "vero", "waar", "positiv", "positif", "positivo", "да", "是", "有",
-          "阳性", "陽性"),
-    "0": ("no", "n", "false", "f", "negative", "neg", "neg.", "absent", "unchecked", "(-)",
-          "-ve", "✗", "✘", "☐", "nein", "non", "nao", "não", "falsch", "faux", "falso",
-          "onwaar", "negativ", "negatif", "négatif", "negativo", "нет", "否", "无", "無",
-          "阴性", "陰性"),
+    "1": ("yes", "y", "true", "t", "positive", "pos", "present", "detected", "seen", "found",
+          "checked", "+", "(+)", "+ve", "✓", "✔", "☑", "✅", "ja", "oui", "si", "sí", "sim",
+          "tak", "ano", "evet", "kyllä", "jah", "taip", "igen", "da", "ya", "ναι", "wahr", "vrai",
+          "verdadero", "verdadeiro", "vero", "waar", "positiv", "positif", "positivo", "да", "是",
+          "有", "阳性", "陽性", "はい", "あり"),
+    "0": ("no", "n", "false", "f", "negative", "neg", "absent", "not detected", "not seen",
+          "not found", "unchecked", "(-)", "-ve", "✗", "✘", "☐", "❌", "nein", "non", "nao",
+          "não", "nie", "ne", "nu", "hayır", "hayir", "ei", "nem", "tidak", "όχι", "falsch",
+          "faux", "falso", "onwaar", "negativ", "negatif", "négatif", "negativo", "нет", "否",
+          "无", "無", "阴性", "陰性", "いいえ", "なし"),
     "-1": ("uncertain", "u", "maybe", "unsure", "possible", "equivocal", "indeterminate"),
-    "": ("", "nan", "nat", "none", "nil", "null", "n/a", "na", "n.a.", "n.d.", "#n/a", "<na>",
-         "-", "--", ".", "..", "...", "missing", "not available", "not applicable", "not done",
-         "not mentioned", "not reported", "tbd", "unk", "unknown", "?")}
+    "": ("", "nan", "nat", "none", "nil", "null", "n/a", "na", "n.a", "n.d", "n/r", "n.r", "nr",
+         "#n/a", "<na>", r"\n", "-", "--", ".", "..", "...", "missing", "empty", "blank",
+         "undefined", "pending", "tbd", "unk", "unknown", "?")}
+# More of the last ones: not available, no data.
+NOTHING = re.compile(
+    "(not|no) (answer|applicable|assessed|available|data|done|evaluated|given|info|information"
+    "|known|mentioned|performed|record|recorded|reported|result|specified|stated|tested|value)")
 # Of the last ones, those that programs write for a cell without content. The others may be a class
 # in a column of classes: none, mild, severe.
-OPEN = ("", "nan", "nat", "null", "#n/a", "<na>")
+OPEN = ("", "nan", "nat", "null", "#n/a", "<na>", r"\n")
 # Of the values, one that is also an English prefix: a value only in a column of nothing else.
 PREFIX = "non"
 VALUES = {word: value for value, words in CELL_WORDS.items() for word in words}
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII)
 DASHES = re.compile("[\u2010-\u2015\u2212]")      # hyphens, en and em dashes, the minus sign
-NUMBER_OF = re.compile(r".*\S\s*[:=]\s*[+-]?([01]|\d*\.\d+)%?")         # Mass:0.9, Mass = 1
+QUOTES = "'\"`«»‘’‚‛“”„‟‹›"
+# A number and what it means, in either order: 1 (yes), 1=y, 1 - present, yes (1).
+MEANING = re.compile(r"([+-]?[0-9]|99)(?:[ :.,)-]+(?=\w\w)|\s*[=:(]\s*)([^\W\d].*?)\)?"
+                     r"|([^\W\d].*?)\s*[=:(]\s*([+-]?[01])\)?")
+# Labels that carry an answer, a sign, a number: Mass (yes), Mass:0.9, Mass+ Nodule-, 1. Mass.
+ANSWER = re.compile(r".*[^\s-]\s*([:=(\[{@→]| - (?=\D))\s*(?P<answer>.+?)[)\]}]?")
+SHARE = re.compile(r"[+-]?(\d*\.\d+%?|\d+%)")
+SIGN = re.compile(r"\w([+-](?=[\s,;|]|$)| [+-](?=\s*([,;|]|$)))")
+NUMBERED = re.compile(r"\(?(\d+[.)]|[a-z]\)|[ivx]{2,}[.)])\s*[^\W\d].*", re.IGNORECASE)
+LONGEST_ANSWER = 100            # characters; a longer cell is a report
 # What has letters and yet names no class, and what to call it.
 MONTH = "(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]{0,6}"
 NO_CLASS = {
     "a date": re.compile(r"\d{1,4}[-/. ]?[a-z]{3,9}[-/. ,]*\d{2,4}"
                          rf"|\d\d?[-/. ]{MONTH}|{MONTH}[-/. ]\d\d", re.IGNORECASE),
     "an error of a spreadsheet": re.compile(r"#[A-Z0-9/]+[!?]", re.IGNORECASE),
+    "a formula of a spreadsheet": re.compile(r"=.*"),
     "damaged by zero bytes": re.compile(r".*\0.*", re.DOTALL),
+    "damaged by a wrong decoding": re.compile(".*\ufffd.*", re.DOTALL),
     "a file": re.compile(r".*\.(png|jpe?g|tiff?|dcm|bmp|jp2|webp|pgm|gif)", re.IGNORECASE),
     "HTML": re.compile(r".*(&#?\w{2,6};|<\w+>).*", re.DOTALL)}
 DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
 
 # Lists: what separates their words, and what may stand around them.
 SEPARATORS = "|;"
-SUSPECTS = ("/", "+", "&", " and ", "\n", "\t")         # separators that words may hold, too
-LIST_MARKS = re.compile("[,|;\uff0c\uff1b\uff5c\u3001]")      # the last ones as Chinese writes them
-OTHER_MARKS = re.compile(r"[^\w\s'().-]+")
+LINE_ENDS = "\n\t\r\v\f\x85\u2028\u2029"
+# The last ones of the marks as Chinese writes them; or what is between two words in quotes.
+LIST_MARKS = re.compile("[,|;\uff0c\uff1b\uff5c\u3001]|[\"'”’»]\\s+[\"'“‘«]")
+MARKS = {"Po", "Ps", "Pe", "Sm", "Sc", "Sk", "So"}      # categories of Unicode that may separate
+NO_MARKS = {*QUOTES, *"().%_"}      # separate nothing, as no dash does
 LONGEST_RUN = 5                 # words; longer names of classes are not searched for in others
 ICD = re.compile(r"[A-Za-z]\d\d(\.\d+)?")
 BRACKETS = {"[": "]", "(": ")", "{": "}"}
 QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
+
+# Words by which a name is one of findings, and not of a person, or an answer.
+FINDINGS = re.compile(
+    "normal|healthy|finding|disease|covid|pneumo|bacteri|vir(al|us)|tubercul|tumou?r|cancer|malign"
+    "|benign|nodul|mass|effusion|edema|oedema|fibro|emphysem|atelecta|cardi|consolid|infiltr|opaci"
+    "|lesion|fractur|hernia|pleura|thick|device|lung|thora|sars|mers|flu|posit|negat|control|case"
+    "|class|label|grade|stage|mild|moder|sever|none|other|sick|train|test|valid|patholog|view"
+    "|lateral|front")
 
 MOST_CELLS = 100_000_000        # images times labels: what a machine can hold
 
@@ -68,6 +96,7 @@ OTHER_TABLES = {b"PK\3\4": "an Excel workbook or a zip file",
                 b"\xd0\xcf\x11\xe0": "an Excel workbook", b"PAR1": "a Parquet file",
                 b"SQLite": "a database", b"\x89HDF": "an HDF5 file"}
 SAVE_AS_CSV = ": save its table as CSV in UTF-8"
+csv.field_size_limit(2**31 - 1)         # a cell may hold a report, or the outline of a mask
 
 
 # --------------------------------------------------------------------------------------------------
@@ -121,15 +150,13 @@ def read_table(file: Path, key: str, columns: list[str] | None = None,
     try:
         with open_text(file) as f:
             refuse_other_files(file)
-            if SEP_LINE.fullmatch(f.readline()):
-                first = 2
-            else:
-                f.seek(0)
-            start = f.tell()
-            mark = delimiter_of(f.readline(), key)
-            f.seek(start)
+            # A byte-order mark in the middle, as where files were joined, is no text either.
+            texts = (line.lstrip("\ufeff") for line in f)
+            head = next(texts, "")
+            if SEP_LINE.fullmatch(head):
+                first, head = 2, next(texts, "")
             # A quote that is never closed is an error.
-            lines = csv.reader(f, strict=True, delimiter=mark)
+            lines = csv.reader(chain([head], texts), strict=True, delimiter=delimiter_of(head, key))
 
             # The header: where is each of the columns?
             header = [name.strip() for name in next(lines, [])]
@@ -197,8 +224,7 @@ def csv_fault(number: int, error: Exception) -> str:
     if not isinstance(error, csv.Error):
         return str(error)
     quote = ", as a quote that opens there is never closed"
-    unclosed = "end of data" in str(error) or "field limit" in str(error)
-    return f"row {max(number, 1) + 1}: {error}{quote if unclosed else ''}"
+    return f"row {max(number, 1) + 1}: {error}{quote if 'end of data' in str(error) else ''}"
 
 
 def delimiter_of(first_line: str, key: str) -> str:
@@ -330,7 +356,7 @@ def understand_column(table: Table, name: str, keys: list[str], rules: LabelRule
         if "+" in counts:               # beside present, a dash is absent
             values |= {cell: "0" for cell in counts if DASHES.sub("-", cell) == "-"}
         if None in values.values():     # non and covid
-            values |= {cell: None for cell in counts if cell.casefold() == PREFIX}
+            values |= {cell: None for cell in counts if bare(cell) == PREFIX}
         refuse_letters_of_two_kinds(where, rules)
     if classes and rules.not_mentioned is None:
         refuse_what_may_be_a_class(where)
@@ -349,6 +375,8 @@ def understand_column(table: Table, name: str, keys: list[str], rules: LabelRule
         (cell, part): counts[cell] for cell, parts in lists.items() for part in parts}))
     labels = sorted(set(spelling.values()))
     has_lists = any(len(parts) > 1 for parts in lists.values())
+    if not classes and not has_lists:
+        refuse_answers_of_other_languages(labels, where, rules)
     check_number_of_classes(table, name, len(labels), len(keys),
                             has_lists or bool(rules.several_rows), rules)
     index = {label: i for i, label in enumerate(labels)}
@@ -367,13 +395,35 @@ def understand_column(table: Table, name: str, keys: list[str], rules: LabelRule
     return Column(labels, cells, f"{note} {open_note}".strip())
 
 
+@lru_cache(maxsize=2**16)
 def value_of(cell: str) -> str | None:
     """1, 0, -1 or empty, as the manifest has it; None where a cell is no
-    value of a label."""
-    text = " ".join(DASHES.sub("-", cell.casefold()).split()).strip("'\"")
+    value of a label.
+
+    Brackets, the =TRUE() of a spreadsheet, and a number beside the word that says
+    what it means, as in 1 (yes) or 2=no, do not matter. 1=no is no value."""
+    text = bare(cell)
+    value = value_of_word(text)
+    if value is not None or len(text) > LONGEST_ANSWER:
+        return value
+    call = re.fullmatch(r"=(\w+)\(\)", text)
+    if call or BRACKETS.get(text[0]) == text[-1]:
+        inner = bare(call[1] if call else text[1:-1])
+        # A spreadsheet writes (1) for -1; [] and [nan] are lists of nothing.
+        return None if NUMBER.fullmatch(inner) and text[0] == "(" else value_of_word(inner) or None
+    meaning = MEANING.fullmatch(text)
+    if not meaning:
+        return None
+    number, word = (meaning[1], meaning[2]) if meaning[1] else (meaning[4], meaning[3])
+    value = VALUES.get(bare(word))
+    return value if value_of_word(number) in (None, value) else None
+
+
+def value_of_word(text: str) -> str | None:
+    """value_of a number or a word, as `bare` writes it."""
     if NUMBER.fullmatch(text):
         return {1.0: "1", 0.0: "0", -1.0: "-1"}.get(float(text))
-    return VALUES.get(text)
+    return "" if NOTHING.fullmatch(text) else VALUES.get(text)
 
 
 def class_meaning(cell: str, rules: LabelRules) -> str | None:
@@ -409,7 +459,7 @@ def values_note(name: str, counts: Counter, values: dict[str, str | None]) -> st
     """A sentence on the words of a column that were read as values, and how
     often, or nothing: `Column dx: N read as 0 (3), T as 1 (4).`"""
     words = sorted(cell for cell, value in values.items()
-                   if value and not NUMBER.fullmatch(DASHES.sub("-", cell.casefold())))
+                   if value and not NUMBER.fullmatch(bare(cell)))
     texts = [f"{word} {'as' if i else 'read as'} {values[word]} ({counts[word]:,})"
              for i, word in enumerate(words[:8])]
     more = f", and {len(words) - 8:,} more words" if len(words) > 8 else ""
@@ -422,7 +472,7 @@ def refuse_letters_of_two_kinds(where: dict[str, str], rules: LabelRules) -> Non
 
     y and n are one pair, t and f the other; whoever means values writes one
     of them."""
-    pairs = [[cell for cell in where if cell.casefold() in pair]
+    pairs = [[cell for cell in where if bare(cell) in pair]
              for pair in (("y", "n"), ("t", "f"))]
     if all(pairs) and not rules.letters:
         one, other = pairs[0][0], pairs[1][0]
@@ -449,16 +499,54 @@ def refuse_what_is_no_class(values: dict[str, str | None], where: dict[str, str]
         raise DataError(f"{where[words[0]]}: {words[0]!r} among values of 1, 0, -1 and blank, "
                         f"such as {others[0]!r}{ask}")
     for word in words if rules.flags and rules.separator != "none" else ():
-        kind = next((kind for kind, form in NO_CLASS.items() if form.fullmatch(word)), "")
-        if not kind and any(map(NUMBER_OF.fullmatch, re.split(r"[|;,]", word))):
-            kind = "a finding and its number"
-        if not kind and re.search(r"\d", word) and not any(map(str.isalpha, word)):
-            kind = "a range, a date or other numbers"
+        kind = what_is_no_class(word)
         if kind and not NUMBER.fullmatch(word.strip('=%"')):
             raise DataError(f"{where[word]}: {word!r} seems to be {kind}, and no class{ask}")
     for word in words if rules.flags else ():
         if NUMBER.fullmatch(word.casefold().strip('=%"')):      # 100%, or ="1" as Excel writes it
             raise DataError(f"{where[word]}: the number {word!r} is none of 1, 0, -1{ask}")
+
+
+def what_is_no_class(word: str) -> str:
+    """What a word of a column seems to be, if it is no class, and no list of
+    classes."""
+    kind = next((kind for kind, form in NO_CLASS.items() if form.fullmatch(word)), "")
+    if kind or len(word) > LONGEST_ANSWER:
+        return kind
+    if is_garbled(word):
+        return "damaged by a wrong decoding"
+    if not any(map(str.isalpha, word)):
+        empty = not word.strip(f"[](){{}}|;, {QUOTES}")                    # a list of nothing
+        mark = "" if empty else "a mark"
+        return "a range, a date or other numbers" if re.search(r"\d", word) else mark
+    parts = [part.strip(f" []{{}}{QUOTES}") for part in re.split(r"[|;,\n]", word)]
+    answers = [answer["answer"] for answer in map(ANSWER.fullmatch, parts) if answer]
+    for answer in answers:
+        if value_of(answer) or SHARE.fullmatch(answer):
+            return f"a finding and its {'number' if answer[-1] in '0123456789%.' else 'answer'}"
+    first = re.match(r"(\w\w+)\s*([:=(\[{]| - )", bare(word))
+    if first and VALUES.get(first[1]):
+        return "an answer and a remark"
+    if len(SIGN.findall(small(word))) > 1:
+        return "findings and their signs"
+    if len(parts) > 1 and any(
+            value_of(part) and bare(part) != PREFIX or SHARE.fullmatch(part) for part in parts):
+        return "a list of answers"
+    return "a numbered list" if len(parts) > 1 and any(map(NUMBERED.fullmatch, parts)) else ""
+
+
+def refuse_answers_of_other_languages(labels: list[str], where: dict[str, str],
+                                      rules: LabelRules) -> None:
+    """DataError for two short words that may be yes and no: neither says a
+    finding, nor is in capital letters, as TB and COPD are."""
+    if len(labels) == 2 and rules.flags and rules.separator != "none" and all(
+            1 < len(label) < 5 and label.isalpha() and label.casefold() != label.upper()
+            and not label.isupper() and not FINDINGS.search(label.casefold())
+            for label in labels):
+        place = next(iter(where.values()))
+        raise DataError(f"{place}: {labels[0]!r} and {labels[1]!r} may be yes and no in a language "
+                        "that is not read: write 1 and 0; --class-columns takes every cell for "
+                        "the name of a class")
 
 
 def check_number_of_classes(table: Table, name: str, classes: int, images: int,
@@ -488,13 +576,53 @@ def most_classes(images: int) -> int:
 # --------------------------------------------------------------------------------------------------
 # Words.
 
+def small(text: str) -> str:
+    """A text in small letters and one kind of dash, without characters without
+    width."""
+    text = DASHES.sub("-", normalize("NFKC", text).casefold())
+    if not text.isascii():
+        text = "".join(letter for letter in text if category(letter) != "Cf")
+    return text
+
+
+def bare(text: str) -> str:
+    """What a cell says: small letters without the quotes and blanks around
+    them, and without points and the like after them."""
+    text = unquoted(" ".join(small(text).split()))
+    return text.rstrip(" .!,;:*") or text
+
+
+def unquoted(text: str) -> str:
+    """A text without the quotes and blanks around it. A typographic quote goes with
+    another one at the other end only."""
+    text = text.strip().strip("'\"").strip()
+    quoted = text and text[0] in QUOTES and text[-1] in QUOTES
+    return text.strip(QUOTES).strip() if quoted else text
+
+
+def is_garbled(text: str) -> bool:
+    """Whether a text was decoded wrongly: Neumon\ufffda, Neumon?a, or UTF-8
+    that was taken for Latin-1 or Windows-1252."""
+    if re.search(r"[^\W\d]\?[^\W\d]|\\(x[0-9a-f]{2}|u[0-9a-f]{4})", text, re.IGNORECASE):
+        return True
+    if text.isascii():
+        return False
+    if any("\x80" <= letter < "\xa0" for letter in text):              # controls of Latin-1
+        return True
+    for encoding in ("latin-1", "cp1252"):
+        try:
+            text.encode(encoding).decode()
+            return True
+        except UnicodeError:
+            pass
+    return "\ufffd" in text
+
+
 def form_key(text: str) -> str:
     """What is equal for two names that differ in case, blanks, dashes, "_", a
     last point, and characters without width only. A dash at the end is kept: it
     may be a minus, as in HER2-."""
-    text = DASHES.sub("-", unicodedata.normalize("NFKC", text).casefold())
-    if not text.isascii():
-        text = "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
+    text = small(text)
     minus = "-" if text.rstrip().endswith("-") else ""
     text = " ".join(re.sub(r"[\s_-]+", " ", text).split())
     return (text.rstrip(" .") or text) + minus
@@ -530,10 +658,15 @@ def read_lists(words: list[str], where: dict[str, str], rules: LabelRules,
         return {word: [word] for word in words}
 
     # Lists in brackets, as Python, NumPy and JSON write them.
-    bracketed = [word for word in words if BRACKETS.get(word[0]) == word[-1]]
-    if bracketed and len(bracketed) == len(words):
-        return {word: mentioned(bracketed_list(word, where[word], separator), meaning)
-                for word in words}
+    bracketed = [word for word in words
+                 if BRACKETS.get(word[0]) == word[-1] and word[-1] not in word[1:-1]]
+    if len(bracketed) not in (0, len(words)) and not separator:
+        raise ask_for_separator(bracketed[0], where)
+    lists = {word: mentioned(bracketed_list(word, where[word], separator), meaning)
+             for word in bracketed}
+    words = [word for word in words if word not in lists]
+    if not words:
+        return lists
 
     # Which separator?
     found = [mark for mark in SEPARATORS if any(mark in word for word in words)]
@@ -542,14 +675,14 @@ def read_lists(words: list[str], where: dict[str, str], rules: LabelRules,
     separator = separator or "".join(found)
     if not any(separator in word for word in words if separator):
         refuse_hidden_lists(words, where)       # also where another separator was expected
-        return {word: mentioned([word], meaning) for word in words}
-    return {word: mentioned(word.split(separator), meaning) for word in words}
+        return lists | {word: mentioned([word], meaning) for word in words}
+    return lists | {word: mentioned(word.split(separator), meaning) for word in words}
 
 
 def mentioned(parts: Iterable[str], meaning: Callable[[str], str | None]) -> list[str]:
     """The words of a list, without the quotes and blanks around them and
     without those that say nothing."""
-    words = [part.strip().strip("'\"").strip() for part in parts]
+    words = map(unquoted, parts)
     return [" ".join(word.split()) for word in words if meaning(word) != ""]
 
 
@@ -570,7 +703,7 @@ def refuse_hidden_lists(words: list[str], where: dict[str, str]) -> None:
     """DataError for words that look like lists by a separator that is not
     taken unasked."""
     for word in words:
-        if LIST_MARKS.search(word) or word[0] in BRACKETS and BRACKETS[word[0]] == word[-1]:
+        if LIST_MARKS.search(word):
             raise ask_for_separator(word, where)
     known = {form_key(word) for word in words}
     # Several codes, as ICD has them: R91.8 J18.9.
@@ -578,14 +711,18 @@ def refuse_hidden_lists(words: list[str], where: dict[str, str]) -> None:
         parts = word.split()
         if len(parts) > 1 and all(map(ICD.fullmatch, parts)):
             raise ask_for_separator(word, where)
-    # Mass, and Mass/Edema: by the usual marks one word that is found elsewhere is enough.
-    for mark in SUSPECTS:
-        parts_of = {word: [form_key(part) for part in word.split(mark)]
+    # Mass, and Mass/Edema: by any mark one word that is found elsewhere is enough.
+    marks = {mark for word in words for mark in word
+             if category(mark) in MARKS or mark in LINE_ENDS} - NO_MARKS
+    for mark in [*sorted(marks), " and "]:
+        parts_of = {word: [form_key(part) for part in word.split(mark) if part.strip()]
                     for word in words if mark in word}
         often = Counter(part for parts in parts_of.values() for part in set(parts))
         for word, parts in parts_of.items():
-            # The + of TB+ separates nothing.
-            if all(parts) and any(part in known or often[part] > 1 for part in parts):
+            # The + of TB+ and the # of TB #1 separate nothing.
+            named = len(parts) > 1 and all(re.search(r"[^\W\d]", part) for part in parts)
+            # Grade: A and Grade: B begin with what the column is of.
+            if named and any(part in known or often[part] > 1 and mark != ":" for part in parts):
                 raise ask_for_separator(word, where)
     # Mass, Nodule, and Mass#Nodule, Mass with Nodule, or whatever separates them. A class of
     # several words rarely has two others in it.
@@ -610,12 +747,6 @@ def refuse_hidden_lists(words: list[str], where: dict[str, str]) -> None:
         for middle in range(2, len(text) - 1):
             if text[:middle] in known and text[middle:] in known:
                 raise ask_for_separator(word, where)
-    # Mass#Nodule, Nodule#Edema, Edema#Mass: none of them stands alone.
-    parts_of = {word: [form_key(part) for part in OTHER_MARKS.split(word)] for word in words}
-    often = Counter(part for parts in parts_of.values() for part in set(parts))
-    for word, parts in parts_of.items():
-        if len(parts) > 1 and all(part and often[part] > 1 for part in parts):
-            raise ask_for_separator(word, where)
 
 
 def runs(text: str) -> set[str]:

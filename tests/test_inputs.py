@@ -13,6 +13,7 @@ import subprocess
 import sys
 import unicodedata
 import zlib
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -127,7 +128,70 @@ LIST = {"Mass": [1, 1, 0], "Nodule": [1, 0, 1]}
         "Lung Opacity": [0, 0, 1] * 2, "No Lung Opacity / Not Normal": [1, 0, 0] * 2,
         "Normal": [0, 1, 0] * 2}),
     (["mass without nodule", "mass", "nodule"] * 2, {
-        "mass": [0, 1, 0] * 2, "mass without nodule": [1, 0, 0] * 2, "nodule": [0, 0, 1] * 2})])
+        "mass": [0, 1, 0] * 2, "mass without nodule": [1, 0, 0] * 2, "nodule": [0, 0, 1] * 2}),
+    # Values in whatever quotes and brackets, with the number that they mean, and in more languages.
+    *((cells, {"y": [1, 0, 1]}) for cells in (
+        ["Positive.", "Negative.", "yes"], ["\u00abja\u00bb", "\u201enein\u201c", "\u2018ja\u2019"],
+        ["\ufefftrue", "fal\u2060se", "\u200e1"], ["1: present", "0: absent", "1 - Present"],
+        ["1. Yes", "2. No", "1) yes"], ["present (1)", "absent (0)", "Y=1"],
+        ["=WAHR()", "=FALSCH()", "=TRUE()"], ["[1]", "[0]", '["present"]'],
+        ["(yes)", "{no}", "Yes"],
+        ["present!", "absent*", "1;"], ["Found", "not found", "\u2705"],
+        ["detected", "Not Detected", "1"], ["Igen", "Nem", "igen"], ["Da", "Ne", "da"],
+        ["ya", "tidak", "1"], ["\u03bd\u03b1\u03b9", "\u03cc\u03c7\u03b9", "1"])),
+    (["0=no", "1=yes", "9=missing"], {"y": [0, 1, ""]}),
+    (["12 (f)", "13 (m)"] * 3, "row 2, column y: '12 .f.' seems to be a finding and its answer"),
+    *((cells * 2, "row [23], column y: .* seems to be .*--class-columns") for cells in (
+        ["1=no", "0=yes"], ["True (0)", "False (1)"])),
+    *((cells * 3, "column y: .* may be yes and no in a language .*--class-columns")
+      for cells in (["bai", "ez"], ["Po", "Jo"], ["\u0561\u0575\u0578", "\u0578\u0579"])),
+    *((cells * 3, {one: [1, 0] * 3, other: [0, 1] * 3}) for cells in (
+        ["TB", "COPD"], ["edema", "cyst"], ["left", "right"], ["Grade: A", "Grade: B"],
+                    ["COVID-1", "COVID-2"], ["TB - active", "TB - latent"])
+      for one, other in [cells]),
+    # Labels that carry an answer, a number or a sign.
+    *((cells * 3, f"row [234], column y: .* seems to be {what}.*--class-columns")
+      for cells, what in (
+        (["yes;no", "no;no", "yes;yes"], "a list of answers"),
+        (["['True', 'False']", "['False', 'True']"], "a list of answers"),
+        (["Edema (50%)|Cyst (1)", "Edema (.1)"], "a finding and its number"),
+        (["[Edema=0]", "[Edema=1]"], "a finding and its number"),
+        (["Edema: present, Cyst: absent", "Edema: absent"], "a finding and its answer"),
+        (["Edema (positive)", "Edema (negative)"], "a finding and its answer"),
+        (["Edema [0.2]", "Cyst [0.7]"], "a finding and its number"),
+        (["Edema \u2192 1", "Edema \u2192 0"], "a finding and its number"),
+        (["Edema - yes", "Edema - no"], "a finding and its answer"),
+        (["Yes (CT)", "No (CT)"], "an answer and a remark"),
+        (["absent: edema", "present: edema"], "an answer and a remark"),
+        (["Edema|0.4", "Cyst|0.3"], "a list of answers"), (["TB", "*"], "a mark"),
+        (["\u25cf", "\u25cb"], "a mark"), (["a) Edema; b) Cyst", "a) Cyst"], "a numbered list"),
+        (["iv. Edema; ii. Cyst", "x"], "a numbered list"),
+        (["1) Edema; 2) Cyst", "1) Cyst"], "a numbered list"),
+        (["(1) Edema|(2) Cyst", "(1) Cyst"], "a numbered list"),
+        (["TB+ HIV-", "TB- HIV-"], "findings and their signs"),
+        (["edema +, cyst \u2212", "edema -, cyst +"], "findings and their signs"))),
+    *((cells * 2, "may be a list") for cells in (
+        ["(Edema;Cyst)", "Edema", "Cyst"], ["{Edema|Cyst}", "Cyst"], ["[Edema]", "Edema|Cyst"],
+        ["\u2022 Edema \u2022 Cyst", "\u2022 Edema"], ["#Edema #Cyst", "#Cyst"],
+        ["'Edema' 'Cyst'", "'Edema'"], ["Edema\u2028Cyst", "Edema"],
+        ["Edema*Cyst", "Edema", "Normal"], ["Edema \u2192 Cyst", "Cyst", "Normal"],
+        ["Edema\u00b7Cyst", "Cyst", "x"])),
+    *((cells * 2, {cell: [int(cell == other) for other in cells] * 2 for cell in cells})
+      for cells in (["Crohn\u2019s", "Chagas\u2019s", "Normal"], ["TB 50%", "TB 70%", "TB"],
+                    ["\u0938\u093e\u092e\u093e\u0928\u094d\u092f", "\u0938\u093e\u0930", "TB"])),
+    # Words for nothing, and what a wrong decoding has left.
+    *((["Mass", cell, "Nodule"], {"Mass": [1, "", 0], "Nodule": [0, "", 1]}) for cell in (
+        "N.D", "not recorded", "No information", "n/r", "not  specified", "\\N", "n\u200ba",
+        "Blank")),
+    *((cells * 2, "row [23], column y: .* seems to be damaged by a wrong decoding") for cells in (
+        ["\u00d6dem", "\ufffddem"], ["Neumon\ufffd\ufffda", "TB"],
+        ["\u00c9panchement", "\u00c9p?nchement"], ["TB", "\\xe9panchement"],
+        ["TB", "\u00d6dem\x92"], ["Normal", "\u00c3\u2013dem"],
+        ["Normal", "\u00e9panchement".encode().decode("cp1252")],
+        ["\u6b63\u5e38".encode().decode("latin-1"), "TB"])),
+    (["\u00c9panchement \u201cA\u201d", "Normal", "\u00c3O"] * 2, {
+        "Normal": [0, 1, 0] * 2, "\u00c3O": [0, 0, 1] * 2,
+        "\u00c9panchement \u201cA\u201d": [1, 0, 0] * 2})])
 def test_cells(tmp_path, cells, expected):
     with outcome(expected):
         assert column(tmp_path, cells) == expected
@@ -137,7 +201,9 @@ def test_cells(tmp_path, cells, expected):
     (["Mass;Nodule", *TWO], ["--label-separator", ","], "'Mass;Nodule' may be a list"),
     (["Mass+Nodule", *TWO], ["--label-separator", "/"], "may be a list"),
     (["1", "1.0", "2"] * 3, ["--class-columns", "y"], "labels 'y 1' and 'y 1.0' differ in form"),
-    (["A 2.0", "A 2", "B"] * 3, ["--class-columns", "y"], "'A 2' and 'A 2.0' differ in form")])
+    (["A 2.0", "A 2", "B"] * 3, ["--class-columns", "y"], "'A 2' and 'A 2.0' differ in form"),
+    *((["Mass", cell, "Cyst"], ["--class-columns", "y"], "row 3, .*--not-mentioned is followed")
+      for cell in ("no answer", "N.R.", "not available."))])
 def test_flags_that_do_not_fit_the_cells(tmp_path, cells, flags, words):
     with pytest.raises(SystemExit, match=words):
         column(tmp_path, cells, *flags)
@@ -169,6 +235,15 @@ def test_labels_that_are_hardly_apart(tmp_path, one, other, alike):
 def test_a_minus_or_a_question_mark_is_no_form(tmp_path, one, other):
     with pytest.raises(SystemExit, match=f"labels '{one}' and '{re.escape(other)}' differ in form"):
         column(tmp_path, [one, other, "Normal"] * 2)
+
+
+def test_answers_are_taken_for_classes_where_that_is_said(tmp_path):
+    (tmp_path / "lists").mkdir()
+    for cells in (["bai", "ez"], ["1=no", "0=yes"], ["TB+ HIV-", "TB- HIV-"], ["TB (1)", "TB (0)"]):
+        labels = column(tmp_path, cells * 2, "--class-columns", "y")
+        assert [labels[cell] for cell in cells] == [[1, 0] * 2, [0, 1] * 2]
+    assert column(tmp_path / "lists", ["[A|B]", "A", "B"] * 2, "--label-separator", "|") == {
+        "A": [1, 1, 0] * 2, "B": [1, 0, 1] * 2}
 
 
 def test_a_column_named_twice(tmp_path, capsys):
@@ -266,10 +341,11 @@ def test_blanks_and_marks_are_told(tmp_path, capsys, columns, rows, expected):
     ("{name}/{set}{i}.png", ("VA", "NORMAL"), "class"),
     ("seen_{split}/{name}/{i}.png", ("NORMAL", "TB"), "NORMAL lies both below seen_"),
     *(("{name}/{set}{i}.png", names, "does not look like a class") for names in (
-        ("TB", "TB (1)"), ("TB", "TB 2"), ("TB", "TB - Kopie"), ("TB", "Kopie von TB"))),
+        ("TB", "TB (1)"), ("TB", "TB 2"), ("TB", "TB - Kopie"), ("TB", "Kopie von TB"),
+        ("A", "\ufffddem"), ("A", "\u00d6dem".encode().decode("cp1252")))),
     *(("{name}/{set}{i}.png", names, "class") for names in (
         ("label_0", "label_1"), ("Label 0", "Label 1"), ("COVID (576)", "Normal (1583)"),
-        ("SARS", "SARS-CoV-2"), ("Stage 1", "Stage 2"))),
+        ("SARS", "SARS-CoV-2"), ("Stage 1", "Stage 2"), ("A\ue000", "B"))),
     *((pattern, ("NORMAL", "TB"), r"12 names of files, such as .*test.*NORMAL.*, hold .* unzip")
       for pattern in ("{split}\\{name}\\{i}.png", "data/{split}\\{name}\\{i}.png")),
     ("{split}/x/{name}/{i}.png", ("TB", "../../holdout/x"), "images in holdout lie beside")])
@@ -300,6 +376,27 @@ def test_layouts(tmp_path, capsys, pattern, classes, expected):
     ("path,patient", ["1e3", "1000", "2", "3"], "'1e3' and '1000' differ in form only"),
     ("path,patient", ["\uff11", "1", "2", "3"], "differ in form only"),
     ("path,patient", ["1.0", "01", " 1", "3"], "'1.0' and '01' differ in form only"),
+    *(("path,patient", [*cells, "2", "3"], "patients .* and .* differ in form only") for cells in (
+        ["`007", "7"], ["\u201c9\u201d", "9"], ["#12", "#012"], ["No. 5", "5"], ["7;", "007"],
+        ["3.4.19/1", "3.4.19-1"], ["12:30", "12_30"], ["[8]", "8"],
+        ["Ibarra Jos\u00e9", "ibarra jose"], ["Subject_0012", "12"],
+        ["Patient No. 4", "4"], ["Ana Ruiz", "RUIZ^ANA"], ["PID00031", "31"],
+        ["\u0420001", "P001"], ["A\u200b1", "A1"])),
+    *(("path,patient", cells, "patients '.*1' and '.*2' seem to be two examinations of one person"
+       ".*--allow similar-patients") for cells in (
+        ["7_scan1", "7_scan2", "8_scan1", "9_scan1"], ["A7-Exam1", "A7-Exam2", "B", "C"],
+        ["sub-01_ses-1", "sub-01_ses-2", "sub-02_ses-1", "x"],
+        ["P3 week 1", "P3 week 2", "4", "5"], ["9-V1", "9-V2", "8", "7"],
+        ["3_t1", "3_t2", "4_t1", "5"])),
+    *(("path,patient", cells, "seem to be two examinations of one person") for cells in (
+        ["5_20200301", "5_20200302", "6", "7"], ["5_baseline", "5_follow-up", "6", "7"],
+        ["31 left", "31 right", "8", "9"])),
+    *(("path,patient", [cell, "2", "3", "4"], f"patient '{re.escape(cell)}' is a number that a "
+       "spreadsheet has shortened.*--allow similar-patients") for cell in (
+        "9.00012E+14", "4.5E+09", "-2E+07", "1.2e+05")),
+    *(("path,patient", cells, {"test": 1, "train": 2, "val": 1}) for cells in (
+        ["1.5E+01", "1e5b", "2E7", "3"], ["visit1", "visit2", "visit3", "visit4"],
+        ["B_1", "A_1", "A_2", "B_2"])),
     ("path,patient", ["1", "1", "1", "1"], "the val split is empty: 4 images of 1 patient"),
     ("path,PatientID", ["1", "1", "2", "3"], "column 'PatientID' of l.csv seems to name the pat.*"
                                              "--patient-column PatientID"),
@@ -356,6 +453,13 @@ def test_layouts(tmp_path, capsys, pattern, classes, expected):
     *((f"path,{name}", ["a", "a", "b", "c"], f"--patient-column {name} ") for name in (
         "ID", "initials", "Nachname", "NHS number", "患者")),
     ("path,patient,PatientID", ["1,7", "2,7", "3,8", "4,9"], "--patient-column PatientID"),
+    *((f"path,{name}", ["1", "1", "2", "3"], f"column '{name}' .* the patients.*column {name} ")
+      for name in ("deid_key", "research number", "MPI", "Aktennummer", "numero_historia",
+                   "Pseudonym_ID", "OP No", "kimlik no",
+                   "\u75c5\u6848\u53f7", "codigo del paciente", "CPF")),
+    *((f"path,{name}", ["1", "1", "2", "3"], {"test": 1, "train": 2, "val": 1}) for name in (
+        "image_no", "class_id", "room number", "batch key", "age code", "slice_no", "label_id",
+        "project id", "country code")),
     *((f"path,{name}", ["0", "1", "1", "0"], {"test": 1, "train": 2, "val": 1}) for name in (
         "PCR test", "folder", "set up")),
     ("path,patient,split", ["1,train", "1,test", "2,train", "3,val"],
@@ -368,6 +472,16 @@ def test_columns_of_patients_and_splits(tmp_path, header, rows, expected):
         folder(src, out, "--csv", tmp_path / "l.csv")
         splits = list(splits_of(out).values())
         assert {split: splits.count(split) for split in splits} == expected
+
+
+@pytest.mark.parametrize("blank", ["", "nan", "N/A"])
+def test_images_without_a_split_are_told(tmp_path, capsys, blank):
+    src, out = tree(tmp_path, *(f"{i}.png" for i in range(8)))
+    rows = "".join(f"{i}.png,{['train', 'test', blank][min(i // 2, 2)]}\n" for i in range(8))
+    (tmp_path / "l.csv").write_text(f"path,split\n{rows}")
+    folder(src, out, "--csv", tmp_path / "l.csv")
+    assert "Images to which the source gives no split, though it gives one to others: 4; they " \
+        "count as train." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("stand_in", ["0", "ANON"])
@@ -407,6 +521,34 @@ def test_what_is_not_used_is_told(tmp_path, capsys):
         f"A/person{i // 3}_virus_{i}.png,{i % 2},{40 + i}\n" for i in range(9)))
     folder(src, tmp_path / "b", "--csv", tmp_path / "l.csv", "--layout", "none")
     assert "Columns of l.csv that are not used: Mass, Age." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["xray_subject12_{i}.png", "TB-Pat_3_{i}.png"])
+def test_persons_anywhere_in_names_are_told(tmp_path, capsys, name):
+    src, out = tree(tmp_path, *(name.format(i=i) for i in range(6)))
+    folder(src, out)
+    assert "The names of files seem to say the patient, such as" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("patient, told", [
+    ("patient{}_{}", True), ("0000{}3_{}", True), ("P{}-pat{}", False)])
+def test_patients_that_seem_to_be_parts_are_told(tmp_path, capsys, patient, told):
+    src, out = tree(tmp_path, *(f"{i}.png" for i in range(6)))
+    rows = "".join(f"{i}.png,{patient.format(i // 2, i % 2)}\n" for i in range(6))
+    (tmp_path / "l.csv").write_text(f"path,patient\n{rows}")
+    folder(src, out, "--csv", tmp_path / "l.csv")
+    text = "seem to be parts of one person by their names"
+    assert (text in capsys.readouterr().out) == told
+
+
+@pytest.mark.parametrize("one, other", [
+    ("\u0421ovid", "Covid"), ("\u041c\u0410SS", "MASS"), ("TB \u0391", "TB A")])
+def test_letters_that_look_like_others(tmp_path, one, other):
+    src, out = tree(tmp_path, *(f"{name}/{i}.png" for name in (one, other, "Normal")
+                                for i in range(2)))
+    with pytest.raises(SystemExit, match="differ in form only.*--allow similar-labels"):
+        folder(src, out)
+    folder(src, out, "--allow", "similar-labels")
 
 
 @pytest.mark.parametrize("names, told", [
@@ -650,6 +792,70 @@ def test_folders_of_patients_beside_a_table(tmp_path):
     assert len(set(read_manifest(out).patients)) == 4
 
 
+def chexpert_tree(tmp_path, rows, table_folder="."):
+    """CheXpert of rows (part, path in the table, path on disk, view)."""
+    src, out = tree(tmp_path, *(file for _, _, file, _ in rows))
+    (src / table_folder).mkdir(exist_ok=True)
+    for name in ("train", "valid"):
+        write_csv(src / table_folder / f"{name}.csv", [
+            ("Path", "Frontal/Lateral", *CHEXPERT_OBSERVATIONS),
+            *((path, view, *["1"] * 14) for part, path, _, view in rows if part == name)])
+    return "chexpert", "--src", src, "--out", out, "--workers", 1, "--allow", "empty-split"
+
+
+@pytest.mark.parametrize("above", ["film/", "natural/nokia/", "a/b/c/"])
+def test_chexpert_with_folders_above_the_patients(tmp_path, above):
+    """As CheXphoto has them."""
+    paths = [f"train/{above if i % 2 else 'plain/'}patient{i // 2}/study1/view1_frontal.jpg"
+             for i in range(6)]
+    run(*chexpert_tree(tmp_path, [("train", f"x/{path}", path, "frontal") for path in paths]))
+    manifest = read_manifest(tmp_path / "out")
+    assert Counter(manifest.patients.tolist()) == {f"patient{i}": 2 for i in range(3)}
+    assert len(manifest.paths) == 6 and (tmp_path / "out/images" / paths[1]).exists()
+
+
+def test_chexpert_of_other_names(tmp_path, capsys):
+    """Pseudonyms, and a folder that seems to be of both parts."""
+    rows = [(part, f"{part}/{part}{i}/s1/v.jpg", f"{folder}/{part}{i}/s1/v.jpg", " FRONTAL ")
+            for part, folder in (("train", "x (train 1)"), ("valid", "x (train 1)/valid"))
+            for i in range(3)]
+    run(*chexpert_tree(tmp_path, rows))
+    assert sorted(read_manifest(tmp_path / "out").patients) == [
+        f"{part}{i}" for part in ("train", "valid") for i in range(3)]
+    assert "outside train and valid" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", ["train/a/patient1/view1.jpg", "train/x/a/b/view1.jpg",
+                                  "train/patient1/study1/series2/view1.jpg"])
+def test_chexpert_of_another_depth(tmp_path, path):
+    with pytest.raises(SystemExit, match=f"train.csv, row 2, column Path: '{path}' is not train/"):
+        run(*chexpert_tree(tmp_path, [("train", path, path, "Frontal")]))
+
+
+@pytest.mark.parametrize("batch", ["CheXpert-v1.0 batch {} (train {})", "b{} (train {})"])
+def test_chexpert_as_it_is_unpacked_in_full_size(tmp_path, batch):
+    first = batch.partition(" ")[0] + " 1 (validate & csv)"
+    names = [f"patient{i}/study1/view1_frontal.jpg" for i in range(6)]
+    run(*chexpert_tree(tmp_path, [
+        *(("train", f"x/train/{name}", f"{batch.format(2 + i % 2, 1 + i % 2)}/{name}", "Frontal")
+          for i, name in enumerate(names[:4])),
+        *(("valid", f"x/valid/{name}", f"{first}/valid/{name}", "Frontal") for name in names[4:])],
+        first))
+    assert splits_of(tmp_path / "out")["images/valid/patient4/study1/view1_frontal.jpg"] == "test"
+    assert len(read_manifest(tmp_path / "out").paths) == 6
+
+
+def test_chexpert_of_unknown_views_and_tables(tmp_path):
+    row = ("train", "train/patient1/study1/v.jpg", "train/patient1/study1/v.jpg")
+    command = chexpert_tree(tmp_path, [(*row, "oblique")])
+    with pytest.raises(SystemExit, match="row 2, column Frontal/Lateral: 'oblique' is neither "
+                                         "Frontal nor Lateral"):
+        run(*command)
+    (tmp_path / "src/train.csv").unlink()
+    with pytest.raises(SystemExit, match="src must hold one train.csv, it holds 0"):
+        run(*command)
+
+
 def test_chexpert_as_windows_writes_it(tmp_path):
     src, out = tree(tmp_path, *(f"train/patient{i}/study1/view1_frontal.jpg" for i in range(3)))
     for part, images in (("train", range(3)), ("valid", ())):
@@ -818,7 +1024,10 @@ TABLE = "path,y\n" + "".join(f"{i}.png,{i % 2}\n" for i in range(4))
     (TABLE.replace("\n", "\r"), None), (TABLE.replace("\n", "\n\n"), None),
     (TABLE.replace("\n", ",\r\n"), None), (TABLE.replace("path,y", '"path","y"'), None),
     (TABLE.replace("path", ",path").replace("\n", "\n0,", 4), None),
-    (TABLE.replace(",1", ",\u200b1"), r"row 3, column y: '\\u200b1' among values"),
+    (TABLE.replace(",1", ",\u200b1"), None), (TABLE.replace("\n2", "\n\ufeff2"), None),
+    (TABLE.replace("\n", "\r\n\ufeff", 2), None), ("\ufeff\ufeff" + TABLE, None),
+    ("\ufeffsep=,\n\ufeff" + TABLE, None), (TABLE.replace("\n", ",\n").replace(
+        "1,", f'1,"{"long report " * 12_000}"'), None),
     (TABLE.encode() + b"Befund M\xfcller,1\n",
      "l.csv is not a CSV file in UTF-8 .*: save its table as CSV in UTF-8"),
     (TABLE.encode("utf-32"), "l.csv must have one column 'path'"),
@@ -846,6 +1055,28 @@ def test_tables(tmp_path, content, expected):
         folder(src, out, "--csv", tmp_path / "l.csv", "--label-columns", "y")
         assert [label["y"] for _, label in sorted(labels_of(read_manifest(out)).items())] == [
             0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("between", ["\n\ufeff", "\r\n\ufeff", "\ufeff"])
+def test_lists_that_were_joined(tmp_path, between):
+    src, out = tree(tmp_path, *(f"images/{i}.png" for i in range(8)))
+    (src / "train_val_list.txt").write_bytes(
+        f"0.png\n1.png{between}2.png\n3.png{between}4.png\n5.png\n".encode())
+    (src / "test_list.txt").write_text("6.png\n7.png")
+    (src / "Data_Entry_2017.csv").write_text("Image Index,Finding Labels,Patient ID\n" + "".join(
+        f"{i}.png,Mass,{i}\n" for i in range(8)))
+    run("nih", "--src", src, "--out", out, "--workers", 1)
+    assert len(read_manifest(out).paths) == 8
+
+
+def test_a_working_folder_that_was_deleted(tmp_path):
+    src, out = tree(tmp_path, *(f"{i}.png" for i in range(4)))
+    (tmp_path / "here").mkdir()
+    result = subprocess.run(
+        ["sh", "-c", f"cd {tmp_path}/here && rmdir ../here && {sys.executable} {SCRIPT} folder "
+         f"--src {src} --out {out}"], text=True, capture_output=True)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "the folder that prepare.py was started in was deleted" in result.stderr
 
 
 def test_names_are_read_back_in_any_locale(tmp_path):

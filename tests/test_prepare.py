@@ -133,15 +133,15 @@ def test_patients_in_two_splits_are_an_error_or_restart(tmp_path):
 
 
 def test_csv_labels_of_both_kinds(tmp_path):
-    rows = ["\ufeffpath, patient ,Edema,kind", "a.png,1,1,cold", "sub/b.png , 2,-1.0,hot",
-            r"sub\c.png,3,,", "d.png,4,0.0,cold"]
+    rows = ["\ufeffpath, patient ,Edema,kind", "a.png,1,1,dense", "sub/b.png , 2,-1.0,soft",
+            r"sub\c.png,3,,", "d.png,4,0.0,dense"]
     (tmp_path / "rows.csv").write_bytes("\r\n".join(rows).encode())
     for i, name in enumerate(("a.png", "sub/b.png", "sub/c.png", "d.png")):
         save(tmp_path / "src" / name, radiograph(i))
     folder(tmp_path / "src", tmp_path / "out", "--csv", tmp_path / "rows.csv",
            "--label-columns", "Edema", "kind")
     text = (tmp_path / "out/manifest.csv").read_text().splitlines()
-    assert text[0] == "path,patient,split,Edema,kind cold,kind hot"
+    assert text[0] == "path,patient,split,Edema,kind dense,kind soft"
     assert {line.split(",")[0]: line.split(",")[3:] for line in text[1:]} == {
         "images/a.jpg": ["1", "1", "0"], "images/sub/b.jpg": ["-1", "0", "1"],
         "images/sub/c.jpg": ["", "", ""], "images/d.jpg": ["0", "1", "0"]}
