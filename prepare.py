@@ -10,14 +10,14 @@
     python prepare.py verify   data/nih                             # decode all of it once more
 
 A source says which image becomes which row of the manifest: patient, split and labels (sources.py,
-dicom.py, with tables.py and layout.py). From there on all sources are alike. What was understood is
-printed first: the layout, the counts of each label in each split, some rows. What cannot be meant
-is refused, unless --allow names it (doubts.py). Then a pool of processes decodes every image once
-and makes it an 8-bit gray JPEG whose shorter side is --size (radiograph.py). What cannot be
-decoded, or has no sure label, is left out and listed in rejected.csv with the reason. manifest.csv
-is written last: a folder that has one is complete. An interrupted run is continued by the same
-command, which makes an image again where its file has another name, size or time than the one that
-it was made of (sources.csv); --overwrite starts over.
+folders.py, dicom.py). From there on all sources are alike. What was understood is printed first:
+the layout, the counts of each label in each split, some rows. What cannot be meant is refused,
+unless --allow names it (doubts.py). Then a pool of processes decodes every image once and makes it
+an 8-bit gray JPEG whose shorter side is --size (radiograph.py). What cannot be decoded, or has no
+sure label, is left out and listed in rejected.csv with the reason. manifest.csv is written last: a
+folder that has one is complete. An interrupted run is continued by the same command, which makes an
+image again where its file has another name, size or time than the one that it was made of
+(sources.csv); --overwrite starts over.
 """
 import argparse
 import csv
@@ -51,13 +51,14 @@ from doubts import (
     FEW, Doubt, allow_flag, constant_labels, empty_splits, large_patients, many_left_out,
     refuse_doubts, similar_labels, similar_patients)
 from flags import differing_flags, number_within
+from folders import folder_flags, folder_items
 from layout import excluder
 from radiograph import (
     MASK, MIN_SIDE, Found, ImageSettings, Reader, blank_reason, find_files, in_parallel, load_image,
     read_image, reason)
 from sources import (
-    Item, Source, chexpert_flags, chexpert_items, demo_flags, demo_items, folder_flags,
-    folder_items, mimic_items, nih_items, read_phantom, text_of)
+    Item, Source, chexpert_flags, chexpert_items, demo_flags, demo_items, mimic_items, nih_items,
+    read_phantom, text_of)
 from tables import CELL_WORDS, form_key, plain_cell, read_table
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import prepare
+import folders
 import sources
 from common import DataError, read_text, write_csv
 from doubts import patient_key
@@ -162,7 +163,7 @@ def test_a_column_of_reports_is_no_column_of_classes(tmp_path):
     for more in ([], ["--allow", "many-classes"]):
         args = prepare.parse_args([*flags, *more])
         with pytest.raises(DataError, match="30,000 classes .* 30,000 images"):
-            sources.folder_items(args, [row[0] for row in rows])
+            folders.folder_items(args, [row[0] for row in rows])
 
 
 def test_labels_that_differ_in_form_only(tmp_path):
