@@ -186,9 +186,11 @@ def _read_config(file) -> dict:
 class Curves:
     """log.jsonl and TensorBoard's files in the run folder, written by the first process."""
 
+    METRICS = "loss", "probe/auroc"
+
     def __init__(self, config: RunConfig, first: bool, step: int):
         """Go on after `step`; lines and points after it belong to steps that will be repeated."""
-        self.writer, self.latest = None, {"loss": math.nan, "probe/auroc": math.nan}
+        self.writer = None
         if not first:
             return
         path = Path(config.out) / "log.jsonl"
@@ -216,7 +218,6 @@ class Curves:
             self.file.flush()
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, step)
-            self.latest |= {name: scalars[name] for name in self.latest if name in scalars}
 
     def add_image(self, name: str, pixels: Tensor, step: int) -> None:
         """pixels: (3, H, W) in [0, 1]."""
@@ -224,12 +225,12 @@ class Curves:
             self.writer.add_image(name, pixels, step)
 
     def close(self, config: RunConfig) -> None:
-        """End with the flags, the latest loss and the latest AUROC in TensorBoard's table of
-        hyper-parameters."""
+        """End with a row of the flags in TensorBoard's table of hyper-parameters, in which the
+        latest points of the curves METRICS stand beside them."""
         if self.writer:
             flags = {name: value if isinstance(value, int | float) else valid_unicode(str(value))
                      for name, value in dataclasses.asdict(config).items()}
-            for summary in hparams(flags, self.latest):
+            for summary in hparams(flags, dict.fromkeys(self.METRICS)):
                 self.writer._get_file_writer().add_summary(summary)
             self.writer.flush()  # close() alone would not say that the disk is full
             self.writer.close()

@@ -87,6 +87,8 @@ def test_four_processes_write_one_run(data, tmp_path):
             "probe/Mass"} <= set(events.Tags()["scalars"])
     assert events.Tags()["images"] == ["views"]
     assert "config/text_summary" in events.Tags()["tensors"]
+    table = events.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    assert b"probe/auroc" in table and b"temperature" in table
     assert len(events.Scalars("loss")) == 4
 
 
