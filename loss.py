@@ -43,26 +43,27 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float, patients: Tensor | None 
     `diagnostics` gives `chance`, the loss of an encoder that maps all images to one point."""
     with torch.autocast(z1.device.type, enabled=False):
         batch = _batch(z1, z2, patients, weights)
-        n_negatives = _count_negatives(batch)  # (N,)
         # l_ip, (N,): the same for both anchors of an image.
         positive = (batch.anchors[0] * batch.anchors[1]).sum(1) / temperature
         # ln R, (2, N): what all negatives of an anchor weigh together.
         log_r = log_sum_exp(batch, (1 + hardness) / temperature)
-        log_n = n_negatives.clamp_min(1).log()  # for these two options
-        if hardness:
-            log_r = log_n + log_r - log_sum_exp(batch, hardness / temperature)
-        if prior:
-            log_r = _debias(log_r, positive, log_n, temperature, prior)
+        has_negatives = log_r > ABSENT / 2  # (2, N)
+        if hardness or prior:
+            log_n = _count_negatives(batch).clamp_min(1).log()  # (N,)
+            if hardness:
+                log_r = log_n + log_r - log_sum_exp(batch, hardness / temperature)
+            if prior:
+                log_r = _debias(log_r, positive, log_n, temperature, prior)
         excess = log_r - positive  # (2, N)
         # -l_ip + ln(exp(l_ip) + R) = ln(1 + exp(ln R - l_ip)), which is softplus.
         loss = excess if decoupled else F.softplus(excess)
         # An anchor without a negative has nothing to be told from.
-        loss = torch.where(n_negatives > 0, loss, 0.0)
+        loss = torch.where(has_negatives, loss, 0.0)
         return (batch.weights * loss).sum()
 
 
 def _debias(log_r: Tensor, positive: Tensor, log_n: Tensor, temperature: float,
-              prior: float) -> Tensor:
+            prior: float) -> Tensor:
     """ln of max((R - t n exp(l_ip)) / (1 - t), n exp(-1 / temperature)), (2, N); prior is t."""
     floor = log_n - 1 / temperature
     # Which share of R is taken off. Where it is all of it or more, the floor remains; the
