@@ -307,7 +307,11 @@ def refuse_mask(image: Image.Image) -> None:
     """DataError where an image of mode L or F seems to be a mask or a map of labels."""
     step = max(1, min(image.size) // 512)           # some 512 rows tell, and 512 columns
     rows = np.asarray(image)[::step]                                    # (H / step, W)
-    levels, counts = np.unique(rows[:, ::step], return_counts=True)
+    if image.mode == "L":                           # without sorting, which would take longest
+        counts = np.bincount(rows[:, ::step].ravel(), minlength=256)
+        levels, counts = np.flatnonzero(counts), counts[counts > 0]
+    else:
+        levels, counts = np.unique(rows[:, ::step], return_counts=True)
     share = np.sort(counts)[::-1].cumsum() / counts.sum()
     few = int(np.searchsorted(share, MASK_SHARE)) + 1
     # What has hardly any range is blank, and will be called that. Two levels may be dithering: then
@@ -324,11 +328,8 @@ def has_two_levels(levels: np.ndarray) -> bool:
     A narrow radiograph inside a black border has such a share, too, but is spread around its own
     commonest level."""
     counts = np.bincount(levels.ravel(), minlength=256)
-    low, high = np.percentile(levels, (1, 99))
+    low, high = np.searchsorted(counts.cumsum(), (0.01 * levels.size, 0.99 * levels.size))
     reach, near = max(2, round((high - low) / 16)), 0
-    steps = np.abs(np.diff(levels.astype(int)))                         # (H, W - 1)
-    if (steps <= 2 * reach).mean() <= MASK_FLAT:                        # dithering
-        return False
     for _ in range(2):
         level = int(counts.argmax())
         around = counts[max(0, level - reach):level + reach + 1]
@@ -337,7 +338,10 @@ def has_two_levels(levels: np.ndarray) -> bool:
             return False
         near += around.sum()
         around[:] = 0                           # in counts, too
-    return bool(near >= TWO_LEVELS_SHARE * levels.size)
+    if near < TWO_LEVELS_SHARE * levels.size:
+        return False
+    steps = np.abs(np.diff(levels.astype(np.int16)))                    # (H, W - 1)
+    return bool((steps <= 2 * reach).mean() > MASK_FLAT)                # else it is dithering
 
 
 def narrow_note(image: Image.Image) -> tuple[str, ...]:
