@@ -190,9 +190,9 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     probe = choose_probe(config, manifest)
     schedule = Schedule(config, len(train), probe is not None)
 
-    # Network, optimizer, scaler, step and last probe: from last.pt in the run folder if there is
-    # one, else new. A folder that holds a run with other flags or data is refused; a copied last.pt
-    # in an otherwise empty one is taken. The folder stays locked until the run ends.
+    # SimCLR, its optimizer and scaler, step and last probe: from last.pt in the run folder if there
+    # is one, else new. A folder that holds a run with other flags or data is refused; a copied
+    # last.pt in an otherwise empty one is taken. The folder stays locked until the run ends.
     training = Training(config, compute)
     training.begin_or_go_on(manifest, train, probe, resources)
     if training.step >= schedule.last_step:
@@ -269,6 +269,8 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
         # Load two views of each image.
         with progress.waiting():
             view1, view2, index = next(batches)                         # (N, 1, S, S) each, (N,)
+        if step == start_step:
+            curves.add_image("views", view_pairs(view1, view2), step)
         x = torch.cat([view1, view2])                                   # (2N, 1, S, S)
         patients = compute.send(sampling.patients[index])               # (N,)
         weights = None
@@ -290,12 +292,10 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-        # Every few steps: a point on the curves. Reading the loss waits for the GPU, so not always.
-        if step == start_step:
-            curves.add_image("views", view_pairs(view1, view2), step)
         training.step += 1
         step = training.step  # from here on with this step
         progress.add(loss, step)
+        # Every few steps: a point on the curves. Reading the loss waits for the GPU, so not always.
         if step % config.log_every == 0 or step == schedule.last_step:
             watched = diagnostics(z1, z2, patients, weights, config.decoupled)
             # Averaged over the processes; FloatingPointError where a loss was not finite.
