@@ -47,7 +47,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float, patients: Tensor | None 
         positive = (batch.anchors[0] * batch.anchors[1]).sum(1) / temperature
         # ln R, (2, N): what all negatives of an anchor weigh together.
         log_r = log_sum_exp(batch, (1 + hardness) / temperature)
-        has_negatives = log_r > ABSENT / 2  # (2, N)
+        has_none = log_r < ABSENT / 2  # (2, N); false for NaN, which must stay NaN
         if hardness or prior:
             log_n = _count_negatives(batch).clamp_min(1).log()  # (N,)
             if hardness:
@@ -58,7 +58,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float, patients: Tensor | None 
         # -l_ip + ln(exp(l_ip) + R) = ln(1 + exp(ln R - l_ip)), which is softplus.
         loss = excess if decoupled else F.softplus(excess)
         # An anchor without a negative has nothing to be told from.
-        loss = torch.where(has_negatives, loss, 0.0)
+        loss = torch.where(has_none, 0.0, loss)
         return (batch.weights * loss).sum()
 
 

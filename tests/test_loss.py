@@ -277,6 +277,16 @@ def test_diagnostics():
     assert diagnostics(z, z, patients=torch.zeros(64, dtype=torch.long))["top1"] == 0
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_projections_that_are_not_finite_have_no_finite_loss(value, variant):
+    """Or a run that diverges would go on, and its checkpoint be overwritten."""
+    for images in (slice(2, 3), slice(None)):
+        z, options = drawn(6, variant)
+        z[:, images, 1] = value
+        assert not nt_xent(*z.float(), 0.2, **options).isfinite()
+
+
 def test_a_step_leaves_no_tensor_behind():
     """Without the garbage collector, which would come too late: a large batch would stay."""
     z = torch.randn(2, 6, 16, requires_grad=True)
