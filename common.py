@@ -136,7 +136,9 @@ def _open_streams() -> None:
 sys.excepthook, sys.unraisablehook = _report_uncaught, _interrupt_again
 _open_streams()
 # A notebook tells what it starts to draw into it, by a backend that need not be installed here.
-os.environ["MPLBACKEND"] = "Agg"
+# Where the notebook itself imports this, the variable is its own.
+if "ipykernel" not in sys.modules:
+    os.environ["MPLBACKEND"] = "Agg"
 if "TORCHELASTIC_RUN_ID" in os.environ:
     _leave_with_torchrun()
 

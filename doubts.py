@@ -292,8 +292,7 @@ def patient_key(patient: str) -> str:
     text = form_key(re.sub(r"(?<!\d)\.|\.(?!\d)", " ", text))
     # A blank between a letter and a number, ".0" as spreadsheets append it, leading zeros.
     text = re.sub(r"(?<=[a-z]) (?=\d)", "", text)
-    words = PERSON_WORDS | PERSONS - {"p", "s"} | {"no", "nr"}
-    text = re.sub(rf"^(({'|'.join(words)}) ?)+(?=\d)", "", text)
+    text = BEFORE_NUMBER.sub("", text)
     if not re.search(r"\d", text):                          # Jane Doe is Doe, Jane
         text = " ".join(sorted(text.split()))
     text = re.sub(r"^(\d+)\.0*$", r"\1", text)
@@ -345,6 +344,9 @@ COPIES = ("copy", "copie", "copia", "kopie", "augmented", "augmentation", "aug",
 COPY_OF = ("copyof", "copiede", "copiade", "kopievon")
 PERSONS = {"p", "s", "id", "pt", "pid", "mrn"}          # with a number after them
 PERSON_WORDS = {"patient", "subject", "subj", "sub", "pat", "pt", "case", "person", "participant"}
+# What the number of a patient may follow without being another one: Patient No. 7.
+BEFORE_NUMBER = re.compile(
+    rf"^(({'|'.join(sorted(PERSON_WORDS | PERSONS - {'p', 's'} | {'no', 'nr'}))}) ?)+(?=\d)")
 # Columns of a table that seem to tell one patient from another, or the splits.
 PATIENT_COLUMN = re.compile(
     r"(patient|subject|person|participant|pat|pt)( ?(id|nr|no|number|key|code))?|pid|mrn")

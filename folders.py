@@ -5,7 +5,6 @@ cannot be meant in doubts.py.
 """
 import argparse
 import os
-import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -22,7 +21,8 @@ from sources import (
     Item, Source, check_patients_and_splits, doubt_classes, jpeg_path, label_flags, label_rules,
     passed_over, plain_path, text_of, that_end_alike, unique, unused_note, unused_splits,
     without_suffix)
-from tables import MOST_CELLS, Table, merged, read_table, spellings, understand, value_of
+from tables import (
+    MOST_CELLS, Table, merged, read_table, small, spellings, understand, value_of)
 
 
 def folder_flags(flag: Callable) -> None:
@@ -255,13 +255,9 @@ def refuse_mixed_names(table: Table, images: list[str], file_of: dict[str, str])
 
 
 def loose_path(path: str) -> str:
-    """What is the same for paths that look alike: in small letters, each run of blanks of any kind
-    as one, without characters of no width."""
-    path = path.casefold()
-    if not path.isascii():
-        path = unicodedata.normalize("NFKC", path).casefold()
-        path = "".join(letter for letter in path if unicodedata.category(letter) != "Cf")
-    return " ".join(path.split())
+    """What is the same for paths that look alike: each run of blanks of any kind is one, and the
+    rest as `small` has it."""
+    return " ".join(small(path).split())
 
 
 def take_where(table: Table, key_of: dict[str, str], conditions: list[str],

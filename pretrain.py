@@ -237,24 +237,25 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
         step = training.step
         at_end = step == schedule.last_step
         stop_signal = stop.received(compute)
-        with progress.pause():
-            # Every few epochs: do the features get better, and not only the loss? A signal
-            # leaves no time to ask, and the run that goes on asks then. After the last step
-            # no run goes on, so it is asked anyway.
-            probed = False
-            if (probe and step in schedule.probe_steps and step > training.last_probe
-                    and (at_end or not stop_signal)):
+        # Every few epochs: do the features get better, and not only the loss? A signal leaves no
+        # time to ask, and the run that goes on asks then. After the last step no run goes on,
+        # so it is asked anyway.
+        probed = False
+        if (probe and step in schedule.probe_steps and step > training.last_probe
+                and (at_end or not stop_signal)):
+            with progress.pause():
                 scores = probe.scores(net.encoder, piece, preprocessing, compute)
-                if not scores:
-                    raise diverged(f"the features are not finite after step {step}", config)
-                training.last_probe, probed = step, True
-                curves.add(step, schedule.epoch(step), scores)
-                say(f"{schedule.position(step)} | {probe_sentence(scores)}")
+            if not scores:
+                raise diverged(f"the features are not finite after step {step}", config)
+            training.last_probe, probed = step, True
+            curves.add(step, schedule.epoch(step), scores)
+            say(f"{schedule.position(step)} | {probe_sentence(scores)}")
 
-            # After a probe, every few steps, at the end and at a signal: save.
-            due = probed or step % config.save_every == 0 or at_end or stop_signal
-            unsaved = step > start_step or probed  # last.pt may have this step already
-            if due and unsaved and step > 0 and compute.rank == 0:
+        # After a probe, every few steps, at the end and at a signal: save.
+        due = probed or step % config.save_every == 0 or at_end or stop_signal
+        unsaved = step > start_step or probed  # last.pt may have this step already
+        if due and unsaved and step > 0 and compute.rank == 0:
+            with progress.pause():
                 training.save()
         if at_end:
             break

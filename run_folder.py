@@ -262,6 +262,8 @@ class Progress:
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
         """Probes and checkpoints do not count: speed is that of training."""
+        if self.compute.cuda:  # or the steps that are still queued would not count, either
+            torch.cuda.synchronize(self.compute.device)
         start = time.perf_counter()
         yield
         self.start += time.perf_counter() - start

@@ -63,7 +63,6 @@ NO_CLASS = {
     "an error of a spreadsheet": re.compile(r"#[A-Z0-9/]+[!?]", re.IGNORECASE),
     "a formula of a spreadsheet": re.compile(r"=.*"),
     "damaged by zero bytes": re.compile(r".*\0.*", re.DOTALL),
-    "damaged by a wrong decoding": re.compile(".*\ufffd.*", re.DOTALL),
     "a file": re.compile(r".*\.(png|jpe?g|tiff?|dcm|bmp|jp2|webp|pgm|gif)", re.IGNORECASE),
     "HTML": re.compile(r".*(&#?\w{2,6};|<\w+>).*", re.DOTALL)}
 DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
@@ -96,7 +95,6 @@ OTHER_TABLES = {b"PK\3\4": "an Excel workbook or a zip file",
                 b"\xd0\xcf\x11\xe0": "an Excel workbook", b"PAR1": "a Parquet file",
                 b"SQLite": "a database", b"\x89HDF": "an HDF5 file"}
 SAVE_AS_CSV = ": save its table as CSV in UTF-8"
-csv.field_size_limit(2**31 - 1)         # a cell may hold a report, or the outline of a mask
 
 
 # --------------------------------------------------------------------------------------------------
@@ -147,6 +145,7 @@ def read_table(file: Path, key: str, columns: list[str] | None = None,
     matter. DataError names the file, the row and the column where a column is
     missing, a row is short, or a key comes twice."""
     rows, further, number, first = {}, {}, 0, 1
+    csv.field_size_limit(2**31 - 1)     # a cell may hold a report, or the outline of a mask
     try:
         with open_text(file) as f:
             refuse_other_files(file)
@@ -543,7 +542,8 @@ def refuse_answers_of_other_languages(labels: list[str], where: dict[str, str],
             1 < len(label) < 5 and label.isalpha() and label.casefold() != label.upper()
             and not label.isupper() and not FINDINGS.search(label.casefold())
             for label in labels):
-        place = next(iter(where.values()))
+        place = next(place for cell, place in where.items()
+                     if labels[0] in " ".join(cell.split()))
         raise DataError(f"{place}: {labels[0]!r} and {labels[1]!r} may be yes and no in a language "
                         "that is not read: write 1 and 0; --class-columns takes every cell for "
                         "the name of a class")

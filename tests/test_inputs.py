@@ -145,6 +145,7 @@ LIST = {"Mass": [1, 1, 0], "Nodule": [1, 0, 1]}
         ["1=no", "0=yes"], ["True (0)", "False (1)"])),
     *((cells * 3, "column y: .* may be yes and no in a language .*--class-columns")
       for cells in (["bai", "ez"], ["Po", "Jo"], ["\u0561\u0575\u0578", "\u0578\u0579"])),
+    (["", "bai", "ez"] * 3, "row 3, column y: 'bai' and 'ez' may be yes and no"),
     *((cells * 3, {one: [1, 0] * 3, other: [0, 1] * 3}) for cells in (
         ["TB", "COPD"], ["edema", "cyst"], ["left", "right"], ["Grade: A", "Grade: B"],
                     ["COVID-1", "COVID-2"], ["TB - active", "TB - latent"])
@@ -1256,6 +1257,11 @@ def test_a_notebooks_way_to_draw_is_not_asked_for(backend):
         [sys.executable, "-c", "import common, matplotlib; print(matplotlib.get_backend())"],
         capture_output=True, text=True, cwd=SCRIPT.parent, env=os.environ | {"MPLBACKEND": backend})
     assert result.stdout.lower() == "agg\n", result.stderr
+    in_notebook = "import os, sys; sys.modules['ipykernel'] = sys; import common; "
+    result = subprocess.run(
+        [sys.executable, "-c", in_notebook + "print(os.environ['MPLBACKEND'])"],
+        capture_output=True, text=True, cwd=SCRIPT.parent, env=os.environ | {"MPLBACKEND": backend})
+    assert result.stdout == f"{backend}\n", result.stderr
 
 
 @pytest.mark.parametrize("closed", ["2>&-", "<&- 2>&-", "<&- >&- 2>&-"])
