@@ -188,7 +188,7 @@ def demo_folder(args: argparse.Namespace, folder: Path) -> Manifest:
 
 
 def dali_loader(args: argparse.Namespace, manifest: Manifest) -> Loader:
-    """An endless one, by the published recipe; float32, as in pre-training."""
+    """An endless one, with the default views; float32, as in pre-training."""
     return train_loader(
         manifest, np.arange(len(manifest.paths)), args.batch_size, steps=range(10**6), views=2,
         augmentation=Augmentation(), preprocessing=Preprocessing(args.size), seed=0,

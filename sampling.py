@@ -95,34 +95,24 @@ def weighted_order(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     return np.repeat(places, draws)[shuffled_order(n, seed, epoch)]
 
 
-class Groups(NamedTuple):
-    """n of N images sorted by their group, so that the others of a group are found at once.
+def partners_drawn(pair_group: np.ndarray, may_be_drawn: np.ndarray, seed: int,
+                   ) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """partners(times, images), (B,) for B images: another image of the same group for
+    each, all equally likely; the image itself where there is no other.
 
-    If images 5, 7 and 9 are of groups b, a and b, the members are 7, 5 and 9; the group
-    of image 9 begins at place 1 and has 2 images, and its own place is 2."""
-    members: np.ndarray      # (n,) image indices, one group after another
-    place: np.ndarray        # (N,) of each image among the members
-    group_start: np.ndarray  # (N,) place at which its group begins
-    group_size: np.ndarray   # (N,) images in its group
+    pair_group: (N,) of Sampling. may_be_drawn: (n,) image indices."""
+    # One group after another, and each in the order of the manifest.
+    members = may_be_drawn[np.lexsort((may_be_drawn, pair_group[may_be_drawn]))]    # (n,)
+    groups = pair_group[members]                                                    # (n,)
 
+    def partners(times: np.ndarray, images: np.ndarray) -> np.ndarray:
+        own_group = pair_group[images]                                      # (B,)
+        first = np.searchsorted(groups, own_group, "left")                  # place in members
+        others = np.searchsorted(groups, own_group, "right") - first - 1    # how many
+        u = uniform_numbers((seed, PARTNER), 1, 0, images, times)[0]        # (B,) in [0, 1)
+        place = first + (u * others).astype(int)
+        # The image itself, and what comes after it, make room.
+        place += (others > 0) & (members[place] >= images)
+        return members[place]
 
-def group_table(pair_group: np.ndarray, images: np.ndarray) -> Groups:
-    """pair_group: (N,) of Sampling. images: (n,) those that may be drawn."""
-    members = images[np.argsort(pair_group[images], kind="stable")]
-    in_order = pair_group[members]                                      # (n,)
-    start = np.searchsorted(in_order, pair_group, "left")               # (N,)
-    end = np.searchsorted(in_order, pair_group, "right")                # (N,)
-    place = np.zeros(len(pair_group), int)
-    place[members] = np.arange(len(members))
-    return Groups(members, place, start, end - start)
-
-
-def draw_partners(groups: Groups, seed: int, times: np.ndarray, images: np.ndarray) -> np.ndarray:
-    """Another image of the same group for each of B images, (B,), all equally likely;
-    the image itself where there is no other."""
-    u = uniform_numbers((seed, PARTNER), 1, 0, images, times)[0]        # (B,) in [0, 1)
-    start, size = groups.group_start[images], groups.group_size[images]
-    in_group = groups.place[images] - start
-    # 1 to size - 1 places on, round the group; in a group of one that is the image itself.
-    ahead = 1 + (u * (size - 1)).astype(int)
-    return groups.members[start + (in_group + ahead) % size]
+    return partners

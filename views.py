@@ -21,14 +21,15 @@ NUMBERS = ("area", "aspect", "top", "left", "angle", "sigma", "mirror",
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How far two views of one radiograph may differ. The defaults are the published
-    recipe's, whose hue, saturation and random grayscale do nothing to a gray image."""
-    crop_area: tuple[float, float] = (0.8, 1.0)  # share of the image's area in the view
+    """How far two views of one radiograph may differ. The published recipe has crop_area
+    (0.8, 1.0), brightness and contrast 0.4, and hue, saturation and random grayscale, which
+    do nothing to a gray image; docs/results.md has why the defaults differ."""
+    crop_area: tuple[float, float] = (0.5, 1.0)  # share of the image's area in the view
     rotation: float = 10.0                       # degrees, to either side
     blur: tuple[float, float] = (0.1, 2.0)       # sigma of the Gaussian, pixels of the view
     flip: float = 0.5                            # probability of a mirror image
-    brightness: float = 0.4                      # factor drawn from 1 - this to 1 + this
-    contrast: float = 0.4                        # likewise
+    brightness: float = 0.2                      # factor drawn from 1 - this to 1 + this
+    contrast: float = 0.2                        # likewise
     gamma: tuple[float, float] = (1.0, 1.0)      # exponent of gray levels, log-uniform
     equalize: float = 0.0                        # probability of histogram equalisation
 
