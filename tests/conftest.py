@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+# Everywhere, before the libraries read it: what is compared to the last bit is summed in one order,
+# and the threads of several workers do not spin for the same cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import numpy as np
 import pytest
 import torch
@@ -94,8 +98,7 @@ def start(*command, processes=None, torchrun=("--standalone",), env=(), stdout=s
     if processes:
         launcher += ["-m", "torch.distributed.run", *torchrun, f"--nproc_per_node={processes}"]
     return subprocess.Popen([*launcher, *map(str, command)], cwd=ROOT, text=True, stdout=stdout,
-                            stderr=subprocess.STDOUT,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"} | dict(env), **kwargs)
+                            stderr=subprocess.STDOUT, env=os.environ | dict(env), **kwargs)
 
 
 def run(*command, processes=None):

@@ -57,16 +57,6 @@ SCRIPTS = {script.__name__: script for script in (prepare, pretrain, finetune, c
                                                   predict)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As `start` gives its processes, so that what runs here and there is equal to the last
-    bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def long(request):
     return request.config.getoption("--long")

@@ -34,16 +34,6 @@ FULL = ["--epochs", "2", "--batch-size", "8", "--threads", "1"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As `run` and `start` give their processes, so that what runs here and there is equal to the
-    last bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module", autouse=True)
 def control_c():
     """A shell starts what runs in the background with SIGINT ignored, and processes inherit
     that."""

@@ -129,7 +129,6 @@ def test_many_pairs_are_the_same_in_blocks():
 
 def one_of(rank, world_size, folder):
     """A process of `distributed`: its slice of each variant's batch, its loss and gradient."""
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
                             world_size=world_size)
     import loss

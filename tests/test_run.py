@@ -57,7 +57,7 @@ def small_folder(folder):
 def shell(environment, *command, cwd=ROOT):
     """A script in an environment of its own: (exit code, output)."""
     process = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, timeout=300,
-                             env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+                             env=os.environ | environment,
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     return process.returncode, process.stdout.decode(errors="replace")
 
