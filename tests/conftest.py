@@ -1,9 +1,13 @@
 """Small data folders of real JPEGs, and the skipping of what needs a GPU."""
 import csv
+import importlib
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 
 # Everywhere, before the libraries read it: what is compared to the last bit is summed in one order,
@@ -106,6 +110,46 @@ def run(*command, processes=None):
     process = start(*command, processes=processes)
     output, _ = process.communicate(timeout=400)
     return process.returncode, output
+
+
+@pytest.fixture(scope="session")
+def forkserver():
+    """multiprocessing's context of this name. Its processes find all libraries imported, because
+    the process that they are forked from has imported them, and has done nothing else."""
+    multiprocessing.set_forkserver_preload(["conftest", "bench"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT / 'tests'}:{ROOT}")
+        ensure_running()
+    return multiprocessing.get_context("forkserver")
+
+
+@pytest.fixture
+def run_forked(forkserver, tmp_path):
+    """A function that runs a stage in several processes to their end: ([exit code], [output]). It
+    gets what torchrun would say to each of them, of which it adds what all have in common."""
+    def run_all(stage, arguments, environments):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            common = {"WORLD_SIZE": str(len(environments)), "MASTER_ADDR": "127.0.0.1",
+                      "MASTER_PORT": str(free.getsockname()[1])}
+        outputs = [tmp_path / f"output {rank}" for rank in range(len(environments))]
+        processes = [forkserver.Process(target=_main, args=(
+            stage, arguments, common | {"RANK": str(rank)} | environment, output))
+            for rank, (environment, output) in enumerate(zip(environments, outputs))]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(400)
+        return [process.exitcode for process in processes], [file.read_text() for file in outputs]
+
+    return run_all
+
+
+def _main(stage, arguments, environment, output):
+    os.environ |= environment
+    os.chdir(environment.get("PWD", ROOT))
+    sys.stdout = sys.stderr = open(output, "w")
+    importlib.import_module(stage).main([*map(str, arguments)])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,12 +1,5 @@
-"""Training steps, and everything they saw. test_distributed.py starts this under torchrun:
-
-    torchrun --nproc_per_node=W tests/ddp_steps.py DATA OUT
-
-On each process it writes OUT/rank.pt: what `steps_of_both` returns.
-"""
+"""Training steps, and everything they saw, for test_distributed.py."""
 import functools
-import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -81,9 +74,10 @@ def steps_of_both(compute, data):
     return recorded
 
 
-if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    compute = Compute(rank, dist.get_world_size(), torch.device("cpu"), "fp32", 1)
-    torch.save(steps_of_both(compute, sys.argv[1]), Path(sys.argv[2]) / f"{rank}.pt")
+def one_of(rank, world_size, data, folder):
+    """As one of several processes: what `steps_of_both` returns, in a file."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
+                            world_size=world_size)
+    compute = Compute(rank, world_size, torch.device("cpu"), "fp32", 1)
+    torch.save(steps_of_both(compute, data), folder / f"{rank}.pt")
     dist.destroy_process_group()

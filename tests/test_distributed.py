@@ -1,5 +1,5 @@
-"""The number of processes changes the speed and nothing else. Real gloo processes, started by
-torchrun."""
+"""The number of processes changes the speed and nothing else. Real gloo processes; whole runs are
+started by torchrun."""
 import json
 import os
 import signal
@@ -7,24 +7,24 @@ import signal
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, SMALL, run, start
-from ddp_steps import steps_of_both
+from conftest import SMALL, run, start
+from ddp_steps import one_of, steps_of_both
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.multiprocessing.spawn import start_processes
 
 from model import SimCLR, build_encoder
 from run import Compute
 
 
 @pytest.fixture(scope="module")
-def steps(data, tmp_path_factory):
+def steps(data, tmp_path_factory, forkserver):
     """{W: {name: {key: per step, W processes' values}}} for one, two and four processes at the same
     global batch; the names are those of steps_of_both."""
     alone = Compute(0, 1, torch.device("cpu"), "fp32", 1)
     recorded = {1: [steps_of_both(alone, data)]}
     for world_size in (2, 4):
         out = tmp_path_factory.mktemp(f"w{world_size}")
-        code, output = run(ROOT / "tests/ddp_steps.py", data, out, processes=world_size)
-        assert code == 0, output
+        start_processes(one_of, (world_size, data, out), world_size, start_method="forkserver")
         recorded[world_size] = [torch.load(out / f"{rank}.pt") for rank in range(world_size)]
     return {world_size: {name: {key: [[rank[name][step][key] for rank in ranks]
                                       for step in range(len(ranks[0][name]))]
@@ -73,11 +73,12 @@ def test_going_on_changes_no_bit(steps, batch_norm, world_size):
 
 
 def test_four_processes_write_one_run(data, tmp_path):
-    """Of batches in which each process has one image."""
+    """Of batches in which each process has one image: batch norm takes its statistics from the
+    images of all processes."""
     code, output = run("pretrain.py", *SMALL, "--data", data, "--out", tmp_path / "run",
                        "--batch-size", "4", "--max-steps", "4", "--probe-every", "1", processes=4)
     assert code == 0, output
-    assert output.count("done:") == 1 and "1 a process" in output
+    assert output.count("done:") == 1 and "(1 a process)" in output
     lines = [json.loads(line) for line in open(tmp_path / "run/log.jsonl")]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
     assert len(list((tmp_path / "run").glob("events.out.tfevents.*"))) == 1

@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, run, start
+from conftest import SMALL, start
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -180,14 +180,15 @@ def test_full_starts_from_the_linear_probe(table):
         assert auroc["full", "Scratch", label] != auroc["linear", "Scratch", label]
 
 
-def test_two_processes_are_one(encoder, labelled, tmp_path):
+def test_two_processes_are_one(encoder, tmp_path, run_forked):
     """With batch norm frozen (a CPU cannot synchronise it) training is the same to rounding, and so
     is every score."""
     found = tmp_path / "one", tmp_path / "two"
     command = [*FULL, "--init", encoder, "--freeze-bn", "--lr-encoder", "1e-5", "--out"]
     main(*command, found[0])
-    code, output = run("finetune.py", *command, found[1], processes=2)
-    assert code == 0 and output.count("done:") == 1, output
+    codes, outputs = run_forked("finetune", [*command, found[1]], [
+        {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}])
+    assert codes == [0, 0] and "".join(outputs).count("done:") == 1, outputs
     (a,), (b,) = (load_checkpoint(out / "predictions.pt").values() for out in found)
     torch.testing.assert_close(a["test"], b["test"], atol=1e-3, rtol=0)
     losses = [[line["loss"] for line in entry["history"]] for entry in (a, b)]

@@ -2,7 +2,6 @@
 four processes."""
 import gc
 import math
-import multiprocessing
 import weakref
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import ROOT  # noqa: F401  (puts the project on the path)
+from torch.multiprocessing.spawn import start_processes
 
 import loss as loss_module
 from loss import _batch, _blocks, diagnostics, nt_xent
@@ -149,17 +149,10 @@ def one_of(rank, world_size, folder):
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def distributed(request, tmp_path_factory):
+def distributed(request, tmp_path_factory, forkserver):
     """What every process found, in the order of the ranks; real processes under gloo."""
     folder = tmp_path_factory.mktemp("processes")
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=one_of, args=(rank, request.param, folder))
-                 for rank in range(request.param)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(400)
-        assert process.exitcode == 0
+    start_processes(one_of, (request.param, folder), request.param, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run
 from PIL import Image
 
 import finetune
@@ -341,7 +340,7 @@ def test_what_is_explained_is_that_a_label_is_present(labelled, tmp_path, kind, 
         np.testing.assert_array_equal(Image.open(tmp_path / name), expected)
 
 
-def test_help_and_two_processes(classifier, labelled, capsys):
+def test_help_and_two_processes(classifier, labelled, capsys, run_forked):
     with pytest.raises(SystemExit) as end:
         predict.main(["--help"])
     output = capsys.readouterr().out
@@ -349,5 +348,6 @@ def test_help_and_two_processes(classifier, labelled, capsys):
     assert "python predict.py runs/finetune/classifier.pt data/new" in output
     assert "CLASSIFIER.pt" in output and "--explain N" in output
     assert "beside the classifier" in output
-    code, output = run("predict.py", classifier, labelled, processes=2)
-    assert code == 0 and output.count("130 images, Mass, Effusion") == 1, output
+    codes, outputs = run_forked("predict", [classifier, labelled], [
+        {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}])
+    assert codes == [0, 0] and "".join(outputs).count("130 images, Mass, Effusion") == 1, outputs
