@@ -1,12 +1,13 @@
 """Small data folders of real JPEGs, and the skipping of what needs a GPU."""
 import csv
-import importlib
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 
@@ -120,36 +121,75 @@ def forkserver():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{ROOT / 'tests'}:{ROOT}")
         ensure_running()
-    return multiprocessing.get_context("forkserver")
+    yield multiprocessing.get_context("forkserver")
+    for process in multiprocessing.active_children():       # of tests that failed
+        process.kill()
 
 
-@pytest.fixture
-def run_forked(forkserver, tmp_path):
-    """A function that runs a stage in several processes to their end: ([exit code], [output]). It
-    gets what torchrun would say to each of them, of which it adds what all have in common."""
-    def run_all(stage, arguments, environments):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            common = {"WORLD_SIZE": str(len(environments)), "MASTER_ADDR": "127.0.0.1",
-                      "MASTER_PORT": str(free.getsockname()[1])}
-        outputs = [tmp_path / f"output {rank}" for rank in range(len(environments))]
-        processes = [forkserver.Process(target=_main, args=(
-            stage, arguments, common | {"RANK": str(rank)} | environment, output))
-            for rank, (environment, output) in enumerate(zip(environments, outputs))]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(400)
-        return [process.exitcode for process in processes], [file.read_text() for file in outputs]
+class Forked:
+    """A script in a process of the forkserver: what `start` returns, as far as tests use it. What
+    it prints is to be read from stdout, or is added to the file `output`."""
 
-    return run_all
+    def __init__(self, forkserver, script, arguments, environment, output=None):
+        reader, writer = forkserver.Pipe(duplex=False)
+        with reader, writer:
+            self.process = forkserver.Process(
+                target=_run_script, args=(script, arguments, environment, output or writer))
+            self.process.start()
+            self.stdout = open(os.dup(reader.fileno()))
+
+    def send_signal(self, sign):
+        os.kill(self.process.pid, sign)
+
+    def wait(self, seconds=400):
+        self.process.join(seconds)
+        return self.process.exitcode
+
+    def to_end(self):
+        """(exit code, what nobody has read)"""
+        output = self.stdout.read()
+        return self.wait(), output
 
 
-def _main(stage, arguments, environment, output):
+def _run_script(script, arguments, environment, output):
     os.environ |= environment
     os.chdir(environment.get("PWD", ROOT))
-    sys.stdout = sys.stderr = open(output, "w")
-    importlib.import_module(stage).main([*map(str, arguments)])
+    sys.stdout = sys.stderr = (
+        open(output, "a") if isinstance(output, str) else open(output.fileno(), "w"))
+    sys.argv = [str(script), *map(str, arguments)]
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+@pytest.fixture(scope="session")
+def start_forked(forkserver):
+    """A function that starts a script, or as many processes of it as torchrun would: a list. They
+    are on one machine, or in these environments."""
+    def start_all(script, *arguments, processes=None, environments=None, output=None):
+        if not processes:
+            return Forked(forkserver, script, arguments, {}, output)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
+                      "MASTER_PORT": str(free.getsockname()[1])}
+        environments = environments or [
+            {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)}
+            for rank in range(processes)]
+        return [Forked(forkserver, script, arguments,
+                       common | {"RANK": str(rank)} | environment, output)
+                for rank, environment in enumerate(environments)]
+
+    return start_all
+
+
+@pytest.fixture(scope="session")
+def run_forked(start_forked):
+    """The same, to its end: [(exit code, output)]."""
+    def run_all(script, *arguments, processes, **options):
+        started = start_forked(script, *arguments, processes=processes, **options)
+        with ThreadPoolExecutor(processes) as readers:      # a full pipe would stop its writer
+            return list(readers.map(Forked.to_end, started))
+
+    return run_all
 
 
 # --------------------------------------------------------------------------------------------------

@@ -177,16 +177,14 @@ def test_killed_while_packing(tmp_path):
     assert not (folder / f"{NAME}.tmp").exists()
 
 
-def test_cut_short_under_way(packed, tmp_path):
+def test_cut_short_under_way(packed, tmp_path, start_forked):
     """One sentence, and no death by a signal without a word."""
-    process = start("pretrain.py", *SMALL, "--batch-size", "4", "--epochs", "100000",
-                    "--save-every", "100000", "--data", packed, "--out", tmp_path / "run")
-    log = tmp_path / "run" / "log.jsonl"
-    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
-        time.sleep(0.05)
+    process = start_forked("pretrain.py", *SMALL, "--batch-size", "4", "--epochs", "100000",
+                           "--save-every", "100000", "--data", packed, "--out", tmp_path / "run")
+    assert any("step 00003/" in line for line in process.stdout)
     os.truncate(packed / NAME, 4096)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1, output
+    code, output = process.to_end()
+    assert code == 1, output
     assert "images.tar can no longer be read: it was cut short, or its disk failed" in output
     assert "Traceback" not in output
 

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, run, smooth_image, write_folder
+from conftest import ROOT, SMALL, smooth_image, write_folder
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -405,13 +405,13 @@ def test_image_that_cannot_be_read_is_named(folder, damage):
 
 
 @pytest.mark.parametrize("content", [b"no image", b"\xff\xd8\xff\xe0\x00", None])
-def test_bad_image_in_a_large_batch_does_not_crash_the_process(tmp_path, content):
+def test_bad_image_in_a_large_batch_does_not_crash_the_process(tmp_path, start_forked, content):
     """In a process of its own: the decoder alone ends it by a segmentation fault, mostly."""
     folder = write_folder(tmp_path / "folder", patients=60)
     bad = folder / "images/007_1.jpg"
     bad.write_bytes(content or bad.read_bytes()[:200])
-    code, output = run("pretrain.py", *SMALL, "--batch-size", "64", "--epochs", "8",
-                       "--data", folder, "--out", tmp_path / "run")
+    code, output = start_forked("pretrain.py", *SMALL, "--batch-size", "64", "--epochs", "8",
+                                "--data", folder, "--out", tmp_path / "run").to_end()
     assert code == 1 and "images/007_1.jpg (row 24 of manifest.csv) cannot be read" in output
 
 

@@ -72,12 +72,14 @@ def test_going_on_changes_no_bit(steps, batch_norm, world_size):
         assert all(map(torch.equal, undisturbed[key][-1], after)), key
 
 
-def test_four_processes_write_one_run(data, tmp_path):
+def test_four_processes_write_one_run(data, tmp_path, run_forked):
     """Of batches in which each process has one image: batch norm takes its statistics from the
     images of all processes."""
-    code, output = run("pretrain.py", *SMALL, "--data", data, "--out", tmp_path / "run",
-                       "--batch-size", "4", "--max-steps", "4", "--probe-every", "1", processes=4)
-    assert code == 0, output
+    codes, outputs = zip(*run_forked(
+        "pretrain.py", *SMALL, "--data", data, "--out", tmp_path / "run", "--batch-size", "4",
+        "--max-steps", "4", "--probe-every", "1", processes=4))
+    output = "".join(outputs)
+    assert codes == (0, 0, 0, 0), output
     assert output.count("done:") == 1 and "(1 a process)" in output
     lines = [json.loads(line) for line in open(tmp_path / "run/log.jsonl")]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
@@ -101,20 +103,19 @@ def test_bad_input_is_told_once(data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_terminated_job_goes_on_where_it_stopped(data, tmp_path):
+def test_terminated_job_goes_on_where_it_stopped(data, tmp_path, run_forked):
     """A cluster signals every process of the job, and torchrun passes the signal on: each hears it
-    twice."""
-    command = ["pretrain.py", *SMALL, "--data", data, "--out", tmp_path / "run",
-               "--save-every", "1000"]
-    job = start(*command, processes=2, start_new_session=True)
+    twice. What goes on needs no torchrun."""
+    command = [*SMALL, "--data", data, "--out", tmp_path / "run", "--save-every", "1000"]
+    job = start("pretrain.py", *command, processes=2, start_new_session=True)
     for line in job.stdout:
         if "step 00004/15 | loss" in line:
             os.killpg(job.pid, signal.SIGTERM)
             break
     rest = job.stdout.read()
     assert job.wait(60) != 0 and "SIGTERM at step" in rest, rest
-    code, output = run(*command, processes=2)
-    assert code == 0 and "going on from" in output, output
+    (code, output), (other_code, _) = run_forked("pretrain.py", *command, processes=2)
+    assert code == other_code == 0 and "going on from" in output, output
     lines = [json.loads(line) for line in open(tmp_path / "run/log.jsonl")]
     assert [line["step"] for line in lines] == list(range(1, 16))
 

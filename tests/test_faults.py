@@ -9,6 +9,7 @@ What is drawn at random follows from --fault-seed (0), which is printed.
 import contextlib
 import csv
 import errno
+import functools
 import hashlib
 import io
 import json
@@ -111,11 +112,12 @@ def classifier(labelled, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def commands(data, labelled, pictures, encoder, classifier):
-    """The command line of each stage, but for --out."""
+def commands(data, labelled, pictures, encoder, classifier, long):
+    """The command line of each stage, but for --out. Only the campaign pre-trains for 15 steps,
+    otherwise it is 10."""
     lines = {
         "prepare": ["folder", "--src", pictures, "--workers", "2", "--size", "48"],
-        "pretrain": [*SMALL, "--probe-every", "1", "--data", data],
+        "pretrain": [*SMALL, "--epochs", 3 if long else 2, "--probe-every", "1", "--data", data],
         "finetune": ["--epochs", "2", "--batch-size", "8", "--threads", "1", "--init", encoder],
         "cluster_eval": ["--init", "random", encoder, "--data", labelled, "--threads", "1",
                          "--classes", "binary:Mass", "--seeds", "2", "--bootstrap", "20"],
@@ -186,22 +188,28 @@ def check_whole(out):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(commands, tmp_path_factory):
-    """stage, processes -> the contents of a run that nobody disturbed, and its seconds from start
-    to end where it is `timed`, which costs the start of a process."""
+def undisturbed(commands, long, run_forked, tmp_path_factory):
+    """stage, processes -> the contents of a run that nobody disturbed, and its seconds. Those of a
+    job from start to end are known to the campaign alone, where it is `timed`; elsewhere a start of
+    processes is saved, and taken to last as long as the rest."""
     runs = {}
 
     def run_once(stage, processes=None, timed=False):
-        key, started = (stage, processes), timed or processes
-        if key not in runs or timed and runs[key][1] is None:
-            out, seconds = tmp_path_factory.mktemp(stage) / "run", None
-            if started:
+        as_job = long and bool(timed or processes)
+        key = stage, processes, as_job
+        if key not in runs:
+            out, began = tmp_path_factory.mktemp(stage) / "run", time.monotonic()
+            if as_job:
                 job = Job(stage, [*commands[stage], out], processes)
                 job.wait(400)
                 assert job.code == 0, job.output
-                seconds = job.seconds
+            elif processes:
+                for code, output in run_forked(f"{stage}.py", *commands[stage], out,
+                                               processes=processes):
+                    assert code == 0, output
             else:
                 SCRIPTS[stage].main([*commands[stage], str(out)])
+            seconds = job.seconds if as_job else 2 * (time.monotonic() - began)
             runs[key] = contents(out), seconds
         return runs[key]
 
@@ -217,17 +225,21 @@ class Job:
 
     def __init__(self, stage, command, processes=None, **options):
         self.mark = f"FAULTS={uuid.uuid4()}"
-        self.file = tempfile.TemporaryFile("w+")
-        self.began = time.monotonic()
-        script = stage if str(stage).endswith(".py") else f"{stage}.py"
+        script = self.prepare(stage)
         env = dict([self.mark.split("=")]) | options.pop("env", {})
         self.process = start(script, *command, processes=processes, stdout=self.file, env=env,
                              **options)
 
+    def prepare(self, stage):
+        self.file = tempfile.TemporaryFile("w+")
+        self.path = f"/proc/{os.getpid()}/fd/{self.file.fileno()}"
+        self.began = time.monotonic()
+        return stage if str(stage).endswith(".py") else f"{stage}.py"
+
     @property
     def output(self):
-        self.file.seek(0)
-        return self.file.read()
+        with open(self.path) as file:       # its writers' place in it stays as it is
+            return file.read()
 
     @property
     def code(self):
@@ -279,6 +291,36 @@ class Job:
         assert not left, f"{len(left)} processes stay\n{self.output}"
 
 
+class ForkedJob(Job):
+    """The same without torchrun, and without the start of processes that import libraries."""
+
+    def __init__(self, start_forked, stage, command, processes=None):
+        script = self.prepare(stage)
+        self.forks = start_forked(script, *command, processes=processes or 1, output=self.path)
+
+    @property
+    def code(self):
+        """None while one of them is there; not 0 where one of them has failed."""
+        codes = [fork.process.exitcode for fork in self.forks]
+        return None if None in codes else max(codes, key=abs)
+
+    def processes(self):
+        return [fork.process.pid for fork in self.forks if fork.process.is_alive()]
+
+    def wait(self, seconds):
+        try:
+            self.until(lambda: False, seconds)
+        finally:
+            self.kill(signal.SIGKILL, self.processes())
+
+
+@pytest.fixture(scope="module")
+def start_job(long, start_forked):
+    """Where it does not matter how the processes were started, only the campaign starts them as a
+    user does."""
+    return Job if long else functools.partial(ForkedJob, start_forked)
+
+
 # --------------------------------------------------------------------------------------------------
 # Kills.
 
@@ -311,7 +353,7 @@ def strike(job, out, rng, seconds):
     ("pretrain", 4, 0, 8), ("finetune", None, 0, 12), ("cluster_eval", None, 0, 8),
     ("predict", None, 0, 10)])
 def test_killed_again_and_again_ends_the_same(stage, processes, few, many, commands, undisturbed,
-                                              rng, long, tmp_path, report):
+                                              start_job, rng, long, tmp_path, report):
     count = many if long else few
     if not count:
         pytest.skip("--long only")
@@ -319,7 +361,8 @@ def test_killed_again_and_again_ends_the_same(stage, processes, few, many, comma
     out, blows, complete = tmp_path / "victim/run", [], 0
     out.parent.mkdir()
     while True:
-        job = Job(stage, [*commands[stage], out], processes)
+        job = (Job if len(blows) < count else start_job)(
+            stage, [*commands[stage], out], processes)
         blow = strike(job, out, rng, seconds) if len(blows) < count else ""
         job.wait(400)
         # Whatever happened, what has its name is whole, and no line of the project's is in a
@@ -524,14 +567,14 @@ pretrain.nt_xent = nt_xent
     ("1", "nan", "lars", r"(the loss is not finite at step 6|is not finite after step 6)"),
     ("1", "1e22", "adam", r"(the loss is not finite at step 6|is not finite after step 6)")])
 def test_poison_in_one_process_stops_all(data, tmp_path, loss, factor, optimizer, sentence, long,
-                                         report):
+                                         start_job, report):
     """Also a gradient that is finite and whose square is not: Adam would never move that weight
     again."""
     if factor != "nan" and not long:
         pytest.skip("--long only")
     script = driver(tmp_path, POISON.format(loss=loss, factor=factor, rank=1))
-    job = Job(script, [*SMALL, "--data", data, "--optimizer", optimizer, "--out",
-                       tmp_path / "run"], 2)
+    job = start_job(script, [*SMALL, "--data", data, "--optimizer", optimizer, "--out",
+                             tmp_path / "run"], 2)
     job.wait(120)
     assert job.code and re.search(sentence, job.output), job.output
     assert not lines_of_tracebacks(job.output) and job.output.count("not finite") == 1
@@ -696,13 +739,14 @@ def test_image_spoiled_under_way_is_named(spoil, tmp_path, capsys, report):
 
 @pytest.mark.parametrize("spoil, processes", [
     (a_pipe, None), (a_pipe, 2), (truncated, 2), (deleted, 2), (replaced, 2)])
-def test_image_spoiled_in_one_process_ends_all(spoil, processes, long, tmp_path, report):
+def test_image_spoiled_in_one_process_ends_all(spoil, processes, long, start_job, tmp_path,
+                                               report):
     """Within seconds, whichever process meets it and wherever the others wait. Of a read that
     never returns nothing can be known before PATIENCE has passed, here 5 seconds."""
     if (spoil, processes) not in [(a_pipe, None), (truncated, 2)] and not long:
         pytest.skip("--long only")
     folder = write_folder(tmp_path / "folder")
-    job = Job(driver(tmp_path, "culprit.PATIENCE = 5"), [
+    job = start_job(driver(tmp_path, "culprit.PATIENCE = 5"), [
         *SMALL, "--epochs", "2000", "--data", folder, "--out", tmp_path / "run"], processes)
     assert job.until(lambda: 3 in job.steps), job.output
     spoil(folder / "images/007_1.jpg")
@@ -1042,7 +1086,8 @@ run.Compute.say = say_and_count
 @pytest.mark.parametrize("unit, few, many", [
     ("steps of pre-training", 40, 2000), ("epochs of fine-tuning", 0, 20),
     ("epochs of the demo at 32 pixels", 0, 20)])
-def test_long_runs_hold_no_more(unit, few, many, data, labelled, encoder, long, tmp_path, report):
+def test_long_runs_hold_no_more(unit, few, many, data, labelled, encoder, long, start_job, tmp_path,
+                                report):
     """Slopes over the second half, when all that is made once has been made.
 
     Of memory it is what malloc has handed out, and what the process holds beyond what malloc has
@@ -1060,7 +1105,7 @@ def test_long_runs_hold_no_more(unit, few, many, data, labelled, encoder, long, 
         "epochs of the demo at 32 pixels": ("pretrain", [
             "--demo", "--image-size", "32", "--epochs", count, "--log-every", "1", "--data",
             tmp_path / "demo"])}[unit]
-    job = Job(driver(tmp_path, COUNTED, stage), [
+    job = start_job(driver(tmp_path, COUNTED, stage), [
         *command, "--threads", "1", "--out", tmp_path / "run"])
     job.wait(3600)
     assert job.code == 0, job.output

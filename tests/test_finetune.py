@@ -186,9 +186,8 @@ def test_two_processes_are_one(encoder, tmp_path, run_forked):
     found = tmp_path / "one", tmp_path / "two"
     command = [*FULL, "--init", encoder, "--freeze-bn", "--lr-encoder", "1e-5", "--out"]
     main(*command, found[0])
-    codes, outputs = run_forked("finetune", [*command, found[1]], [
-        {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}])
-    assert codes == [0, 0] and "".join(outputs).count("done:") == 1, outputs
+    codes, outputs = zip(*run_forked("finetune.py", *command, found[1], processes=2))
+    assert codes == (0, 0) and "".join(outputs).count("done:") == 1, outputs
     (a,), (b,) = (load_checkpoint(out / "predictions.pt").values() for out in found)
     torch.testing.assert_close(a["test"], b["test"], atol=1e-3, rtol=0)
     losses = [[line["loss"] for line in entry["history"]] for entry in (a, b)]
@@ -200,10 +199,10 @@ def test_two_processes_are_one(encoder, tmp_path, run_forked):
 # --------------------------------------------------------------------------------------------------
 # Interruption, and going on.
 
-def test_killed_at_any_moment_and_started_again_ends_the_same(table, capsys):
+def test_killed_at_any_moment_and_started_again_ends_the_same(table, start_forked, capsys):
     out, command = table
     again, victim, seen = out.parent / "killed", random.randint(1, 4), 0
-    process = start("finetune.py", *command, again)
+    process = start_forked("finetune.py", *command, again)
     for line in process.stdout:
         seen += " epoch " in line
         if seen == victim:
@@ -298,14 +297,24 @@ def test_what_another_command_has_begun_is_not_lost(labelled, tmp_path, capsys):
     assert "seed 0 epoch" not in output and not list((tmp_path / "run").glob("last*"))
 
 
-@pytest.mark.parametrize("name", ["last-*.pt", "last.pt"])
-def test_a_damaged_file_of_a_begun_training_is_said_and_begun_anew(encoder, name, tmp_path, capsys):
-    """Whether it is put aside or not: from the linear probe, as one that nobody disturbed."""
-    command, out = [*FULL, "--init", encoder, "--fraction", 0.5, "--out"], tmp_path / "run"
-    process = start("finetune.py", *command, out)
+@pytest.fixture(scope="module")
+def begun(encoder, start_forked, tmp_path_factory):
+    """The command of a training, its run folder after a kill, and another one without."""
+    command = [*FULL, "--init", encoder, "--fraction", 0.5, "--out"]
+    out, undisturbed = (tmp_path_factory.mktemp("begun") / name for name in ("run", "undisturbed"))
+    process = start_forked("finetune.py", *command, out)
     assert any("epoch 001" in line for line in process.stdout)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.to_end()
+    main(*command, undisturbed)
+    return command, out, undisturbed
+
+
+@pytest.mark.parametrize("name", ["last-*.pt", "last.pt"])
+def test_a_damaged_file_of_a_begun_training_is_said_and_begun_anew(begun, name, tmp_path, capsys):
+    """Whether it is put aside or not: from the linear probe, as one that nobody disturbed."""
+    command, out, undisturbed = begun
+    out = shutil.copytree(out, tmp_path / "run")
     if name == "last-*.pt":
         main(*command, out, "--seeds", 1)
     file, = out.glob(name)
@@ -317,8 +326,7 @@ def test_a_damaged_file_of_a_begun_training_is_said_and_begun_anew(encoder, name
     output = capsys.readouterr().out
     assert f"{file} is damaged: its epochs are lost, and that training begins anew" in output
     assert "going on" not in output and not list(out.glob("last*"))
-    main(*command, tmp_path / "undisturbed")
-    assert rows(out) == rows(tmp_path / "undisturbed")
+    assert rows(out) == rows(undisturbed)
 
 
 def test_a_classifier_that_is_gone_is_said(table, capsys):
@@ -630,12 +638,13 @@ def test_a_fold_has_no_say_in_its_own_predictions(validated, labelled, encoder, 
         assert a[key]["predictions"].isfinite().all()
 
 
-def test_a_finished_combination_is_kept_before_the_next_begins(validated, tmp_path):
+def test_a_finished_combination_is_kept_before_the_next_begins(validated, start_forked, tmp_path):
     """With folds, too: an interruption costs one at most."""
-    process = start("finetune.py", *validated[1], "--seeds", *range(9), "--out", tmp_path / "run")
+    process = start_forked("finetune.py", *validated[1], "--seeds", *range(9), "--out",
+                           tmp_path / "run")
     assert any(line.endswith(" 3 folds\n") for line in process.stdout)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.to_end()
     assert 1 <= len(load_checkpoint(tmp_path / "run/predictions.pt")) < 9
 
 

@@ -348,6 +348,5 @@ def test_help_and_two_processes(classifier, labelled, capsys, run_forked):
     assert "python predict.py runs/finetune/classifier.pt data/new" in output
     assert "CLASSIFIER.pt" in output and "--explain N" in output
     assert "beside the classifier" in output
-    codes, outputs = run_forked("predict", [classifier, labelled], [
-        {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}])
-    assert codes == [0, 0] and "".join(outputs).count("130 images, Mass, Effusion") == 1, outputs
+    codes, outputs = zip(*run_forked("predict.py", classifier, labelled, processes=2))
+    assert codes == (0, 0) and "".join(outputs).count("130 images, Mass, Effusion") == 1, outputs

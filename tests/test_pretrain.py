@@ -1,4 +1,6 @@
 """The training script as a user meets it: runs, curves, interruption at any moment, wrong input."""
+import contextlib
+import io
 import json
 import math
 import os
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, SMALL, run, start, write_folder
+from conftest import ROOT, SMALL, write_folder
 from sklearn.metrics import roc_auc_score
 
 import pretrain
@@ -31,10 +33,10 @@ LONG = pytest.mark.long     # what test_faults.py tries as well, at other moment
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory):
     """A run of 15 steps that nobody interrupted, with probes."""
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    code, output = run("pretrain.py", *SMALL, "--probe-every", "1", "--data", data, "--out", out)
-    assert code == 0, output
-    return out, output
+    out, output = tmp_path_factory.mktemp("runs") / "whole", io.StringIO()
+    with contextlib.redirect_stdout(output):
+        pretrain.main([*SMALL, "--probe-every", "1", "--data", str(data), "--out", str(out)])
+    return out, output.getvalue()
 
 
 def scalars(out, name):
@@ -55,9 +57,8 @@ def test_run_folder(finished):
 
 
 def test_encoder_loads_into_torchvision_strictly(data, tmp_path):
-    code, output = run("pretrain.py", *SMALL, "--arch", "resnet50", "--data", data,
-                       "--out", tmp_path, "--max-steps", "1")
-    assert code == 0, output
+    pretrain.main([*SMALL, "--arch", "resnet50", "--data", str(data), "--out", str(tmp_path),
+                   "--max-steps", "1"])
     checkpoint = load_checkpoint(tmp_path / "encoder.pt")
     net = torchvision.models.resnet50()
     net.conv1, net.fc = torch.nn.Conv2d(1, 64, 7, 2, 3, bias=False), torch.nn.Identity()
@@ -68,12 +69,12 @@ def test_encoder_loads_into_torchvision_strictly(data, tmp_path):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=LONG),
                                  pytest.param(signal.SIGINT, marks=LONG)])
-def test_killed_at_any_step_and_started_again_ends_the_same(finished, data, tmp_path, how):
+def test_killed_at_any_step_and_started_again_ends_the_same(finished, data, tmp_path, how,
+                                                            start_forked, capsys):
     whole, _ = finished
-    command = ["pretrain.py", *SMALL, "--probe-every", "1", "--data", data,
-               "--out", tmp_path / "run"]
+    command = [*SMALL, "--probe-every", "1", "--data", str(data), "--out", str(tmp_path / "run")]
     victim, at = random.Random(how).randint(4, 13), None
-    process = start(*command)
+    process = start_forked("pretrain.py", *command)
     for line in process.stdout:
         match = re.search(r"step (\d+)/15 \| loss", line)
         if match and int(match[1]) >= victim:
@@ -84,8 +85,8 @@ def test_killed_at_any_step_and_started_again_ends_the_same(finished, data, tmp_
     assert at and code == (-how if how == signal.SIGKILL else 128 + how), rest
     if how != signal.SIGKILL:
         assert f"{signal.Signals(how).name} at step" in rest and "the same command goes on" in rest
-    code, output = run(*command)
-    assert code == 0 and "going on from" in output, output
+    pretrain.main(command)
+    assert "going on from" in capsys.readouterr().out
     ends = [load_checkpoint(folder / "last.pt") for folder in (whole, tmp_path / "run")]
     assert ends[0]["model"].keys() == ends[1]["model"].keys()
     assert all(torch.equal(value, ends[1]["model"][key]) for key, value in ends[0]["model"].items())
@@ -196,19 +197,18 @@ def test_run_goes_on_without_its_first_weights_and_in_another_precision(finished
     assert training.scaler.is_enabled() and training.step == 2
 
 
-def test_stop_before_a_probe_leaves_it_to_the_run_that_goes_on(finished, data, tmp_path):
+def test_stop_before_a_probe_leaves_it_to_the_run_that_goes_on(finished, data, tmp_path,
+                                                               start_forked):
     """A signal that comes while step 5 is taken, after which the features are probed."""
     whole, _ = finished
-    command = ["pretrain.py", *SMALL, "--probe-every", "1", "--data", data,
-               "--out", tmp_path / "run"]
-    process = start(*command)
+    command = [*SMALL, "--probe-every", "1", "--data", str(data), "--out", str(tmp_path / "run")]
+    process = start_forked("pretrain.py", *command)
     for line in process.stdout:
         if "step 00004/15 | loss" in line:
             process.send_signal(signal.SIGTERM)
             break
     assert "nothing to save" not in process.stdout.read() and process.wait(60) == 143
-    code, output = run(*command)
-    assert code == 0, output
+    pretrain.main(command)
     assert scalars(whole, "probe/auroc") == scalars(tmp_path / "run", "probe/auroc")
 
 
@@ -325,16 +325,16 @@ def test_unusable_checkpoints_are_refused_and_stay(finished, data, tmp_path, cap
     assert "plain.pt does not fit a resnet34" in message
 
 
-def test_two_processes_in_one_run_folder_are_refused(data, tmp_path, capsys):
+def test_two_processes_in_one_run_folder_are_refused(data, tmp_path, start_forked, capsys):
     command = [*SMALL, "--data", str(data), "--out", str(tmp_path / "run")]
-    process = start("pretrain.py", *command, "--epochs", "200")
+    process = start_forked("pretrain.py", *command, "--epochs", "200")
     for line in process.stdout:
         if "| loss" in line:
             break
     drain = threading.Thread(target=process.stdout.read)
     drain.start()
     message = refused(capsys, *command[len(SMALL):], "--epochs", "200")
-    process.kill()
+    process.send_signal(signal.SIGKILL)
     drain.join()
     assert "another process is at work in" in message
 
@@ -386,11 +386,19 @@ def test_a_run_in_pieces_goes_on_to_the_bit(data, tmp_path):
     assert scalars(tmp_path / "whole", "loss") == scalars(tmp_path / "parts", "loss")
 
 
+@pytest.fixture(scope="module")
+def plain(data, tmp_path_factory):
+    """Two steps by the default ways to draw and to view."""
+    out = tmp_path_factory.mktemp("plain")
+    pretrain.main([*SMALL, "--data", str(data), "--out", str(out), "--max-steps", "2"])
+    return out
+
+
 @pytest.mark.parametrize("flags", [
     "--gamma 0.5 2", "--equalize 0.3", "--gamma 0.5 2 --equalize 0.3 --normalize image --clahe",
     "--balance patient Mass", "--balance Effusion --weigh-loss --decoupled",
     "--positives patient", "--positives patient --balance Mass --gamma 0.5 2 --micro-batch 3"])
-def test_each_way_to_draw_and_view_trains(data, tmp_path, flags):
+def test_each_way_to_draw_and_view_trains(data, plain, tmp_path, flags):
     """Two steps, and the second of them alone goes on from the first to the same end."""
     command = [*SMALL, *flags.split(), "--data", str(data), "--out"]
     pretrain.main([*command, str(tmp_path / "whole"), "--max-steps", "2"])
@@ -398,9 +406,7 @@ def test_each_way_to_draw_and_view_trains(data, tmp_path, flags):
         pretrain.main([*command, str(tmp_path / "parts"), "--max-steps", steps])
     losses = [scalars(tmp_path / name, "loss") for name in ("whole", "parts")]
     assert losses[0] == losses[1] and all(map(math.isfinite, losses[0].values()))
-    pretrain.main([*SMALL, "--data", str(data), "--out", str(tmp_path / "plain"),
-                   "--max-steps", "2"])
-    assert scalars(tmp_path / "plain", "loss") != losses[0]                 # the flags do something
+    assert scalars(plain, "loss") != losses[0]                              # the flags do something
 
 
 @pytest.mark.parametrize("flags, complaint", [

@@ -169,10 +169,10 @@ def on_two_machines(run_forked, tmp_path):
         for machine, folder in zip(machines, data):
             machine.mkdir()
             (machine / "data").symlink_to(folder)
-        codes, outputs = run_forked(
-            "pretrain", [*STEPS, "--data", "data", "--out", tmp_path / "run"],
-            [{"LOCAL_RANK": "0", "PWD": str(machine)} for machine in machines])
-        assert codes == [1, 1], outputs
+        codes, outputs = zip(*run_forked(
+            "pretrain.py", *STEPS, "--data", "data", "--out", tmp_path / "run", processes=2,
+            environments=[{"LOCAL_RANK": "0", "PWD": str(machine)} for machine in machines]))
+        assert codes == (1, 1), outputs
         assert "Traceback" not in "".join(outputs)
         return outputs
 
