@@ -20,11 +20,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
+from torchvision.utils import make_grid
 
 from checkpoint import CheckpointError
 from common import lock, valid_unicode, write_text
 from flags import RunConfig, differing_flags
 from manifest import Manifest
+from model import MEAN, STD
 
 if TYPE_CHECKING:
     from run import Compute
@@ -235,6 +237,14 @@ class Curves:
             self.writer.flush()  # close() alone would not say that the disk is full
             self.writer.close()
             self.file.close()
+
+
+def view_pairs(view1: Tensor, view2: Tensor) -> Tensor:
+    """The first eight images' views (B, 1, S, S), one above the other, as a picture (3, H, W) in
+    [0, 1]."""
+    # Back to the gray levels from before normalisation.
+    pairs = torch.stack([view1[:8], view2[:8]]).flatten(0, 1).float().cpu() * STD + MEAN
+    return make_grid(pairs.clamp(0, 1), nrow=len(view1[:8]))
 
 
 def report_but_for_full_disk(args) -> None:

@@ -1,9 +1,8 @@
 """Which images form a batch, and which of them are compared: pure functions of the seed.
 
-Without flags every epoch is one shuffle of the train split, by `batch_at`, and images of
-one patient are not each other's negatives. The rest is for flags.
+Without flags every epoch is one shuffle of the train split, and images of one patient are
+not each other's negatives. The rest is for flags.
 """
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,29 +15,23 @@ from manifest import Manifest
 from philox import PARTNER, RESAMPLE, SHUFFLE, generator, uniform_numbers
 
 
-def batch_at(step: int, batch_size: int, images: np.ndarray, seed: int,
-             part: slice = slice(None), order: Callable[[int], np.ndarray] | None = None,
-             ) -> tuple[np.ndarray, np.ndarray]:
-    """The global batch at `step`, or a part of it: times and image indices, (B,) each.
+def batch_at(step: int, batch_size: int, images: np.ndarray, order: Callable[[int], np.ndarray],
+             part: slice = slice(None)) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The global batch at `step`, or a part of it: positions in the whole run, epochs, and
+    image indices, (B,) each.
 
     Epochs follow each other without a gap: of 10 images in batches of 4, step 2 takes
     the last 2 of epoch 0 and the first 2 of epoch 1.
-
-    times: tell the showings of an image apart, so that each gets views of its own.
-    Usually that is the epoch.
-    order: for --balance. order(epoch) is (n,) places in `images`, instead of a shuffle.
-    It may show an image twice in an epoch, so that times are positions in the whole run."""
-    positions = np.arange(step * batch_size, (step + 1) * batch_size)[part]  # in the whole run
-    epochs, places = np.divmod(positions, len(images))                       # in an epoch
+    order(epoch): (n,) places in `images` (n,)."""
+    positions = np.arange(step * batch_size, (step + 1) * batch_size)[part]
+    epochs, places = np.divmod(positions, len(images))
     index = np.empty_like(places)
-    for epoch in range(epochs[0], epochs[-1] + 1):                           # mostly one
+    for epoch in range(epochs[0], epochs[-1] + 1):  # mostly one
         here = epochs == epoch
-        of_epoch = order(epoch) if order else shuffled_order(len(images), seed, epoch)
-        index[here] = images[of_epoch[places[here]]]
-    return (positions if order else epochs), index
+        index[here] = images[order(epoch)[places[here]]]
+    return positions, epochs, index
 
 
-@functools.lru_cache(maxsize=4)
 def shuffled_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return generator(seed, SHUFFLE, epoch).permutation(n)
 
@@ -47,7 +40,7 @@ def shuffled_order(n: int, seed: int, epoch: int) -> np.ndarray:
 # What the flags change.
 
 class Sampling(NamedTuple):
-    """What the flags make of the manifest's N images, (N,) each."""
+    """What the flags make of all N images of the manifest, (N,) each."""
     draw_weights: np.ndarray | None  # --balance: how often it is drawn, in proportion; else None
     loss_weights: Tensor | None      # --weigh-loss: of its anchors in the loss; else None
     pair_group: np.ndarray | None    # --positives: images of one number may be a pair; else None
@@ -89,9 +82,9 @@ def weighted_order(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     places, u = random.permutation(n), random.random()
     ends = np.cumsum(weights[places])
     ends = ends / ends[-1] * n                          # (n,) where each image ends on the line
-    points = np.ceil(ends - u)                          # how many lie before each end
-    points[-1] = n                                      # also where n - u is rounded to n - 1
-    draws = np.diff(points, prepend=0).astype(int)
+    before = np.ceil(ends - u)                          # how many draws lie before each end
+    before[-1] = n                                      # also where n - u is rounded to n - 1
+    draws = np.diff(before, prepend=0).astype(int)
     return np.repeat(places, draws)[shuffled_order(n, seed, epoch)]
 
 
@@ -111,7 +104,7 @@ def partners_drawn(pair_group: np.ndarray, may_be_drawn: np.ndarray, seed: int,
         others = np.searchsorted(groups, own_group, "right") - first - 1    # how many
         u = uniform_numbers((seed, PARTNER), 1, 0, images, times)[0]        # (B,) in [0, 1)
         place = first + (u * others).astype(int)
-        # The image itself, and what comes after it, make room.
+        # The image itself is passed over: from its place on, each counts for the one before.
         place += (others > 0) & (members[place] >= images)
         return members[place]
 

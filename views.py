@@ -54,18 +54,17 @@ def view_parameters(augmentation: Augmentation, seed: int, times: np.ndarray, im
     numbers = uniform_numbers((seed, VIEW), len(NUMBERS), view, images, times)
     u = dict(zip(NUMBERS, numbers))                             # (V, B) each
 
-    # Evaluation maps the whole image onto the square, and so do views: a window of aspect 1 has
-    # the image's own proportions. Its height is sqrt(area / aspect), its width sqrt(area * aspect).
-    # As neither may exceed 1, the aspect lies within area to 1 / area, and within 3/4 to 4/3.
+    # The aspect is relative to the image: 1 keeps its proportions, as evaluation squeezes the whole
+    # image onto the square as well. The window is sqrt(area / aspect) high and sqrt(area * aspect)
+    # wide. As neither may exceed 1, the aspect lies within area to 1 / area; and in 3/4 to 4/3.
     area = _between(augmentation.crop_area, u["area"])
     widest = np.minimum(np.log(4 / 3), -np.log(area))
     aspect = np.exp(_around(0, widest, u["aspect"]))
     window = np.sqrt(np.stack([area / aspect, area * aspect], axis=-1))  # (V, B, 2)
     start = (1 - window) * np.stack([u["top"], u["left"]], axis=-1)      # (V, B, 2)
 
-    # Brightness b, then contrast c about m, with m, s = MEAN, STD: y = c (b x - m) + m. Normalised:
-    # (y - m) / s = (x - m / b) / (s / (b c)). Here x is in 0 to 1, DALI's gray levels in 0 to 255.
-    # (torchvision's contrast pivots on the image's own mean, and clips.)
+    # With m, s = MEAN, STD, brightness b and then contrast c about m make y = c (b x - m) + m of a
+    # gray level x in [0, 1]. The network gets (y - m) / s, which is (x - m / b) / (s / (b c)).
     b = _around(1, augmentation.brightness, u["brightness"])
     c = _around(1, augmentation.contrast, u["contrast"])
     parameters = {

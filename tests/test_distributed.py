@@ -118,6 +118,47 @@ def test_terminated_job_goes_on_where_it_stopped(data, tmp_path):
     assert [line["step"] for line in lines] == list(range(1, 16))
 
 
+def changed(folder, change):
+    """A script that pre-trains after something in pretrain.py was changed."""
+    file = folder / "changed.py"
+    file.write_text(f"import datetime, os, signal, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n"
+                    f"import pretrain\n{change}\npretrain.main()\n")
+    return file
+
+
+SIGNAL_IN_STEP_7 = """
+whole, step = pretrain.nt_xent, iter(range(1, 100))
+def nt_xent(*arguments, **options):
+    if next(step) == 7 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return whole(*arguments, **options)
+pretrain.nt_xent = nt_xent
+"""
+
+
+def test_one_process_that_hears_a_signal_keeps_all_from_the_probe(data, tmp_path):
+    """After step 7 of 21 the features would be probed, for which a job that is stopped has no
+    time."""
+    code, output = run(changed(tmp_path, SIGNAL_IN_STEP_7), *SMALL, "--data", data, "--out",
+                       tmp_path / "run", "--batch-size", "6", "--probe-every", "1", processes=2)
+    assert code and "SIGTERM at step 7: saved" in output, output
+    assert "00000/21 | probe" in output and "00007/21 | probe" not in output
+
+
+PROCESS_1_HANGS = """
+pretrain.Config.timeout = datetime.timedelta(seconds=8)
+if os.environ["RANK"] == "1":
+    pretrain.train_steps = lambda *arguments: time.sleep(100)
+"""
+
+
+def test_a_process_that_never_comes_is_told(data, tmp_path):
+    code, output = run(changed(tmp_path, PROCESS_1_HANGS), *SMALL, "--data", data, "--out",
+                       tmp_path / "run", processes=2)
+    assert code and "pretrain.py: waited for another process in vain" in output, output
+    assert f'File "{ROOT}/run.py"' not in output      # no traceback but torchrun's own
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one process alone proves nothing")
 def test_synchronised_batch_norm_and_bf16_under_nccl(data, tmp_path):

@@ -190,7 +190,7 @@ def test_run_goes_on_without_its_first_weights_and_in_another_precision(finished
     assert sorted(scalars(tmp_path / "run", "loss")) == [1, 2]
     state = load_checkpoint(tmp_path / "run/last.pt")
     compute = Compute(0, 1, torch.device("cpu"), "fp16", 1)             # no CPU trains in it
-    training = pretrain.Training(run_module.parse(pretrain.Config, flags), compute)
+    training = pretrain.build(run_module.parse(pretrain.Config, flags), compute)
     training.images_digest = state["images"]
     training.load()
     assert training.scaler.is_enabled() and training.step == 2

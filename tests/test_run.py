@@ -580,6 +580,16 @@ def test_code_in_a_pickle_does_not_run(tmp_path, write):
     assert not (tmp_path / "ran").exists()
 
 
+def test_ctrl_c_of_a_command_with_overwrite_says_how_to_go_on(data, tmp_path, capsys, monkeypatch):
+    """Before the loop: the same command would delete what is there."""
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(pretrain, "read_data", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        pretrain.main([*SMALL, "--data", str(data), "--out", str(tmp_path), "--overwrite"])
+    assert "the same command without --overwrite goes on from what" in capsys.readouterr().err
+
+
 def test_a_classifier_whose_parts_do_not_belong_together_is_refused(encoder, tmp_path):
     state = load_checkpoint(encoder) | {
         "labels": ["a", "b"], "kind": "binary", "thresholds": [0.5, 0.5],
