@@ -149,7 +149,7 @@ def test_other_flags_are_refused_until_overwrite(finished, data, tmp_path, capsy
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     message = refused(capsys, "--probe-every", 1, "--data", data, "--out", out,
                       "--temperature", 0.2, "--seed", 5)
-    assert "--seed (0 there, 5 here), --temperature (0.07 there, 0.2 here)" in message
+    assert "--seed (0 there, 5 here), --temperature (0.1 there, 0.2 here)" in message
     assert "--out" in message and "--overwrite" in message
     assert before == {p.name: p.read_bytes() for p in out.iterdir()}
 
