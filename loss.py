@@ -50,12 +50,13 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float, patients: Tensor | None 
         # l_ip, (B,): the same for both anchors of an image.
         positive = (batch.anchors[0] * batch.anchors[1]).sum(1) / temperature
         # ln R, (2, B): what all negatives of an anchor weigh together.
-        log_r = log_sum_exp(batch, (1 + hardness) / temperature)
+        log_r = LogSumExp.apply(batch.anchors, batch, (1 + hardness) / temperature)
         has_none = log_r < ABSENT / 2  # (2, B); false for NaN, which must stay NaN
         if hardness or prior:
             log_n = _count_negatives(batch).clamp_min(1).log()  # (B,)
             if hardness:
-                log_r = log_n + log_r - log_sum_exp(batch, hardness / temperature)
+                log_r = log_n + log_r - LogSumExp.apply(
+                    batch.anchors, batch, hardness / temperature)
             if prior:
                 log_r = _debias(log_r, positive, log_n, temperature, prior)
         excess = log_r - positive  # (2, B)
@@ -70,11 +71,11 @@ def _debias(log_r: Tensor, positive: Tensor, log_n: Tensor, temperature: float,
             prior: float) -> Tensor:
     """ln of max((R - t n exp(l_ip)) / (1 - t), n exp(-1 / temperature)), (2, B); prior is t."""
     floor = log_n - 1 / temperature
-    # Which share of R is taken off. Where that is all of it or more, the floor remains, and
-    # `left` is meaningless but finite, so that its gradient of 0 is no NaN.
-    taken = prior * (log_n + positive - log_r).clamp_max(60).exp()
-    left = log_r + (1 - taken).clamp_min(1e-30).log() - math.log(1 - prior)
-    return torch.where(taken < 1, left, floor).maximum(floor)
+    share = prior * (log_n + positive - log_r).clamp_max(60).exp()  # t n exp(l_ip) / R
+    log_left = log_r + (1 - share).clamp_min(1e-30).log() - math.log(1 - prior)
+    # From a share of 1 on nothing is left, and log_left says nothing. The clamps keep it finite,
+    # or its gradient of 0 would be NaN.
+    return torch.where(share < 1, log_left, floor).maximum(floor)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -142,32 +143,27 @@ def _similarities(batch: Batch, block: slice, scale: float) -> Tensor:
 # --------------------------------------------------------------------------------------------------
 # The sum over the negatives.
 
-def log_sum_exp(batch: Batch, scale: float) -> Tensor:
-    """ln of the sum over the negatives of exp(scale * cosine), for each anchor: (2, B)."""
-    return LogSumExp.apply(batch.anchors, batch, scale)  # pyright: ignore[reportReturnType]
-
-
 class LogSumExp(torch.autograd.Function):
-    """`log_sum_exp` by blocks of similarities, so that all of them, (2B, 2WB), are never in memory.
+    """ln of the sum over the negatives of exp(scale * cosine), for each anchor: (2, B). By blocks
+    of similarities, so that all of them, (2B, 2WB), are never in memory.
 
     s_ik = scale * cosine of anchor i and key k where k is a negative of i, else ABSENT;
-    r_i = ln of the sum over k of exp(s_ik), the result; and g_i = d loss / d r_i. Anchor i
-    stands in its own sum, and as a key in the sums of other anchors k, of all processes:
+    r_i = ln of the sum over k of exp(s_ik), the result; and g_i = d loss / d r_i. The keys
+    are detached, so that autograd would see an anchor in its own sum alone. `backward` adds
+    what it does as a key in the sums of the other anchors, those of all processes:
 
-        d loss / d anchor_i =
-            scale * sum over k of (g_i exp(s_ik - r_i) + g_k exp(s_ik - r_k)) key_k
+        scale * sum over k of (g_i exp(s_ik - r_i) + g_k exp(s_ki - r_k)) key_k
 
-    Without the second term the loss would be right, and its gradient wrong. To be a negative
-    is mutual, and s_ki = s_ik: this process has both terms' similarities, and needs of the
-    others nothing but r_k and g_k."""
+    To be a negative is mutual, and s_ki = s_ik: this process has the similarities of both
+    terms, and needs of the others nothing but r_k and g_k."""
 
     @staticmethod
     def forward(ctx, anchors: Tensor, batch: Batch, scale: float) -> Tensor:
-        # The similarities of the last block, in many runs the only one, are kept for the
-        # backward pass. It computes the others once more.
+        # The similarities of the last block are kept for the backward pass, which computes those
+        # of the others, if there are any, once more.
         parts = []
         for block in _blocks(batch):
-            ctx.kept = None  # frees one block before the next is made
+            ctx.kept = None  # free them before the next are made
             ctx.kept = _similarities(batch, block, scale)  # (2, n, K)
             parts.append(ctx.kept.logsumexp(2))
         r = torch.cat(parts, 1)  # (2, B)
@@ -187,9 +183,9 @@ class LogSumExp(torch.autograd.Function):
             if ctx.kept is None:
                 ctx.kept = _similarities(batch, block, ctx.scale)
             s, ctx.kept = ctx.kept, None  # (2, n, K)
-            as_anchor = (s - own_r[:, block, None]).exp_().mul_(own_g[:, block, None])
-            as_key = s.sub_(all_r).exp_()  # this overwrites s
-            for_anchors[:, block] = as_anchor.addcmul_(as_key, all_g) @ batch.keys
+            factor = (s - own_r[:, block, None]).exp_().mul_(own_g[:, block, None])
+            factor.addcmul_(s.sub_(all_r).exp_(), all_g)  # s is used up
+            for_anchors[:, block] = factor @ batch.keys
         return for_anchors, None, None
 
 

@@ -44,9 +44,7 @@ def build_encoder(arch: str, init: str = "random",
 
 def num_features(encoder: torchvision.models.ResNet) -> int:
     """D, the width of what the encoder gives."""
-    width = encoder.num_features
-    assert isinstance(width, int)  # which a type checker cannot know of a module's attribute
-    return width
+    return int(encoder.num_features)  # pyright: ignore[reportArgumentType]
 
 
 # --------------------------------------------------------------------------------------------------

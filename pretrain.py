@@ -51,8 +51,8 @@ DEFAULT_VIEWS = Augmentation()
 
 @dataclass
 class Config:
-    """The defaults are the published recipe but for crop, brightness, contrast and temperature,
-    which docs/results.md chose on NIH's radiographs; --demo has others."""
+    """The defaults are the published recipe for chest radiographs, but for crop, brightness,
+    contrast and temperature, which docs/results.md chose on NIH's; --demo has others."""
     bf16_on_cpu: ClassVar[bool] = True
 
     data: str = flag(
@@ -220,10 +220,12 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
     # checkpoints use net itself.
     model = compute.data_parallel(torch.compile(net) if config.compile else net)
     model.train()
-    # Each process has own_batch images of a batch and encodes `piece` of them at once: all,
-    # unless --micro-batch says less.
+    # A process encodes the 2 * own_batch views of its images at once; for --micro-batch in pieces
+    # of 2 * piece views, as equal as can be.
     own_batch = config.batch_size // compute.world_size
-    piece = min(config.micro_batch or own_batch, own_batch)
+    pieces = math.ceil(own_batch / (config.micro_batch or own_batch))
+    piece = math.ceil(own_batch / pieces)
+    # So that DistributedDataParallel rounds alike before and after a stop.
     compute.rehearse(model, (2 * piece, 1, config.image_size, config.image_size))
     loss_options = dict(decoupled=config.decoupled, hardness=config.hardness, prior=config.prior)
     start_step = training.step
@@ -237,10 +239,10 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
         at_end, at_probe = step == schedule.last_step, step in schedule.probe_steps
         # Several processes have to wait for the slowest to ask each other: not at every step.
         stop_signal = stop.received(compute, ask=step % 5 == 0 or at_probe or at_end)
-        # Every few epochs: do the features get better, and not only the loss? A signal leaves no
-        # time to ask, and the run that goes on does so; but after the last step none may.
-        probed = False
-        if probe and at_probe and step > training.last_probe and (at_end or not stop_signal):
+        # Every few epochs: do the features get better, and not only the loss? At a signal the run
+        # that goes on will ask, unless this step is the last.
+        probe_due, probed = at_probe and step > training.last_probe, False
+        if probe and probe_due and (at_end or not stop_signal):
             with progress.pause():
                 scores = probe.scores(net.encoder, piece, preprocessing, compute)
             if not scores:
@@ -249,11 +251,10 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
             curves.add(step, schedule.epoch(step), scores)
             say(f"{schedule.position(step)} | {probe_sentence(scores)}")
 
-        # After a probe, every few steps, at the end and at a signal: save. A step at which the
-        # run goes on is in last.pt already.
-        due = probed or step % config.save_every == 0 or at_end or stop_signal
-        is_new = step > start_step or probed
-        if due and is_new and step > 0 and compute.rank == 0:
+        # After a probe, every few steps, at the end and at a signal: save what last.pt does not
+        # have.
+        due = step > start_step and (step % config.save_every == 0 or at_end or stop_signal)
+        if step > 0 and (probed or due) and compute.rank == 0:
             with progress.pause():
                 training.save()
         if at_end:
@@ -333,15 +334,15 @@ def read_data(config: Config, compute: Compute) -> tuple[Manifest, np.ndarray]:
 
 def choose_probe(config: Config, manifest: Manifest) -> Probe | None:
     """On --probe-data or the data folder itself; None where it has no labels."""
+    if not config.probe_every:
+        return None
     if config.probe_data:
         manifest = read_manifest(config.probe_data)
     can_be_probed = manifest.label_names and "val" in manifest.splits
     if config.probe_data and not can_be_probed:
         raise DataError(f"--probe-data {config.probe_data} has no labels or no val split to "
                         "probe by")
-    if not (config.probe_every and can_be_probed):
-        return None
-    return Probe(manifest, config.probe_images, config.seed)
+    return Probe(manifest, config.probe_images, config.seed) if can_be_probed else None
 
 
 class Schedule:
@@ -408,7 +409,8 @@ def introduce(training: Training, schedule: Schedule, probe: Probe | None) -> No
     """Say what is about to be trained, on what, and how."""
     config, compute, say = training.config, training.compute, training.compute.say
     parameters = sum(p.numel() for p in training.net.parameters()) / 1e6
-    say(f"{config.arch} from {config.init}, {parameters:.1f} M parameters, {compute.precision} on "
+    start = training.last_file if training.step else config.init
+    say(f"{config.arch} from {start}, {parameters:.1f} M parameters, {compute.precision} on "
         f"{compute.world_size} x {compute.name}")
     say(f"{schedule.n_images} images of {config.data} at {config.image_size} px, {config.epochs} "
         f"epochs = {schedule.total_steps} steps of {config.batch_size} images "

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import zlib
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -44,18 +45,18 @@ def main(stage: Callable, config_class: type, argv: list[str] | None = None) -> 
         depend on the machine).
     afterwards: what the same command does after Ctrl-C, where it does not go on."""
     print_any_name()  # a name that the terminal cannot spell ends no run
-    # The main thread reports a full disk; TensorBoard's need not print a traceback as well.
-    threading.excepthook = report_but_for_full_disk
     config = parse(config_class, argv)
     script = f"{stage.__name__}.py"
-    # Until its place is known, each process reports for itself; then one of each machine does,
-    # because what is wrong may be so on one machine alone.
-    with errors_in_one_sentence(script, config.out):
-        place = read_place()
-    speaks = place.local_rank == 0
     afterwards = getattr(config, "afterwards", "")
     if config.overwrite and not afterwards:
         afterwards = f"without --overwrite goes on from what is in {config.out}"
+    # Any process may find no place for itself, and each says so. From then on the first one of
+    # each machine speaks for all.
+    with errors_in_one_sentence(script, config.out):
+        place = read_place()
+    speaks = place.local_rank == 0
+    # The main thread reports a full disk; TensorBoard's need not print a traceback as well.
+    threading.excepthook = report_but_for_full_disk
     try:
         with (contextlib.ExitStack() as resources,
               errors_in_one_sentence(script, config.out, speaks, afterwards)):
@@ -65,12 +66,13 @@ def main(stage: Callable, config_class: type, argv: list[str] | None = None) -> 
                  "larger one, or, as far as this script can, a smaller --batch-size or "
                  "--micro-batch, or more GPUs")
     except RuntimeError as error:
-        # A collective call failed, because another process did, which says why itself; or because
-        # it has not come to this call in all the time.
-        if "gloo/transport" not in str(error) and "closed by peer" not in str(error):
+        reason = last_line(error)
+        if "gloo/transport" not in reason and "closed by peer" not in reason:
             raise
-        sys.exit(f"{script}: waited for another process in vain: {last_line(error)}"
-                 if "Timed out" in str(error) else 1)
+        # A collective call failed.
+        if "Timed out" in reason:
+            sys.exit(f"{script}: waited for another process in vain: {reason}")
+        sys.exit(1)  # the process that failed first says why
     finally:
         threading.excepthook = threading.__excepthook__
         if dist.is_initialized():
@@ -102,7 +104,10 @@ def start(config: RunConfig, place: Place = ALONE) -> "Compute":
         precision = _fastest_precision(cuda, getattr(config, "bf16_on_cpu", False))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     threads = config.threads or max(1, min(8, len(os.sched_getaffinity(0)) // local_world_size))
-    return Compute(rank, world_size, device, precision, threads)
+    compute = Compute(rank, world_size, device, precision, threads)
+    if not compute.all_agree(precision):
+        raise DataError("--precision auto is not the same on all machines: choose one")
+    return compute
 
 
 def _fastest_precision(cuda: bool, bf16_on_cpu: bool) -> str:
@@ -172,6 +177,12 @@ class Compute:
             dist.all_reduce(x, op)
         return x
 
+    def all_agree(self, text: str) -> bool:
+        """Whether all processes have the same text."""
+        number = zlib.crc32(text.encode())
+        smallest = self.reduce(torch.tensor(number), dist.ReduceOp.MIN)
+        return bool(smallest == self.reduce(torch.tensor(number), dist.ReduceOp.MAX))
+
     def to_device(self, net: nn.Module) -> Any:
         """A network on this process's device, with batch norm over the images of all processes."""
         if self.world_size > 1:
@@ -187,17 +198,17 @@ class Compute:
         model = DistributedDataParallel(
             net, device_ids=[self.device.index] if self.cuda else None,
             gradient_as_bucket_view=True)
-        # Batch norm's statistics are the same everywhere: do not broadcast them every step. As an
-        # argument this would turn off the constructor's own broadcast as well.
+        # Batch norm's statistics are the same everywhere: do not broadcast them every step. Set
+        # afterwards, because as an argument it would also stop the broadcast at the start.
         model.broadcast_buffers = False
         return model
 
     def rehearse(self, model: nn.Module, shape: tuple[int, ...]) -> None:
-        """Have the first backward pass behind it, on zeros of this shape; nothing changes.
+        """A first backward pass, on zeros of this shape, which changes nothing.
 
-        After that pass DistributedDataParallel puts the gradients into other buckets, and in
-        another bucket a sum over three or more processes rounds otherwise. So without this a run
-        that goes on, whose first pass comes later, would end with other bits."""
+        After its first one DistributedDataParallel puts the gradients into other buckets, and in
+        other buckets a sum over three or more processes rounds otherwise. With this before the
+        first step of every start, a run that goes on has the buckets of one without a stop."""
         if self.world_size == 1:
             return
         parameter = next(model.parameters())

@@ -127,9 +127,13 @@ def open_run(config: RunConfig, stage: str, results: tuple[str, ...],
     # A run of an older version had no flag that came later: it ran with what is now its default.
     difference = _difference(_defaults(config) | before if before else {}, now)
     if config.overwrite:
-        for pattern in results:
-            for old in out.glob(pattern):
-                old.unlink()
+        given = {os.path.realpath(path) for path in (contents or {}).get("init", {})}
+        for old in [file for pattern in results for file in out.glob(pattern)]:
+            if os.path.realpath(old) in given:
+                raise CheckpointError(f"--overwrite would delete {old}, which --init names; "
+                                      "choose another --out")
+        for old in [file for pattern in results for file in out.glob(pattern)]:
+            old.unlink()
     goes_on = bool(before) and (out / results[0]).exists()
     if goes_on and difference:
         raise CheckpointError(f"{out} holds a run {difference}; choose another --out, or give up "

@@ -16,12 +16,12 @@ from philox import PARTNER, RESAMPLE, SHUFFLE, generator, uniform_numbers
 
 
 def batch_at(step: int, batch_size: int, images: np.ndarray, order: Callable[[int], np.ndarray],
-             part: slice = slice(None)) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The global batch at `step`, or a part of it: positions in the whole run, epochs, and
-    image indices, (B,) each.
+             part: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+    """The global batch at `step`, or a part of it: positions and image indices, (B,) each.
 
-    Epochs follow each other without a gap: of 10 images in batches of 4, step 2 takes
-    the last 2 of epoch 0 and the first 2 of epoch 1.
+    A position counts the images of the whole run, and so tells the showings of an image
+    apart. Epochs follow each other without a gap: of 10 images in batches of 4, step 2
+    takes the last 2 of epoch 0 and the first 2 of epoch 1.
     order(epoch): (n,) places in `images` (n,)."""
     positions = np.arange(step * batch_size, (step + 1) * batch_size)[part]
     epochs, places = np.divmod(positions, len(images))
@@ -29,7 +29,7 @@ def batch_at(step: int, batch_size: int, images: np.ndarray, order: Callable[[in
     for epoch in range(epochs[0], epochs[-1] + 1):  # mostly one
         here = epochs == epoch
         index[here] = images[order(epoch)[places[here]]]
-    return positions, epochs, index
+    return positions, index
 
 
 def shuffled_order(n: int, seed: int, epoch: int) -> np.ndarray:
@@ -83,29 +83,29 @@ def weighted_order(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     ends = np.cumsum(weights[places])
     ends = ends / ends[-1] * n                          # (n,) where each image ends on the line
     before = np.ceil(ends - u)                          # how many draws lie before each end
-    before[-1] = n                                      # also where n - u is rounded to n - 1
+    before[-1] = n                                      # rounding could lose the last one
     draws = np.diff(before, prepend=0).astype(int)
     return np.repeat(places, draws)[shuffled_order(n, seed, epoch)]
 
 
 def partners_drawn(pair_group: np.ndarray, may_be_drawn: np.ndarray, seed: int,
                    ) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """partners(times, images), (B,) for B images: another image of the same group for
-    each, all equally likely; the image itself where there is no other.
+    """partners(positions, images), (B,) for B images: another image of the same group
+    for each, all equally likely; the image itself where there is no other.
 
     pair_group: (N,) of Sampling. may_be_drawn: (n,) image indices."""
     # One group after another, and each in the order of the manifest.
     members = may_be_drawn[np.lexsort((may_be_drawn, pair_group[may_be_drawn]))]    # (n,)
     groups = pair_group[members]                                                    # (n,)
 
-    def partners(times: np.ndarray, images: np.ndarray) -> np.ndarray:
+    def partners(positions: np.ndarray, images: np.ndarray) -> np.ndarray:
         own_group = pair_group[images]                                      # (B,)
         first = np.searchsorted(groups, own_group, "left")                  # place in members
         others = np.searchsorted(groups, own_group, "right") - first - 1    # how many
-        u = uniform_numbers((seed, PARTNER), 1, 0, images, times)[0]        # (B,) in [0, 1)
+        u = uniform_numbers((seed, PARTNER), 1, 0, images, positions)[0]    # (B,) in [0, 1)
         place = first + (u * others).astype(int)
-        # The image itself is passed over: from its place on, each counts for the one before.
-        place += (others > 0) & (members[place] >= images)
+        # Pass over the image itself: from its own place on, take the next one.
+        place += (members[place] >= images) & (others > 0)
         return members[place]
 
     return partners

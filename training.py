@@ -7,18 +7,15 @@ images are the same.
 """
 import contextlib
 import dataclasses
-import json
 import operator
 import signal
 import sys
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -80,14 +77,14 @@ class Training:
         compute.barrier()
         if self.last_file.exists():
             self.load()
-        if not _same_everywhere(self.step, compute):
+        if not compute.all_agree(str(self.step)):
             raise DataError(f"the processes do not see the same {self.last_file}: --out must lie "
                             "on storage that all of them see")
-        # A copy of the data folder on each machine's own disk may be an old one.
-        content = json.dumps([list(inputs[name].values()) for name in ("data", "patients")
-                              if name in inputs])
-        if not _same_everywhere(zlib.crc32(content.encode()), compute):
-            raise DataError(f"the processes do not see the same train split in {config.data}")
+        # A copy of a data folder on each machine's own disk may be an old one.
+        probed_on = {"--probe-data": probe.manifest} if probe and config.probe_data else {}
+        for flag, seen in ({"--data": manifest} | probed_on).items():
+            if compute.world_size > 1 and not compute.all_agree(run_folder.content_of_data(seen)):
+                raise DataError(f"the processes do not see the same {flag} {seen.folder}")
 
     def load(self) -> None:
         """Go on from last.pt; CheckpointError or DataError where it is of another run."""
@@ -175,12 +172,6 @@ def inputs_of(config: "Config", manifest: Manifest, train: np.ndarray,
     if Path(config.init).is_file():  # it is not needed once there is a last.pt
         inputs["init"] = {config.init: run_folder.content_of_file(config.init)}
     return inputs
-
-
-def _same_everywhere(number: int, compute: Compute) -> bool:
-    """Whether all processes have the same number."""
-    smallest = compute.reduce(torch.tensor(number), dist.ReduceOp.MIN)
-    return bool(smallest == compute.reduce(torch.tensor(number), dist.ReduceOp.MAX))
 
 
 # --------------------------------------------------------------------------------------------------

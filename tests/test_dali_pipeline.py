@@ -33,13 +33,13 @@ STRONG = Augmentation(crop_area=(0.3, 1.0), rotation=25.0, blur=(0.1, 2.0), flip
 def test_every_epoch_shows_every_image_once(n, batch_size):
     images, order = np.arange(n) * 3 + 1, functools.partial(shuffled_order, n, 0)
     batches = [batch_at(step, batch_size, images, order) for step in range(3 * n)]
-    positions, epochs, index = (np.concatenate(x) for x in zip(*batches))
+    positions, index = (np.concatenate(x) for x in zip(*batches))
     assert positions.tolist() == list(range(3 * n * batch_size))
     for epoch in range(3):
-        assert sorted(index[epochs == epoch]) == sorted(images)
+        assert sorted(index[positions // n == epoch]) == sorted(images)
     assert index[:n].tolist() != index[n:2 * n].tolist() or n < 8                   # another order
     another_seed = functools.partial(shuffled_order, n, 1)
-    other = [batch_at(step, batch_size, images, another_seed)[2] for step in range(3 * n)]
+    other = [batch_at(step, batch_size, images, another_seed)[1] for step in range(3 * n)]
     assert index.tolist() != np.concatenate(other).tolist()
 
 
@@ -62,9 +62,9 @@ def test_a_part_of_a_batch_is_that_part():
             assert all(np.array_equal(a, b[part]) for a, b in zip(own, whole))
 
 
-def one_view(augmentation, seed, times, images, view):
+def one_view(augmentation, seed, positions, images, view):
     """The parameters of view number `view` alone."""
-    parameters = view_parameters(augmentation, seed, times, images, 2)
+    parameters = view_parameters(augmentation, seed, positions, images, 2)
     return {name: values[view] for name, values in parameters.items()}
 
 
@@ -129,12 +129,11 @@ def test_batches_of_an_order_are_cut_from_its_epochs():
     order = functools.partial(weighted_order, weights, 0)
     sequence = np.concatenate([images[order(epoch)] for epoch in range(10)])
     for step in range(8):
-        positions, epochs, index = batch_at(step, 12, images, order)
+        positions, index = batch_at(step, 12, images, order)
         assert index.tolist() == sequence[12 * step:12 * (step + 1)].tolist()
         assert positions.tolist() == list(range(12 * step, 12 * (step + 1)))
-        assert epochs.tolist() == [position // 10 for position in positions]
         part = batch_at(step, 12, images, order, slice(3, 9))
-        assert np.array_equal(part, (positions[3:9], epochs[3:9], index[3:9]))
+        assert np.array_equal(part, (positions[3:9], index[3:9]))
 
 
 def test_partners_are_other_images_of_the_group():
@@ -362,9 +361,9 @@ def test_second_image_that_cannot_be_read_is_named(folder, damage):
     manifest, seed = read_manifest(folder), 0
     train = manifest.images("train")
     order = functools.partial(shuffled_order, len(train), seed)
-    _, epochs, anchors = batch_at(0, 2, train, order)
+    positions, anchors = batch_at(0, 2, train, order)
     partners = partners_drawn(manifest.patient_numbers(), train, seed)
-    bad = next(iter(set(partners(epochs, anchors)) - set(anchors)))
+    bad = next(iter(set(partners(positions, anchors)) - set(anchors)))
     path = folder / manifest.paths[bad]
     content = path.read_bytes()
     path.write_bytes(content[:len(content) // 2] if damage == "truncate" else b"no image")

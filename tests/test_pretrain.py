@@ -159,7 +159,8 @@ def test_copied_checkpoint_starts_a_run_with_other_flags(finished, data, tmp_pat
     shutil.copy(finished[0] / "last.pt", tmp_path / "run")
     flags = ["--data", str(data), "--out", str(tmp_path / "run"), "--epochs", "4", "--lr", "0.1"]
     pretrain.main([*SMALL, *flags])
-    assert "last.pt, step 15" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "last.pt, step 15" in output and f"resnet18 from {tmp_path}/run/last.pt" in output
     assert sorted(scalars(tmp_path / "run", "loss")) == list(range(16, 22))
     pretrain.main([*SMALL, *flags])
     assert "is complete: step 21 of 21" in capsys.readouterr().out
@@ -229,6 +230,25 @@ def test_encoder_is_written_again_or_guarded(data, tmp_path, capsys):
     assert "holds an encoder.pt and no last.pt" in message
     assert (tmp_path / "run/config.json").read_bytes() == settings
     assert not torch.equal(again("--seed", "3", "--overwrite"), first)
+
+
+def test_overwrite_deletes_nothing_that_init_names(data, tmp_path, capsys):
+    command = ["--data", str(data), "--out", str(tmp_path / "run"), "--max-steps", "1"]
+    pretrain.main([*SMALL, *command])
+    encoder = tmp_path / "run/encoder.pt"
+    message = refused(capsys, *command, "--overwrite", "--init", encoder)
+    assert f"--overwrite would delete {encoder}, which --init names" in message
+    assert encoder.exists() and (tmp_path / "run/last.pt").exists()
+
+
+def test_pieces_of_a_batch_are_equal_where_they_can_be(data, tmp_path, monkeypatch):
+    """Batch norm sees a piece: of nine images four, four and one would be poor."""
+    views, forward = [], pretrain.SimCLR.forward
+    monkeypatch.setattr(pretrain.SimCLR, "forward",
+                        lambda net, x: views.append(len(x)) or forward(net, x))
+    pretrain.main([*SMALL, "--data", str(data), "--out", str(tmp_path), "--batch-size", "9",
+                   "--micro-batch", "4", "--max-steps", "1"])
+    assert views == [6] * 6     # three pieces of three images' views, each encoded twice
 
 
 def test_full_disk_while_saving_is_told_and_leaves_the_old_checkpoint(data, tmp_path, capsys):

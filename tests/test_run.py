@@ -189,12 +189,13 @@ def test_what_is_wrong_on_one_machine_alone_is_said_there(data, tmp_path):
 
 
 def test_machines_whose_data_folders_differ_do_not_train_together(data, folder, tmp_path):
-    """A copy of the folder on a machine's own disk, in which two patients are one."""
+    """A copy of the folder on a machine's own disk, in which one image of val has another label."""
     shutil.copytree(data, tmp_path / "copy")
     table = (tmp_path / "copy/manifest.csv").read_text()
-    (tmp_path / "copy/manifest.csv").write_text(table.replace(",p1,", ",p0,"))
+    assert ",val,1," in table
+    (tmp_path / "copy/manifest.csv").write_text(table.replace(",val,1,", ",val,0,", 1))
     for output in on_two_machines(tmp_path, [data, tmp_path / "copy"]):
-        assert "the processes do not see the same train split in data" in output
+        assert "the processes do not see the same --data data" in output
 
 
 LOOKS = """
