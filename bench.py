@@ -57,7 +57,6 @@ from model import MEAN, STD, SimCLR, build_encoder
 from probe import STRENGTHS, fit_logistic
 from radiograph import ImageSettings, read_image
 from syncbn import SyncBatchNorm
-from training import Training
 from views import Augmentation
 
 CUDA = torch.cuda.is_available()
@@ -352,8 +351,8 @@ class Step:
                                  optimizer=way.optimizer, precision=way.precision,
                                  threads=args.threads, out=str(folder))
         self.compute = run.start(config)
-        self.training, self.way = Training(config, self.compute), way
-        net = self.training.net.to(memory_format=way.layout)    # pyright: ignore
+        self.training, self.way = pretrain.build(config, self.compute), way
+        net: Any = self.training.net.to(memory_format=way.layout)   # pyright: ignore
         if way.stem:
             net.encoder.conv1 = Stem(net.encoder.conv1, way.stem)
         self.model = torch.compile(net) if way.compiled else net

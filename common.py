@@ -38,9 +38,10 @@ def errors_in_one_sentence(script: str, out: str | Path, speaks: bool = True,
     """End the script with one sentence and a non-zero exit code where its user can mend the error.
 
     out: the folder being written; it is named where the operating system names no file.
-    speaks: False on all processes of a job but the first. The same input is wrong for all of them
-    and should be reported once; only an ImageError is always reported, because an image is read by
-    one process alone. Ctrl-C exits with 130, as shells expect. Other exceptions pass through.
+    speaks: False on all processes of a machine but the first. The same input is wrong for all of
+    them and should be reported once. What one process may meet alone is always reported: an image,
+    the operating system. Ctrl-C exits with 130, as shells expect. FloatingPointError is a training
+    that diverges. Other exceptions pass through.
     afterwards: what the same command does after Ctrl-C, where it does not go on."""
     try:
         os.getcwd()
@@ -50,11 +51,10 @@ def errors_in_one_sentence(script: str, out: str | Path, speaks: bool = True,
         yield
         if sys.stdout:                  # None where a caller wants nothing printed
             sys.stdout.flush()          # what is still to be printed may find a full disk
-    except DataError as error:
+    except (DataError, FloatingPointError) as error:
         sys.exit(f"{script}: {error}" if speaks or isinstance(error, ImageError) else 1)
     except OSError as error:            # a full disk, a folder without permission to write
-        reason = f"{error.strerror or error}: {error.filename or _blamed(error, out)}"
-        sys.exit(f"{script}: {reason}" if speaks else 1)
+        sys.exit(f"{script}: {error.strerror or error}: {error.filename or _blamed(error, out)}")
     except UnicodeEncodeError as error:     # a file's name that this locale cannot spell
         sys.exit(f"{script}: {error.object!a} cannot be spelled in {error.encoding}: rename it, or "
                  "try again after `export PYTHONUTF8=1`")

@@ -26,7 +26,7 @@ import os
 import time
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 import run  # first: it answers Ctrl-C while PyTorch loads
 import numpy as np
@@ -65,6 +65,9 @@ RESULTS = ("predictions.pt", "last.pt", "last-*.pt", "classifier.pt", "log.jsonl
 @dataclass
 class Config:
     """Which combinations are compared, on which labels, and how each is trained."""
+    # The other processes wait while one extracts features and fits the probes.
+    timeout: ClassVar[timedelta] = timedelta(days=1)
+
     init: tuple[str, ...] = flag(
         (), f"(default {' or '.join(ENCODERS)})", metavar="random|imagenet|PATH", may_differ=True,
         section="what is compared: every combination")
@@ -516,8 +519,7 @@ def finetune(config: Config, compute: Compute, resources: contextlib.ExitStack) 
 
 
 def main(argv: list[str] | None = None) -> None:
-    # A day, because the other processes wait while one extracts features and fits the probes.
-    run.main(finetune, Config, argv, timeout=timedelta(days=1))
+    run.main(finetune, Config, argv)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """NT-Xent, the SimCLR loss, with negatives from every process; and what to watch beside it.
 
-The anchors of a process are the 2N projections of its own N images, two views of each;
-their keys are the K = 2WN projections of all W processes. Each process returns the mean over
-its own anchors; DistributedDataParallel averages gradients over the processes, which makes it
-the mean over all.
+The anchors of a process are the 2B projections of its own B images, two views of each;
+their keys are the K = 2WB projections of all W processes. Each process returns its share of
+the mean over all anchors, times W, because DistributedDataParallel averages gradients over
+the processes.
 """
 import math
 from typing import NamedTuple
@@ -13,6 +13,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+# Stands for the similarity to a key that is no negative. Its exponential is 0, as that of -inf.
+# But where a row has nothing else, ABSENT - ABSENT is 0, and -inf - -inf would be NaN.
+ABSENT = -1e30
+
 
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float, patients: Tensor | None = None,
             weights: Tensor | None = None, decoupled: bool = False, hardness: float = 0.0,
@@ -20,19 +24,19 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float, patients: Tensor | None 
     """Normalised temperature-scaled cross entropy (Chen et al. 2020, equation 1) or
     a variant.
 
-    z1, z2: (N, D) projections of the two views, of any norm, the same N on every
+    z1, z2: (B, D) projections of the two views, of any norm, the same B on every
     process. An anchor i has one positive p, the other view of its image, and n negatives
     k, all other keys. With l the cosine similarity over the temperature, its loss is
 
         -l_ip + ln(exp(l_ip) + R),        R = sum over the negatives k of exp(l_ik)
 
     Returns a scalar, float32, computed outside autocast; its average over the processes
-    is the mean over all 2WN anchors. What the options change:
+    is the mean over all 2WB anchors. What the options change:
 
-    patients: (N,) integers, equal for images of the same patient. The negatives are the
+    patients: (B,) integers, equal for images of the same patient. The negatives are the
         keys of other patients alone, so that an image that stands in the batch twice is
         none, either. An anchor without any negative has the loss 0.
-    weights: (N,), not negative and not all 0, of the images in the mean.
+    weights: (B,), not negative and not all 0, of the images in the mean.
     hardness: b. R = n (sum of exp((1 + b) l_ik)) / (sum of exp(b l_ik)) (Robinson et al.
         2021, beta; the weights exp(b l_ik) carry gradient, as in the authors' code).
     prior: t, from 0 to below 1. R becomes max((R - t n exp(l_ip)) / (1 - t),
@@ -43,18 +47,19 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float, patients: Tensor | None 
     `diagnostics` gives `chance`, the loss of an encoder that maps all images to one point."""
     with torch.autocast(z1.device.type, enabled=False):
         batch = _batch(z1, z2, patients, weights)
-        # l_ip, (N,): the same for both anchors of an image.
+        # l_ip, (B,): the same for both anchors of an image.
         positive = (batch.anchors[0] * batch.anchors[1]).sum(1) / temperature
-        # ln R, (2, N): what all negatives of an anchor weigh together.
-        log_r = log_sum_exp(batch, (1 + hardness) / temperature)
-        has_none = log_r < ABSENT / 2  # (2, N); false for NaN, which must stay NaN
+        # ln R, (2, B): what all negatives of an anchor weigh together.
+        log_r = LogSumExp.apply(batch.anchors, batch, (1 + hardness) / temperature)
+        has_none = log_r < ABSENT / 2  # (2, B); false for NaN, which must stay NaN
         if hardness or prior:
-            log_n = _count_negatives(batch).clamp_min(1).log()  # (N,)
+            log_n = _count_negatives(batch).clamp_min(1).log()  # (B,)
             if hardness:
-                log_r = log_n + log_r - log_sum_exp(batch, hardness / temperature)
+                log_r = log_n + log_r - LogSumExp.apply(
+                    batch.anchors, batch, hardness / temperature)
             if prior:
                 log_r = _debias(log_r, positive, log_n, temperature, prior)
-        excess = log_r - positive  # (2, N)
+        excess = log_r - positive  # (2, B)
         # -l_ip + ln(exp(l_ip) + R) = ln(1 + exp(ln R - l_ip)), which is softplus.
         loss = excess if decoupled else F.softplus(excess)
         # An anchor without a negative has nothing to be told from.
@@ -64,13 +69,13 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float, patients: Tensor | None 
 
 def _debias(log_r: Tensor, positive: Tensor, log_n: Tensor, temperature: float,
             prior: float) -> Tensor:
-    """ln of max((R - t n exp(l_ip)) / (1 - t), n exp(-1 / temperature)), (2, N); prior is t."""
+    """ln of max((R - t n exp(l_ip)) / (1 - t), n exp(-1 / temperature)), (2, B); prior is t."""
     floor = log_n - 1 / temperature
-    # Which share of R is taken off. Where it is all of it or more, the floor remains; the
-    # clamps keep those entries finite.
-    taken = prior * (log_n + positive - log_r).clamp_max(60).exp()
-    left = log_r + (1 - taken).clamp_min(1e-30).log() - math.log(1 - prior)
-    return torch.where(taken < 1, left, floor).maximum(floor)
+    share = prior * (log_n + positive - log_r).clamp_max(60).exp()  # t n exp(l_ip) / R
+    log_left = log_r + (1 - share).clamp_min(1e-30).log() - math.log(1 - prior)
+    # From a share of 1 on nothing is left, and log_left says nothing. The clamps keep it finite,
+    # or its gradient of 0 would be NaN.
+    return torch.where(share < 1, log_left, floor).maximum(floor)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -78,11 +83,11 @@ def _debias(log_r: Tensor, positive: Tensor, log_n: Tensor, temperature: float,
 
 class Batch(NamedTuple):
     """The global batch as one of W processes sees it."""
-    anchors: Tensor       # (2, N, D) projections of this process, of length 1
+    anchors: Tensor       # (2, B, D) projections of this process, of length 1
     keys: Tensor          # (K, D) projections of all processes, of length 1
-    patients: Tensor      # (N,) of this process's images; without patients, each its own
+    patients: Tensor      # (B,) of this process's images; without patients, each its own
     key_patients: Tensor  # (K,)
-    weights: Tensor       # (N,) of each of an image's two anchors in this process's sum
+    weights: Tensor       # (B,) of each of an image's two anchors in this process's sum
 
 
 def _batch(z1: Tensor, z2: Tensor, patients: Tensor | None, weights: Tensor | None) -> Batch:
@@ -90,10 +95,10 @@ def _batch(z1: Tensor, z2: Tensor, patients: Tensor | None, weights: Tensor | No
     if dist.is_initialized():
         world_size, rank = dist.get_world_size(), dist.get_rank()
     anchors = F.normalize(torch.stack([z1, z2]).float(), dim=2)
-    keys = _all_gather(anchors.detach()).flatten(0, 2)  # (W, 2, N, D) -> (K, D)
+    keys = _all_gather(anchors.detach()).flatten(0, 2)  # (W, 2, B, D) -> (K, D)
     if patients is None:
         patients = torch.arange(rank * n_images, (rank + 1) * n_images, device=z1.device)
-    key_patients = _all_gather(patients)  # (W, N) -> (W, 2, N) -> (K,), in the keys' order
+    key_patients = _all_gather(patients)  # (W, B) -> (W, 2, B) -> (K,), in the keys' order
     key_patients = key_patients[:, None].expand(-1, 2, -1).flatten()
     if weights is None:
         weights = anchors.new_full((n_images,), 1 / (2 * n_images))
@@ -122,14 +127,9 @@ def _blocks(batch: Batch) -> list[slice]:
 
 
 def _count_negatives(batch: Batch) -> Tensor:
-    """How many keys are negatives of each of an image's two anchors, (N,)."""
+    """How many keys are negatives of each of an image's two anchors, (B,)."""
     return torch.cat([(batch.patients[block, None] != batch.key_patients).sum(1)
                       for block in _blocks(batch)])
-
-
-# Stands for the similarity to a key that is no negative. Its exponential is 0, as that of -inf.
-# But where a row has nothing else, ABSENT - ABSENT is 0, and -inf - -inf would be NaN.
-ABSENT = -1e30
 
 
 def _similarities(batch: Batch, block: slice, scale: float) -> Tensor:
@@ -143,55 +143,49 @@ def _similarities(batch: Batch, block: slice, scale: float) -> Tensor:
 # --------------------------------------------------------------------------------------------------
 # The sum over the negatives.
 
-def log_sum_exp(batch: Batch, scale: float) -> Tensor:
-    """ln of the sum over the negatives of exp(scale * cosine), for each anchor: (2, N)."""
-    return LogSumExp.apply(batch.anchors, batch, scale)  # pyright: ignore[reportReturnType]
-
-
 class LogSumExp(torch.autograd.Function):
-    """`log_sum_exp` by blocks of similarities, so that all of them, (2N, 2WN), are never in memory.
+    """ln of the sum over the negatives of exp(scale * cosine), for each anchor: (2, B). By blocks
+    of similarities, so that all of them, (2B, 2WB), are never in memory.
 
-    Let s_ik be scale * cosine of anchor i and key k, where k is a negative of i, else ABSENT;
-    r_i the result for anchor i, and g_i the gradient that arrives there. Every anchor is a
-    key, too, so that its gradient has two terms:
+    s_ik = scale * cosine of anchor i and key k where k is a negative of i, else ABSENT;
+    r_i = ln of the sum over k of exp(s_ik), the result; and g_i = d loss / d r_i. The keys
+    are detached, so that autograd would see an anchor in its own sum alone. `backward` adds
+    what it does as a key in the sums of the other anchors, those of all processes:
 
-        scale * sum over k of (g_i exp(s_ik - r_i) + g_k exp(s_ik - r_k)) key_k
+        scale * sum over k of (g_i exp(s_ik - r_i) + g_k exp(s_ki - r_k)) key_k
 
-    The first is i's as an anchor, the softmax over its own negatives. The second is i's as a
-    key of the anchors k, those of other processes too; without it the loss would be right,
-    and its gradient wrong. Where k is a negative of i, i is one of k, and s_ki = s_ik: this
-    process computes both terms from its own similarities, and needs of another anchor
-    nothing but r_k and g_k."""
+    To be a negative is mutual, and s_ki = s_ik: this process has the similarities of both
+    terms, and needs of the others nothing but r_k and g_k."""
 
     @staticmethod
     def forward(ctx, anchors: Tensor, batch: Batch, scale: float) -> Tensor:
-        # The similarities of the last block, in many runs the only one, are kept for the
-        # backward pass. It computes the others once more.
+        # The similarities of the last block are kept for the backward pass, which computes those
+        # of the others, if there are any, once more.
         parts = []
         for block in _blocks(batch):
-            ctx.kept = None  # frees one block before the next is made
+            ctx.kept = None  # free them before the next are made
             ctx.kept = _similarities(batch, block, scale)  # (2, n, K)
             parts.append(ctx.kept.logsumexp(2))
-        r = torch.cat(parts, 1)  # (2, N)
+        r = torch.cat(parts, 1)  # (2, B)
         ctx.save_for_backward(r)
         ctx.batch, ctx.scale = batch, scale
         return r
 
     @staticmethod
     def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        batch, (own_r,) = ctx.batch, ctx.saved_tensors  # (2, N)
-        own_g = ctx.scale * gradient  # (2, N)
+        batch, (own_r,) = ctx.batch, ctx.saved_tensors  # (2, B)
+        own_g = ctx.scale * gradient  # (2, B)
         # Those of all processes by one collective call.
-        of_all = _all_gather(torch.stack([own_r, own_g]))  # (W, r or g, view, N)
+        of_all = _all_gather(torch.stack([own_r, own_g]))  # (W, r or g, view, B)
         all_r, all_g = of_all.transpose(0, 1).flatten(1)  # (K,) each, in the keys' order
-        for_anchors = torch.empty_like(batch.anchors)  # (2, N, D)
+        for_anchors = torch.empty_like(batch.anchors)  # (2, B, D)
         for block in reversed(_blocks(batch)):  # the kept one first
             if ctx.kept is None:
                 ctx.kept = _similarities(batch, block, ctx.scale)
             s, ctx.kept = ctx.kept, None  # (2, n, K)
-            as_anchor = (s - own_r[:, block, None]).exp_().mul_(own_g[:, block, None])
-            as_key = s.sub_(all_r).exp_().mul_(all_g)  # this overwrites s
-            for_anchors[:, block] = as_anchor.add_(as_key) @ batch.keys
+            factor = (s - own_r[:, block, None]).exp_().mul_(own_g[:, block, None])
+            factor.addcmul_(s.sub_(all_r).exp_(), all_g)  # s is used up
+            for_anchors[:, block] = factor @ batch.keys
         return for_anchors, None, None
 
 
@@ -215,17 +209,17 @@ def diagnostics(z1: Tensor, z2: Tensor, patients: Tensor | None = None,
     with torch.autocast(z1.device.type, enabled=False):
         batch = _batch(z1, z2, patients, weights)
         z1, z2 = batch.anchors
-        positive = (z1 * z2).sum(1)  # (N,)
-        nearest = torch.cat([_similarities(batch, block, 1).amax(2)  # (2, N)
+        positive = (z1 * z2).sum(1)  # (B,)
+        nearest = torch.cat([_similarities(batch, block, 1).amax(2)  # (2, B)
                              for block in _blocks(batch)], 1)
-        n_negatives = _count_negatives(batch)  # (N,)
-        hits = (positive > nearest + 1e-6) & (n_negatives > 0)  # (2, N)
+        n_negatives = _count_negatives(batch)  # (B,)
+        hits = (positive > nearest + 1e-6) & (n_negatives > 0)  # (2, B)
         potentials = [torch.pdist(z).square().mul(-2).exp().mean().log() for z in (z1, z2)]
         # Where all similarities are the same, an anchor's loss is the logarithm of the number of
         # terms in its sum: its negatives, and its positive unless that is left out.
-        terms = (n_negatives + (not decoupled)).clamp_min(1)  # (N,)
+        terms = n_negatives if decoupled else n_negatives + 1  # (B,)
         return {
             "top1": hits.float().mean(),
             "alignment": (z1 - z2).square().sum(1).mean(),
             "uniformity": (potentials[0] + potentials[1]) / 2,
-            "chance": 2 * (batch.weights * terms.log()).sum()}
+            "chance": 2 * (batch.weights * terms.clamp_min(1).log()).sum()}

@@ -7,7 +7,6 @@ images.tar may stand for images/, see archive.py.
     path,patient,split,study,view,Cardiomegaly,Lung Opacity
     images/p00001/s1.jpg,p00001,train,s1,PA,1,-1
 """
-import dataclasses
 import functools
 import io
 import os
@@ -55,12 +54,11 @@ class Manifest:
         if self.studies is None:
             raise DataError(f"{self.folder / 'manifest.csv'} has no column study, which "
                             "--positives study needs")
-        # A study's name may be another patient's, too: number the pairs of patient and study,
-        # and unknown ones below 0; then count from 0.
+        # A study's name may be another patient's, too, so that pairs of patient and study are
+        # numbered. Below 0, all different, lie those that are not known.
         names, study = np.unique(self.studies, return_inverse=True)
         number = self.patient_numbers() * len(names) + study
-        number = np.where(self.studies == "", -1 - np.arange(len(study)), number)
-        return np.unique(number, return_inverse=True)[1]
+        return np.where(self.studies == "", -1 - np.arange(len(study)), number)
 
     # Where image i lies: for DALI, for Pillow, in a message.
 
@@ -109,15 +107,14 @@ def read_manifest(folder: str | Path, use_tar: bool = True, check_files: bool = 
     # The fast way gives nothing where anything is unusual. The slow one reads that, too, or says
     # which row and column is wrong.
     table = table_at_once(file) or table_by_rows(file, folder)
-    manifest = Manifest(Path(folder), *table)  # the fields of Manifest in their order
-    files = manifest.folder, manifest.paths, manifest.path_bytes
-    archive = open_archive(*files) if use_tar else None
+    folder, paths, path_bytes = file.parent, table.paths, as_bytes(table.paths)
+    archive = open_archive(folder, paths, path_bytes) if use_tar else None
     sizes = None
     if archive:
         # A sample of a hundred finds a tar that is older than the images.
-        sample = np.unique(np.linspace(0, len(manifest.paths) - 1, 100).astype(int))
-        check_against_folder(archive, manifest.folder, manifest.path_bytes, sample)
+        sample = np.unique(np.linspace(0, len(paths) - 1, 100).astype(int))
+        check_against_folder(archive, folder, path_bytes, sample)
         sizes = archive.table["size"]
     elif check_files:
-        sizes = sizes_on_disk(*files)
-    return dataclasses.replace(manifest, archive=archive, sizes=sizes)
+        sizes = sizes_on_disk(folder, paths, path_bytes)
+    return Manifest(folder, **table._asdict(), archive=archive, sizes=sizes)

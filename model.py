@@ -21,12 +21,12 @@ def build_encoder(arch: str, init: str = "random",
                   say: Callable = lambda text: None) -> torchvision.models.ResNet:
     """A ResNet (B, 1, S, S) -> (B, D), its width D in `encoder.num_features`.
 
-    init: `random`; `imagenet`, torchvision's weights folded by `fold_rgb_stem`; or the
-    path of an encoder.pt or of another tool's checkpoint of a ResNet, see `find_encoder`, with
-    one channel or three. say: is told what of such a file was taken.
+    init: `random`; `imagenet`, torchvision's weights; or the path of an encoder.pt or of another
+    tool's checkpoint of a ResNet, with one channel or three (see checkpoint.py).
+    say: is told what of such a file was taken.
     CheckpointError where the weights cannot be had or do not fit."""
     if arch not in ARCHITECTURES:
-        raise CheckpointError(f"{init}: {arch!r} is none of {', '.join(ARCHITECTURES)}")
+        raise CheckpointError(f"architecture {arch!r} is none of {', '.join(ARCHITECTURES)}")
     encoder = getattr(torchvision.models, arch)()
     stem = encoder.conv1
     encoder.conv1 = nn.Conv2d(
@@ -44,9 +44,7 @@ def build_encoder(arch: str, init: str = "random",
 
 def num_features(encoder: torchvision.models.ResNet) -> int:
     """D, the width of what the encoder gives."""
-    width = encoder.num_features
-    assert isinstance(width, int)  # which a type checker cannot know of a module's attribute
-    return width
+    return int(encoder.num_features)  # pyright: ignore[reportArgumentType]
 
 
 # --------------------------------------------------------------------------------------------------

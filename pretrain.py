@@ -15,37 +15,34 @@ import contextlib
 import dataclasses
 import functools
 import math
-import signal
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import ClassVar
 
 import run  # before PyTorch, which loads for seconds: from here on Ctrl-C is one sentence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
-from torchvision.utils import make_grid
 
 from checkpoint import ARCHITECTURES
 from common import DataError
 from dali_pipeline import Preprocessing, train_loader
 from flags import PRECISION, THREADS, flag
+from lars import make_optimizer
 from loss import diagnostics, nt_xent
 from manifest import Manifest, read_manifest
-from model import MEAN, STD
+from model import SimCLR, build_encoder
 from probe import Probe, probe_sentence
 from run import Compute
-from run_folder import Curves, Progress, diverged
+from run_folder import Curves, Progress, diverged, view_pairs
 from sampling import Sampling, choose_sampling
-from syncbn import unchanged_statistics
-from training import Training
+from training import Training, backward_in_pieces
 from views import Augmentation
 
 # Peak learning rates for a batch of 256; larger batches get more in proportion (Goyal et al. 2017).
 BASE_LR = {"lars": 0.3, "adam": 5e-4, "adamw": 5e-4}
+DEMO_LR = 2e-3  # of adamw
 DEFAULT_VIEWS = Augmentation()
 
 
@@ -54,8 +51,10 @@ DEFAULT_VIEWS = Augmentation()
 
 @dataclass
 class Config:
-    """The defaults are the published recipe but for crop, brightness, contrast and temperature,
-    which docs/results.md chose on NIH's radiographs; --demo has others."""
+    """The defaults are the published recipe for chest radiographs, but for crop, brightness,
+    contrast and temperature, which docs/results.md chose on NIH's; --demo has others."""
+    bf16_on_cpu: ClassVar[bool] = True
+
     data: str = flag(
         "data/nih", "data folder, made by prepare.py", section="data and run folder")
     out: str = flag("runs/pretrain", "run folder", may_differ=True)
@@ -116,9 +115,9 @@ class Config:
         0.0, "share of negatives that are of the anchor's kind, tau+ of Chuang et al.", 0, 0.999)
     optimizer: str = flag("lars", "optimizer; lars as published", choices=tuple(BASE_LR))
     lr: float = flag(  # None until __post_init__
-        None, "peak learning rate for a batch of 256 (default: lars 0.3, adam and adamw 5e-4, "
-        "adamw with --demo 2e-3)",
-        1e-12, 1e30)
+        None, "peak learning rate for a batch of 256 (default: "
+        + ", ".join(f"{name} {lr:g}" for name, lr in BASE_LR.items())
+        + f"; adamw with --demo {DEMO_LR:g})", 1e-12, 1e30)
     weight_decay: float = flag(1e-6, "decay of weights, not of biases and batch norm", 0, 1e6)
     warmup_epochs: float = flag(10.0, "epochs of linear warm-up", 0, 1e6)
     max_steps: int | None = flag(
@@ -138,7 +137,7 @@ class Config:
 
     @staticmethod
     def presets(args) -> dict:
-        """Other defaults for --demo: minutes on two CPU cores."""
+        """Other defaults for --demo, for which flags.parse asks: minutes on two CPU cores."""
         return {} if not args.demo else dict(
             data="data/demo", out="runs/demo", arch="resnet18", image_size=64,
             normalize="image", rotation=20.0, blur=(0.1, 1.0),
@@ -153,7 +152,7 @@ class Config:
     def __post_init__(self):
         if self.lr is None:
             in_demo = self.demo and self.optimizer == "adamw"
-            self.lr = 2e-3 if in_demo else BASE_LR[self.optimizer]
+            self.lr = DEMO_LR if in_demo else BASE_LR[self.optimizer]
         # What the range of one flag cannot say.
         low, high = self.crop_area
         if not 0 < low <= high <= 1:
@@ -192,13 +191,12 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     probe = choose_probe(config, manifest)
     schedule = Schedule(config, len(train), probe is not None)
 
-    # SimCLR, its optimizer and scaler, step and last probe: from last.pt in the run folder if there
-    # is one, else new. A folder that holds a run with other flags or data is refused; a copied
-    # last.pt in an otherwise empty one is taken. The folder stays locked until the run ends.
-    training = Training(config, compute)
+    # What is trained: new, or as last.pt in the run folder has it. The folder stays locked until
+    # the run ends.
+    training = build(config, compute)
     training.begin_or_go_on(manifest, train, probe, resources)
     if training.step >= schedule.last_step:
-        end_at_once(training, schedule)
+        training.end_at_once(schedule.total_steps)
         return
 
     # Two views of each image.
@@ -222,11 +220,12 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
     # checkpoints use net itself.
     model = compute.data_parallel(torch.compile(net) if config.compile else net)
     model.train()
-    # Each process has own_batch images of a batch and encodes `piece` of them at once: all,
-    # unless --micro-batch says less.
+    # A process encodes the 2 * own_batch views of its images at once; for --micro-batch in pieces
+    # of 2 * piece views, as equal as can be.
     own_batch = config.batch_size // compute.world_size
-    piece = min(config.micro_batch or own_batch, own_batch)
-    # DistributedDataParallel's first backward pass rounds otherwise; see Compute.rehearse.
+    pieces = math.ceil(own_batch / (config.micro_batch or own_batch))
+    piece = math.ceil(own_batch / pieces)
+    # So that DistributedDataParallel rounds alike before and after a stop.
     compute.rehearse(model, (2 * piece, 1, config.image_size, config.image_size))
     loss_options = dict(decoupled=config.decoupled, hardness=config.hardness, prior=config.prior)
     start_step = training.step
@@ -237,14 +236,13 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
     # After `step` steps: probe, save, leave if it is time; then take one more.
     while True:
         step = training.step
-        at_end = step == schedule.last_step
-        stop_signal = stop.received(compute, step)
-        # Every few epochs: do the features get better, and not only the loss? A signal leaves no
-        # time to ask, and the run that goes on asks then. After the last step no run goes on,
-        # so it is asked anyway.
-        probed = False
-        if (probe and step in schedule.probe_steps and step > training.last_probe
-                and (at_end or not stop_signal)):
+        at_end, at_probe = step == schedule.last_step, step in schedule.probe_steps
+        # Several processes have to wait for the slowest to ask each other: not at every step.
+        stop_signal = stop.received(compute, ask=step % 5 == 0 or at_probe or at_end)
+        # Every few epochs: do the features get better, and not only the loss? At a signal the run
+        # that goes on will ask, unless this step is the last.
+        probe_due, probed = at_probe and step > training.last_probe, False
+        if probe and probe_due and (at_end or not stop_signal):
             with progress.pause():
                 scores = probe.scores(net.encoder, piece, preprocessing, compute)
             if not scores:
@@ -253,16 +251,16 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
             curves.add(step, schedule.epoch(step), scores)
             say(f"{schedule.position(step)} | {probe_sentence(scores)}")
 
-        # After a probe, every few steps, at the end and at a signal: save.
-        due = probed or step % config.save_every == 0 or at_end or stop_signal
-        unsaved = step > start_step or probed  # last.pt may have this step already
-        if due and unsaved and step > 0 and compute.rank == 0:
+        # After a probe, every few steps, at the end and at a signal: save what last.pt does not
+        # have.
+        due = step > start_step and (step % config.save_every == 0 or at_end or stop_signal)
+        if step > 0 and (probed or due) and compute.rank == 0:
             with progress.pause():
                 training.save()
         if at_end:
             break
         if stop_signal:
-            leave(stop_signal, training)
+            training.leave(stop_signal)
 
         # Learning rate and temperature depend on the step alone.
         lr, tau = schedule.learning_rate(step), schedule.temperature(step)
@@ -271,14 +269,13 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
 
         # Load two views of each image.
         with progress.waiting():
-            view1, view2, index = next(batches)                         # (N, 1, S, S) each, (N,)
+            view1, view2, index = next(batches)                         # (B, 1, S, S) each, (B,)
         if step == start_step:
             curves.add_image("views", view_pairs(view1, view2), step)
-        x = torch.cat([view1, view2])                                   # (2N, 1, S, S)
-        patients = compute.send(sampling.patients[index])               # (N,)
-        weights = None
-        if sampling.loss_weights is not None:
-            weights = compute.send(sampling.loss_weights[index])        # (N,)
+        x = torch.cat([view1, view2])                                   # (2B, 1, S, S)
+        patients = compute.send(sampling.patients[index])               # (B,)
+        weights = sampling.loss_weights                                 # (N,) or None
+        weights = None if weights is None else compute.send(weights[index])
         loss_of = functools.partial(
             nt_xent, temperature=tau, patients=patients, weights=weights, **loss_options)
 
@@ -286,28 +283,28 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
         # go back to the weights.
         if piece == own_batch:
             with compute.autocast():
-                z1, z2 = model(x).chunk(2)                              # (N, proj_dim) each
+                z1, z2 = model(x).chunk(2)                              # (B, proj_dim) each
             loss = loss_of(z1, z2)
             scaler.scale(loss).backward()
         else:
-            z1, z2, loss = backward_in_pieces(model, x, 2 * piece, loss_of, scaler, compute)
+            z1, z2, loss = backward_in_pieces(model, x, piece, loss_of, scaler, compute)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-        training.step += 1
-        step = training.step  # from here on with this step
-        progress.add(loss, step)
+        done = training.step = step + 1
+        progress.add(loss, done)
         # Every few steps: a point on the curves. Reading the loss waits for the GPU, so not always.
-        if step % config.log_every == 0 or step == schedule.last_step:
+        if done % config.log_every == 0 or done == schedule.last_step:
             watched = diagnostics(z1, z2, patients, weights, config.decoupled)
-            # Averaged over the processes; FloatingPointError where a loss was not finite.
-            scalars = progress.read(step, watched) | {"lr": lr, "temperature": tau}
-            curves.add(step, schedule.epoch(step), scalars)
+            # The mean loss since the last point, what is watched, and the speed, averaged over
+            # the processes. FloatingPointError where a loss was not finite.
+            scalars = progress.read(done, watched) | {"lr": lr, "temperature": tau}
+            curves.add(done, schedule.epoch(done), scalars)
             speed = scalars["images_per_second"]
-            say(f"{schedule.position(step)} | loss {scalars['loss']:.4f} (chance "
+            say(f"{schedule.position(done)} | loss {scalars['loss']:.4f} (chance "
                 f"{scalars['chance']:.2f}) | lr {lr:.2e} | {speed:.0f} img/s | wait "
-                f"{scalars['wait_share']:.0%} | eta {schedule.time_left(step, speed)}")
+                f"{scalars['wait_share']:.0%} | eta {schedule.time_left(done, speed)}")
 
     curves.close(config)
     compute.barrier()  # the last save is done before any process leaves
@@ -337,15 +334,15 @@ def read_data(config: Config, compute: Compute) -> tuple[Manifest, np.ndarray]:
 
 def choose_probe(config: Config, manifest: Manifest) -> Probe | None:
     """On --probe-data or the data folder itself; None where it has no labels."""
+    if not config.probe_every:
+        return None
     if config.probe_data:
         manifest = read_manifest(config.probe_data)
     can_be_probed = manifest.label_names and "val" in manifest.splits
     if config.probe_data and not can_be_probed:
         raise DataError(f"--probe-data {config.probe_data} has no labels or no val split to "
                         "probe by")
-    if not (config.probe_every and can_be_probed):
-        return None
-    return Probe(manifest, config.probe_images, config.seed)
+    return Probe(manifest, config.probe_images, config.seed) if can_be_probed else None
 
 
 class Schedule:
@@ -358,7 +355,7 @@ class Schedule:
         self.peak_lr = config.lr * config.batch_size / 256
         self.temperatures = config.temperature
         self.total_steps = self.step_at(config.epochs)
-        self.warmup_steps = config.warmup_epochs * n_images / config.batch_size  # or a part of one
+        self.warmup_steps = config.warmup_epochs * n_images / config.batch_size  # need not be whole
         # Where this run stops, and after which steps the features are probed.
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
         self.probe_steps = set()
@@ -386,28 +383,34 @@ class Schedule:
         return f"epoch {int(self.epoch(step)):03d} step {step:05d}/{self.total_steps}"
 
     def time_left(self, step: int, images_per_second: float) -> str:
-        minutes = int((self.last_step - step) * self.batch_size / images_per_second) // 60
-        return f"{minutes // 60}h{minutes % 60:02d}m"
+        seconds = (self.last_step - step) * self.batch_size / images_per_second
+        return f"{int(seconds / 3600)}h{int(seconds / 60) % 60:02d}m"
 
 
 # --------------------------------------------------------------------------------------------------
-# What is said before the first step.
+# What is trained.
 
-def end_at_once(training: Training, schedule: Schedule) -> None:
-    """A run whose last step was taken before. Its encoder.pt may be missing or older
-    than last.pt, if a kill came between the two, and is written once more."""
-    if training.compute.rank == 0:
-        training.save_encoder()
-    what = "is complete" if training.step >= schedule.total_steps else "has reached --max-steps"
-    training.compute.say(f"{training.config.out} {what}: step {training.step} of "
-                         f"{schedule.total_steps}, encoder in {training.encoder_file}")
+def build(config: Config, compute: Compute) -> Training:
+    """Network, optimizer and scaler, with new weights."""
+    torch.manual_seed(config.seed)
+    # A run that goes on takes its weights from last.pt: do not read or download --init.
+    goes_on = Path(config.out, "last.pt").exists() and not config.overwrite
+    encoder = build_encoder(config.arch, "random" if goes_on else config.init, compute.say)
+    net = SimCLR(encoder, config.proj_layers, config.proj_width, config.proj_dim)
+    net = compute.to_device(net)
+    optimizer = make_optimizer(
+        net, config.optimizer, config.lr, config.weight_decay, fused=compute.cuda)
+    # Small gradients underflow in float16, so that their loss is scaled up.
+    scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
+    return Training(config, compute, net, optimizer, scaler)
 
 
 def introduce(training: Training, schedule: Schedule, probe: Probe | None) -> None:
     """Say what is about to be trained, on what, and how."""
     config, compute, say = training.config, training.compute, training.compute.say
     parameters = sum(p.numel() for p in training.net.parameters()) / 1e6
-    say(f"{config.arch} from {config.init}, {parameters:.1f} M parameters, {compute.precision} on "
+    start = training.last_file if training.step else config.init
+    say(f"{config.arch} from {start}, {parameters:.1f} M parameters, {compute.precision} on "
         f"{compute.world_size} x {compute.name}")
     say(f"{schedule.n_images} images of {config.data} at {config.image_size} px, {config.epochs} "
         f"epochs = {schedule.total_steps} steps of {config.batch_size} images "
@@ -420,63 +423,8 @@ def introduce(training: Training, schedule: Schedule, probe: Probe | None) -> No
         say(f"going on from {training.last_file}, step {training.step}")
 
 
-# --------------------------------------------------------------------------------------------------
-# What the loop calls.
-
-def leave(stop_signal: int, training: Training) -> NoReturn:
-    """End a run that somebody stopped. All processes come here at the same step."""
-    config, compute = training.config, training.compute
-    compute.barrier()  # or torchrun might end the one that saves
-    state = f"saved {training.last_file}" if training.step else "nothing to save yet"
-    command = "the same command" + (" without --overwrite" if config.overwrite else "")
-    compute.say(f"{signal.Signals(stop_signal).name} at step {training.step}: {state}; "
-                f"{command} goes on")
-    sys.exit(128 + stop_signal)
-
-
-def backward_in_pieces(model: Any, x: Tensor, views_at_once: int, loss_of: Callable,
-                       scaler: torch.amp.GradScaler, compute: Compute,
-                       ) -> tuple[Tensor, Tensor, Tensor]:
-    """For --micro-batch: gradient caching (Gao et al. 2021), the loss of a whole batch
-    with memory for a piece of it.
-
-    x: (2N, 1, S, S), encoded so many views at a time, twice. The first pass keeps no graph
-    and gives all projections, the loss, and its gradient with respect to the projections.
-    The second encodes each piece again, with a graph, and sends its rows of that gradient
-    back. The parameters' gradients add up to those of the whole batch, but that batch norm
-    sees one piece at a time.
-
-    Returns z1, z2 (N, D) and the loss."""
-    net = model.module if isinstance(model, DistributedDataParallel) else model
-    pieces = x.split(views_at_once)
-    # The first pass goes past DistributedDataParallel, which would expect a backward
-    # pass, and leaves batch norm's statistics alone, which are to count an image once.
-    with unchanged_statistics(net), torch.no_grad(), compute.autocast():
-        z = torch.cat([net(piece) for piece in pieces]).requires_grad_()    # (2N, D)
-    loss = loss_of(*z.chunk(2))
-    z_gradient, = torch.autograd.grad(scaler.scale(loss), z)                # (2N, D)
-    for i, (piece, piece_gradient) in enumerate(zip(pieces, z_gradient.split(views_at_once)), 1):
-        # The processes add up their gradients once, after the last piece.
-        defer_sync = net is not model and i < len(pieces)
-        with model.no_sync() if defer_sync else contextlib.nullcontext():
-            with compute.autocast():
-                z_piece = model(piece)
-            z_piece.backward(piece_gradient)
-    z1, z2 = z.detach().chunk(2)
-    return z1, z2, loss.detach()
-
-
-def view_pairs(view1: Tensor, view2: Tensor) -> Tensor:
-    """The first eight images' views, one above the other, as a picture (3, H, W) in [0, 1]."""
-    # Back to the gray levels from before normalisation.
-    pairs = torch.stack([view1[:8], view2[:8]]).flatten(0, 1).float().cpu() * STD + MEAN
-    return make_grid(pairs.clamp(0, 1), nrow=len(view1[:8]))
-
-
 def main(argv: list[str] | None = None) -> None:
-    # bf16 on a CPU is for training alone: the later stages' probabilities should not depend on
-    # the machine.
-    run.main(pretrain, Config, argv, bf16_on_cpu=True)
+    run.main(pretrain, Config, argv)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,13 @@ import os
 import signal
 import sys
 import threading
+import zlib
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from common import (  # before PyTorch, for its answer to Ctrl-C
+from common import (  # before PyTorch: it answers Ctrl-C while that loads
     ALONE, DataError, Place, errors_in_one_sentence, print_any_name, read_place)
 
 import torch
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from checkpoint import last_line
 from flags import RunConfig, parse
 from run_folder import report_but_for_full_disk
 from syncbn import SyncBatchNorm, unchanged_statistics
@@ -32,60 +34,64 @@ from syncbn import SyncBatchNorm, unchanged_statistics
 # --------------------------------------------------------------------------------------------------
 # How a run begins.
 
-def main(stage: Callable, config_class: type, argv: list[str] | None = None,
-         timeout: timedelta = timedelta(minutes=30), bf16_on_cpu: bool = False) -> None:
+def main(stage: Callable, config_class: type, argv: list[str] | None = None) -> None:
     """Run `stage(config, compute, resources)`; what its user can mend ends it in one sentence.
 
     resources: an ExitStack; what the stage enters there is closed however the run ends.
-    timeout: how long a process waits for another one in a collective call.
-    bf16_on_cpu: whether --precision auto may be bf16 there.
 
-    After Ctrl-C the user is told that the same command goes on. Where it does not, the Config
-    has an attribute `afterwards`, which says what it does instead."""
+    A Config may say more of its stage, in attributes that are no flags:
+    timeout: how long a process waits for another one in a collective call (30 minutes).
+    bf16_on_cpu: whether --precision auto may be bf16 there (False: probabilities should not
+        depend on the machine).
+    afterwards: what the same command does after Ctrl-C, where it does not go on."""
     print_any_name()  # a name that the terminal cannot spell ends no run
-    # The main thread reports a full disk; TensorBoard's need not print a traceback as well.
-    threading.excepthook = report_but_for_full_disk
     config = parse(config_class, argv)
     script = f"{stage.__name__}.py"
-    # Until its place is known, each process reports for itself; then one of each machine does,
-    # because what is wrong may be so on one machine alone.
+    afterwards = getattr(config, "afterwards", "")
+    if config.overwrite and not afterwards:
+        afterwards = f"without --overwrite goes on from what is in {config.out}"
+    # Any process may find no place for itself, and each says so. From then on the first one of
+    # each machine speaks for all.
     with errors_in_one_sentence(script, config.out):
         place = read_place()
     speaks = place.local_rank == 0
-    afterwards = getattr(config, "afterwards", "")
+    # The main thread reports a full disk; TensorBoard's need not print a traceback as well.
+    threading.excepthook = report_but_for_full_disk
     try:
         with (contextlib.ExitStack() as resources,
               errors_in_one_sentence(script, config.out, speaks, afterwards)):
-            stage(config, start(config, place, timeout, bf16_on_cpu), resources)
-    except FloatingPointError as error:
-        sys.exit(f"{script}: {error}" if speaks else 1)
+            stage(config, start(config, place), resources)
     except torch.OutOfMemoryError:
         sys.exit(f"{script}: the GPU has too little memory: leave it to this run alone, take a "
                  "larger one, or, as far as this script can, a smaller --batch-size or "
                  "--micro-batch, or more GPUs")
     except RuntimeError as error:
-        # Connection closed by peer, or reset by it, or a broken pipe.
-        if "gloo/transport" not in str(error) and "closed by peer" not in str(error):
+        reason = last_line(error)
+        if "gloo/transport" not in reason and "closed by peer" not in reason:
             raise
-        sys.exit(1)  # another process failed, and the first one of its machine says why
+        # A collective call failed.
+        if "Timed out" in reason:
+            sys.exit(f"{script}: waited for another process in vain: {reason}")
+        sys.exit(1)  # the process that failed first says why
     finally:
         threading.excepthook = threading.__excepthook__
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def start(config: RunConfig, place: Place = ALONE, timeout: timedelta = timedelta(minutes=30),
-          bf16_on_cpu: bool = False) -> "Compute":
+def start(config: RunConfig, place: Place = ALONE) -> "Compute":
     """Join the processes that torchrun started, or be the only one."""
     rank, world_size, local_rank, local_world_size = place
     cuda = torch.cuda.is_available()
-    if cuda and max(local_rank + 1, local_world_size) > torch.cuda.device_count():
-        raise DataError(f"{local_world_size} processes are too many for "
+    gpus_needed = max(local_rank + 1, local_world_size)
+    if cuda and gpus_needed > torch.cuda.device_count():
+        raise DataError(f"{gpus_needed} processes on this machine are too many for its "
                         f"{torch.cuda.device_count()} GPUs")
     if cuda:
         torch.cuda.set_device(local_rank)
         torch.backends.cudnn.benchmark = True  # nearly every batch has the same shape
     if world_size > 1:
+        timeout = getattr(config, "timeout", timedelta(minutes=30))
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
         except (dist.DistError, ValueError) as error:
@@ -95,22 +101,21 @@ def start(config: RunConfig, place: Place = ALONE, timeout: timedelta = timedelt
                 f"{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT): {reason}") from None
     precision = config.precision
     if precision == "auto":
-        precision = _fastest_precision(cuda, bf16_on_cpu)
+        precision = _fastest_precision(cuda, getattr(config, "bf16_on_cpu", False))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    cores = len(os.sched_getaffinity(0))
-    threads = config.threads or max(1, min(8, cores // local_world_size))
-    return Compute(rank, world_size, device, precision, threads)
+    threads = config.threads or max(1, min(8, len(os.sched_getaffinity(0)) // local_world_size))
+    compute = Compute(rank, world_size, device, precision, threads)
+    if not compute.all_agree(precision):
+        raise DataError("--precision auto is not the same on all machines: choose one")
+    return compute
 
 
 def _fastest_precision(cuda: bool, bf16_on_cpu: bool) -> str:
     """bf16 where GPU or processor computes in it, and does not only imitate it."""
     if cuda:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    instructions = set()
-    with contextlib.suppress(OSError):
-        instructions.update(Path("/proc/cpuinfo").read_text().split())
-    faster = bf16_on_cpu and instructions & {"avx512_bf16", "amx_bf16"}
-    return "bf16" if faster else "fp32"
+    instructions = Path("/proc/cpuinfo").read_text().split() if bf16_on_cpu else []
+    return "bf16" if {"avx512_bf16", "amx_bf16"} & set(instructions) else "fp32"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -172,12 +177,18 @@ class Compute:
             dist.all_reduce(x, op)
         return x
 
+    def all_agree(self, text: str) -> bool:
+        """Whether all processes have the same text."""
+        number = zlib.crc32(text.encode())
+        smallest = self.reduce(torch.tensor(number), dist.ReduceOp.MIN)
+        return bool(smallest == self.reduce(torch.tensor(number), dist.ReduceOp.MAX))
+
     def to_device(self, net: nn.Module) -> Any:
         """A network on this process's device, with batch norm over the images of all processes."""
         if self.world_size > 1:
             SyncBatchNorm.replace_in(net)
         net = net.to(device=self.device)
-        # The images need no such layout: of one channel, both are the same.
+        # The images may stay as they are: with one channel, both layouts are the same.
         return net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def data_parallel(self, net: Any) -> Any:
@@ -188,17 +199,16 @@ class Compute:
             net, device_ids=[self.device.index] if self.cuda else None,
             gradient_as_bucket_view=True)
         # Batch norm's statistics are the same everywhere: do not broadcast them every step. Set
-        # here and not as an argument, because the constructor's own broadcast is wanted.
+        # afterwards, because as an argument it would also stop the broadcast at the start.
         model.broadcast_buffers = False
         return model
 
     def rehearse(self, model: nn.Module, shape: tuple[int, ...]) -> None:
-        """A forward and backward pass of a batch of this shape, which changes nothing, before the
-        first step of every start.
+        """A first backward pass, on zeros of this shape, which changes nothing.
 
-        DistributedDataParallel lays out its gradients anew after its first backward pass, and
-        sums of three or more round differently in another layout. Without this, a run that goes
-        on would take one step in the first layout and end with other bits."""
+        After its first one DistributedDataParallel puts the gradients into other buckets, and in
+        other buckets a sum over three or more processes rounds otherwise. With this before the
+        first step of every start, a run that goes on has the buckets of one without a stop."""
         if self.world_size == 1:
             return
         parameter = next(model.parameters())
@@ -236,12 +246,9 @@ class StopSignal:
     def _remember(self, number, frame) -> None:
         self.number = number
 
-    def received(self, compute: Compute, step: int) -> int:
+    def received(self, compute: Compute, ask: bool) -> int:
         """The signal that some process has received, or 0: the same answer on all of them, so
-        that they leave at the same step.
-
-        To ask each other, the processes have to wait for the slowest: they do at every fifth
-        step, and have heard nothing at the others."""
-        if compute.world_size > 1 and step % 5:
+        that they leave at the same step. Without `ask`, several processes have heard nothing."""
+        if compute.world_size > 1 and not ask:
             return 0
         return int(compute.reduce(torch.tensor(self.number), dist.ReduceOp.MAX))

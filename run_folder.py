@@ -20,11 +20,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
+from torchvision.utils import make_grid
 
 from checkpoint import CheckpointError
 from common import lock, valid_unicode, write_text
 from flags import RunConfig, differing_flags
 from manifest import Manifest
+from model import MEAN, STD
 
 if TYPE_CHECKING:
     from run import Compute
@@ -125,9 +127,13 @@ def open_run(config: RunConfig, stage: str, results: tuple[str, ...],
     # A run of an older version had no flag that came later: it ran with what is now its default.
     difference = _difference(_defaults(config) | before if before else {}, now)
     if config.overwrite:
-        for pattern in results:
-            for old in out.glob(pattern):
-                old.unlink()
+        given = {os.path.realpath(path) for path in (contents or {}).get("init", {})}
+        for old in [file for pattern in results for file in out.glob(pattern)]:
+            if os.path.realpath(old) in given:
+                raise CheckpointError(f"--overwrite would delete {old}, which --init names; "
+                                      "choose another --out")
+        for old in [file for pattern in results for file in out.glob(pattern)]:
+            old.unlink()
     goes_on = bool(before) and (out / results[0]).exists()
     if goes_on and difference:
         raise CheckpointError(f"{out} holds a run {difference}; choose another --out, or give up "
@@ -235,6 +241,14 @@ class Curves:
             self.writer.flush()  # close() alone would not say that the disk is full
             self.writer.close()
             self.file.close()
+
+
+def view_pairs(view1: Tensor, view2: Tensor) -> Tensor:
+    """The first eight images' views (B, 1, S, S), one above the other, as a picture (3, H, W) in
+    [0, 1]."""
+    # Back to the gray levels from before normalisation.
+    pairs = torch.stack([view1[:8], view2[:8]]).flatten(0, 1).float().cpu() * STD + MEAN
+    return make_grid(pairs.clamp(0, 1), nrow=len(view1[:8]))
 
 
 def report_but_for_full_disk(args) -> None:

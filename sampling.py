@@ -1,9 +1,8 @@
 """Which images form a batch, and which of them are compared: pure functions of the seed.
 
-Without flags every epoch is one shuffle of the train split, by `batch_at`, and images of
-one patient are not each other's negatives. The rest is for flags.
+Without flags every epoch is one shuffle of the train split, and images of one patient are
+not each other's negatives. The rest is for flags.
 """
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,29 +15,23 @@ from manifest import Manifest
 from philox import PARTNER, RESAMPLE, SHUFFLE, generator, uniform_numbers
 
 
-def batch_at(step: int, batch_size: int, images: np.ndarray, seed: int,
-             part: slice = slice(None), order: Callable[[int], np.ndarray] | None = None,
-             ) -> tuple[np.ndarray, np.ndarray]:
-    """The global batch at `step`, or a part of it: times and image indices, (B,) each.
+def batch_at(step: int, batch_size: int, images: np.ndarray, order: Callable[[int], np.ndarray],
+             part: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+    """The global batch at `step`, or a part of it: positions and image indices, (B,) each.
 
-    Epochs follow each other without a gap: of 10 images in batches of 4, step 2 takes
-    the last 2 of epoch 0 and the first 2 of epoch 1.
-
-    times: tell the showings of an image apart, so that each gets views of its own.
-    Usually that is the epoch.
-    order: for --balance. order(epoch) is (n,) places in `images`, instead of a shuffle.
-    It may show an image twice in an epoch, so that times are positions in the whole run."""
-    positions = np.arange(step * batch_size, (step + 1) * batch_size)[part]  # in the whole run
-    epochs, places = np.divmod(positions, len(images))                       # in an epoch
+    A position counts the images of the whole run, and so tells the showings of an image
+    apart. Epochs follow each other without a gap: of 10 images in batches of 4, step 2
+    takes the last 2 of epoch 0 and the first 2 of epoch 1.
+    order(epoch): (n,) places in `images` (n,)."""
+    positions = np.arange(step * batch_size, (step + 1) * batch_size)[part]
+    epochs, places = np.divmod(positions, len(images))
     index = np.empty_like(places)
-    for epoch in range(epochs[0], epochs[-1] + 1):                           # mostly one
+    for epoch in range(epochs[0], epochs[-1] + 1):  # mostly one
         here = epochs == epoch
-        of_epoch = order(epoch) if order else shuffled_order(len(images), seed, epoch)
-        index[here] = images[of_epoch[places[here]]]
-    return (positions if order else epochs), index
+        index[here] = images[order(epoch)[places[here]]]
+    return positions, index
 
 
-@functools.lru_cache(maxsize=4)
 def shuffled_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return generator(seed, SHUFFLE, epoch).permutation(n)
 
@@ -47,7 +40,7 @@ def shuffled_order(n: int, seed: int, epoch: int) -> np.ndarray:
 # What the flags change.
 
 class Sampling(NamedTuple):
-    """What the flags make of the manifest's N images, (N,) each."""
+    """What the flags make of all N images of the manifest, (N,) each."""
     draw_weights: np.ndarray | None  # --balance: how often it is drawn, in proportion; else None
     loss_weights: Tensor | None      # --weigh-loss: of its anchors in the loss; else None
     pair_group: np.ndarray | None    # --positives: images of one number may be a pair; else None
@@ -89,30 +82,30 @@ def weighted_order(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     places, u = random.permutation(n), random.random()
     ends = np.cumsum(weights[places])
     ends = ends / ends[-1] * n                          # (n,) where each image ends on the line
-    points = np.ceil(ends - u)                          # how many lie before each end
-    points[-1] = n                                      # also where n - u is rounded to n - 1
-    draws = np.diff(points, prepend=0).astype(int)
+    before = np.ceil(ends - u)                          # how many draws lie before each end
+    before[-1] = n                                      # rounding could lose the last one
+    draws = np.diff(before, prepend=0).astype(int)
     return np.repeat(places, draws)[shuffled_order(n, seed, epoch)]
 
 
 def partners_drawn(pair_group: np.ndarray, may_be_drawn: np.ndarray, seed: int,
                    ) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """partners(times, images), (B,) for B images: another image of the same group for
-    each, all equally likely; the image itself where there is no other.
+    """partners(positions, images), (B,) for B images: another image of the same group
+    for each, all equally likely; the image itself where there is no other.
 
     pair_group: (N,) of Sampling. may_be_drawn: (n,) image indices."""
     # One group after another, and each in the order of the manifest.
     members = may_be_drawn[np.lexsort((may_be_drawn, pair_group[may_be_drawn]))]    # (n,)
     groups = pair_group[members]                                                    # (n,)
 
-    def partners(times: np.ndarray, images: np.ndarray) -> np.ndarray:
+    def partners(positions: np.ndarray, images: np.ndarray) -> np.ndarray:
         own_group = pair_group[images]                                      # (B,)
         first = np.searchsorted(groups, own_group, "left")                  # place in members
         others = np.searchsorted(groups, own_group, "right") - first - 1    # how many
-        u = uniform_numbers((seed, PARTNER), 1, 0, images, times)[0]        # (B,) in [0, 1)
+        u = uniform_numbers((seed, PARTNER), 1, 0, images, positions)[0]    # (B,) in [0, 1)
         place = first + (u * others).astype(int)
-        # The image itself, and what comes after it, make room.
-        place += (others > 0) & (members[place] >= images)
+        # Pass over the image itself: from its own place on, take the next one.
+        place += (members[place] >= images) & (others > 0)
         return members[place]
 
     return partners

@@ -7,27 +7,29 @@ images are the same.
 """
 import contextlib
 import dataclasses
-import json
 import operator
-import zlib
+import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
-import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 import run_folder
 from checkpoint import (
     FORMAT, MALFORMED, CheckpointError, first_not_finite, last_line, load_checkpoint,
     save_checkpoint)
 from common import DataError
-from lars import make_optimizer
 from manifest import Manifest
-from model import MEAN, STD, SimCLR, build_encoder
+from model import MEAN, STD, SimCLR
 from probe import Probe
 from run import Compute
 from run_folder import diverged
+from syncbn import unchanged_statistics
 
 if TYPE_CHECKING:
     from pretrain import Config
@@ -42,31 +44,23 @@ class Training:
     Views follow from images, flags and step alone, so that last.pt needs no state of the
     loader."""
 
-    def __init__(self, config: "Config", compute: Compute):
+    def __init__(self, config: "Config", compute: Compute, net: SimCLR,
+                 optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler):
         self.config, self.compute = config, compute
+        self.net, self.optimizer, self.scaler = net, optimizer, scaler
         self.last_file = Path(config.out) / "last.pt"
         self.encoder_file = Path(config.out) / "encoder.pt"
-        torch.manual_seed(config.seed)
-        # A run that goes on takes its weights from last.pt: do not read or download --init.
-        goes_on = self.last_file.exists() and not config.overwrite
-        encoder = build_encoder(config.arch, "random" if goes_on else config.init, compute.say)
-        net = SimCLR(encoder, config.proj_layers, config.proj_width, config.proj_dim)
-        self.net = compute.to_device(net)
-        self.optimizer = make_optimizer(
-            self.net, config.optimizer, config.lr, config.weight_decay, fused=compute.cuda)
-        # Small gradients underflow in float16, so that their loss is scaled up.
-        self.scaler = torch.amp.GradScaler(
-            compute.device.type, enabled=compute.precision == "fp16")
         self.step = 0         # steps taken
         self.last_probe = -1  # the step after which the features were last probed
         self.images_digest = ""  # of the train split's paths
 
     def begin_or_go_on(self, manifest: Manifest, train: np.ndarray, probe: Probe | None,
                        resources: contextlib.ExitStack) -> None:
-        """Lock the run folder for this run, and come to where its last.pt left off.
+        """Lock the run folder for this run, and come to where its last.pt left off, if there is
+        one; a copied one in an otherwise empty folder will do.
 
         train: image indices of the train split. CheckpointError or DataError where the folder
-        holds another run, or the processes do not see the same files."""
+        holds a run with other flags or data, or the processes do not see the same files."""
         config, compute, out = self.config, self.compute, Path(self.config.out)
         self.images_digest = run_folder.paths_digest(manifest, train)
         inputs = inputs_of(config, manifest, train, probe)
@@ -83,14 +77,14 @@ class Training:
         compute.barrier()
         if self.last_file.exists():
             self.load()
-        if not _same_everywhere(self.step, compute):
+        if not compute.all_agree(str(self.step)):
             raise DataError(f"the processes do not see the same {self.last_file}: --out must lie "
                             "on storage that all of them see")
-        # A copy of the data folder on each machine's own disk may be an old one.
-        content = json.dumps([list(inputs[name].values()) for name in ("data", "patients")
-                              if name in inputs])
-        if not _same_everywhere(zlib.crc32(content.encode()), compute):
-            raise DataError(f"the processes do not see the same train split in {config.data}")
+        # A copy of a data folder on each machine's own disk may be an old one.
+        probed_on = {"--probe-data": probe.manifest} if probe and config.probe_data else {}
+        for flag, seen in ({"--data": manifest} | probed_on).items():
+            if compute.world_size > 1 and not compute.all_agree(run_folder.content_of_data(seen)):
+                raise DataError(f"the processes do not see the same {flag} {seen.folder}")
 
     def load(self) -> None:
         """Go on from last.pt; CheckpointError or DataError where it is of another run."""
@@ -141,6 +135,26 @@ class Training:
     def settings(self) -> dict[str, Any]:
         return dataclasses.asdict(self.config) | {"mean": MEAN, "std": STD}
 
+    # How a run ends before its last step, or after it.
+
+    def leave(self, stop_signal: int) -> NoReturn:
+        """End a run that somebody stopped. All processes come here at the same step."""
+        self.compute.barrier()  # or torchrun might end the one that saves
+        state = f"saved {self.last_file}" if self.step else "nothing to save yet"
+        command = "the same command" + (" without --overwrite" if self.config.overwrite else "")
+        self.compute.say(f"{signal.Signals(stop_signal).name} at step {self.step}: {state}; "
+                         f"{command} goes on")
+        sys.exit(128 + stop_signal)
+
+    def end_at_once(self, total_steps: int) -> None:
+        """A run whose last step was taken before. Its encoder.pt may be missing or older
+        than last.pt, if a kill came between the two, and is written once more."""
+        if self.compute.rank == 0:
+            self.save_encoder()
+        what = "is complete" if self.step >= total_steps else "has reached --max-steps"
+        self.compute.say(f"{self.config.out} {what}: step {self.step} of {total_steps}, encoder "
+                         f"in {self.encoder_file}")
+
 
 def inputs_of(config: "Config", manifest: Manifest, train: np.ndarray,
               probe: Probe | None) -> dict[str, dict[str, str]]:
@@ -160,7 +174,42 @@ def inputs_of(config: "Config", manifest: Manifest, train: np.ndarray,
     return inputs
 
 
-def _same_everywhere(number: int, compute: Compute) -> bool:
-    """Whether all processes have the same number."""
-    smallest = compute.reduce(torch.tensor(number), dist.ReduceOp.MIN)
-    return bool(smallest == compute.reduce(torch.tensor(number), dist.ReduceOp.MAX))
+# --------------------------------------------------------------------------------------------------
+# The step of --micro-batch.
+
+def backward_in_pieces(model: Any, x: Tensor, piece: int, loss_of: Callable,
+                       scaler: torch.amp.GradScaler, compute: Compute,
+                       ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient caching (Gao et al. 2021): the loss of a whole batch with memory for a
+    piece of it.
+
+    x: (2B, 1, S, S), the two views of B images, encoded 2 * piece at a time, twice. The
+    first pass keeps no graph and gives all projections, the loss, and its gradient with
+    respect to the projections. The second encodes each piece again, with a graph, and
+    sends its rows of that gradient back. The parameters' gradients add up to those of the
+    whole batch, but that batch norm sees one piece at a time.
+
+    Returns z1, z2 (B, D) and the loss."""
+    is_parallel = isinstance(model, DistributedDataParallel)
+    net = model.module if is_parallel else model
+    pieces = x.split(2 * piece)
+    # The first pass goes past DistributedDataParallel, which would expect a backward
+    # pass, and leaves batch norm's statistics alone, which are to count an image once.
+    with unchanged_statistics(net), torch.no_grad(), compute.autocast():
+        z = torch.cat([net(views) for views in pieces]).requires_grad_()    # (2B, D)
+    loss = loss_of(*z.chunk(2))
+    z_gradient, = torch.autograd.grad(scaler.scale(loss), z)                # (2B, D)
+
+    def second_pass(views: Tensor, gradient: Tensor) -> None:
+        with compute.autocast():
+            z_piece = model(views)
+        z_piece.backward(gradient)
+
+    # The processes add up their gradients once, with the last piece.
+    *but_last, last = zip(pieces, z_gradient.split(2 * piece))
+    with model.no_sync() if is_parallel else contextlib.nullcontext():
+        for views, gradient in but_last:
+            second_pass(views, gradient)
+    second_pass(*last)
+    z1, z2 = z.detach().chunk(2)
+    return z1, z2, loss.detach()

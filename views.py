@@ -1,7 +1,7 @@
 """What makes the views of an image: a pure function of the seed.
 
 A view is a function, not a stream. Every augmentation parameter follows from (seed,
-time, image index, view) alone. Philox maps (key, counter) to numbers: the key holds
+position in the run, image index, view) alone. Philox maps (key, counter) to numbers: the key holds
 the seed and the purpose, the counter says whose numbers they are, and nothing
 depends on what was drawn before. So a run can be resumed at any step, or spread over
 any number of processes, and sees the very same views.
@@ -34,11 +34,11 @@ class Augmentation:
     equalize: float = 0.0                        # probability of histogram equalisation
 
 
-def view_parameters(augmentation: Augmentation, seed: int, times: np.ndarray, images: np.ndarray,
-                    views: int) -> dict[str, np.ndarray]:
+def view_parameters(augmentation: Augmentation, seed: int, positions: np.ndarray,
+                    images: np.ndarray, views: int) -> dict[str, np.ndarray]:
     """What makes each of V views of each of B images.
 
-    times: (B,) of `batch_at`, which tell the showings of an image apart.
+    positions, images: (B,) of `batch_at`.
 
     Returns, most of them under the names of DALI's arguments:
     roi_start, roi_end (V, B, 2): the crop window, (y, x) as fractions of the image.
@@ -47,25 +47,24 @@ def view_parameters(augmentation: Augmentation, seed: int, times: np.ndarray, im
     mirror (V, B): 0 or 1.
     gamma (V, B): the exponent of the gray levels in [0, 1]; left out where it is always 1.
     equalize (V, B): 0 or 1; left out where it is always 0.
-    mean, std (V, B): (x - mean) / std is brightness, contrast and normalisation in one, of
-    gray levels x of 0 to 255."""
-    # Numbers in [0, 1) for each view, image and time.
+    mean, std (V, B): for gray levels x of 0 to 255, (x - mean) / std is brightness, contrast
+    and normalisation in one."""
+    # Numbers in [0, 1) for each view of each image.
     view = np.arange(views)[:, None]                            # (V, 1)
-    numbers = uniform_numbers((seed, VIEW), len(NUMBERS), view, images, times)
+    numbers = uniform_numbers((seed, VIEW), len(NUMBERS), view, images, positions)
     u = dict(zip(NUMBERS, numbers))                             # (V, B) each
 
-    # Evaluation maps the whole image onto the square, and so do views: a window of aspect 1 has
-    # the image's own proportions. Its height is sqrt(area / aspect), its width sqrt(area * aspect).
-    # As neither may exceed 1, the aspect lies within area to 1 / area, and within 3/4 to 4/3.
+    # A window sqrt(area / aspect) high and sqrt(area * aspect) wide, as shares of the image's own
+    # sides: evaluation squeezes the whole image onto the square as well. The aspect lies within
+    # 3/4 to 4/3, and within area to 1 / area, so that no side exceeds 1.
     area = _between(augmentation.crop_area, u["area"])
     widest = np.minimum(np.log(4 / 3), -np.log(area))
     aspect = np.exp(_around(0, widest, u["aspect"]))
     window = np.sqrt(np.stack([area / aspect, area * aspect], axis=-1))  # (V, B, 2)
     start = (1 - window) * np.stack([u["top"], u["left"]], axis=-1)      # (V, B, 2)
 
-    # Brightness b, then contrast c about m, with m, s = MEAN, STD: y = c (b x - m) + m. Normalised:
-    # (y - m) / s = (x - m / b) / (s / (b c)). Here x is in 0 to 1, DALI's gray levels in 0 to 255.
-    # (torchvision's contrast pivots on the image's own mean, and clips.)
+    # With m, s = MEAN, STD, brightness b and then contrast c about m make y = c (b x - m) + m of a
+    # gray level x in [0, 1]. The network gets (y - m) / s, which is (x - m / b) / (s / (b c)).
     b = _around(1, augmentation.brightness, u["brightness"])
     c = _around(1, augmentation.contrast, u["contrast"])
     parameters = {

@@ -9,8 +9,8 @@ from dali_pipeline import Preprocessing, train_loader
 from loss import diagnostics, nt_xent
 from manifest import read_manifest
 from model import SimCLR, build_encoder
-from pretrain import backward_in_pieces
 from run import Compute
+from training import backward_in_pieces
 from views import Augmentation
 
 STEPS, RESUMED = 6, 5
@@ -46,7 +46,7 @@ def train(compute, data, live, first=0, state=None):
             compute.rehearse(model, tuple(x.shape))
         in_pieces = {}
         if not live:                    # a piece has a batch norm of its own
-            backward_in_pieces(model, x, 3, loss_of, scaler, compute)
+            backward_in_pieces(model, x, 2, loss_of, scaler, compute)
             in_pieces = {"gradient in pieces": gradient_of(net)}
             optimizer.zero_grad()
         z1, z2 = model(x).chunk(2)

@@ -20,7 +20,7 @@ from dali_pipeline import Preprocessing, eval_loader, train_loader
 from manifest import read_manifest
 from model import MEAN, STD
 from philox import PARTNER, VIEW, uniform_numbers
-from sampling import batch_at, partners_drawn, weighted_order
+from sampling import batch_at, partners_drawn, shuffled_order, weighted_order
 from views import Augmentation, view_parameters
 
 STRONG = Augmentation(crop_area=(0.3, 1.0), rotation=25.0, blur=(0.1, 2.0), flip=0.5,
@@ -31,14 +31,16 @@ STRONG = Augmentation(crop_area=(0.3, 1.0), rotation=25.0, blur=(0.1, 2.0), flip
 
 @pytest.mark.parametrize("n, batch_size", [(10, 4), (7, 7), (12, 5), (100, 1)])
 def test_every_epoch_shows_every_image_once(n, batch_size):
-    images = np.arange(n) * 3 + 1
-    batches = [batch_at(step, batch_size, images, 0) for step in range(3 * n)]
-    epochs, index = (np.concatenate(x) for x in zip(*batches))
+    images, order = np.arange(n) * 3 + 1, functools.partial(shuffled_order, n, 0)
+    batches = [batch_at(step, batch_size, images, order) for step in range(3 * n)]
+    positions, index = (np.concatenate(x) for x in zip(*batches))
+    assert positions.tolist() == list(range(3 * n * batch_size))
     for epoch in range(3):
-        assert sorted(index[epochs == epoch]) == sorted(images)
+        assert sorted(index[positions // n == epoch]) == sorted(images)
     assert index[:n].tolist() != index[n:2 * n].tolist() or n < 8                   # another order
-    another_seed = np.concatenate([batch_at(s, batch_size, images, 1)[1] for s in range(3 * n)])
-    assert index.tolist() != another_seed.tolist()
+    another_seed = functools.partial(shuffled_order, n, 1)
+    other = [batch_at(step, batch_size, images, another_seed)[1] for step in range(3 * n)]
+    assert index.tolist() != np.concatenate(other).tolist()
 
 
 def test_random_numbers_are_numpys_philox():
@@ -52,17 +54,17 @@ def test_random_numbers_are_numpys_philox():
 
 
 def test_a_part_of_a_batch_is_that_part():
-    images = np.arange(10) * 3
+    images, order = np.arange(10) * 3, functools.partial(shuffled_order, 10, 0)
     for step in range(8):                           # some of them across two epochs, or three
-        epochs, index = batch_at(step, 12, images, 0)
+        whole = batch_at(step, 12, images, order)
         for part in (slice(0, 4), slice(4, 12), slice(11, 12)):
-            own_epochs, own = batch_at(step, 12, images, 0, part)
-            assert (own_epochs == epochs[part]).all() and (own == index[part]).all()
+            own = batch_at(step, 12, images, order, part)
+            assert all(np.array_equal(a, b[part]) for a, b in zip(own, whole))
 
 
-def one_view(augmentation, seed, times, images, view):
+def one_view(augmentation, seed, positions, images, view):
     """The parameters of view number `view` alone."""
-    parameters = view_parameters(augmentation, seed, times, images, 2)
+    parameters = view_parameters(augmentation, seed, positions, images, 2)
     return {name: values[view] for name, values in parameters.items()}
 
 
@@ -127,11 +129,11 @@ def test_batches_of_an_order_are_cut_from_its_epochs():
     order = functools.partial(weighted_order, weights, 0)
     sequence = np.concatenate([images[order(epoch)] for epoch in range(10)])
     for step in range(8):
-        places, index = batch_at(step, 12, images, 0, order=order)
+        positions, index = batch_at(step, 12, images, order)
         assert index.tolist() == sequence[12 * step:12 * (step + 1)].tolist()
-        assert places.tolist() == list(range(12 * step, 12 * (step + 1)))
-        part = batch_at(step, 12, images, 0, slice(3, 9), order)
-        assert np.array_equal(part, (places[3:9], index[3:9]))
+        assert positions.tolist() == list(range(12 * step, 12 * (step + 1)))
+        part = batch_at(step, 12, images, order, slice(3, 9))
+        assert np.array_equal(part, (positions[3:9], index[3:9]))
 
 
 def test_partners_are_other_images_of_the_group():
@@ -358,9 +360,10 @@ def test_second_image_that_cannot_be_read_is_named(folder, damage):
     """An image that is never an anchor in these steps, and once another one's partner."""
     manifest, seed = read_manifest(folder), 0
     train = manifest.images("train")
-    epochs, anchors = batch_at(0, 2, train, seed)
+    order = functools.partial(shuffled_order, len(train), seed)
+    positions, anchors = batch_at(0, 2, train, order)
     partners = partners_drawn(manifest.patient_numbers(), train, seed)
-    bad = next(iter(set(partners(epochs, anchors)) - set(anchors)))
+    bad = next(iter(set(partners(positions, anchors)) - set(anchors)))
     path = folder / manifest.paths[bad]
     content = path.read_bytes()
     path.write_bytes(content[:len(content) // 2] if damage == "truncate" else b"no image")

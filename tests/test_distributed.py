@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import SMALL, run, start
+from conftest import ROOT, SMALL, run, start
 from ddp_steps import one_of, steps_of_both
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.multiprocessing.spawn import start_processes
@@ -118,6 +118,49 @@ def test_terminated_job_goes_on_where_it_stopped(data, tmp_path, run_forked):
     assert code == other_code == 0 and "going on from" in output, output
     lines = [json.loads(line) for line in open(tmp_path / "run/log.jsonl")]
     assert [line["step"] for line in lines] == list(range(1, 16))
+
+
+def changed(folder, change):
+    """A script that pre-trains after something in pretrain.py was changed."""
+    file = folder / "changed.py"
+    file.write_text(f"import datetime, os, signal, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n"
+                    f"import pretrain\n{change}\npretrain.main()\n")
+    return file
+
+
+SIGNAL_IN_STEP_7 = """
+whole, step = pretrain.nt_xent, iter(range(1, 100))
+def nt_xent(*arguments, **options):
+    if next(step) == 7 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return whole(*arguments, **options)
+pretrain.nt_xent = nt_xent
+"""
+
+
+def test_one_process_that_hears_a_signal_keeps_all_from_the_probe(data, tmp_path, run_forked):
+    """After step 7 of 21 the features would be probed, for which a job that is stopped has no
+    time."""
+    codes, outputs = zip(*run_forked(
+        changed(tmp_path, SIGNAL_IN_STEP_7), *SMALL, "--data", data, "--out", tmp_path / "run",
+        "--batch-size", "6", "--probe-every", "1", processes=2))
+    output = "".join(outputs)
+    assert all(codes) and "SIGTERM at step 7: saved" in output, output
+    assert "00000/21 | probe" in output and "00007/21 | probe" not in output
+
+
+PROCESS_1_HANGS = """
+pretrain.Config.timeout = datetime.timedelta(seconds=8)
+if os.environ["RANK"] == "1":
+    pretrain.train_steps = lambda *arguments: time.sleep(100)
+"""
+
+
+def test_a_process_that_never_comes_is_told(data, tmp_path):
+    code, output = run(changed(tmp_path, PROCESS_1_HANGS), *SMALL, "--data", data, "--out",
+                       tmp_path / "run", processes=2)
+    assert code and "pretrain.py: waited for another process in vain" in output, output
+    assert f'File "{ROOT}/run.py"' not in output      # no traceback but torchrun's own
 
 
 @pytest.mark.gpu

@@ -150,7 +150,7 @@ def test_other_flags_are_refused_until_overwrite(finished, data, tmp_path, capsy
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     message = refused(capsys, "--probe-every", 1, "--data", data, "--out", out,
                       "--temperature", 0.2, "--seed", 5)
-    assert "--seed (0 there, 5 here), --temperature (0.07 there, 0.2 here)" in message
+    assert "--seed (0 there, 5 here), --temperature (0.1 there, 0.2 here)" in message
     assert "--out" in message and "--overwrite" in message
     assert before == {p.name: p.read_bytes() for p in out.iterdir()}
 
@@ -160,7 +160,8 @@ def test_copied_checkpoint_starts_a_run_with_other_flags(finished, data, tmp_pat
     shutil.copy(finished[0] / "last.pt", tmp_path / "run")
     flags = ["--data", str(data), "--out", str(tmp_path / "run"), "--epochs", "4", "--lr", "0.1"]
     pretrain.main([*SMALL, *flags])
-    assert "last.pt, step 15" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "last.pt, step 15" in output and f"resnet18 from {tmp_path}/run/last.pt" in output
     assert sorted(scalars(tmp_path / "run", "loss")) == list(range(16, 22))
     pretrain.main([*SMALL, *flags])
     assert "is complete: step 21 of 21" in capsys.readouterr().out
@@ -191,7 +192,7 @@ def test_run_goes_on_without_its_first_weights_and_in_another_precision(finished
     assert sorted(scalars(tmp_path / "run", "loss")) == [1, 2]
     state = load_checkpoint(tmp_path / "run/last.pt")
     compute = Compute(0, 1, torch.device("cpu"), "fp16", 1)             # no CPU trains in it
-    training = pretrain.Training(run_module.parse(pretrain.Config, flags), compute)
+    training = pretrain.build(run_module.parse(pretrain.Config, flags), compute)
     training.images_digest = state["images"]
     training.load()
     assert training.scaler.is_enabled() and training.step == 2
@@ -229,6 +230,25 @@ def test_encoder_is_written_again_or_guarded(data, tmp_path, capsys):
     assert "holds an encoder.pt and no last.pt" in message
     assert (tmp_path / "run/config.json").read_bytes() == settings
     assert not torch.equal(again("--seed", "3", "--overwrite"), first)
+
+
+def test_overwrite_deletes_nothing_that_init_names(data, tmp_path, capsys):
+    command = ["--data", str(data), "--out", str(tmp_path / "run"), "--max-steps", "1"]
+    pretrain.main([*SMALL, *command])
+    encoder = tmp_path / "run/encoder.pt"
+    message = refused(capsys, *command, "--overwrite", "--init", encoder)
+    assert f"--overwrite would delete {encoder}, which --init names" in message
+    assert encoder.exists() and (tmp_path / "run/last.pt").exists()
+
+
+def test_pieces_of_a_batch_are_equal_where_they_can_be(data, tmp_path, monkeypatch):
+    """Batch norm sees a piece: of nine images four, four and one would be poor."""
+    views, forward = [], pretrain.SimCLR.forward
+    monkeypatch.setattr(pretrain.SimCLR, "forward",
+                        lambda net, x: views.append(len(x)) or forward(net, x))
+    pretrain.main([*SMALL, "--data", str(data), "--out", str(tmp_path), "--batch-size", "9",
+                   "--micro-batch", "4", "--max-steps", "1"])
+    assert views == [6] * 6     # three pieces of three images' views, each encoded twice
 
 
 def test_full_disk_while_saving_is_told_and_leaves_the_old_checkpoint(data, tmp_path, capsys):

@@ -186,12 +186,13 @@ def test_what_is_wrong_on_one_machine_alone_is_said_there(data, tmp_path, on_two
 
 def test_machines_whose_data_folders_differ_do_not_train_together(data, tmp_path,
                                                                   on_two_machines):
-    """A copy of the folder on a machine's own disk, in which two patients are one."""
+    """A copy of the folder on a machine's own disk, in which one image of val has another label."""
     shutil.copytree(data, tmp_path / "copy")
     table = (tmp_path / "copy/manifest.csv").read_text()
-    (tmp_path / "copy/manifest.csv").write_text(table.replace(",p1,", ",p0,"))
+    assert ",val,1," in table
+    (tmp_path / "copy/manifest.csv").write_text(table.replace(",val,1,", ",val,0,", 1))
     for output in on_two_machines(data, tmp_path / "copy"):
-        assert "the processes do not see the same train split in data" in output
+        assert "the processes do not see the same --data data" in output
 
 
 LOOKS = """
@@ -570,6 +571,16 @@ def test_code_in_a_pickle_does_not_run(tmp_path, write):
     with pytest.raises(CheckpointError, match="w.pt is not a whole checkpoint"):
         build_encoder("resnet18", str(tmp_path / "w.pt"))
     assert not (tmp_path / "ran").exists()
+
+
+def test_ctrl_c_of_a_command_with_overwrite_says_how_to_go_on(data, tmp_path, capsys, monkeypatch):
+    """Before the loop: the same command would delete what is there."""
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(pretrain, "read_data", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        pretrain.main([*SMALL, "--data", str(data), "--out", str(tmp_path), "--overwrite"])
+    assert "the same command without --overwrite goes on from what" in capsys.readouterr().err
 
 
 def test_a_classifier_whose_parts_do_not_belong_together_is_refused(encoder, tmp_path):
