@@ -98,12 +98,14 @@ def folder(tmp_path):
 
 def start(*command, processes=None, torchrun=("--standalone",), env=(), stdout=subprocess.PIPE,
           **kwargs):
-    """Start a script of the project as a user does, under torchrun where `processes` is given."""
+    """Start a script of the project as a user does, under torchrun where `processes` is given. Its
+    lines come as it prints them, as on a terminal."""
     launcher = [sys.executable]
     if processes:
         launcher += ["-m", "torch.distributed.run", *torchrun, f"--nproc_per_node={processes}"]
     return subprocess.Popen([*launcher, *map(str, command)], cwd=ROOT, text=True, stdout=stdout,
-                            stderr=subprocess.STDOUT, env=os.environ | dict(env), **kwargs)
+                            stderr=subprocess.STDOUT,
+                            env=os.environ | {"PYTHONUNBUFFERED": "1"} | dict(env), **kwargs)
 
 
 def run(*command, processes=None):
@@ -155,7 +157,7 @@ def _run_script(script, arguments, environment, output):
     os.environ |= environment
     os.chdir(environment.get("PWD", ROOT))
     sys.stdout = sys.stderr = (
-        open(output, "a") if isinstance(output, str) else open(output.fileno(), "w"))
+        open(output, "a", 1) if isinstance(output, str) else open(output.fileno(), "w", 1))
     sys.argv = [str(script), *map(str, arguments)]
     runpy.run_path(str(ROOT / script), run_name="__main__")
 
