@@ -154,6 +154,7 @@ class Forked:
 
 
 def _run_script(script, arguments, environment, output):
+    signal.alarm(400)                       # its end, whatever it waits for
     os.environ |= environment
     os.chdir(environment.get("PWD", ROOT))
     sys.stdout = sys.stderr = (
@@ -164,8 +165,8 @@ def _run_script(script, arguments, environment, output):
 
 @pytest.fixture(scope="session")
 def start_forked(forkserver):
-    """A function that starts a script, or as many processes of it as torchrun would: a list. They
-    are on one machine, or in these environments."""
+    """A function that starts a script: a Forked, or a list of as many as torchrun would start.
+    These are on one machine, unless `environments` say something else."""
     def start_all(script, *arguments, processes=None, environments=None, output=None):
         if not processes:
             return Forked(forkserver, script, arguments, {}, output)

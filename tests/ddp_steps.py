@@ -1,5 +1,6 @@
 """Training steps, and everything they saw, for test_distributed.py."""
 import functools
+import signal
 
 import torch
 import torch.distributed as dist
@@ -76,6 +77,7 @@ def steps_of_both(compute, data):
 
 def one_of(rank, world_size, data, folder):
     """As one of several processes: what `steps_of_both` returns, in a file."""
+    signal.alarm(400)                       # its end, whatever it waits for
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
                             world_size=world_size)
     compute = Compute(rank, world_size, torch.device("cpu"), "fp32", 1)

@@ -14,7 +14,7 @@ TINY = ["--size", "32", "--arch", "resnet18", "--batch-size", "4", "--threads", 
 
 
 def test_every_part_reports_ours_and_a_ratio(capsys, tmp_path, monkeypatch, forkserver):
-    """Ten processes that `spawn` starts in no time."""
+    """The processes that it would spawn are forked, which saves their imports."""
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: forkserver)
     bench.main([*bench.PARTS, *TINY, "--json", str(tmp_path / "figures.json")])
     lines = capsys.readouterr().out.splitlines()[1:]

@@ -2,6 +2,7 @@
 four processes."""
 import gc
 import math
+import signal
 import weakref
 
 import pytest
@@ -129,6 +130,7 @@ def test_many_pairs_are_the_same_in_blocks():
 
 def one_of(rank, world_size, folder):
     """A process of `distributed`: its slice of each variant's batch, its loss and gradient."""
+    signal.alarm(400)                       # its end, whatever it waits for
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
                             world_size=world_size)
     import loss
