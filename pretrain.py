@@ -334,15 +334,15 @@ def read_data(config: Config, compute: Compute) -> tuple[Manifest, np.ndarray]:
 
 def choose_probe(config: Config, manifest: Manifest) -> Probe | None:
     """On --probe-data or the data folder itself; None where it has no labels."""
-    if not config.probe_every:
-        return None
     if config.probe_data:
         manifest = read_manifest(config.probe_data)
     can_be_probed = manifest.label_names and "val" in manifest.splits
     if config.probe_data and not can_be_probed:
         raise DataError(f"--probe-data {config.probe_data} has no labels or no val split to "
                         "probe by")
-    return Probe(manifest, config.probe_images, config.seed) if can_be_probed else None
+    if not (config.probe_every and can_be_probed):
+        return None
+    return Probe(manifest, config.probe_images, config.seed)
 
 
 class Schedule:
