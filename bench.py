@@ -334,7 +334,9 @@ class Stem(nn.Module):
 
 def ways(args: argparse.Namespace) -> list[Way]:
     """Those worth a comparison here; the first is pretrain.py's default."""
-    other = ["fp16", "fp32"] if CUDA else ["bf16"]
+    default = run.start(pretrain.Config()).precision
+    other = [precision for precision in ("bf16", "fp16", "fp32")
+             if precision != default and (CUDA or precision != "fp16")]     # no CPU trains in fp16
     compiled = [Way("compiled", compiled=True)] if CUDA or args.compile else []
     if CUDA:
         compiled.append(Way("compiled, fp16", "fp16", compiled=True))

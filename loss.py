@@ -37,11 +37,11 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float, patients: Tensor | None 
         keys of other patients alone, so that an image that stands in the batch twice is
         none, either. An anchor without any negative has the loss 0.
     weights: (B,), not negative and not all 0, of the images in the mean.
-    hardness: b. R = n (sum of exp((1 + b) l_ik)) / (sum of exp(b l_ik)) (Robinson et al.
-        2021, beta; the weights exp(b l_ik) carry gradient, as in the authors' code).
-    prior: t, from 0 to below 1. R becomes max((R - t n exp(l_ip)) / (1 - t),
-        n exp(-1 / temperature)) (Chuang et al. 2020, tau+: the expected share of negatives
-        that are of the anchor's own kind).
+    hardness: R = n * sum of exp((1 + hardness) l_ik) / sum of exp(hardness l_ik) (Robinson et
+        al. 2021, beta; the weights exp(hardness l_ik) carry gradient, as in the authors' code).
+    prior: from 0 to below 1, the expected share of negatives that are of the anchor's own kind
+        (Chuang et al. 2020, tau+). R becomes
+        max((R - prior * n exp(l_ip)) / (1 - prior), n exp(-1 / temperature)).
     decoupled: the loss is -l_ip + ln R (Yeh et al. 2022, L_DC).
 
     `diagnostics` gives `chance`, the loss of an encoder that maps all images to one point."""
@@ -69,9 +69,9 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float, patients: Tensor | None 
 
 def _debias(log_r: Tensor, positive: Tensor, log_n: Tensor, temperature: float,
             prior: float) -> Tensor:
-    """ln of max((R - t n exp(l_ip)) / (1 - t), n exp(-1 / temperature)), (2, B); prior is t."""
+    """ln of max((R - prior * n exp(l_ip)) / (1 - prior), n exp(-1 / temperature)), (2, B)."""
     floor = log_n - 1 / temperature
-    share = prior * (log_n + positive - log_r).clamp_max(60).exp()  # t n exp(l_ip) / R
+    share = prior * (log_n + positive - log_r).clamp_max(60).exp()  # of R, taken off
     log_left = log_r + (1 - share).clamp_min(1e-30).log() - math.log(1 - prior)
     # From a share of 1 on nothing is left, and log_left says nothing. The clamps keep it finite,
     # or its gradient of 0 would be NaN.

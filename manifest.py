@@ -107,14 +107,13 @@ def read_manifest(folder: str | Path, use_tar: bool = True, check_files: bool = 
     # The fast way gives nothing where anything is unusual. The slow one reads that, too, or says
     # which row and column is wrong.
     table = table_at_once(file) or table_by_rows(file, folder)
-    folder, paths, path_bytes = file.parent, table.paths, as_bytes(table.paths)
-    archive = open_archive(folder, paths, path_bytes) if use_tar else None
-    sizes = None
+    files = file.parent, table.paths, as_bytes(table.paths)
+    archive, sizes = open_archive(*files) if use_tar else None, None
     if archive:
         # A sample of a hundred finds a tar that is older than the images.
-        sample = np.unique(np.linspace(0, len(paths) - 1, 100).astype(int))
-        check_against_folder(archive, folder, path_bytes, sample)
+        sample = np.unique(np.linspace(0, len(table.paths) - 1, 100).astype(int))
+        check_against_folder(archive, file.parent, files[2], sample)
         sizes = archive.table["size"]
     elif check_files:
-        sizes = sizes_on_disk(folder, paths, path_bytes)
-    return Manifest(folder, **table._asdict(), archive=archive, sizes=sizes)
+        sizes = sizes_on_disk(*files)
+    return Manifest(file.parent, **table._asdict(), archive=archive, sizes=sizes)

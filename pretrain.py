@@ -189,7 +189,7 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     sampling = choose_sampling(manifest, train, config.balance, config.weigh_loss,
                                config.positives, config.same_patient)
     probe = choose_probe(config, manifest)
-    schedule = Schedule(config, len(train), probe is not None)
+    schedule = Schedule(config, len(train))
 
     # What is trained: new, or as last.pt in the run folder has it. The folder stays locked until
     # the run ends.
@@ -334,21 +334,21 @@ def read_data(config: Config, compute: Compute) -> tuple[Manifest, np.ndarray]:
 
 def choose_probe(config: Config, manifest: Manifest) -> Probe | None:
     """On --probe-data or the data folder itself; None where it has no labels."""
-    if not config.probe_every:
-        return None
     if config.probe_data:
         manifest = read_manifest(config.probe_data)
     can_be_probed = manifest.label_names and "val" in manifest.splits
     if config.probe_data and not can_be_probed:
         raise DataError(f"--probe-data {config.probe_data} has no labels or no val split to "
                         "probe by")
-    return Probe(manifest, config.probe_images, config.seed) if can_be_probed else None
+    if not (config.probe_every and can_be_probed):
+        return None
+    return Probe(manifest, config.probe_images, config.seed)
 
 
 class Schedule:
     """When things happen, in steps. Batches run on from one epoch into the next."""
 
-    def __init__(self, config: Config, n_images: int, has_probe: bool):
+    def __init__(self, config: Config, n_images: int):
         """n_images: in the train split."""
         self.n_images, self.batch_size = n_images, config.batch_size
         # Larger batches take larger steps, in proportion.
@@ -356,12 +356,10 @@ class Schedule:
         self.temperatures = config.temperature
         self.total_steps = self.step_at(config.epochs)
         self.warmup_steps = config.warmup_epochs * n_images / config.batch_size  # need not be whole
-        # Where this run stops, and after which steps the features are probed.
+        # Where this run stops, and after which steps the features are probed, if they are.
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
-        self.probe_steps = set()
-        if has_probe:
-            epochs = range(0, config.epochs, config.probe_every)
-            self.probe_steps = {self.step_at(epoch) for epoch in epochs} | {self.total_steps}
+        probed = [*range(0, config.epochs, config.probe_every or config.epochs), config.epochs]
+        self.probe_steps = {self.step_at(epoch) for epoch in probed}
 
     def step_at(self, epoch: int) -> int:
         """The whole steps in so many epochs."""

@@ -68,15 +68,16 @@ def one_view(augmentation, seed, positions, images, view):
     return {name: values[view] for name, values in parameters.items()}
 
 
-def test_views_depend_on_seed_epoch_image_and_view_alone():
-    images, epochs = np.array([5, 900, 3]), np.array([2, 3, 2])
-    together = view_parameters(STRONG, 7, epochs, images, 2)
-    alone = view_parameters(STRONG, 7, epochs[1:2], images[1:2], 2)
-    fewer = view_parameters(STRONG, 7, epochs, images, 1)
+def test_views_depend_on_seed_position_image_and_view_alone():
+    images, positions = np.array([5, 900, 3]), np.array([2, 3, 2])
+    together = view_parameters(STRONG, 7, positions, images, 2)
+    alone = view_parameters(STRONG, 7, positions[1:2], images[1:2], 2)
+    fewer = view_parameters(STRONG, 7, positions, images, 1)
     for name, values in together.items():
         assert np.array_equal(values[:, 1:2], alone[name])
         assert np.array_equal(values[:1], fewer[name])
-    for other in ((8, epochs, images), (7, epochs + 1, images), (7, epochs, images + 1)):
+    for other in ((8, positions, images), (7, positions + 1, images),
+                  (7, positions, images + 1)):
         assert not np.isclose(together["angle"], view_parameters(STRONG, *other, 2)["angle"]).any()
     assert not np.isclose(*together["angle"]).any()
 
@@ -190,7 +191,7 @@ def test_views_equal_an_independent_computation(data, image_size):
         assert view1.dtype == torch.float32
         for k, i in enumerate(index.tolist()):
             for number, view in enumerate((view1, view2)):
-                p = one_view(STRONG, 0, np.array([0]), np.array([i]), number)
+                p = one_view(STRONG, 0, np.array([k]), np.array([i]), number)
                 expected, inside = independent_view(manifest, preprocessing, p, i)
                 assert inside.mean() > 0.05
                 error = np.abs(view[k, 0].numpy() - expected)[inside] * p["std"]
@@ -301,7 +302,7 @@ def test_gray_levels_as_other_machines_give_them(tmp_path, options, normalize):
     drawn = []
     for k, i in enumerate(index.tolist()):
         for number, view in enumerate((view1, view2)):
-            p = one_view(augmentation, 5, np.array([0]), np.array([i]), number)
+            p = one_view(augmentation, 5, np.array([k]), np.array([i]), number)
             p = {name: values[0] for name, values in p.items()}
             drawn.append((float(p.get("gamma", 1)), int(p.get("equalize", 0))))
             x = other_machine(images[i], *drawn[-1], normalize)
@@ -317,11 +318,11 @@ def test_gray_levels_as_other_machines_give_them(tmp_path, options, normalize):
 
 
 def test_other_gray_levels_move_no_other_number():
-    images, epochs = np.arange(50), np.full(50, 3)
-    before = one_view(STRONG, 7, epochs, images, 1)
+    images, positions = np.arange(50), np.full(50, 3)
+    before = one_view(STRONG, 7, positions, images, 1)
     assert not {"gamma", "equalize"} & before.keys()
     changed = dataclasses.replace(STRONG, gamma=(0.5, 2.0), equalize=0.3)
-    after = one_view(changed, 7, epochs, images, 1)
+    after = one_view(changed, 7, positions, images, 1)
     assert all(np.array_equal(values, after[name]) for name, values in before.items())
     u = np.stack([np.random.Generator(np.random.Philox(key=[7, VIEW], counter=[0, 1, i, 3])).random(
         11) for i in images])

@@ -206,7 +206,9 @@ def test_differing_flags_are_named_with_both_values():
     (ImageError("no"), False, "a.py: no"),
     (OSError(28, "No space left", "x"), True, "a.py: No space left: x"),
     (OSError(28, "No space left"), True, "a.py: No space left: out"),
-    (OSError(28, "No space left"), False, 1), (KeyboardInterrupt(), True, 130)])
+    (OSError(28, "No space left"), False, "a.py: No space left: out"),
+    (FloatingPointError("no"), True, "a.py: no"), (FloatingPointError("no"), False, 1),
+    (KeyboardInterrupt(), True, 130)])
 def test_errors_that_a_user_can_mend_end_in_one_sentence(error, speaks, code, capsys):
     with pytest.raises(SystemExit) as end, errors_in_one_sentence("a.py", "out", speaks):
         raise error
