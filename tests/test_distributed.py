@@ -149,6 +149,20 @@ def test_one_process_that_hears_a_signal_keeps_all_from_the_probe(data, tmp_path
     assert "00000/21 | probe" in output and "00007/21 | probe" not in output
 
 
+MACHINES_DIFFER = """
+pretrain.run._fastest_precision = lambda *_: ("bf16", "fp32")[int(os.environ["RANK"])]
+"""
+
+
+def test_machines_that_choose_another_precision_do_not_train_together(data, tmp_path, run_forked):
+    """A loss scaled for float16 on one of them alone would be averaged with the other's."""
+    codes, outputs = zip(*run_forked(
+        changed(tmp_path, MACHINES_DIFFER), *SMALL, "--data", data, "--out", tmp_path / "run",
+        "--precision", "auto", processes=2))
+    assert codes == (1, 1) and not (tmp_path / "run").exists()
+    assert "--precision auto is not the same on all machines: choose one" in outputs[0]
+
+
 PROCESS_1_HANGS = """
 pretrain.Config.timeout = datetime.timedelta(seconds=8)
 if os.environ["RANK"] == "1":
