@@ -53,6 +53,7 @@ MEANING = re.compile(r"([+-]?[0-9]|99)(?:[ :.,)-]+(?=\w\w)|\s*[=:(]\s*)([^\W\d].
 ANSWER = re.compile(r".*[^\s-]\s*([:=(\[{@→]| - (?=\D))\s*(?P<answer>.+?)[)\]}]?")
 SHARE = re.compile(r"[+-]?(\d*\.\d+%?|\d+%)")
 SIGN = re.compile(r"\w([+-](?=[\s,;|]|$)| [+-](?=\s*([,;|]|$)))")
+SIGN_BEFORE = re.compile(r"(\([-+¬!~]\)|[-+¬!~])\s*[^\W\d].*", re.DOTALL)      # -Nodule, (-) Mass
 NUMBERED = re.compile(r"\(?(\d+[.)]|[a-z]\)|[ivx]{2,}[.)])\s*[^\W\d].*", re.IGNORECASE)
 LONGEST_ANSWER = 100            # characters; a longer cell is a report
 # What has letters and yet names no class, and what to call it.
@@ -528,6 +529,8 @@ def what_is_no_class(word: str) -> str:
         return "an answer and a remark"
     if len(SIGN.findall(small(word))) > 1:
         return "findings and their signs"
+    if any(map(SIGN_BEFORE.fullmatch, map(small, parts))):
+        return "a finding with its sign before it"
     if len(parts) > 1 and any(
             value_of(part) and bare(part) != PREFIX or SHARE.fullmatch(part) for part in parts):
         return "a list of answers"
@@ -620,12 +623,12 @@ def is_garbled(text: str) -> bool:
 
 def form_key(text: str) -> str:
     """What is equal for two names that differ in case, blanks, dashes, "_", a
-    last point, and characters without width only. A dash at the end is kept: it
-    may be a minus, as in HER2-."""
-    text = small(text)
-    minus = "-" if text.rstrip().endswith("-") else ""
-    text = " ".join(re.sub(r"[\s_-]+", " ", text).split())
-    return (text.rstrip(" .") or text) + minus
+    last point, and characters without width only. A dash at either end is kept, as
+    it may be a minus: HER2-, -Mass; and that of y -1."""
+    text = re.sub(r"(?<!\S)-(?=\d(\.\d*)?$)", "minus", small(text).strip())
+    words = " ".join(re.sub(r"[\s_-]+", " ", text).split())
+    before, after = "-" * (words != "" and text[0] == "-"), "-" * text.endswith("-")
+    return before + (words.rstrip(" .") or words) + after
 
 
 def spellings(counts: Counter) -> dict[str, str]:

@@ -238,6 +238,33 @@ def test_a_minus_or_a_question_mark_is_no_form(tmp_path, one, other):
         column(tmp_path, [one, other, "Normal"] * 2)
 
 
+@pytest.mark.parametrize("cells", [
+    ["Cyst;-Edema", "Edema", "Cyst"], ["Edema", "\u2212Edema", "Normal"], ["+Edema", "-Edema"],
+    ["Cyst|\u2013 Edema", "Edema"], ["Cyst|\u00acEdema", "Edema"], ["(-) Edema|(+) Cyst", "Cyst"],
+    ["['Cyst', '-Edema']", "['Edema']"], ["- Edema", "Edema", "Cyst"], ["!Edema", "Edema"]])
+def test_a_sign_before_a_finding(tmp_path, cells):
+    with pytest.raises(SystemExit, match="row [23], column y: .* seems to be a finding with its "
+                                         "sign before it, and no class; --class-columns"):
+        column(tmp_path, cells * 3)
+
+
+def test_a_minus_before_a_class_keeps_it_apart(tmp_path):
+    for i, cells in enumerate((["Edema|-Cyst", "Cyst", "Edema"], ["-Cyst", "Cyst", "Edema"])):
+        flags = ["--class-columns", "y"]
+        (tmp_path / str(i)).mkdir()
+        with pytest.raises(SystemExit, match="labels '-Cyst' and 'Cyst' differ in form only"):
+            column(tmp_path / str(i), cells * 3, *flags)
+        labels = column(tmp_path / str(i), cells * 3, *flags, "--allow", "similar-labels")
+        assert labels["-Cyst"][:3] == [1, 0, 0] and labels["Cyst"][:3] == [0, 1, 0]
+    assert column(tmp_path, ["-1", "0", "1"] * 2, "--class-columns", "y") == {
+        "y -1": [1, 0, 0] * 2, "y 0": [0, 1, 0] * 2, "y 1": [0, 0, 1] * 2}
+    for name in ("-Cyst", "Cyst", "Edema"):
+        for i in range(3):
+            save(tmp_path / f"folders/{name}/{i}.png", radiograph(ord(name[0]) + i))
+    with pytest.raises(SystemExit, match="labels '-Cyst' and 'Cyst' differ in form only"):
+        folder(tmp_path / "folders", tmp_path / "more")
+
+
 def test_answers_are_taken_for_classes_where_that_is_said(tmp_path):
     (tmp_path / "lists").mkdir()
     for cells in (["bai", "ez"], ["1=no", "0=yes"], ["TB+ HIV-", "TB- HIV-"], ["TB (1)", "TB (0)"]):
