@@ -22,7 +22,8 @@ from sources import (
     passed_over, plain_path, text_of, that_end_alike, unique, unused_note, unused_splits,
     without_suffix)
 from tables import (
-    MOST_CELLS, Table, merged, read_table, small, spellings, understand, value_of)
+    MOST_CELLS, Table, merged, names_of_others, read_table, small, spellings, understand,
+    value_of)
 
 
 def folder_flags(flag: Callable) -> None:
@@ -449,6 +450,11 @@ def class_folders(source: Source, places: dict[str, Place]) -> dict[str, tuple[s
         raise DataError(f"{len(source.label_names):,} class folders of {len(places):,} images are "
                         "more than fit into memory: --layout says what each level of folders is")
     source.doubts += many_classes(source.label_names, len(places))
+    for name in names_of_others(source.label_names)[:1]:
+        source.doubts.append(Doubt(
+            "odd-classes", f"the class folder {name} seems to name several findings that other "
+            "folders name as well, and which would be absent in its images: a column of lists, "
+            "such as A|B, in a table by --csv says both"))
     if merged(spelling):
         source.notes.append(f"Class folders.{merged(spelling)}")
     if say_no_finding(source.label_names):

@@ -706,14 +706,26 @@ def refuse_hidden_lists(words: list[str], where: dict[str, str]) -> None:
     """DataError for words that look like lists by a separator that is not
     taken unasked."""
     for word in words:
-        if LIST_MARKS.search(word):
-            raise ask_for_separator(word, where)
-    known = {form_key(word) for word in words}
-    # Several codes, as ICD has them: R91.8 J18.9.
-    for word in words:
+        # Several codes, as ICD has them: R91.8 J18.9.
         parts = word.split()
-        if len(parts) > 1 and all(map(ICD.fullmatch, parts)):
+        if LIST_MARKS.search(word) or len(parts) > 1 and all(map(ICD.fullmatch, parts)):
             raise ask_for_separator(word, where)
+    for word in names_of_others(words):
+        raise ask_for_separator(word, where)
+    # Mass - Nodule, and Nodule - Edema: what ends one word begins another. Left effusion and right
+    # effusion are no lists by this, nor are effusion and pleural effusion.
+    ends: set[str] = set()
+    for word in words:
+        ends |= edges(form_key(word), last=True)
+    for word in words:
+        if ends & edges(form_key(word), last=False):
+            raise ask_for_separator(word, where)
+
+
+def names_of_others(words: list[str]) -> list[str]:
+    """Those words in which others of them stand, as if each were a list."""
+    found = []
+    known = {form_key(word) for word in words}
     # Mass, and Mass/Edema: by any mark one word that is found elsewhere is enough.
     marks = {mark for word in words for mark in word
              if category(mark) in MARKS or mark in LINE_ENDS} - NO_MARKS
@@ -726,7 +738,7 @@ def refuse_hidden_lists(words: list[str], where: dict[str, str]) -> None:
             named = len(parts) > 1 and all(re.search(r"[^\W\d]", part) for part in parts)
             # Grade: A and Grade: B begin with what the column is of.
             if named and any(part in known or often[part] > 1 and mark != ":" for part in parts):
-                raise ask_for_separator(word, where)
+                found.append(word)
     # Mass, Nodule, and Mass#Nodule, Mass with Nodule, or whatever separates them. A class of
     # several words rarely has two others in it.
     without_numbers = {" ".join(re.findall(r"[^\W\d]\w*", word)) for word in known} - {""}
@@ -735,28 +747,21 @@ def refuse_hidden_lists(words: list[str], where: dict[str, str]) -> None:
         text = " ".join(re.findall(r"[^\W\d]\w*", form_key(word)))   # of 1. Mass 2. Nodule
         others |= (without_numbers & runs(text)) - {text}
         if any(one not in other and other not in one for one in others for other in others):
-            raise ask_for_separator(word, where)
-    # Mass - Nodule, and Nodule - Edema: what ends one word begins another. Left effusion and right
-    # effusion are no lists by this, nor are effusion and pleural effusion.
-    ends: set[str] = set()
-    for word in words:
-        ends |= edges(form_key(word), last=True)
-    for word in words:
-        if ends & edges(form_key(word), last=False):
-            raise ask_for_separator(word, where)
+            found.append(word)
     # Mass, Nodule, and MassNodule.
     for word in words:
         text = form_key(word)
-        for middle in range(2, len(text) - 1):
-            if text[:middle] in known and text[middle:] in known:
-                raise ask_for_separator(word, where)
+        if any(text[:middle] in known and text[middle:] in known
+               for middle in range(2, len(text) - 1)):
+            found.append(word)
+    return found
 
 
 def runs(text: str) -> set[str]:
     """All runs of up to LONGEST_RUN words in a text, as form_key writes them.
     A text of more than 30 words is a report, and none are looked for."""
     # No Lung Opacity names no Lung Opacity.
-    words = re.findall(r"\w+", re.sub(r"\b(no|not|without) +(?=\w)", r"\1", text))
+    words = re.findall(r"\w+", re.sub(r"\b(no|not|non|without) +(?=\w)", r"\1", text))
     if len(words) > 30:
         return set()
     return {" ".join(words[start:end]) for start in range(len(words))

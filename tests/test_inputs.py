@@ -697,6 +697,30 @@ def test_pictures_of_a_kind_that_is_not_read_are_lost(tmp_path, names, expected)
         folder(src, out, "--exclude", "*.heic", "*.gz", "*.GIF")
 
 
+@pytest.mark.parametrize("both, other, flags", [
+    ("Edema_Cyst", "Cyst", ()), ("Edema+Cyst", "Cyst", ("--layout", "class")),
+    ("cyst with EDEMA", "Cyst", ()), ("EdemaCyst", "Cyst", ()), ("Edema & Hernia", "Cyst", ()),
+    ("Edema;Cyst", "Cyst", ()), ("Edema and Hernia", "Cyst", ())])
+def test_a_class_folder_that_names_others(tmp_path, both, other, flags):
+    """Edema would be absent in its images, as in those of all other folders."""
+    src, out = tree(tmp_path, *(f"{name}/{i}.png" for name in ("Edema", other, both, "Normal")
+                                for i in range(3)))
+    with pytest.raises(SystemExit, match=f"class folder {re.escape(both)} seems to name several.*"
+                                         "--csv says both.*--allow odd-classes"):
+        folder(src, out, *flags)
+    folder(src, out, "--allow", "odd-classes")
+
+
+@pytest.mark.parametrize("names", [
+    ("Edema", "Pulmonary Edema", "No Edema"), ("COVID", "Pneumonia", "non-COVID pneumonia"),
+    ("Normal", "Nodule_Mass"), ("Pneumonia", "Pneumonia-Viral", "Pneumonia-Bacterial"),
+    ("No Finding", "Other finding", "Fracture")])
+def test_class_folders_of_kinds_are_no_lists(tmp_path, names):
+    src, out = tree(tmp_path, *(f"{name}/{i}.png" for name in names for i in range(3)))
+    folder(src, out)
+    assert read_manifest(out).label_names == sorted(names)
+
+
 @pytest.mark.parametrize("link, target", [
     ("val/NORMAL", "../train/NORMAL"), ("train/TB2", "TB"), ("val/virus", "../../elsewhere")])
 def test_folders_that_are_one_by_a_link(tmp_path, link, target):
