@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from pathlib import PurePosixPath
 from typing import NamedTuple
-from unicodedata import category
+from unicodedata import category, decimal
 
 from common import DataError
 from layout import (
@@ -249,10 +249,11 @@ def similar_patients(patients: Iterable[str]) -> list[Doubt]:
     digits a spreadsheet has left out, so that several patients are one."""
     names = list(dict.fromkeys(patients))
     doubts = []
-    for key, what, how in ((patient_key, "differ in form only", "write each patient in one way"),
-                           (without_visit, "seem to be two examinations of one person",
-                            "the patient alone keeps them in one split")):
-        alike = pairs_alike(names, key)
+    for alike, what, how in ((patients_alike(names), "differ in form only",
+                              "write each patient in one way"),
+                             (pairs_alike(names, without_visit),
+                              "seem to be two examinations of one person",
+                              "the patient alone keeps them in one split")):
         more = f", and {len(alike) - 1:,} more pairs" if len(alike) > 1 else ""
         doubts += [f"patients {one!r} and {other!r} {what}{more}: {how}"
                    for one, other in alike[:1]]
@@ -277,14 +278,35 @@ def large_patients(patients: list[str]) -> list[Doubt]:
                   "that are not known")]
 
 
+def patients_alike(patients: Iterable[str]) -> list[tuple[str, str]]:
+    """Pairs of patients that differ in form only: by patient_key, or in what is
+    between letters or digits, as 12-34-56 and 123456 do, DOE JOHN and DOEJOHN.
+
+    1-12 and 11-2 are two: one of both has to be without marks. Nor is P1-2 taken
+    for P12, which are short."""
+    keys = {name: patient_key(name) for name in patients}
+    marked = [name for name in keys if re.search(r"\w[\W_]+\w", name)]
+    whole = {keys[name]: name for name in keys.keys() - {*marked}}
+    pairs = pairs_alike(keys, keys.__getitem__)
+    for name in marked if whole else ():
+        for text in (keys[name], small(without_accents(name))):
+            joined = re.sub(r"[\W_]+|^0+", "", text)
+            if len(joined) > 4 and joined != keys[name] and joined in whole:
+                pairs.append((name, whole[joined]))
+                break
+    return pairs
+
+
 def patient_key(patient: str) -> str:
-    """What is equal for 7, 007, 7. and 7.0, for 1000, 1e3 and 1,000, for P7,
+    """What is equal for 7, 007, 7. and 7.0, for 1000, 1e3, 1,000 and 1 000, for P7,
     p07 and P 7, for '7, #7 and patient007, for 1/2 and 1-2, Müller and Muller."""
-    # Large numbers as spreadsheets write them.
+    # Large numbers as spreadsheets write them; ١ is 1.
+    if not patient.isascii():
+        patient = re.sub(r"\d", lambda digit: str(decimal(digit[0])), patient)
     if re.fullmatch(r"\d+(\.\d+)?e\+?\d{1,3}", patient.casefold()):
         patient = f"{float(patient):.0f}"
-    if re.fullmatch(r"\d{1,3}(,\d{3})+", patient):
-        patient = patient.replace(",", "")
+    if re.fullmatch(r"\d{1,3}([,.'’\s]\d{3})+", patient) and not re.search(r"\.0+$", patient):
+        patient = re.sub(r"\D", "", patient)
     # Marks and accents, and letters that look like others. DOE^JANE^^ is Doe, Jane.
     text = small(without_accents(patient)).translate(LOOKALIKES)
     text = "".join(" " if letter != "." and category(letter)[0] in "PS" else letter
@@ -632,6 +654,21 @@ def persons_in_names(images: Iterable[str]) -> str:
         if found and first.setdefault(name.casefold()[:found.end()], name) != name:
             return name
     return ""
+
+
+def parts_of_persons(patients: Iterable[str]) -> str:
+    """A patient that seems to be one of several parts of a person, as patient1_1,
+    101-1, 101.1 and 101a do where there are patient1_2, 101-2, 101.2 or 101b; ""
+    where there is none."""
+    names = list(dict.fromkeys(patients))
+    person = persons_in_names(names)
+    # Letters alone are an examination's where no name is a pseudonym, such as 3fa8c1b.
+    letters = all(re.fullmatch(r"([a-z]{0,7}[ _-]?)\d+[ _-]?[a-z]?", name.casefold())
+                  for name in names)
+    last = re.compile(rf"([a-z]{{0,7}}[ _-]?\d+)({'[a-f]|' if letters else ''}[ ._-]\w\d?)")
+    found = {name: match[1] for name in names if (match := last.fullmatch(name.casefold()))}
+    pairs = pairs_alike(found, found.__getitem__)
+    return person or (pairs[0][1] if pairs else "")
 
 
 def words_of(name: str) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from common import DataError, printable
 from doubts import (
     Doubt, drawings, folders_of_persons, lone_images, many_classes, names_without_meaning,
-    persons_in_names, repeated_below, same_pictures, say_no_finding, seem_patients, seem_studies,
+    parts_of_persons, persons_in_names, repeated_below, same_pictures, say_no_finding, seem_patients, seem_studies,
     seem_views, splits_in_names, strayed_copies)
 from layout import (
     Place, excluder, find_layout, layout_text, levels_of, outside_splits, place_of, split_name)
@@ -147,7 +147,7 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
     source.patients_known = bool(patients)
     if not patients:
         say_no_patients(source, images, pictures)
-    elif person := persons_in_names(patients.values()):
+    elif person := parts_of_persons(patients.values()):
         source.notes.append(f"Some patients, such as {person}, seem to be parts of one person by "
                             "their names: images of each may come into several splits.")
     source.passed_over = f"Files passed over: {passed_over(others) or 'none'}."

@@ -409,7 +409,13 @@ def test_layouts(tmp_path, capsys, pattern, classes, expected):
         ["3.4.19/1", "3.4.19-1"], ["12:30", "12_30"], ["[8]", "8"],
         ["Ibarra Jos\u00e9", "ibarra jose"], ["Subject_0012", "12"],
         ["Patient No. 4", "4"], ["Ana Ruiz", "RUIZ^ANA"], ["PID00031", "31"],
-        ["\u0420001", "P001"], ["A\u200b1", "A1"])),
+        ["\u0420001", "P001"], ["A\u200b1", "A1"], ["2 040", "2040"], ["70\u2019500", "70500"],
+        ["8.123", "8123"], ["1\u202f200\u202f300", "1200300"], ["31-40-52", "0314052"],
+        ["31 405 2", "314052"], ["RUIZ ANA", "ruizana"], ["MR-55-1234", "MR551234"],
+        ["\u0967\u0968", "12"], ["9 100", "9.100"])),
+    *(("path,patient", cells, {"test": 1, "train": 2, "val": 1}) for cells in (
+        ["1-12", "11-2", "1.12", "11.2"], ["P1-2", "P12", "1/3", "13"],
+        ["1.0001", "10.001", "2.0001", "20.001"], ["Ana", "Anabel", "7.5", "75"])),
     *(("path,patient", cells, "patients '.*1' and '.*2' seem to be two examinations of one person"
        ".*--allow similar-patients") for cells in (
         ["7_scan1", "7_scan2", "8_scan1", "9_scan1"], ["A7-Exam1", "A7-Exam2", "B", "C"],
@@ -559,7 +565,8 @@ def test_persons_anywhere_in_names_are_told(tmp_path, capsys, name):
 
 
 @pytest.mark.parametrize("patient, told", [
-    ("patient{}_{}", True), ("0000{}3_{}", True), ("P{}-pat{}", False)])
+    ("patient{}_{}", True), ("0000{}3_{}", True), ("P{}-pat{}", False), ("7{}-{}", True),
+    ("A 1{}.{}", True), ("{}-0{}5", False), ("{0:03x}f{1}c", False)])
 def test_patients_that_seem_to_be_parts_are_told(tmp_path, capsys, patient, told):
     src, out = tree(tmp_path, *(f"{i}.png" for i in range(6)))
     rows = "".join(f"{i}.png,{patient.format(i // 2, i % 2)}\n" for i in range(6))
@@ -567,6 +574,17 @@ def test_patients_that_seem_to_be_parts_are_told(tmp_path, capsys, patient, told
     folder(src, out, "--csv", tmp_path / "l.csv")
     text = "seem to be parts of one person by their names"
     assert (text in capsys.readouterr().out) == told
+
+
+@pytest.mark.parametrize("patients, told", [
+    (["31a", "31b", "32a", "33"], True), (["S7c", "S7d", "S8", "S9"], True),
+    (["31a", "31b", "3f1c", "33"], False), (["1.2.840.7", "1.2.840.8", "1", "2"], False)])
+def test_letters_behind_patients_are_told(tmp_path, capsys, patients, told):
+    src, out = tree(tmp_path, *(f"{i}.png" for i in range(4)))
+    (tmp_path / "l.csv").write_text("path,patient\n" + "".join(
+        f"{i}.png,{patient}\n" for i, patient in enumerate(patients)))
+    folder(src, out, "--csv", tmp_path / "l.csv")
+    assert ("seem to be parts of one person" in capsys.readouterr().out) == told
 
 
 @pytest.mark.parametrize("one, other", [
