@@ -23,12 +23,28 @@ CELL_WORDS = {
           "checked", "+", "(+)", "+ve", "✓", "✔", "☑", "✅", "ja", "oui", "si", "sí", "sim",
           "tak", "ano", "evet", "kyllä", "jah", "taip", "igen", "da", "ya", "ναι", "wahr", "vrai",
           "verdadero", "verdadeiro", "vero", "waar", "positiv", "positif", "positivo", "да", "是",
-          "有", "阳性", "陽性", "はい", "あり"),
+          "有", "阳性", "陽性", "はい", "あり",
+          # In more scripts, and present in all these languages.
+          *("áno jā так có exists confirmed reactive presente presentes presenti présent présente "
+            "prezent prezentă vorhanden nachgewiesen aanwezig obecny obecna obecne přítomen "
+            "přítomna přítomno přítomný var mevcut pozitif pozitív pozitivní pozytywny van ada "
+            "есть имеется присутствует выявлено обнаружено положительный положительно υπάρχει "
+            "θετικό θετικός 存在 有り 예 네 유 있음 양성 نعم موجود إيجابي بله دارد כן קיים חיובי "
+            "हाँ हां ใช่ มี พบ").split()),
     "0": ("no", "n", "false", "f", "negative", "neg", "absent", "not detected", "not seen",
           "not found", "unchecked", "(-)", "-ve", "✗", "✘", "☐", "❌", "nein", "non", "nao",
           "não", "nie", "ne", "nu", "hayır", "hayir", "ei", "nem", "tidak", "όχι", "falsch",
           "faux", "falso", "onwaar", "negativ", "negatif", "négatif", "negativo", "нет", "否",
-          "无", "無", "阴性", "陰性", "いいえ", "なし"),
+          "无", "無", "阴性", "陰性", "いいえ", "なし",
+          *("nee nej nei nē ні không nonreactive ausente ausentes assente assenti absente absentă "
+            "fehlend fehlt afwezig nieobecny nieobecna nieobecne nepřítomen nepřítomna nepřítomno "
+            "nepřítomný yok negatív negativní negatywny nincs οχι отсутствует отрицательный "
+            "отрицательно αρνητικό αρνητικός 没有 不是 不存在 無し 아니요 아니오 무 없음 음성 لا "
+            "سلبي خیر ندارد לא שלילי नहीं ไม่ ไม่ใช่ ไม่มี ไม่พบ").split(),
+          "non-reactive", "non reactive", "ruled out", "nicht vorhanden", "nicht nachgewiesen",
+          "non présent", "non présente", "no presente", "não presente", "non presente",
+          "niet aanwezig", "mevcut değil", "nincs jelen", "tidak ada", "не выявлено",
+          "не обнаружено", "δεν υπάρχει", "غير موجود", "לא קיים"),
     "-1": ("uncertain", "u", "maybe", "unsure", "possible", "equivocal", "indeterminate"),
     "": ("", "nan", "nat", "none", "nil", "null", "n/a", "na", "n.a", "n.d", "n/r", "n.r", "nr",
          "#n/a", "<na>", r"\n", "-", "--", ".", "..", "...", "missing", "empty", "blank",
@@ -42,7 +58,7 @@ NOTHING = re.compile(
 OPEN = ("", "nan", "nat", "null", "#n/a", "<na>", r"\n")
 # Of the values, one that is also an English prefix: a value only in a column of nothing else.
 PREFIX = "non"
-VALUES = {word: value for value, words in CELL_WORDS.items() for word in words}
+VALUES = {normalize("NFKC", word): value for value, words in CELL_WORDS.items() for word in words}
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII)
 DASHES = re.compile("[\u2010-\u2015\u2212]")      # hyphens, en and em dashes, the minus sign
 QUOTES = "'\"`«»‘’‚‛“”„‟‹›"
@@ -86,7 +102,12 @@ FINDINGS = re.compile(
     "|benign|nodul|mass|effusion|edema|oedema|fibro|emphysem|atelecta|cardi|consolid|infiltr|opaci"
     "|lesion|fractur|hernia|pleura|thick|device|lung|thora|sars|mers|flu|posit|negat|control|case"
     "|class|label|grade|stage|mild|moder|sever|none|other|sick|train|test|valid|patholog|view"
-    "|lateral|front")
+    r"|lateral|front|\b(left|right|both|upper|lower|acute|chronic)\b"
+    "|正常|[异異]常|良性|[恶悪惡]性|健康|感染|[肺胸心骨炎癌瘤病症影水肿腫]|[结結][核节節]"
+    "|정상|이상|악성|[폐암염]|결핵|종양|질환|طبيع|طبیع|سليم|سالم|سل|كتل|عقد|التهاب|ورم|حميد|خبيث"
+    "|مرض|بیمار|תקי|בריא|חולה|דלקת|שחפת|גידול|שפיר|ממאיר|सामान्य|रोग|क्षय|ปกติ|โรค|ปอด|มะเร็ง")
+VOWELS = "aeiouyáéíóúàèìòùâêîôûãõäöüåıаеёиоуыэюяіїәөүαεηιουωάέήίόύώ"
+SPOKEN = re.compile(rf"[^{VOWELS}]?([{VOWELS}]+[^{VOWELS}]?)+")     # var, yok; no tb, copd
 
 MOST_CELLS = 100_000_000        # images times labels: what a machine can hold
 
@@ -285,7 +306,9 @@ def understand(table: Table, names: list[str], keys: list[str], rules: LabelRule
     DataError names file, row and column of what is neither a value nor a
     class."""
     several = len(names) > 1
-    columns = [understand_column(table, name, keys, rules, several) for name in names]
+    shared = shared_words(table, names, keys) if several and rules.flags else {}
+    columns = [understand_column(table, name, keys, rules, several, shared.get(name, set()))
+               for name in names]
     label_names = [label for column in columns for label in column.names]
     places = [table.columns.index(name) for name in names]
     rater = table.columns.index(rules.rater_column) if rules.rater_column else None
@@ -333,11 +356,11 @@ def majority_of(opinions: list[tuple[str, ...]]) -> tuple[str, ...]:
 
 
 def understand_column(table: Table, name: str, keys: list[str], rules: LabelRules,
-                      prefix: bool) -> Column:
+                      prefix: bool, shared: set[str]) -> Column:
     """One column as a label, or as one label for each of its words.
 
     prefix: whether those begin with the column's name, as equal words of two
-    columns must not become one label."""
+    columns must not become one label. shared: those words, by shared_words."""
     # What stands in the column, how often, and where for the first time.
     place = table.columns.index(name)
     counts: Counter[str] = Counter()
@@ -376,7 +399,7 @@ def understand_column(table: Table, name: str, keys: list[str], rules: LabelRule
     labels = sorted(set(spelling.values()))
     has_lists = any(len(parts) > 1 for parts in lists.values())
     if not classes and not has_lists:
-        refuse_answers_of_other_languages(labels, where, rules)
+        refuse_answers_of_other_languages(labels, where, shared, rules)
     check_number_of_classes(table, name, len(labels), len(keys),
                             has_lists or bool(rules.several_rows), rules)
     index = {label: i for i, label in enumerate(labels)}
@@ -423,6 +446,7 @@ def value_of_word(text: str) -> str | None:
     """value_of a number or a word, as `bare` writes it."""
     if NUMBER.fullmatch(text):
         return {1.0: "1", 0.0: "0", -1.0: "-1"}.get(float(text))
+    text = text.replace("i\u0307", "i")      # a Turkish capital i in small letters
     return "" if NOTHING.fullmatch(text) else VALUES.get(text)
 
 
@@ -538,18 +562,41 @@ def what_is_no_class(word: str) -> str:
 
 
 def refuse_answers_of_other_languages(labels: list[str], where: dict[str, str],
-                                      rules: LabelRules) -> None:
-    """DataError for two short words that may be yes and no: neither says a
-    finding, nor is in capital letters, as TB and COPD are."""
-    if len(labels) == 2 and rules.flags and rules.separator != "none" and all(
-            1 < len(label) < 5 and label.isalpha() and label.casefold() != label.upper()
-            and not label.isupper() and not FINDINGS.search(label.casefold())
-            for label in labels):
-        place = next(place for cell, place in where.items()
-                     if labels[0] in " ".join(cell.split()))
-        raise DataError(f"{place}: {labels[0]!r} and {labels[1]!r} may be yes and no in a language "
+                                      shared: set[str], rules: LabelRules) -> None:
+    """DataError for two words that may be yes and no: none says a finding, or is
+    an abbreviation, as TB and COPD are, and they are short, or stand in another
+    column as well. shared: form_key of the words that do."""
+    if not rules.flags or rules.separator == "none" or not all(map(may_be_answer, labels)):
+        return
+    twins = [label for label in labels if form_key(label) in shared] if len(labels) < 5 else []
+    kinds = ["".join(category(letter)[0] for letter in label) for label in labels]
+    if len(twins) > 1 or len(labels) == 2 and all(
+            len(kind) > 1 and kind.count("L") < 5 and not kind.strip("LM") for kind in kinds):
+        one, other = (twins if len(twins) > 1 else labels)[:2]
+        place = next(place for cell, place in where.items() if one in " ".join(cell.split()))
+        also = ", which stand in another column as well," if len(twins) > 1 else ""
+        raise DataError(f"{place}: {one!r} and {other!r}{also} may be yes and no in a language "
                         "that is not read: write 1 and 0; --class-columns takes every cell for "
                         "the name of a class")
+
+
+def may_be_answer(word: str) -> bool:
+    """Whether a word says no finding and is no abbreviation, as capitals that
+    cannot be spoken are: COPD."""
+    text = word.casefold()
+    return not FINDINGS.search(text) and (not word.isupper() or bool(SPOKEN.fullmatch(text)))
+
+
+def shared_words(table: Table, names: list[str], keys: list[str]) -> dict[str, set[str]]:
+    """{column: its words that stand in another of the columns as well}, as
+    form_key writes them, without values."""
+    found = {}
+    for name in names:
+        place = table.columns.index(name)
+        cells = {row.cells[place] for key in keys for row in table.all_rows(key)}
+        found[name] = {form_key(cell) for cell in cells if value_of(cell) is None}
+    often = Counter(chain.from_iterable(found.values()))
+    return {name: {word for word in words if often[word] > 1} for name, words in found.items()}
 
 
 def check_number_of_classes(table: Table, name: str, classes: int, images: int,

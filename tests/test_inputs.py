@@ -145,6 +145,27 @@ LIST = {"Mass": [1, 1, 0], "Nodule": [1, 0, 1]}
         ["1=no", "0=yes"], ["True (0)", "False (1)"])),
     *((cells * 3, "column y: .* may be yes and no in a language .*--class-columns")
       for cells in (["bai", "ez"], ["Po", "Jo"], ["\u0561\u0575\u0578", "\u0578\u0579"])),
+    # In scripts without capitals, in capitals, and longer ones.
+    *((cells, {"y": [1, 0, 1]}) for cells in (
+        ["\uc608", "\uc544\ub2c8\uc694", "\uc608"], ["Vorhanden", "nicht vorhanden", "vorhanden"],
+        ["Presenti", "Assenti", "presente"], ["Pr\u00e9sente", "Absente", "pr\u00e9sent"],
+        ["MEVCUT", "YOK", "Var"], ["POZ\u0130T\u0130F", "NEGAT\u0130F", "1"],
+        ["\u0628\u0644\u0647", "\u062e\u06cc\u0631", "1"],
+        ["\u05e7\u05d9\u05d9\u05dd", "\u05dc\u05d0", "1"],
+        ["\u0e21\u0e35", "\u0e44\u0e21\u0e48\u0e21\u0e35", "1"],
+        ["\u0435\u0441\u0442\u044c", "\u041e\u0442\u0441\u0443\u0442\u0441\u0442\u0432\u0443\u0435\u0442", "1"],
+        ["aanwezig", "Afwezig", "ja"], ["obecny", "nieobecny", "tak"],
+        ["c\u00f3", "kh\u00f4ng", "1"])),
+    *((cells * 3, "column y: .* may be yes and no in a language .*--class-columns")
+      for cells in (
+        ["BAI", "EZ"], ["\u0985\u09be\u099b\u09c7", "\u09a8\u09be"],
+        ["\u0b86\u0bae\u0bcd", "\u0b87\u0bb2\u0bcd"],
+        ["\u10f0\u10dd", "\u10d0\u10e0\u10d0"], ["IYO", "MAYA"], ["\u05d4\u05df", "\u05d0\u05d9\u05df"])),
+    *((cells * 3, {cell: [int(cell == other) for other in cells] * 3 for cell in cells})
+      for cells in (
+        ["\u6b63\u5e38", "\u80ba\u708e"], ["\uacb0\ud575", "\uc815\uc0c1"], ["\u7570\u5e38", "\u6b63\u5e38"],
+        ["\u0633\u0644", "\u0633\u0644\u064a\u0645"], ["COPD", "ILD"], ["HIV", "TB"],
+        ["\u826f\u6027", "\u60aa\u6027"], ["COVID", "non-COVID"], ["No TB", "TB"])),
     (["", "bai", "ez"] * 3, "row 3, column y: 'bai' and 'ez' may be yes and no"),
     *((cells * 3, {one: [1, 0] * 3, other: [0, 1] * 3}) for cells in (
         ["TB", "COPD"], ["edema", "cyst"], ["left", "right"], ["Grade: A", "Grade: B"],
@@ -272,6 +293,24 @@ def test_answers_are_taken_for_classes_where_that_is_said(tmp_path):
         assert [labels[cell] for cell in cells] == [[1, 0] * 2, [0, 1] * 2]
     assert column(tmp_path / "lists", ["[A|B]", "A", "B"] * 2, "--label-separator", "|") == {
         "A": [1, 1, 0] * 2, "B": [1, 0, 1] * 2}
+
+
+@pytest.mark.parametrize("one, other, refused", [
+    ("l\u00f6ytyy,ei l\u00f6ydy", "ei l\u00f6ydy,l\u00f6ytyy", True),
+    ("fundet,borte", "borte,fundet,?", True),
+    ("fundet,borte,tvivl", "Borte,fundet", True), ("mild,severe", "severe,mild", False),
+    ("left,right", "right,left", False), ("TB,Normal", "Normal,TB", False),
+    ("COPD,TB", "TB,COPD", False), ("fundet,borte", "hjerte,borte", False)])
+def test_two_words_of_several_columns(tmp_path, one, other, refused):
+    one, other = one.split(",") * 6, other.split(",") * 6
+    src, out = tree(tmp_path, *(f"{i}.png" for i in range(12)))
+    (tmp_path / "l.csv").write_text("path,A,B\n" + "".join(
+        f"{i}.png,{one[i]},{other[i]}\n" for i in range(12)))
+    flags = ["--csv", tmp_path / "l.csv"]
+    with outcome("row [23], column A: .*, which stand in another column as well, may be yes and "
+                 "no in .*--class-columns" if refused else None):
+        folder(src, out, *flags, "--label-columns", "A", "B")
+    folder(src, tmp_path / "more", *flags, "--class-columns", "A", "B", "--not-mentioned", "?")
 
 
 def test_a_column_named_twice(tmp_path, capsys):
