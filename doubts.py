@@ -359,7 +359,22 @@ NO_CLASSES = {"image", "images", "img", "imgs", "png", "jpg", "jpeg", "dicom",
               "doc", "docs", "document", "documentation", "figure", "fig", "screenshot",
               "preview", "icon", "logo", "supplement", "readme",
               # Views, which are no finding.
-              "pa", "ap", "lateral", "lat", "frontal", "ll", "view", "projection"}
+              "pa", "ap", "lateral", "lat", "frontal", "ll", "view", "projection",
+              # What work on them leaves.
+              "error", "failed", "failure", "invalid", "damaged", "broken", "removed", "discard",
+              "exclude", "skip", "skipped", "ignore", "ignored", "dup", "check", "result",
+              "output", "prediction", "raw", "original", "processed", "preprocessing", "resized",
+              "cropped", "converted", "enhanced", "augmented", "augmentation", "cleaned",
+              "export", "exported", "upload", "download", "downloaded", "extracted", "unzipped",
+              "archive", "zip", "sample", "example", "demo", "final", "selected", "copy", "copie",
+              "cache", "log", "report", "metadata", "csv", "xml", "json",
+              "novapasta", "nieuwemap", "новаяпапка", "新建文件夹", "新しいフォルダー", "새폴더"}
+# Words any of which makes a name none of a class: New folder (2), to_review, Uncertain cases.
+NO_CLASS_WORDS = {"folder", "ordner", "dossier", "carpeta", "cartella", "untitled", "reject",
+                  "rejects", "rejected", "excluded", "discarded", "deleted", "duplicate",
+                  "duplicates", "duplicated", "dups", "review", "recheck", "todo", "unreadable",
+                  "unusable", "corrupt", "corrupted", "quality", "preprocessed", "unlabeled",
+                  "unlabelled", "unsorted", "uncertain", "unsure"}
 # What makes the class of its own that is left without it another one: A - Copy, A_augmented.
 COPIES = ("copy", "copie", "copia", "kopie", "augmented", "augmentation", "aug", "backup",
           "resized", "cropped", "new", "old")
@@ -451,20 +466,32 @@ def drawings(images: list[str]) -> list[str]:
 
 def names_without_meaning(classes: list[str]) -> list[str]:
     """Those names of class folders that name a kind of file, a portion, a
-    person or a day.
+    person or a day, what was done to files, or, as cells do, nothing.
 
-    images_001 does, and p017; so do 00017, 2020-01-31, and JPCLN001 beside
-    JPCLN002."""
+    images_001 does, and p017; so do 00017, 2020-01-31, JPCLN001 beside
+    JPCLN002, results_v2, To review, nan and Uncertain."""
     letters = {name: "".join(re.findall(r"[^\W\d_]+", name.casefold())) for name in classes}
     known, codes = set(letters.values()), sum(map(bool, map(CODE.fullmatch, classes)))
     numbered = Counter(letters[name] for name in classes if re.search(r"\d", name))
     return [name for name in classes
             if {letters[name], letters[name].removesuffix("s")} & NO_CLASSES
+            or says_no_class(name)
             or letters[name].startswith(("image", "img"))
             or is_copy(name, letters, known) or is_garbled(name)
             or letters[name] in PERSONS and name.casefold() not in PERSONS
             or numbered[letters[name]] > MANY or is_number_of(name, numbered[letters[name]])
             or codes > 2 and CODE.fullmatch(name)]
+
+
+def says_no_class(name: str) -> bool:
+    """Whether a folder's name says, as a cell does, that nothing is mentioned or
+    certain, or has a word of NO_CLASS_WORDS, or only such as NO_CLASSES."""
+    words = [word for word in words_of(name) if len(word) > 1]
+    if {value_of(name.replace("_", mark)) for mark in " /_"} & {"", "-1"}:
+        return len("".join(words_of(name))) > 1
+    alone = [word.removesuffix("s") for word in words if word not in ("old", "new", "bad", "my")]
+    return (not NO_CLASS_WORDS.isdisjoint(words) or "".join(words) in NO_CLASSES
+            or bool(alone) and NO_CLASSES.issuperset(alone))
 
 
 def is_copy(name: str, letters: dict[str, str], known: set[str]) -> bool:

@@ -5,6 +5,7 @@ cannot be meant in doubts.py.
 """
 import argparse
 import os
+import shlex
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -12,8 +13,8 @@ from pathlib import Path, PurePosixPath
 from common import DataError, printable
 from doubts import (
     Doubt, drawings, folders_of_persons, lone_images, many_classes, names_without_meaning,
-    parts_of_persons, persons_in_names, repeated_below, same_pictures, say_no_finding, seem_patients, seem_studies,
-    seem_views, splits_in_names, strayed_copies)
+    parts_of_persons, persons_in_names, repeated_below, same_pictures, say_no_finding,
+    seem_patients, seem_studies, seem_views, splits_in_names, strayed_copies)
 from layout import (
     Place, excluder, find_layout, layout_text, levels_of, outside_splits, place_of, split_name)
 from radiograph import EXTENSIONS, unread_suffix
@@ -364,7 +365,8 @@ def doubt_folders(source: Source, images: list[str], levels: list[str], guessed:
     twice = repeated_below(images, levels)
     if odd:
         source.doubts.append(Doubt(
-            "odd-classes", f"the folder {text_of(odd[0])} does not look like a class: {ask}"))
+            "odd-classes", f"the folder {text_of(odd[0])} does not look like a class: --exclude "
+            f"{shlex.quote(text_of(odd[0]))} leaves it out, {ask}"))
     elif twice:
         name, one, other = map(text_of, twice)
         source.doubts.append(Doubt("odd-classes", f"{name} lies both below {one} and below "

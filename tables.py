@@ -72,6 +72,7 @@ SIGN = re.compile(r"\w([+-](?=[\s,;|]|$)| [+-](?=\s*([,;|]|$)))")
 SIGN_BEFORE = re.compile(r"(\([-+¬!~]\)|[-+¬!~])\s*[^\W\d].*", re.DOTALL)      # -Nodule, (-) Mass
 NUMBERED = re.compile(r"\(?(\d+[.)]|[a-z]\)|[ivx]{2,}[.)])\s*[^\W\d].*", re.IGNORECASE)
 LONGEST_ANSWER = 100            # characters; a longer cell is a report
+LONGEST_LIST = 2_000            # of findings and answers
 # What has letters and yet names no class, and what to call it.
 MONTH = "(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]{0,6}"
 NO_CLASS = {
@@ -87,8 +88,13 @@ DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
 # Lists: what separates their words, and what may stand around them.
 SEPARATORS = "|;"
 LINE_ENDS = "\n\t\r\v\f\x85\u2028\u2029"
-# The last ones of the marks as Chinese writes them; or what is between two words in quotes.
-LIST_MARKS = re.compile("[,|;\uff0c\uff1b\uff5c\u3001]|[\"'”’»]\\s+[\"'“‘«]")
+# Commas and the like of all scripts, bars, and lines; or what is between two words in quotes.
+LIST_MARKS = re.compile("[,|;\uff0c\uff1b\uff5c\u3001\u060c\u061b\u055d\u07f8\u1363\u1364\u1802"
+                        "\u1808\ua4fe\ua60d\ua6f5\ufe50\ufe51\ufe54\uff64\u30fb\uff65\u00a6\u2016"
+                        "\u2223\u2502\u01c0"
+                        rf"{LINE_ENDS}]|[\"'”’»]\s+[\"'“‘«]")
+GAP = re.compile(r"\w(\s{2,}|[\u2001\u2003\u3000])\w")      # more between two words than a blank
+COMBINED = re.compile(r"[^\W\d]\s*([&+/]|\b(and|und|et|y|e|with)\b)\s*[^\W\d]", re.IGNORECASE)
 MARKS = {"Po", "Ps", "Pe", "Sm", "Sc", "Sk", "So"}      # categories of Unicode that may separate
 NO_MARKS = {*QUOTES, *"().%_"}      # separate nothing, as no dash does
 LONGEST_RUN = 5                 # words; longer names of classes are not searched for in others
@@ -415,6 +421,10 @@ def understand_column(table: Table, name: str, keys: list[str], rules: LabelRule
     kind = "lists of classes" if has_lists else "classes"
     count = f"{len(labels):,} label{'s' if len(labels) > 1 else ''}"
     note = f"Column {name} holds {kind}: {count}.{merged(spelling)}"
+    combined = [label for label in index if COMBINED.search(label)]
+    if combined and rules.flags and not (classes or has_lists or rules.separator):
+        note += (f" One class, and no list, is {combined[0]!r}: --label-separator says what "
+                 "separates the words of a list.")
     return Column(labels, cells, f"{note} {open_note}".strip())
 
 
@@ -523,7 +533,7 @@ def refuse_what_is_no_class(values: dict[str, str | None], where: dict[str, str]
         raise DataError(f"{where[words[0]]}: {words[0]!r} among values of 1, 0, -1 and blank, "
                         f"such as {others[0]!r}{ask}")
     for word in words if rules.flags and rules.separator != "none" else ():
-        kind = what_is_no_class(word)
+        kind = what_is_no_class(word, rules.separator)
         if kind and not NUMBER.fullmatch(word.strip('=%"')):
             raise DataError(f"{where[word]}: {word!r} seems to be {kind}, and no class{ask}")
     for word in words if rules.flags else ():
@@ -531,11 +541,12 @@ def refuse_what_is_no_class(values: dict[str, str | None], where: dict[str, str]
             raise DataError(f"{where[word]}: the number {word!r} is none of 1, 0, -1{ask}")
 
 
-def what_is_no_class(word: str) -> str:
+def what_is_no_class(word: str, separator: str) -> str:
     """What a word of a column seems to be, if it is no class, and no list of
-    classes."""
+    classes. separator: of lists, where the user says it."""
     kind = next((kind for kind, form in NO_CLASS.items() if form.fullmatch(word)), "")
-    if kind or len(word) > LONGEST_ANSWER:
+    is_list = any(mark in word for mark in (*SEPARATORS, separator) if mark)
+    if kind or len(word) > (LONGEST_LIST if is_list else LONGEST_ANSWER):
         return kind
     if is_garbled(word):
         return "damaged by a wrong decoding"
@@ -543,7 +554,8 @@ def what_is_no_class(word: str) -> str:
         empty = not word.strip(f"[](){{}}|;, {QUOTES}")                    # a list of nothing
         mark = "" if empty else "a mark"
         return "a range, a date or other numbers" if re.search(r"\d", word) else mark
-    parts = [part.strip(f" []{{}}{QUOTES}") for part in re.split(r"[|;,\n]", word)]
+    parts = [part.strip(f" []{{}}{QUOTES}")
+             for part in re.split(rf"[|;,\n]|{re.escape(separator or '|')}", word)]
     answers = [answer["answer"] for answer in map(ANSWER.fullmatch, parts) if answer]
     for answer in answers:
         if value_of(answer) or SHARE.fullmatch(answer):
@@ -558,7 +570,27 @@ def what_is_no_class(word: str) -> str:
     if len(parts) > 1 and any(
             value_of(part) and bare(part) != PREFIX or SHARE.fullmatch(part) for part in parts):
         return "a list of answers"
+    if hold_answers([part for part in map(bare, parts) if part]):
+        return "findings and their answers"
     return "a numbered list" if len(parts) > 1 and any(map(NUMBERED.fullmatch, parts)) else ""
+
+
+def hold_answers(parts: list[str]) -> bool:
+    """Whether the parts of a list end with an answer, two of them with a word or
+    all with a number, or begin with one: Mass yes|Nodule no, no Mass|no Nodule. So may
+    what is separated by nothing that is known: Mass yes Nodule no."""
+    def says(word: str) -> bool:
+        return value_of(word) in ("0", "1") and word != PREFIX
+
+    words = [re.split(r"[\s_-]+", part) for part in parts]
+    if len(words) == 1:
+        text = re.findall(r"[^\W\d_]{2,}", parts[0])
+        found = [i for i, word in enumerate(text) if i and says(word) and not says(text[i - 1])]
+        return len(found) > 1 and found[-1] == len(text) - 1
+    ends = [of_one[-1] for of_one in words if len(of_one) > 1]
+    return (sum(says(end) and not NUMBER.fullmatch(end) for end in ends) > 1
+            or len(ends) == len(words) and all(says(end) or SHARE.fullmatch(end) for end in ends)
+            or all(len(of_one) > 1 and says(of_one[0]) for of_one in words))
 
 
 def refuse_answers_of_other_languages(labels: list[str], where: dict[str, str],
@@ -756,6 +788,10 @@ def refuse_hidden_lists(words: list[str], where: dict[str, str]) -> None:
         # Several codes, as ICD has them: R91.8 J18.9.
         parts = word.split()
         if LIST_MARKS.search(word) or len(parts) > 1 and all(map(ICD.fullmatch, parts)):
+            raise ask_for_separator(word, where)
+    plain = {form_key(word) for word in words if not GAP.search(word)}
+    for word in words:
+        if GAP.search(word) and form_key(word) not in plain:
             raise ask_for_separator(word, where)
     for word in names_of_others(words):
         raise ask_for_separator(word, where)

@@ -153,17 +153,20 @@ LIST = {"Mass": [1, 1, 0], "Nodule": [1, 0, 1]}
         ["\u0628\u0644\u0647", "\u062e\u06cc\u0631", "1"],
         ["\u05e7\u05d9\u05d9\u05dd", "\u05dc\u05d0", "1"],
         ["\u0e21\u0e35", "\u0e44\u0e21\u0e48\u0e21\u0e35", "1"],
-        ["\u0435\u0441\u0442\u044c", "\u041e\u0442\u0441\u0443\u0442\u0441\u0442\u0432\u0443\u0435\u0442", "1"],
+        ["\u0435\u0441\u0442\u044c",
+         "\u041e\u0442\u0441\u0443\u0442\u0441\u0442\u0432\u0443\u0435\u0442", "1"],
         ["aanwezig", "Afwezig", "ja"], ["obecny", "nieobecny", "tak"],
         ["c\u00f3", "kh\u00f4ng", "1"])),
     *((cells * 3, "column y: .* may be yes and no in a language .*--class-columns")
       for cells in (
         ["BAI", "EZ"], ["\u0985\u09be\u099b\u09c7", "\u09a8\u09be"],
         ["\u0b86\u0bae\u0bcd", "\u0b87\u0bb2\u0bcd"],
-        ["\u10f0\u10dd", "\u10d0\u10e0\u10d0"], ["IYO", "MAYA"], ["\u05d4\u05df", "\u05d0\u05d9\u05df"])),
+        ["\u10f0\u10dd", "\u10d0\u10e0\u10d0"], ["IYO", "MAYA"],
+        ["\u05d4\u05df", "\u05d0\u05d9\u05df"])),
     *((cells * 3, {cell: [int(cell == other) for other in cells] * 3 for cell in cells})
       for cells in (
-        ["\u6b63\u5e38", "\u80ba\u708e"], ["\uacb0\ud575", "\uc815\uc0c1"], ["\u7570\u5e38", "\u6b63\u5e38"],
+        ["\u6b63\u5e38", "\u80ba\u708e"], ["\uacb0\ud575", "\uc815\uc0c1"],
+        ["\u7570\u5e38", "\u6b63\u5e38"],
         ["\u0633\u0644", "\u0633\u0644\u064a\u0645"], ["COPD", "ILD"], ["HIV", "TB"],
         ["\u826f\u6027", "\u60aa\u6027"], ["COVID", "non-COVID"], ["No TB", "TB"])),
     (["", "bai", "ez"] * 3, "row 3, column y: 'bai' and 'ez' may be yes and no"),
@@ -191,13 +194,31 @@ LIST = {"Mass": [1, 1, 0], "Nodule": [1, 0, 1]}
         (["1) Edema; 2) Cyst", "1) Cyst"], "a numbered list"),
         (["(1) Edema|(2) Cyst", "(1) Cyst"], "a numbered list"),
         (["TB+ HIV-", "TB- HIV-"], "findings and their signs"),
-        (["edema +, cyst \u2212", "edema -, cyst +"], "findings and their signs"))),
+        (["edema +, cyst \u2212", "edema -, cyst +"], "findings and their signs"),
+        *((cells, "findings and their answers") for cells in (
+            ["Edema present|Cyst absent", "Edema absent|Cyst absent"],
+            ["Edema-neg;Cyst-pos", "Cyst-pos"], ["Edema_1|Cyst_0", "Edema_0|Cyst_1"],
+            ["Edema 0.25|Cyst 0.5", "TB"], ["Edema presente|Cyst ausente", "TB"],
+            ["negative Edema|positive Cyst", "TB"], ["no Edema;no Cyst", "Edema"],
+            ["Edema yes Cyst no", "Edema no Cyst yes"], ["Edema yes / Cyst no", "TB"],
+            ["|".join(f"Edema {zone} yes" for zone in "abcdefghijk"), "Cyst"])))),
     *((cells * 2, "may be a list") for cells in (
         ["(Edema;Cyst)", "Edema", "Cyst"], ["{Edema|Cyst}", "Cyst"], ["[Edema]", "Edema|Cyst"],
         ["\u2022 Edema \u2022 Cyst", "\u2022 Edema"], ["#Edema #Cyst", "#Cyst"],
         ["'Edema' 'Cyst'", "'Edema'"], ["Edema\u2028Cyst", "Edema"],
         ["Edema*Cyst", "Edema", "Normal"], ["Edema \u2192 Cyst", "Cyst", "Normal"],
-        ["Edema\u00b7Cyst", "Cyst", "x"])),
+        ["Edema\u00b7Cyst", "Cyst", "x"],
+        # Commas of other scripts, tabs, wide blanks, bars, where no part stands alone.
+        *([f"Edema{mark}Cyst", f"Hernia{mark}TB", "Normal"] for mark in (
+            "\u060c ", "\u061b", "\u055d ", "\t", "  ", "\u3000", "\n", " \u00a6 ", "\u30fb")))),
+    *((cells * 2, {"Lung Edema": [1, 1, 0] * 2, "TB": [0, 0, 1] * 2}) for cells in (
+        ["Lung  Edema", "Lung Edema", "TB"],)),
+    *((cells * 2, {cell: [int(cell == other) for other in cells] * 2 for cell in cells})
+      for cells in (["TB positive", "TB negative"], ["Mass/Nodule", "Normal"],
+                    ["no Edema", "Cyst of rib 1"])),
+    (["HIV positive|TB", "Rib 1|Rib 2", "TB|No finding"], {
+        "HIV positive": [1, 0, 0], "No finding": [0, 0, 1], "Rib 1": [0, 1, 0],
+        "Rib 2": [0, 1, 0], "TB": [1, 0, 1]}),
     *((cells * 2, {cell: [int(cell == other) for other in cells] * 2 for cell in cells})
       for cells in (["Crohn\u2019s", "Chagas\u2019s", "Normal"], ["TB 50%", "TB 70%", "TB"],
                     ["\u0938\u093e\u092e\u093e\u0928\u094d\u092f", "\u0938\u093e\u0930", "TB"])),
@@ -313,6 +334,12 @@ def test_two_words_of_several_columns(tmp_path, one, other, refused):
     folder(src, tmp_path / "more", *flags, "--class-columns", "A", "B", "--not-mentioned", "?")
 
 
+@pytest.mark.parametrize("cell", ["Edema & cyst", "Edema/Cyst", "edema et kyste", "Edema + Cyst"])
+def test_a_cell_that_may_be_a_list_is_told(tmp_path, capsys, cell):
+    assert column(tmp_path, [cell, "TB"] * 2)[cell] == [1, 0] * 2
+    assert f"One class, and no list, is '{cell}': --label-sep" in capsys.readouterr().out
+
+
 def test_a_column_named_twice(tmp_path, capsys):
     for flags in (["--label-columns", "y", "y"], ["--label-columns", "y", "--class-columns", "y"]):
         with pytest.raises(SystemExit):
@@ -388,6 +415,16 @@ def test_blanks_and_marks_are_told(tmp_path, capsys, columns, rows, expected):
         ("Frontal", "lateral"), ("AP", "PA"), ("TB", "documents"), ("TB", "Figures"),
         ("A", "A - Copy"), ("TB", "TB_augmented"), ("A", "thumbnails"), ("A", "$RECYCLE.BIN"),
         ("a3f9c2", "b81e77", "c0ffee"))),
+    # What cells say for nothing, and what work on files leaves.
+    *(("{name}/{set}{i}.png", ("TB", name), f"folder {name} does not look like a class: --exclude "
+       f"'?{name}'? leaves it out.*--allow odd-classes") for name in (
+        "NaN", "n_a", "not_reported", "Missing", "unsure", "Possible", "uncertain_2",
+        "Nouveau dossier", "Untitled folder 3", "rejects", "Excluded by MK", "for review",
+        "low_quality", "Duplicated", "Errors", "results_v3", "outputs", "Preprocessed",
+        "original images", "old scans", "failed", "\u65b0\u5efa\u6587\u4ef6\u5939")),
+    *(("{name}/{set}{i}.png", names, "class") for names in (
+        ("Rejection", "Normal"), ("Old TB", "TB"), ("A", "U"), ("Other", "Normal"),
+        ("Not Normal", "Normal"), ("-1", "1"), ("yes", "no"), ("TB.v2", "B.v2"))),
     *(("{name}/{set}{i}.png", names, "seem to be masks") for names in (
         ("A", "cams"), ("A", "segmented"))),
     *(("{name}/{set}{i}.png", names, "class") for names in (
@@ -752,6 +789,18 @@ def test_pictures_of_a_kind_that_is_not_read_are_lost(tmp_path, names, expected)
         assert len(read_manifest(out).paths) == expected
     if isinstance(expected, str):
         folder(src, out, "--exclude", "*.heic", "*.gz", "*.GIF")
+
+
+@pytest.mark.parametrize("pattern, layout", [
+    ("{name}.zip/{split}{i}.png", "class"), ("{name}.TAR.GZ/{name}/{split}{i}.png", "class"),
+    ("{split}.7z/{name}/{i}.png", "split/class")])
+def test_folders_that_are_called_as_the_archives_they_were_in(tmp_path, capsys, pattern, layout):
+    src, out = tree(tmp_path, *(pattern.format(name=name, split=split, i=i)
+                                for name in ("NORMAL", "TB") for split in ("train", "val", "test")
+                                for i in range(2)))
+    folder(src, out, "--allow", "unused-splits")
+    assert f"Layout of the folders: {layout} (rec" in capsys.readouterr().out
+    assert read_manifest(out).label_names == ["NORMAL", "TB"]
 
 
 @pytest.mark.parametrize("both, other, flags", [
