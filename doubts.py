@@ -692,7 +692,7 @@ def parts_of_persons(patients: Iterable[str]) -> str:
     # Letters alone are an examination's where no name is a pseudonym, such as 3fa8c1b.
     letters = all(re.fullmatch(r"([a-z]{0,7}[ _-]?)\d+[ _-]?[a-z]?", name.casefold())
                   for name in names)
-    last = re.compile(rf"([a-z]{{0,7}}[ _-]?\d+)({'[a-f]|' if letters else ''}[ ._-]\w\d?)")
+    last = re.compile(rf"([a-z]{{0,7}}[ _-]?\d+)({'[a-f]|' if letters else ''}[ ._-][0-9a-f])")
     found = {name: match[1] for name in names if (match := last.fullmatch(name.casefold()))}
     pairs = pairs_alike(found, found.__getitem__)
     return person or (pairs[0][1] if pairs else "")

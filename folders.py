@@ -364,9 +364,11 @@ def doubt_folders(source: Source, images: list[str], levels: list[str], guessed:
     odd = names_without_meaning(sorted({*classes}))
     twice = repeated_below(images, levels)
     if odd:
+        own = next(PurePosixPath(file).parts[levels.index("class")]         # images.zip of images
+                   for file, name in zip(images, classes) if name == odd[0])
         source.doubts.append(Doubt(
-            "odd-classes", f"the folder {text_of(odd[0])} does not look like a class: --exclude "
-            f"{shlex.quote(text_of(odd[0]))} leaves it out, {ask}"))
+            "odd-classes", f"the folder {text_of(own)} does not look like a class: --exclude "
+            f"{shlex.quote(text_of(own))} leaves it out, {ask}"))
     elif twice:
         name, one, other = map(text_of, twice)
         source.doubts.append(Doubt("odd-classes", f"{name} lies both below {one} and below "

@@ -109,11 +109,12 @@ FINDINGS = re.compile(
     "|lesion|fractur|hernia|pleura|thick|device|lung|thora|sars|mers|flu|posit|negat|control|case"
     "|class|label|grade|stage|mild|moder|sever|none|other|sick|train|test|valid|patholog|view"
     r"|lateral|front|\b(left|right|both|upper|lower|acute|chronic)\b"
-    "|正常|[异異]常|良性|[恶悪惡]性|健康|感染|[肺胸心骨炎癌瘤病症影水肿腫]|[结結][核节節]"
+    "|正常|[异異]常|良性|[恶悪惡]性|健康|感染|[肺胸心骨炎癌瘤病症肿腫]|[阴陰]影|积水|[结結][核节節]"
     "|정상|이상|악성|[폐암염]|결핵|종양|질환|طبيع|طبیع|سليم|سالم|سل|كتل|عقد|التهاب|ورم|حميد|خبيث"
     "|مرض|بیمار|תקי|בריא|חולה|דלקת|שחפת|גידול|שפיר|ממאיר|सामान्य|रोग|क्षय|ปกติ|โรค|ปอด|มะเร็ง")
 VOWELS = "aeiouyáéíóúàèìòùâêîôûãõäöüåıаеёиоуыэюяіїәөүαεηιουωάέήίόύώ"
-SPOKEN = re.compile(rf"[^{VOWELS}]?([{VOWELS}]+[^{VOWELS}]?)+")     # var, yok; no tb, copd
+SPOKEN = re.compile(                # var and yok, but neither tb nor copd
+    rf"(?=.*[{VOWELS}])[^{VOWELS}]?([{VOWELS}]+[^{VOWELS}])*[{VOWELS}]*")
 
 MOST_CELLS = 100_000_000        # images times labels: what a machine can hold
 
