@@ -25,7 +25,7 @@ from pydicom.pixels.utils import pixel_array
 from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from common import DataError
-from doubts import Doubt, pairs_alike, patient_key
+from doubts import Doubt, patient_key, patients_alike
 from layout import split_name
 from radiograph import (
     EXTENSIONS, PACKED, ImageSettings, Reading, eight_bits, in_parallel, load_image, reason)
@@ -819,7 +819,7 @@ def similar_ids(taken: dict[str, Identity], table: Table | None) -> list[Doubt]:
         for key, row in table.rows.items():
             if patient_key(key) in forms:
                 places.setdefault(key, f"{table.file.name}, row {row.number}")
-    alike = pairs_alike(places, patient_key)
+    alike = patients_alike(places)
     more = f", and {len(alike) - 1:,} more pairs" if len(alike) > 1 else ""
     return [Doubt("similar-patients", f"the PatientIDs of {places[one]} and {places[other]} differ "
                   f"in form only, as 7 and 007 do{more}: write each patient in one way")

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from pathlib import PurePosixPath
 from typing import NamedTuple
-from unicodedata import category
+from unicodedata import category, decimal
 
 from common import DataError
 from layout import (
@@ -249,10 +249,11 @@ def similar_patients(patients: Iterable[str]) -> list[Doubt]:
     digits a spreadsheet has left out, so that several patients are one."""
     names = list(dict.fromkeys(patients))
     doubts = []
-    for key, what, how in ((patient_key, "differ in form only", "write each patient in one way"),
-                           (without_visit, "seem to be two examinations of one person",
-                            "the patient alone keeps them in one split")):
-        alike = pairs_alike(names, key)
+    for alike, what, how in ((patients_alike(names), "differ in form only",
+                              "write each patient in one way"),
+                             (pairs_alike(names, without_visit),
+                              "seem to be two examinations of one person",
+                              "the patient alone keeps them in one split")):
         more = f", and {len(alike) - 1:,} more pairs" if len(alike) > 1 else ""
         doubts += [f"patients {one!r} and {other!r} {what}{more}: {how}"
                    for one, other in alike[:1]]
@@ -277,14 +278,35 @@ def large_patients(patients: list[str]) -> list[Doubt]:
                   "that are not known")]
 
 
+def patients_alike(patients: Iterable[str]) -> list[tuple[str, str]]:
+    """Pairs of patients that differ in form only: by patient_key, or in what is
+    between letters or digits, as 12-34-56 and 123456 do, DOE JOHN and DOEJOHN.
+
+    1-12 and 11-2 are two: one of both has to be without marks. Nor is P1-2 taken
+    for P12, which are short."""
+    keys = {name: patient_key(name) for name in patients}
+    marked = [name for name in keys if re.search(r"\w[\W_]+\w", name)]
+    whole = {keys[name]: name for name in keys.keys() - {*marked}}
+    pairs = pairs_alike(keys, keys.__getitem__)
+    for name in marked if whole else ():
+        for text in (keys[name], small(without_accents(name))):
+            joined = re.sub(r"[\W_]+|^0+", "", text)
+            if len(joined) > 4 and joined != keys[name] and joined in whole:
+                pairs.append((name, whole[joined]))
+                break
+    return pairs
+
+
 def patient_key(patient: str) -> str:
-    """What is equal for 7, 007, 7. and 7.0, for 1000, 1e3 and 1,000, for P7,
+    """What is equal for 7, 007, 7. and 7.0, for 1000, 1e3, 1,000 and 1 000, for P7,
     p07 and P 7, for '7, #7 and patient007, for 1/2 and 1-2, Müller and Muller."""
-    # Large numbers as spreadsheets write them.
+    # Large numbers as spreadsheets write them; ١ is 1.
+    if not patient.isascii():
+        patient = re.sub(r"\d", lambda digit: str(decimal(digit[0])), patient)
     if re.fullmatch(r"\d+(\.\d+)?e\+?\d{1,3}", patient.casefold()):
         patient = f"{float(patient):.0f}"
-    if re.fullmatch(r"\d{1,3}(,\d{3})+", patient):
-        patient = patient.replace(",", "")
+    if re.fullmatch(r"\d{1,3}([,.'’\s]\d{3})+", patient) and not re.search(r"\.0+$", patient):
+        patient = re.sub(r"\D", "", patient)
     # Marks and accents, and letters that look like others. DOE^JANE^^ is Doe, Jane.
     text = small(without_accents(patient)).translate(LOOKALIKES)
     text = "".join(" " if letter != "." and category(letter)[0] in "PS" else letter
@@ -337,7 +359,22 @@ NO_CLASSES = {"image", "images", "img", "imgs", "png", "jpg", "jpeg", "dicom",
               "doc", "docs", "document", "documentation", "figure", "fig", "screenshot",
               "preview", "icon", "logo", "supplement", "readme",
               # Views, which are no finding.
-              "pa", "ap", "lateral", "lat", "frontal", "ll", "view", "projection"}
+              "pa", "ap", "lateral", "lat", "frontal", "ll", "view", "projection",
+              # What work on them leaves.
+              "error", "failed", "failure", "invalid", "damaged", "broken", "removed", "discard",
+              "exclude", "skip", "skipped", "ignore", "ignored", "dup", "check", "result",
+              "output", "prediction", "raw", "original", "processed", "preprocessing", "resized",
+              "cropped", "converted", "enhanced", "augmented", "augmentation", "cleaned",
+              "export", "exported", "upload", "download", "downloaded", "extracted", "unzipped",
+              "archive", "zip", "sample", "example", "demo", "final", "selected", "copy", "copie",
+              "cache", "log", "report", "metadata", "csv", "xml", "json",
+              "novapasta", "nieuwemap", "новаяпапка", "新建文件夹", "新しいフォルダー", "새폴더"}
+# Words any of which makes a name none of a class: New folder (2), to_review, Uncertain cases.
+NO_CLASS_WORDS = {"folder", "ordner", "dossier", "carpeta", "cartella", "untitled", "reject",
+                  "rejects", "rejected", "excluded", "discarded", "deleted", "duplicate",
+                  "duplicates", "duplicated", "dups", "review", "recheck", "todo", "unreadable",
+                  "unusable", "corrupt", "corrupted", "quality", "preprocessed", "unlabeled",
+                  "unlabelled", "unsorted", "uncertain", "unsure"}
 # What makes the class of its own that is left without it another one: A - Copy, A_augmented.
 COPIES = ("copy", "copie", "copia", "kopie", "augmented", "augmentation", "aug", "backup",
           "resized", "cropped", "new", "old")
@@ -429,20 +466,32 @@ def drawings(images: list[str]) -> list[str]:
 
 def names_without_meaning(classes: list[str]) -> list[str]:
     """Those names of class folders that name a kind of file, a portion, a
-    person or a day.
+    person or a day, what was done to files, or, as cells do, nothing.
 
-    images_001 does, and p017; so do 00017, 2020-01-31, and JPCLN001 beside
-    JPCLN002."""
+    images_001 does, and p017; so do 00017, 2020-01-31, JPCLN001 beside
+    JPCLN002, results_v2, To review, nan and Uncertain."""
     letters = {name: "".join(re.findall(r"[^\W\d_]+", name.casefold())) for name in classes}
     known, codes = set(letters.values()), sum(map(bool, map(CODE.fullmatch, classes)))
     numbered = Counter(letters[name] for name in classes if re.search(r"\d", name))
     return [name for name in classes
             if {letters[name], letters[name].removesuffix("s")} & NO_CLASSES
+            or says_no_class(name)
             or letters[name].startswith(("image", "img"))
             or is_copy(name, letters, known) or is_garbled(name)
             or letters[name] in PERSONS and name.casefold() not in PERSONS
             or numbered[letters[name]] > MANY or is_number_of(name, numbered[letters[name]])
             or codes > 2 and CODE.fullmatch(name)]
+
+
+def says_no_class(name: str) -> bool:
+    """Whether a folder's name says, as a cell does, that nothing is mentioned or
+    certain, or has a word of NO_CLASS_WORDS, or only such as NO_CLASSES."""
+    words = [word for word in words_of(name) if len(word) > 1]
+    if {value_of(name.replace("_", mark)) for mark in " /_"} & {"", "-1"}:
+        return len("".join(words_of(name))) > 1
+    alone = [word.removesuffix("s") for word in words if word not in ("old", "new", "bad", "my")]
+    return (not NO_CLASS_WORDS.isdisjoint(words) or "".join(words) in NO_CLASSES
+            or bool(alone) and NO_CLASSES.issuperset(alone))
 
 
 def is_copy(name: str, letters: dict[str, str], known: set[str]) -> bool:
@@ -632,6 +681,21 @@ def persons_in_names(images: Iterable[str]) -> str:
         if found and first.setdefault(name.casefold()[:found.end()], name) != name:
             return name
     return ""
+
+
+def parts_of_persons(patients: Iterable[str]) -> str:
+    """A patient that seems to be one of several parts of a person, as patient1_1,
+    101-1, 101.1 and 101a do where there are patient1_2, 101-2, 101.2 or 101b; ""
+    where there is none."""
+    names = list(dict.fromkeys(patients))
+    person = persons_in_names(names)
+    # Letters alone are an examination's where no name is a pseudonym, such as 3fa8c1b.
+    letters = all(re.fullmatch(r"([a-z]{0,7}[ _-]?)\d+[ _-]?[a-z]?", name.casefold())
+                  for name in names)
+    last = re.compile(rf"([a-z]{{0,7}}[ _-]?\d+)({'[a-f]|' if letters else ''}[ ._-][0-9a-f])")
+    found = {name: match[1] for name in names if (match := last.fullmatch(name.casefold()))}
+    pairs = pairs_alike(found, found.__getitem__)
+    return person or (pairs[0][1] if pairs else "")
 
 
 def words_of(name: str) -> list[str]:

@@ -5,6 +5,7 @@ cannot be meant in doubts.py.
 """
 import argparse
 import os
+import shlex
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -12,8 +13,8 @@ from pathlib import Path, PurePosixPath
 from common import DataError, printable
 from doubts import (
     Doubt, drawings, folders_of_persons, lone_images, many_classes, names_without_meaning,
-    persons_in_names, repeated_below, same_pictures, say_no_finding, seem_patients, seem_studies,
-    seem_views, splits_in_names, strayed_copies)
+    parts_of_persons, persons_in_names, repeated_below, same_pictures, say_no_finding,
+    seem_patients, seem_studies, seem_views, splits_in_names, strayed_copies)
 from layout import (
     Place, excluder, find_layout, layout_text, levels_of, outside_splits, place_of, split_name)
 from radiograph import EXTENSIONS, unread_suffix
@@ -22,7 +23,8 @@ from sources import (
     passed_over, plain_path, text_of, that_end_alike, unique, unused_note, unused_splits,
     without_suffix)
 from tables import (
-    MOST_CELLS, Table, merged, read_table, small, spellings, understand, value_of)
+    MOST_CELLS, Table, merged, names_of_others, read_table, small, spellings, understand,
+    value_of)
 
 
 def folder_flags(flag: Callable) -> None:
@@ -146,7 +148,7 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
     source.patients_known = bool(patients)
     if not patients:
         say_no_patients(source, images, pictures)
-    elif person := persons_in_names(patients.values()):
+    elif person := parts_of_persons(patients.values()):
         source.notes.append(f"Some patients, such as {person}, seem to be parts of one person by "
                             "their names: images of each may come into several splits.")
     source.passed_over = f"Files passed over: {passed_over(others) or 'none'}."
@@ -362,8 +364,11 @@ def doubt_folders(source: Source, images: list[str], levels: list[str], guessed:
     odd = names_without_meaning(sorted({*classes}))
     twice = repeated_below(images, levels)
     if odd:
+        own = next(PurePosixPath(file).parts[levels.index("class")]         # images.zip of images
+                   for file, name in zip(images, classes) if name == odd[0])
         source.doubts.append(Doubt(
-            "odd-classes", f"the folder {text_of(odd[0])} does not look like a class: {ask}"))
+            "odd-classes", f"the folder {text_of(own)} does not look like a class: --exclude "
+            f"{shlex.quote(text_of(own))} leaves it out, {ask}"))
     elif twice:
         name, one, other = map(text_of, twice)
         source.doubts.append(Doubt("odd-classes", f"{name} lies both below {one} and below "
@@ -449,6 +454,11 @@ def class_folders(source: Source, places: dict[str, Place]) -> dict[str, tuple[s
         raise DataError(f"{len(source.label_names):,} class folders of {len(places):,} images are "
                         "more than fit into memory: --layout says what each level of folders is")
     source.doubts += many_classes(source.label_names, len(places))
+    for name in names_of_others(source.label_names)[:1]:
+        source.doubts.append(Doubt(
+            "odd-classes", f"the class folder {name} seems to name several findings that other "
+            "folders name as well, and which would be absent in its images: a column of lists, "
+            "such as A|B, in a table by --csv says both"))
     if merged(spelling):
         source.notes.append(f"Class folders.{merged(spelling)}")
     if say_no_finding(source.label_names):

@@ -32,13 +32,14 @@ SPLIT_NAMES = {             # names of folders and cells of tables -> the manife
 # Short ones may as well be classes: folders are called so where all of their level are splits.
 SHORT_SPLITS = {"tr": "train", "trn": "train", "va": "val", "te": "test", "ts": "test",
                 "tst": "test"}
+PACKED = re.compile(r"(\.tar)?\.(zip|tar|gz|tgz|bz2|xz|rar|7z)$", re.IGNORECASE)    # NORMAL.zip/
 LEVELS = ("split", "class", "patient", "*")
 
 
 class Place(NamedTuple):
     """What the folders around a file say of it."""
     split: str | None           # "" where no level is split; None for a file beside those folders
-    class_name: str             # "" for a file that is in no class folder
+    class_name: str             # without .zip; "" for a file that is in no class folder
     patient: str                # "" where no level is patient
 
 
@@ -54,6 +55,7 @@ def split_word(name: str) -> str:
     """What split_name looks up: `train` for train_set, trainset or Train images.
 
     Letters count without their accents."""
+    name = PACKED.sub("", name)
     words = re.sub(r"[\W\d_]+", " ", without_accents(name.casefold())).split()
     if len(words) > 1 and words[-1] in ("set", "data", "split", "images"):
         words.pop()
@@ -144,7 +146,7 @@ def place_of(image: str, levels: list[str]) -> Place:
     folders = PurePosixPath(image).parts[:-1]
     at = dict(zip(levels, folders))
     split = "" if "split" not in levels else split_name(at.get("split", "")) or None
-    return Place(split, at.get("class", ""), at.get("patient", ""))
+    return Place(split, PACKED.sub("", at.get("class", "")), at.get("patient", ""))
 
 
 def outside_splits(images: list[str], levels: list[str]) -> dict[str, int]:

@@ -23,12 +23,28 @@ CELL_WORDS = {
           "checked", "+", "(+)", "+ve", "✓", "✔", "☑", "✅", "ja", "oui", "si", "sí", "sim",
           "tak", "ano", "evet", "kyllä", "jah", "taip", "igen", "da", "ya", "ναι", "wahr", "vrai",
           "verdadero", "verdadeiro", "vero", "waar", "positiv", "positif", "positivo", "да", "是",
-          "有", "阳性", "陽性", "はい", "あり"),
+          "有", "阳性", "陽性", "はい", "あり",
+          # In more scripts, and present in all these languages.
+          *("áno jā так có exists confirmed reactive presente presentes presenti présent présente "
+            "prezent prezentă vorhanden nachgewiesen aanwezig obecny obecna obecne přítomen "
+            "přítomna přítomno přítomný var mevcut pozitif pozitív pozitivní pozytywny van ada "
+            "есть имеется присутствует выявлено обнаружено положительный положительно υπάρχει "
+            "θετικό θετικός 存在 有り 예 네 유 있음 양성 نعم موجود إيجابي بله دارد כן קיים חיובי "
+            "हाँ हां ใช่ มี พบ").split()),
     "0": ("no", "n", "false", "f", "negative", "neg", "absent", "not detected", "not seen",
           "not found", "unchecked", "(-)", "-ve", "✗", "✘", "☐", "❌", "nein", "non", "nao",
           "não", "nie", "ne", "nu", "hayır", "hayir", "ei", "nem", "tidak", "όχι", "falsch",
           "faux", "falso", "onwaar", "negativ", "negatif", "négatif", "negativo", "нет", "否",
-          "无", "無", "阴性", "陰性", "いいえ", "なし"),
+          "无", "無", "阴性", "陰性", "いいえ", "なし",
+          *("nee nej nei nē ні không nonreactive ausente ausentes assente assenti absente absentă "
+            "fehlend fehlt afwezig nieobecny nieobecna nieobecne nepřítomen nepřítomna nepřítomno "
+            "nepřítomný yok negatív negativní negatywny nincs οχι отсутствует отрицательный "
+            "отрицательно αρνητικό αρνητικός 没有 不是 不存在 無し 아니요 아니오 무 없음 음성 لا "
+            "سلبي خیر ندارد לא שלילי नहीं ไม่ ไม่ใช่ ไม่มี ไม่พบ").split(),
+          "non-reactive", "non reactive", "ruled out", "nicht vorhanden", "nicht nachgewiesen",
+          "non présent", "non présente", "no presente", "não presente", "non presente",
+          "niet aanwezig", "mevcut değil", "nincs jelen", "tidak ada", "не выявлено",
+          "не обнаружено", "δεν υπάρχει", "غير موجود", "לא קיים"),
     "-1": ("uncertain", "u", "maybe", "unsure", "possible", "equivocal", "indeterminate"),
     "": ("", "nan", "nat", "none", "nil", "null", "n/a", "na", "n.a", "n.d", "n/r", "n.r", "nr",
          "#n/a", "<na>", r"\n", "-", "--", ".", "..", "...", "missing", "empty", "blank",
@@ -42,7 +58,7 @@ NOTHING = re.compile(
 OPEN = ("", "nan", "nat", "null", "#n/a", "<na>", r"\n")
 # Of the values, one that is also an English prefix: a value only in a column of nothing else.
 PREFIX = "non"
-VALUES = {word: value for value, words in CELL_WORDS.items() for word in words}
+VALUES = {normalize("NFKC", word): value for value, words in CELL_WORDS.items() for word in words}
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII)
 DASHES = re.compile("[\u2010-\u2015\u2212]")      # hyphens, en and em dashes, the minus sign
 QUOTES = "'\"`«»‘’‚‛“”„‟‹›"
@@ -53,8 +69,10 @@ MEANING = re.compile(r"([+-]?[0-9]|99)(?:[ :.,)-]+(?=\w\w)|\s*[=:(]\s*)([^\W\d].
 ANSWER = re.compile(r".*[^\s-]\s*([:=(\[{@→]| - (?=\D))\s*(?P<answer>.+?)[)\]}]?")
 SHARE = re.compile(r"[+-]?(\d*\.\d+%?|\d+%)")
 SIGN = re.compile(r"\w([+-](?=[\s,;|]|$)| [+-](?=\s*([,;|]|$)))")
+SIGN_BEFORE = re.compile(r"(\([-+¬!~]\)|[-+¬!~])\s*[^\W\d].*", re.DOTALL)      # -Nodule, (-) Mass
 NUMBERED = re.compile(r"\(?(\d+[.)]|[a-z]\)|[ivx]{2,}[.)])\s*[^\W\d].*", re.IGNORECASE)
 LONGEST_ANSWER = 100            # characters; a longer cell is a report
+LONGEST_LIST = 2_000            # of findings and answers
 # What has letters and yet names no class, and what to call it.
 MONTH = "(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]{0,6}"
 NO_CLASS = {
@@ -70,8 +88,13 @@ DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
 # Lists: what separates their words, and what may stand around them.
 SEPARATORS = "|;"
 LINE_ENDS = "\n\t\r\v\f\x85\u2028\u2029"
-# The last ones of the marks as Chinese writes them; or what is between two words in quotes.
-LIST_MARKS = re.compile("[,|;\uff0c\uff1b\uff5c\u3001]|[\"'”’»]\\s+[\"'“‘«]")
+# Commas and the like of all scripts, bars, and lines; or what is between two words in quotes.
+LIST_MARKS = re.compile("[,|;\uff0c\uff1b\uff5c\u3001\u060c\u061b\u055d\u07f8\u1363\u1364\u1802"
+                        "\u1808\ua4fe\ua60d\ua6f5\ufe50\ufe51\ufe54\uff64\u30fb\uff65\u00a6\u2016"
+                        "\u2223\u2502\u01c0"
+                        rf"{LINE_ENDS}]|[\"'”’»]\s+[\"'“‘«]")
+GAP = re.compile(r"\w(\s{2,}|[\u2001\u2003\u3000])\w")      # more between two words than a blank
+COMBINED = re.compile(r"[^\W\d]\s*([&+/]|\b(and|und|et|y|e|with)\b)\s*[^\W\d]", re.IGNORECASE)
 MARKS = {"Po", "Ps", "Pe", "Sm", "Sc", "Sk", "So"}      # categories of Unicode that may separate
 NO_MARKS = {*QUOTES, *"().%_"}      # separate nothing, as no dash does
 LONGEST_RUN = 5                 # words; longer names of classes are not searched for in others
@@ -85,7 +108,13 @@ FINDINGS = re.compile(
     "|benign|nodul|mass|effusion|edema|oedema|fibro|emphysem|atelecta|cardi|consolid|infiltr|opaci"
     "|lesion|fractur|hernia|pleura|thick|device|lung|thora|sars|mers|flu|posit|negat|control|case"
     "|class|label|grade|stage|mild|moder|sever|none|other|sick|train|test|valid|patholog|view"
-    "|lateral|front")
+    r"|lateral|front|\b(left|right|both|upper|lower|acute|chronic)\b"
+    "|正常|[异異]常|良性|[恶悪惡]性|健康|感染|[肺胸心骨炎癌瘤病症肿腫]|[阴陰]影|积水|[结結][核节節]"
+    "|정상|이상|악성|[폐암염]|결핵|종양|질환|طبيع|طبیع|سليم|سالم|سل|كتل|عقد|التهاب|ورم|حميد|خبيث"
+    "|مرض|بیمار|תקי|בריא|חולה|דלקת|שחפת|גידול|שפיר|ממאיר|सामान्य|रोग|क्षय|ปกติ|โรค|ปอด|มะเร็ง")
+VOWELS = "aeiouyáéíóúàèìòùâêîôûãõäöüåıаеёиоуыэюяіїәөүαεηιουωάέήίόύώ"
+SPOKEN = re.compile(                # var and yok, but neither tb nor copd
+    rf"(?=.*[{VOWELS}])[^{VOWELS}]?([{VOWELS}]+[^{VOWELS}])*[{VOWELS}]*")
 
 MOST_CELLS = 100_000_000        # images times labels: what a machine can hold
 
@@ -284,7 +313,9 @@ def understand(table: Table, names: list[str], keys: list[str], rules: LabelRule
     DataError names file, row and column of what is neither a value nor a
     class."""
     several = len(names) > 1
-    columns = [understand_column(table, name, keys, rules, several) for name in names]
+    shared = shared_words(table, names, keys) if several and rules.flags else {}
+    columns = [understand_column(table, name, keys, rules, several, shared.get(name, set()))
+               for name in names]
     label_names = [label for column in columns for label in column.names]
     places = [table.columns.index(name) for name in names]
     rater = table.columns.index(rules.rater_column) if rules.rater_column else None
@@ -332,11 +363,11 @@ def majority_of(opinions: list[tuple[str, ...]]) -> tuple[str, ...]:
 
 
 def understand_column(table: Table, name: str, keys: list[str], rules: LabelRules,
-                      prefix: bool) -> Column:
+                      prefix: bool, shared: set[str]) -> Column:
     """One column as a label, or as one label for each of its words.
 
     prefix: whether those begin with the column's name, as equal words of two
-    columns must not become one label."""
+    columns must not become one label. shared: those words, by shared_words."""
     # What stands in the column, how often, and where for the first time.
     place = table.columns.index(name)
     counts: Counter[str] = Counter()
@@ -375,7 +406,7 @@ def understand_column(table: Table, name: str, keys: list[str], rules: LabelRule
     labels = sorted(set(spelling.values()))
     has_lists = any(len(parts) > 1 for parts in lists.values())
     if not classes and not has_lists:
-        refuse_answers_of_other_languages(labels, where, rules)
+        refuse_answers_of_other_languages(labels, where, shared, rules)
     check_number_of_classes(table, name, len(labels), len(keys),
                             has_lists or bool(rules.several_rows), rules)
     index = {label: i for i, label in enumerate(labels)}
@@ -391,6 +422,10 @@ def understand_column(table: Table, name: str, keys: list[str], rules: LabelRule
     kind = "lists of classes" if has_lists else "classes"
     count = f"{len(labels):,} label{'s' if len(labels) > 1 else ''}"
     note = f"Column {name} holds {kind}: {count}.{merged(spelling)}"
+    combined = [label for label in index if COMBINED.search(label)]
+    if combined and rules.flags and not (classes or has_lists or rules.separator):
+        note += (f" One class, and no list, is {combined[0]!r}: --label-separator says what "
+                 "separates the words of a list.")
     return Column(labels, cells, f"{note} {open_note}".strip())
 
 
@@ -422,6 +457,7 @@ def value_of_word(text: str) -> str | None:
     """value_of a number or a word, as `bare` writes it."""
     if NUMBER.fullmatch(text):
         return {1.0: "1", 0.0: "0", -1.0: "-1"}.get(float(text))
+    text = text.replace("i\u0307", "i")      # a Turkish capital i in small letters
     return "" if NOTHING.fullmatch(text) else VALUES.get(text)
 
 
@@ -498,7 +534,7 @@ def refuse_what_is_no_class(values: dict[str, str | None], where: dict[str, str]
         raise DataError(f"{where[words[0]]}: {words[0]!r} among values of 1, 0, -1 and blank, "
                         f"such as {others[0]!r}{ask}")
     for word in words if rules.flags and rules.separator != "none" else ():
-        kind = what_is_no_class(word)
+        kind = what_is_no_class(word, rules.separator)
         if kind and not NUMBER.fullmatch(word.strip('=%"')):
             raise DataError(f"{where[word]}: {word!r} seems to be {kind}, and no class{ask}")
     for word in words if rules.flags else ():
@@ -506,11 +542,12 @@ def refuse_what_is_no_class(values: dict[str, str | None], where: dict[str, str]
             raise DataError(f"{where[word]}: the number {word!r} is none of 1, 0, -1{ask}")
 
 
-def what_is_no_class(word: str) -> str:
+def what_is_no_class(word: str, separator: str) -> str:
     """What a word of a column seems to be, if it is no class, and no list of
-    classes."""
+    classes. separator: of lists, where the user says it."""
     kind = next((kind for kind, form in NO_CLASS.items() if form.fullmatch(word)), "")
-    if kind or len(word) > LONGEST_ANSWER:
+    is_list = any(mark in word for mark in (*SEPARATORS, separator) if mark)
+    if kind or len(word) > (LONGEST_LIST if is_list else LONGEST_ANSWER):
         return kind
     if is_garbled(word):
         return "damaged by a wrong decoding"
@@ -518,7 +555,8 @@ def what_is_no_class(word: str) -> str:
         empty = not word.strip(f"[](){{}}|;, {QUOTES}")                    # a list of nothing
         mark = "" if empty else "a mark"
         return "a range, a date or other numbers" if re.search(r"\d", word) else mark
-    parts = [part.strip(f" []{{}}{QUOTES}") for part in re.split(r"[|;,\n]", word)]
+    parts = [part.strip(f" []{{}}{QUOTES}")
+             for part in re.split(rf"[|;,\n]|{re.escape(separator or '|')}", word)]
     answers = [answer["answer"] for answer in map(ANSWER.fullmatch, parts) if answer]
     for answer in answers:
         if value_of(answer) or SHARE.fullmatch(answer):
@@ -528,25 +566,70 @@ def what_is_no_class(word: str) -> str:
         return "an answer and a remark"
     if len(SIGN.findall(small(word))) > 1:
         return "findings and their signs"
+    if any(map(SIGN_BEFORE.fullmatch, map(small, parts))):
+        return "a finding with its sign before it"
     if len(parts) > 1 and any(
             value_of(part) and bare(part) != PREFIX or SHARE.fullmatch(part) for part in parts):
         return "a list of answers"
+    if hold_answers([part for part in map(bare, parts) if part]):
+        return "findings and their answers"
     return "a numbered list" if len(parts) > 1 and any(map(NUMBERED.fullmatch, parts)) else ""
 
 
+def hold_answers(parts: list[str]) -> bool:
+    """Whether the parts of a list end with an answer, two of them with a word or
+    all with a number, or begin with one: Mass yes|Nodule no, no Mass|no Nodule. So may
+    what is separated by nothing that is known: Mass yes Nodule no."""
+    def says(word: str) -> bool:
+        return value_of(word) in ("0", "1") and word != PREFIX
+
+    words = [re.split(r"[\s_-]+", part) for part in parts]
+    if len(words) == 1:
+        text = re.findall(r"[^\W\d_]{2,}", parts[0])
+        found = [i for i, word in enumerate(text) if i and says(word) and not says(text[i - 1])]
+        return len(found) > 1 and found[-1] == len(text) - 1
+    ends = [of_one[-1] for of_one in words if len(of_one) > 1]
+    return (sum(says(end) and not NUMBER.fullmatch(end) for end in ends) > 1
+            or len(ends) == len(words) and all(says(end) or SHARE.fullmatch(end) for end in ends)
+            or all(len(of_one) > 1 and says(of_one[0]) for of_one in words))
+
+
 def refuse_answers_of_other_languages(labels: list[str], where: dict[str, str],
-                                      rules: LabelRules) -> None:
-    """DataError for two short words that may be yes and no: neither says a
-    finding, nor is in capital letters, as TB and COPD are."""
-    if len(labels) == 2 and rules.flags and rules.separator != "none" and all(
-            1 < len(label) < 5 and label.isalpha() and label.casefold() != label.upper()
-            and not label.isupper() and not FINDINGS.search(label.casefold())
-            for label in labels):
-        place = next(place for cell, place in where.items()
-                     if labels[0] in " ".join(cell.split()))
-        raise DataError(f"{place}: {labels[0]!r} and {labels[1]!r} may be yes and no in a language "
+                                      shared: set[str], rules: LabelRules) -> None:
+    """DataError for two words that may be yes and no: none says a finding, or is
+    an abbreviation, as TB and COPD are, and they are short, or stand in another
+    column as well. shared: form_key of the words that do."""
+    if not rules.flags or rules.separator == "none" or not all(map(may_be_answer, labels)):
+        return
+    twins = [label for label in labels if form_key(label) in shared] if len(labels) < 5 else []
+    kinds = ["".join(category(letter)[0] for letter in label) for label in labels]
+    if len(twins) > 1 or len(labels) == 2 and all(
+            len(kind) > 1 and kind.count("L") < 5 and not kind.strip("LM") for kind in kinds):
+        one, other = (twins if len(twins) > 1 else labels)[:2]
+        place = next(place for cell, place in where.items() if one in " ".join(cell.split()))
+        also = ", which stand in another column as well," if len(twins) > 1 else ""
+        raise DataError(f"{place}: {one!r} and {other!r}{also} may be yes and no in a language "
                         "that is not read: write 1 and 0; --class-columns takes every cell for "
                         "the name of a class")
+
+
+def may_be_answer(word: str) -> bool:
+    """Whether a word says no finding and is no abbreviation, as capitals that
+    cannot be spoken are: COPD."""
+    text = word.casefold()
+    return not FINDINGS.search(text) and (not word.isupper() or bool(SPOKEN.fullmatch(text)))
+
+
+def shared_words(table: Table, names: list[str], keys: list[str]) -> dict[str, set[str]]:
+    """{column: its words that stand in another of the columns as well}, as
+    form_key writes them, without values."""
+    found = {}
+    for name in names:
+        place = table.columns.index(name)
+        cells = {row.cells[place] for key in keys for row in table.all_rows(key)}
+        found[name] = {form_key(cell) for cell in cells if value_of(cell) is None}
+    often = Counter(chain.from_iterable(found.values()))
+    return {name: {word for word in words if often[word] > 1} for name, words in found.items()}
 
 
 def check_number_of_classes(table: Table, name: str, classes: int, images: int,
@@ -620,12 +703,12 @@ def is_garbled(text: str) -> bool:
 
 def form_key(text: str) -> str:
     """What is equal for two names that differ in case, blanks, dashes, "_", a
-    last point, and characters without width only. A dash at the end is kept: it
-    may be a minus, as in HER2-."""
-    text = small(text)
-    minus = "-" if text.rstrip().endswith("-") else ""
-    text = " ".join(re.sub(r"[\s_-]+", " ", text).split())
-    return (text.rstrip(" .") or text) + minus
+    last point, and characters without width only. A dash at either end is kept, as
+    it may be a minus: HER2-, -Mass; and that of y -1."""
+    text = re.sub(r"(?<!\S)-(?=\d(\.\d*)?$)", "minus", small(text).strip())
+    words = " ".join(re.sub(r"[\s_-]+", " ", text).split())
+    before, after = "-" * (words != "" and text[0] == "-"), "-" * text.endswith("-")
+    return before + (words.rstrip(" .") or words) + after
 
 
 def spellings(counts: Counter) -> dict[str, str]:
@@ -703,14 +786,30 @@ def refuse_hidden_lists(words: list[str], where: dict[str, str]) -> None:
     """DataError for words that look like lists by a separator that is not
     taken unasked."""
     for word in words:
-        if LIST_MARKS.search(word):
-            raise ask_for_separator(word, where)
-    known = {form_key(word) for word in words}
-    # Several codes, as ICD has them: R91.8 J18.9.
-    for word in words:
+        # Several codes, as ICD has them: R91.8 J18.9.
         parts = word.split()
-        if len(parts) > 1 and all(map(ICD.fullmatch, parts)):
+        if LIST_MARKS.search(word) or len(parts) > 1 and all(map(ICD.fullmatch, parts)):
             raise ask_for_separator(word, where)
+    plain = {form_key(word) for word in words if not GAP.search(word)}
+    for word in words:
+        if GAP.search(word) and form_key(word) not in plain:
+            raise ask_for_separator(word, where)
+    for word in names_of_others(words):
+        raise ask_for_separator(word, where)
+    # Mass - Nodule, and Nodule - Edema: what ends one word begins another. Left effusion and right
+    # effusion are no lists by this, nor are effusion and pleural effusion.
+    ends: set[str] = set()
+    for word in words:
+        ends |= edges(form_key(word), last=True)
+    for word in words:
+        if ends & edges(form_key(word), last=False):
+            raise ask_for_separator(word, where)
+
+
+def names_of_others(words: list[str]) -> list[str]:
+    """Those words in which others of them stand, as if each were a list."""
+    found = []
+    known = {form_key(word) for word in words}
     # Mass, and Mass/Edema: by any mark one word that is found elsewhere is enough.
     marks = {mark for word in words for mark in word
              if category(mark) in MARKS or mark in LINE_ENDS} - NO_MARKS
@@ -723,7 +822,7 @@ def refuse_hidden_lists(words: list[str], where: dict[str, str]) -> None:
             named = len(parts) > 1 and all(re.search(r"[^\W\d]", part) for part in parts)
             # Grade: A and Grade: B begin with what the column is of.
             if named and any(part in known or often[part] > 1 and mark != ":" for part in parts):
-                raise ask_for_separator(word, where)
+                found.append(word)
     # Mass, Nodule, and Mass#Nodule, Mass with Nodule, or whatever separates them. A class of
     # several words rarely has two others in it.
     without_numbers = {" ".join(re.findall(r"[^\W\d]\w*", word)) for word in known} - {""}
@@ -732,28 +831,21 @@ def refuse_hidden_lists(words: list[str], where: dict[str, str]) -> None:
         text = " ".join(re.findall(r"[^\W\d]\w*", form_key(word)))   # of 1. Mass 2. Nodule
         others |= (without_numbers & runs(text)) - {text}
         if any(one not in other and other not in one for one in others for other in others):
-            raise ask_for_separator(word, where)
-    # Mass - Nodule, and Nodule - Edema: what ends one word begins another. Left effusion and right
-    # effusion are no lists by this, nor are effusion and pleural effusion.
-    ends: set[str] = set()
-    for word in words:
-        ends |= edges(form_key(word), last=True)
-    for word in words:
-        if ends & edges(form_key(word), last=False):
-            raise ask_for_separator(word, where)
+            found.append(word)
     # Mass, Nodule, and MassNodule.
     for word in words:
         text = form_key(word)
-        for middle in range(2, len(text) - 1):
-            if text[:middle] in known and text[middle:] in known:
-                raise ask_for_separator(word, where)
+        if any(text[:middle] in known and text[middle:] in known
+               for middle in range(2, len(text) - 1)):
+            found.append(word)
+    return found
 
 
 def runs(text: str) -> set[str]:
     """All runs of up to LONGEST_RUN words in a text, as form_key writes them.
     A text of more than 30 words is a report, and none are looked for."""
     # No Lung Opacity names no Lung Opacity.
-    words = re.findall(r"\w+", re.sub(r"\b(no|not|without) +(?=\w)", r"\1", text))
+    words = re.findall(r"\w+", re.sub(r"\b(no|not|non|without) +(?=\w)", r"\1", text))
     if len(words) > 30:
         return set()
     return {" ".join(words[start:end]) for start in range(len(words))

@@ -443,7 +443,8 @@ def test_dicom_takes_tables_of_several_rows_and_words(tmp_path):
 
 
 @pytest.mark.parametrize("ids, by_table", [
-    (("7", "007"), False), (("7", "7.0"), False), (("P7", "p 07"), False), (("8", "9"), True)])
+    (("7", "007"), False), (("7", "7.0"), False), (("P7", "p 07"), False), (("8", "9"), True),
+    (("70 500", "70500"), False)])
 def test_patient_ids_that_differ_in_form_only(tmp_path, capsys, ids, by_table):
     for i, patient in enumerate([*ids, "1", "2"]):
         write_dicom(tmp_path / f"src/{i}.dcm", SCAN + i, patient=patient)

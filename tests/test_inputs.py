@@ -145,6 +145,30 @@ LIST = {"Mass": [1, 1, 0], "Nodule": [1, 0, 1]}
         ["1=no", "0=yes"], ["True (0)", "False (1)"])),
     *((cells * 3, "column y: .* may be yes and no in a language .*--class-columns")
       for cells in (["bai", "ez"], ["Po", "Jo"], ["\u0561\u0575\u0578", "\u0578\u0579"])),
+    # In scripts without capitals, in capitals, and longer ones.
+    *((cells, {"y": [1, 0, 1]}) for cells in (
+        ["\uc608", "\uc544\ub2c8\uc694", "\uc608"], ["Vorhanden", "nicht vorhanden", "vorhanden"],
+        ["Presenti", "Assenti", "presente"], ["Pr\u00e9sente", "Absente", "pr\u00e9sent"],
+        ["MEVCUT", "YOK", "Var"], ["POZ\u0130T\u0130F", "NEGAT\u0130F", "1"],
+        ["\u0628\u0644\u0647", "\u062e\u06cc\u0631", "1"],
+        ["\u05e7\u05d9\u05d9\u05dd", "\u05dc\u05d0", "1"],
+        ["\u0e21\u0e35", "\u0e44\u0e21\u0e48\u0e21\u0e35", "1"],
+        ["\u0435\u0441\u0442\u044c",
+         "\u041e\u0442\u0441\u0443\u0442\u0441\u0442\u0432\u0443\u0435\u0442", "1"],
+        ["aanwezig", "Afwezig", "ja"], ["obecny", "nieobecny", "tak"],
+        ["c\u00f3", "kh\u00f4ng", "1"])),
+    *((cells * 3, "column y: .* may be yes and no in a language .*--class-columns")
+      for cells in (
+        ["BAI", "EZ"], ["\u0985\u09be\u099b\u09c7", "\u09a8\u09be"],
+        ["\u0b86\u0bae\u0bcd", "\u0b87\u0bb2\u0bcd"],
+        ["\u10f0\u10dd", "\u10d0\u10e0\u10d0"], ["IYO", "MAYA"],
+        ["\u05d4\u05df", "\u05d0\u05d9\u05df"])),
+    *((cells * 3, {cell: [int(cell == other) for other in cells] * 3 for cell in cells})
+      for cells in (
+        ["\u6b63\u5e38", "\u80ba\u708e"], ["\uacb0\ud575", "\uc815\uc0c1"],
+        ["\u7570\u5e38", "\u6b63\u5e38"],
+        ["\u0633\u0644", "\u0633\u0644\u064a\u0645"], ["COPD", "ILD"], ["HIV", "TB"],
+        ["\u826f\u6027", "\u60aa\u6027"], ["COVID", "non-COVID"], ["No TB", "TB"])),
     (["", "bai", "ez"] * 3, "row 3, column y: 'bai' and 'ez' may be yes and no"),
     *((cells * 3, {one: [1, 0] * 3, other: [0, 1] * 3}) for cells in (
         ["TB", "COPD"], ["edema", "cyst"], ["left", "right"], ["Grade: A", "Grade: B"],
@@ -170,13 +194,31 @@ LIST = {"Mass": [1, 1, 0], "Nodule": [1, 0, 1]}
         (["1) Edema; 2) Cyst", "1) Cyst"], "a numbered list"),
         (["(1) Edema|(2) Cyst", "(1) Cyst"], "a numbered list"),
         (["TB+ HIV-", "TB- HIV-"], "findings and their signs"),
-        (["edema +, cyst \u2212", "edema -, cyst +"], "findings and their signs"))),
+        (["edema +, cyst \u2212", "edema -, cyst +"], "findings and their signs"),
+        *((cells, "findings and their answers") for cells in (
+            ["Edema present|Cyst absent", "Edema absent|Cyst absent"],
+            ["Edema-neg;Cyst-pos", "Cyst-pos"], ["Edema_1|Cyst_0", "Edema_0|Cyst_1"],
+            ["Edema 0.25|Cyst 0.5", "TB"], ["Edema presente|Cyst ausente", "TB"],
+            ["negative Edema|positive Cyst", "TB"], ["no Edema;no Cyst", "Edema"],
+            ["Edema yes Cyst no", "Edema no Cyst yes"], ["Edema yes / Cyst no", "TB"],
+            ["|".join(f"Edema {zone} yes" for zone in "abcdefghijk"), "Cyst"])))),
     *((cells * 2, "may be a list") for cells in (
         ["(Edema;Cyst)", "Edema", "Cyst"], ["{Edema|Cyst}", "Cyst"], ["[Edema]", "Edema|Cyst"],
         ["\u2022 Edema \u2022 Cyst", "\u2022 Edema"], ["#Edema #Cyst", "#Cyst"],
         ["'Edema' 'Cyst'", "'Edema'"], ["Edema\u2028Cyst", "Edema"],
         ["Edema*Cyst", "Edema", "Normal"], ["Edema \u2192 Cyst", "Cyst", "Normal"],
-        ["Edema\u00b7Cyst", "Cyst", "x"])),
+        ["Edema\u00b7Cyst", "Cyst", "x"],
+        # Commas of other scripts, tabs, wide blanks, bars, where no part stands alone.
+        *([f"Edema{mark}Cyst", f"Hernia{mark}TB", "Normal"] for mark in (
+            "\u060c ", "\u061b", "\u055d ", "\t", "  ", "\u3000", "\n", " \u00a6 ", "\u30fb")))),
+    *((cells * 2, {"Lung Edema": [1, 1, 0] * 2, "TB": [0, 0, 1] * 2}) for cells in (
+        ["Lung  Edema", "Lung Edema", "TB"],)),
+    *((cells * 2, {cell: [int(cell == other) for other in cells] * 2 for cell in cells})
+      for cells in (["TB positive", "TB negative"], ["Mass/Nodule", "Normal"],
+                    ["no Edema", "Cyst of rib 1"])),
+    (["HIV positive|TB", "Rib 1|Rib 2", "TB|No finding"], {
+        "HIV positive": [1, 0, 0], "No finding": [0, 0, 1], "Rib 1": [0, 1, 0],
+        "Rib 2": [0, 1, 0], "TB": [1, 0, 1]}),
     *((cells * 2, {cell: [int(cell == other) for other in cells] * 2 for cell in cells})
       for cells in (["Crohn\u2019s", "Chagas\u2019s", "Normal"], ["TB 50%", "TB 70%", "TB"],
                     ["\u0938\u093e\u092e\u093e\u0928\u094d\u092f", "\u0938\u093e\u0930", "TB"])),
@@ -238,6 +280,33 @@ def test_a_minus_or_a_question_mark_is_no_form(tmp_path, one, other):
         column(tmp_path, [one, other, "Normal"] * 2)
 
 
+@pytest.mark.parametrize("cells", [
+    ["Cyst;-Edema", "Edema", "Cyst"], ["Edema", "\u2212Edema", "Normal"], ["+Edema", "-Edema"],
+    ["Cyst|\u2013 Edema", "Edema"], ["Cyst|\u00acEdema", "Edema"], ["(-) Edema|(+) Cyst", "Cyst"],
+    ["['Cyst', '-Edema']", "['Edema']"], ["- Edema", "Edema", "Cyst"], ["!Edema", "Edema"]])
+def test_a_sign_before_a_finding(tmp_path, cells):
+    with pytest.raises(SystemExit, match="row [23], column y: .* seems to be a finding with its "
+                                         "sign before it, and no class; --class-columns"):
+        column(tmp_path, cells * 3)
+
+
+def test_a_minus_before_a_class_keeps_it_apart(tmp_path):
+    for i, cells in enumerate((["Edema|-Cyst", "Cyst", "Edema"], ["-Cyst", "Cyst", "Edema"])):
+        flags = ["--class-columns", "y"]
+        (tmp_path / str(i)).mkdir()
+        with pytest.raises(SystemExit, match="labels '-Cyst' and 'Cyst' differ in form only"):
+            column(tmp_path / str(i), cells * 3, *flags)
+        labels = column(tmp_path / str(i), cells * 3, *flags, "--allow", "similar-labels")
+        assert labels["-Cyst"][:3] == [1, 0, 0] and labels["Cyst"][:3] == [0, 1, 0]
+    assert column(tmp_path, ["-1", "0", "1"] * 2, "--class-columns", "y") == {
+        "y -1": [1, 0, 0] * 2, "y 0": [0, 1, 0] * 2, "y 1": [0, 0, 1] * 2}
+    for name in ("-Cyst", "Cyst", "Edema"):
+        for i in range(3):
+            save(tmp_path / f"folders/{name}/{i}.png", radiograph(ord(name[0]) + i))
+    with pytest.raises(SystemExit, match="labels '-Cyst' and 'Cyst' differ in form only"):
+        folder(tmp_path / "folders", tmp_path / "more")
+
+
 def test_answers_are_taken_for_classes_where_that_is_said(tmp_path):
     (tmp_path / "lists").mkdir()
     for cells in (["bai", "ez"], ["1=no", "0=yes"], ["TB+ HIV-", "TB- HIV-"], ["TB (1)", "TB (0)"]):
@@ -245,6 +314,30 @@ def test_answers_are_taken_for_classes_where_that_is_said(tmp_path):
         assert [labels[cell] for cell in cells] == [[1, 0] * 2, [0, 1] * 2]
     assert column(tmp_path / "lists", ["[A|B]", "A", "B"] * 2, "--label-separator", "|") == {
         "A": [1, 1, 0] * 2, "B": [1, 0, 1] * 2}
+
+
+@pytest.mark.parametrize("one, other, refused", [
+    ("l\u00f6ytyy,ei l\u00f6ydy", "ei l\u00f6ydy,l\u00f6ytyy", True),
+    ("fundet,borte", "borte,fundet,?", True),
+    ("fundet,borte,tvivl", "Borte,fundet", True), ("mild,severe", "severe,mild", False),
+    ("left,right", "right,left", False), ("TB,Normal", "Normal,TB", False),
+    ("COPD,TB", "TB,COPD", False), ("fundet,borte", "hjerte,borte", False)])
+def test_two_words_of_several_columns(tmp_path, one, other, refused):
+    one, other = one.split(",") * 6, other.split(",") * 6
+    src, out = tree(tmp_path, *(f"{i}.png" for i in range(12)))
+    (tmp_path / "l.csv").write_text("path,A,B\n" + "".join(
+        f"{i}.png,{one[i]},{other[i]}\n" for i in range(12)))
+    flags = ["--csv", tmp_path / "l.csv"]
+    with outcome("row [23], column A: .*, which stand in another column as well, may be yes and "
+                 "no in .*--class-columns" if refused else None):
+        folder(src, out, *flags, "--label-columns", "A", "B")
+    folder(src, tmp_path / "more", *flags, "--class-columns", "A", "B", "--not-mentioned", "?")
+
+
+@pytest.mark.parametrize("cell", ["Edema & cyst", "Edema/Cyst", "edema et kyste", "Edema + Cyst"])
+def test_a_cell_that_may_be_a_list_is_told(tmp_path, capsys, cell):
+    assert column(tmp_path, [cell, "TB"] * 2)[cell] == [1, 0] * 2
+    assert f"One class, and no list, is '{cell}': --label-sep" in capsys.readouterr().out
 
 
 def test_a_column_named_twice(tmp_path, capsys):
@@ -322,6 +415,16 @@ def test_blanks_and_marks_are_told(tmp_path, capsys, columns, rows, expected):
         ("Frontal", "lateral"), ("AP", "PA"), ("TB", "documents"), ("TB", "Figures"),
         ("A", "A - Copy"), ("TB", "TB_augmented"), ("A", "thumbnails"), ("A", "$RECYCLE.BIN"),
         ("a3f9c2", "b81e77", "c0ffee"))),
+    # What cells say for nothing, and what work on files leaves.
+    *(("{name}/{set}{i}.png", ("TB", name), f"folder {name} does not look like a class: --exclude "
+       f"'?{name}'? leaves it out.*--allow odd-classes") for name in (
+        "NaN", "n_a", "not_reported", "Missing", "unsure", "Possible", "uncertain_2",
+        "Nouveau dossier", "Untitled folder 3", "rejects", "Excluded by MK", "for review",
+        "low_quality", "Duplicated", "Errors", "results_v3", "outputs", "Preprocessed",
+        "original images", "old scans", "failed", "\u65b0\u5efa\u6587\u4ef6\u5939")),
+    *(("{name}/{set}{i}.png", names, "class") for names in (
+        ("Rejection", "Normal"), ("Old TB", "TB"), ("A", "U"), ("Other", "Normal"),
+        ("Not Normal", "Normal"), ("-1", "1"), ("yes", "no"), ("TB.v2", "B.v2"))),
     *(("{name}/{set}{i}.png", names, "seem to be masks") for names in (
         ("A", "cams"), ("A", "segmented"))),
     *(("{name}/{set}{i}.png", names, "class") for names in (
@@ -382,7 +485,13 @@ def test_layouts(tmp_path, capsys, pattern, classes, expected):
         ["3.4.19/1", "3.4.19-1"], ["12:30", "12_30"], ["[8]", "8"],
         ["Ibarra Jos\u00e9", "ibarra jose"], ["Subject_0012", "12"],
         ["Patient No. 4", "4"], ["Ana Ruiz", "RUIZ^ANA"], ["PID00031", "31"],
-        ["\u0420001", "P001"], ["A\u200b1", "A1"])),
+        ["\u0420001", "P001"], ["A\u200b1", "A1"], ["2 040", "2040"], ["70\u2019500", "70500"],
+        ["8.123", "8123"], ["1\u202f200\u202f300", "1200300"], ["31-40-52", "0314052"],
+        ["31 405 2", "314052"], ["RUIZ ANA", "ruizana"], ["MR-55-1234", "MR551234"],
+        ["\u0967\u0968", "12"], ["9 100", "9.100"])),
+    *(("path,patient", cells, {"test": 1, "train": 2, "val": 1}) for cells in (
+        ["1-12", "11-2", "1.12", "11.2"], ["P1-2", "P12", "1/3", "13"],
+        ["1.0001", "10.001", "2.0001", "20.001"], ["Ana", "Anabel", "7.5", "75"])),
     *(("path,patient", cells, "patients '.*1' and '.*2' seem to be two examinations of one person"
        ".*--allow similar-patients") for cells in (
         ["7_scan1", "7_scan2", "8_scan1", "9_scan1"], ["A7-Exam1", "A7-Exam2", "B", "C"],
@@ -532,7 +641,8 @@ def test_persons_anywhere_in_names_are_told(tmp_path, capsys, name):
 
 
 @pytest.mark.parametrize("patient, told", [
-    ("patient{}_{}", True), ("0000{}3_{}", True), ("P{}-pat{}", False)])
+    ("patient{}_{}", True), ("0000{}3_{}", True), ("P{}-pat{}", False), ("7{}-{}", True),
+    ("A 1{}.{}", True), ("{}-0{}5", False), ("{0:03x}f{1}c", False)])
 def test_patients_that_seem_to_be_parts_are_told(tmp_path, capsys, patient, told):
     src, out = tree(tmp_path, *(f"{i}.png" for i in range(6)))
     rows = "".join(f"{i}.png,{patient.format(i // 2, i % 2)}\n" for i in range(6))
@@ -540,6 +650,17 @@ def test_patients_that_seem_to_be_parts_are_told(tmp_path, capsys, patient, told
     folder(src, out, "--csv", tmp_path / "l.csv")
     text = "seem to be parts of one person by their names"
     assert (text in capsys.readouterr().out) == told
+
+
+@pytest.mark.parametrize("patients, told", [
+    (["31a", "31b", "32a", "33"], True), (["S7c", "S7d", "S8", "S9"], True),
+    (["31a", "31b", "3f1c", "33"], False), (["1.2.840.7", "1.2.840.8", "1", "2"], False)])
+def test_letters_behind_patients_are_told(tmp_path, capsys, patients, told):
+    src, out = tree(tmp_path, *(f"{i}.png" for i in range(4)))
+    (tmp_path / "l.csv").write_text("path,patient\n" + "".join(
+        f"{i}.png,{patient}\n" for i, patient in enumerate(patients)))
+    folder(src, out, "--csv", tmp_path / "l.csv")
+    assert ("seem to be parts of one person" in capsys.readouterr().out) == told
 
 
 @pytest.mark.parametrize("one, other", [
@@ -668,6 +789,42 @@ def test_pictures_of_a_kind_that_is_not_read_are_lost(tmp_path, names, expected)
         assert len(read_manifest(out).paths) == expected
     if isinstance(expected, str):
         folder(src, out, "--exclude", "*.heic", "*.gz", "*.GIF")
+
+
+@pytest.mark.parametrize("pattern, layout", [
+    ("{name}.zip/{split}{i}.png", "class"), ("{name}.TAR.GZ/{name}/{split}{i}.png", "class"),
+    ("{split}.7z/{name}/{i}.png", "split/class")])
+def test_folders_that_are_called_as_the_archives_they_were_in(tmp_path, capsys, pattern, layout):
+    src, out = tree(tmp_path, *(pattern.format(name=name, split=split, i=i)
+                                for name in ("NORMAL", "TB") for split in ("train", "val", "test")
+                                for i in range(2)))
+    folder(src, out, "--allow", "unused-splits")
+    assert f"Layout of the folders: {layout} (rec" in capsys.readouterr().out
+    assert read_manifest(out).label_names == ["NORMAL", "TB"]
+
+
+@pytest.mark.parametrize("both, other, flags", [
+    ("Edema_Cyst", "Cyst", ()), ("Edema+Cyst", "Cyst", ("--layout", "class")),
+    ("cyst with EDEMA", "Cyst", ()), ("EdemaCyst", "Cyst", ()), ("Edema & Hernia", "Cyst", ()),
+    ("Edema;Cyst", "Cyst", ()), ("Edema and Hernia", "Cyst", ())])
+def test_a_class_folder_that_names_others(tmp_path, both, other, flags):
+    """Edema would be absent in its images, as in those of all other folders."""
+    src, out = tree(tmp_path, *(f"{name}/{i}.png" for name in ("Edema", other, both, "Normal")
+                                for i in range(3)))
+    with pytest.raises(SystemExit, match=f"class folder {re.escape(both)} seems to name several.*"
+                                         "--csv says both.*--allow odd-classes"):
+        folder(src, out, *flags)
+    folder(src, out, "--allow", "odd-classes")
+
+
+@pytest.mark.parametrize("names", [
+    ("Edema", "Pulmonary Edema", "No Edema"), ("COVID", "Pneumonia", "non-COVID pneumonia"),
+    ("Normal", "Nodule_Mass"), ("Pneumonia", "Pneumonia-Viral", "Pneumonia-Bacterial"),
+    ("No Finding", "Other finding", "Fracture")])
+def test_class_folders_of_kinds_are_no_lists(tmp_path, names):
+    src, out = tree(tmp_path, *(f"{name}/{i}.png" for name in names for i in range(3)))
+    folder(src, out)
+    assert read_manifest(out).label_names == sorted(names)
 
 
 @pytest.mark.parametrize("link, target", [
