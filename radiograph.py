@@ -110,6 +110,7 @@ class Found(NamedTuple):
     files: list[str]
     special: list[str]              # named pipes, sockets and devices, which are never opened
     links: list[tuple[str, str]]    # a folder that has its files under another name, and that
+    hidden: list[str] = []          # files and folders that do not count, by their names
 
 
 def find_files(folder: Path) -> Found:
@@ -118,7 +119,7 @@ def find_files(folder: Path) -> Found:
     Hidden files and folders (.DS_Store, ._x.png) and those of SYSTEM_FOLDERS do not count. Links
     are followed; a link to nowhere counts as a file, so that it is missed. OSError where a folder
     cannot be read."""
-    files, special, links = [], [], []
+    files, special, links, hidden = [], [], [], []
     seen: dict[str, str] = {}       # by its real path, the name of each folder that was read
     folders = [""]                  # those still to be read, relative to `folder`
     while folders:
@@ -134,13 +135,15 @@ def find_files(folder: Path) -> Found:
             below = sorted(entries, key=lambda entry: entry.name, reverse=True)
         for entry in below:
             path = os.path.join(parent, entry.name)
-            if leads_to_folder(entry):
-                if not entry.name.startswith(SYSTEM_FOLDERS):
-                    folders.append(path)
-            elif not entry.name.startswith("."):
+            is_folder = leads_to_folder(entry)
+            if entry.name.startswith(SYSTEM_FOLDERS if is_folder else "."):
+                hidden.append(path)
+            elif is_folder:
+                folders.append(path)
+            else:
                 regular = not os.path.exists(entry.path) or entry.is_file()
                 (files if regular else special).append(path)
-    return Found(sorted(files), sorted(special), sorted(links))
+    return Found(sorted(files), sorted(special), sorted(links), sorted(hidden))
 
 
 def unread_suffix(file: str) -> str:

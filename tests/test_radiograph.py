@@ -146,7 +146,8 @@ def test_special_files_are_found_and_never_opened(tmp_path):
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(tmp_path / "socket.png"))
     assert find_files(tmp_path) == (
-        ["a.png", "below/b.png", "nowhere.png"], ["below/pipe.png", "null.png", "socket.png"], [])
+        ["a.png", "below/b.png", "nowhere.png"], ["below/pipe.png", "null.png", "socket.png"], [],
+        ["._a.png", ".hidden"])
     for name in ("below/pipe.png", "null.png", "socket.png", "below"):
         assert "no file, but a named pipe" in refusal(tmp_path / name)
 
