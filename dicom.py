@@ -25,8 +25,8 @@ from pydicom.pixels.utils import pixel_array
 from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from common import DataError
-from doubts import Doubt, pairs_alike, patient_key
-from layout import split_name
+from doubts import Doubt, names_without_meaning, pairs_alike, patient_key
+from layout import are_splits, first_telling, names_at, split_name
 from radiograph import (
     EXTENSIONS, PACKED, ImageSettings, Reading, eight_bits, in_parallel, load_image, reason)
 from sources import (
@@ -612,9 +612,13 @@ def doubt_folders(source: Source, args: argparse.Namespace) -> None:
             "unused-splits", f"folders of {args.src} are called {' and '.join(splits[:3])}, and "
             "are not read: a column split of --labels takes the splits"))
     findings = [word for word in words if FINDINGS.search(word.casefold()) and word not in splits]
+    groups = folders_of_groups(source.items)
     if len(findings) > 1 and not args.labels:
         source.notes.append("Folders that are named by findings, as it seems, are not taken for "
                             f"labels: {len(findings):,}. --labels takes a table of them.")
+    elif groups and not args.labels:
+        source.notes.append("Folders that hold several patients each, as classes do, are not taken "
+                            f"for labels: {groups:,}. --labels takes a table of them.")
     names = {folder.name for folder in folders}
     if args.patient_from == "folder" and 2 * len(names) <= len(folders):
         one = min(map(str, folders))
@@ -622,6 +626,23 @@ def doubt_folders(source: Source, args: argparse.Namespace) -> None:
             "unknown-patients", f"{len(folders):,} folders have {len(names):,} names, as though "
             f"they were studies of the folders above them, and --patient-from folder takes each, "
             f"such as {one}, for a patient"))
+
+
+def folders_of_groups(items: list[Item]) -> int:
+    """How many names of folders may be classes: those of the first level that tells images apart,
+    below splits, if most hold several patients each and none is a portion such as part1."""
+    parents = [PurePosixPath(item.source).parts[:-1] for item in items]
+    level = first_telling(parents, 0)
+    if are_splits(names_at(parents, level)):
+        level = first_telling(parents, level + 1)
+    patients_of: dict[tuple[str, ...], set[str]] = {}   # by the folder
+    for folders, item in zip(parents, items, strict=True):
+        if len(folders) > level:
+            patients_of.setdefault(folders[:level + 1], set()).add(item.patient)
+    several = sum(len(patients) > 1 for patients in patients_of.values())
+    names = sorted({folders[-1] for folders in patients_of})
+    odd = names_without_meaning(names)
+    return len(names) if len(names) > 1 and 2 * several > len(patients_of) and not odd else 0
 
 
 def not_asked_for(view: str, part: str, args: argparse.Namespace) -> str:

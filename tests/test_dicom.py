@@ -827,3 +827,22 @@ def test_folders_and_columns_that_nobody_reads_are_said(tmp_path):
         write_csv(tmp_path / "labels.csv", [("PatientID", "tb", name), ("P0", 1, 0), ("P1", 0, 1)])
         with pytest.raises(SystemExit, match=f"column '{name}' of labels.csv seems to name the sp"):
             convert("c", "--labels", tmp_path / "labels.csv")
+
+
+@pytest.mark.parametrize("file, told", [
+    ("{kind}/{i}.dcm", True),
+    ("disc/{kind}/P{i}/S1/{i}.dcm", True),
+    ("train/{kind}/{i}.dcm", True),
+    ("P{i}/{kind}/{i}.dcm", False), ("PAT{i:04}/STD0/{i}.dcm", False),
+    ("part{half}/{i}.dcm", False),
+    ("2019{half}/{i}.dcm", False), ("{i}.dcm", False)])
+def test_folders_that_may_be_classes_are_told(tmp_path, capsys, file, told):
+    for i in range(8):
+        write_dicom(tmp_path / "src" / file.format(
+            i=i, half=i % 2, kind=("Silicosis", "Asbestosis")[i % 2]), RAMP, patient=f"P{i}",
+            StudyInstanceUID=f"1.5.{i}", SOPInstanceUID=f"1.4.{i}")
+    dicom(tmp_path)
+    note = "hold several patients each, as classes do, are not taken for labels: 2. --labels"
+    assert (note in capsys.readouterr().out) == told
+    # Names of folders are not for a data folder.
+    assert "Silicosis" not in (tmp_path / "out/DATA.md").read_text("utf-8")
