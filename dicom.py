@@ -750,10 +750,9 @@ def label_items(source: Source, args: argparse.Namespace, table: Table,
     else:
         columns = [name for name in table.columns if name not in (args.rater_column, split_column)]
         source.label_names, labels, notes = read_labels(
-            table, columns, args.several_rows, args.rater_column)
-        if source.label_names != columns:
-            raise DataError(f"{args.labels} must hold 1, 0, -1 or blanks: choose such columns by "
-                            "--label-columns, or columns of classes by --class-columns")
+            table, columns, args.several_rows, args.rater_column,
+            hint="; choose such columns by --label-columns, columns of classes by --class-columns, "
+                 "and that of the splits by --split-column", shown=False)
         source.doubts += unused_splits(table, {
             name: [cell for cell in table.column(name).values() if cell] for name in columns})
     source.notes += notes

@@ -266,16 +266,25 @@ class Column(NamedTuple):
     note: str                                   # what its user should know
 
 
-def read_labels(table: Table, names: list[str], several_rows: str = "",
-                rater_column: str = "") -> Labels:
+def read_labels(table: Table, names: list[str], several_rows: str = "", rater_column: str = "",
+                hint: str = "", shown: bool = True) -> Labels:
     """Columns `names` of a table as labels, of all its rows.
 
-    For columns that are to hold values: where one holds words its label names
-    are others than `names`. They are not searched for lists, so that no
-    message repeats a person's name."""
+    They are to hold values: DataError, with `hint` at its end, names row and column of the first
+    cell that is none. Words are not searched for lists, and are not shown where they may be a
+    person's name."""
     rules = LabelRules(separator="none", several_rows=several_rows, rater_column=rater_column,
                        many_classes=True, flags=False)
-    return understand(table, names, list(table.rows), rules)
+    labels = understand(table, names, list(table.rows), rules)
+    if labels.names != names:
+        number, name, cell = next(
+            (row.number, name, row.cells[table.columns.index(name)]) for name in names
+            for key in table.rows for row in table.all_rows(key)
+            if value_of(row.cells[table.columns.index(name)]) is None)
+        says = f"holds {cell!r}" if shown else "does not"
+        raise DataError(f"{table.file} must hold 1, 0, -1 or blanks: row {number}, column {name}, "
+                        f"{says}{hint}")
+    return labels
 
 
 def understand(table: Table, names: list[str], keys: list[str], rules: LabelRules) -> Labels:

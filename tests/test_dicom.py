@@ -380,6 +380,20 @@ def test_dicom_labels(tmp_path):
         dicom(tmp_path, "--labels", table, out="zeros")
 
 
+@pytest.mark.parametrize("name, cell", [
+    ("Referring", "Dr. Quincy"), ("Cohort", "external"), ("TB", "reactivo"), ("score", "0.35")])
+def test_a_column_of_words_is_named_by_its_row_and_not_its_cell(tmp_path, name, cell):
+    for i in range(4):
+        write_dicom(tmp_path / f"src/{i}.dcm", RAMP + i, patient=f"00{i}",
+                    SOPInstanceUID=f"1.2.{i}")
+    write_csv(tmp_path / "rows.csv", [("PatientID", "Mass", name), ("000", 1, ""),
+                                      *((f"00{i}", i % 2, cell) for i in range(1, 4))])
+    with pytest.raises(SystemExit, match=f"rows.csv must hold .*: row 3, column {name}, does not; "
+                       ".* by --label-columns, .* --split-column") as refused:
+        dicom(tmp_path, "--labels", tmp_path / "rows.csv")
+    assert cell not in str(refused.value)
+
+
 def test_dicom_tells_which_words_were_read_as_values(tmp_path, capsys):
     for i in range(4):
         write_dicom(tmp_path / f"src/{i}.dcm", SCAN + i, patient=f"P{i}")

@@ -857,6 +857,20 @@ def test_chexpert_of_unknown_views_and_tables(tmp_path):
         run(*command)
 
 
+@pytest.mark.parametrize("cell", ["0.31", "Edema", "3"])
+def test_observations_that_are_none_are_named_by_row_and_column(tmp_path, cell):
+    src, out = tree(tmp_path, *(f"train/patient{i}/study1/view1_frontal.jpg" for i in range(3)))
+    for part in ("train", "valid"):
+        write_csv(src / f"{part}.csv", [
+            ("Path", "Frontal/Lateral", *CHEXPERT_OBSERVATIONS),
+            *((f"{part}/patient{i}/study1/view1_frontal.jpg", "Frontal",
+               *[cell if name == "Fracture" and i else "" for name in CHEXPERT_OBSERVATIONS])
+              for i in range(3))])
+    with pytest.raises(SystemExit, match=f"train.csv must hold 1, 0, -1 or blanks: row 3, column "
+                       f"Fracture, holds '{cell}'"):
+        run("chexpert", "--src", src, "--out", out, "--workers", 1)
+
+
 def test_chexpert_as_windows_writes_it(tmp_path):
     src, out = tree(tmp_path, *(f"train/patient{i}/study1/view1_frontal.jpg" for i in range(3)))
     for part, images in (("train", range(3)), ("valid", ())):
