@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from io import BufferedReader
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO, cast
 from unicodedata import category, normalize
 
 from common import DataError, open_text
@@ -93,7 +94,20 @@ MOST_CELLS = 100_000_000        # images times labels: what a machine can hold
 SEP_LINE = re.compile(r'"?sep=.?"?\s*', re.IGNORECASE)
 OTHER_TABLES = {b"PK\3\4": "an Excel workbook or a zip file",
                 b"\xd0\xcf\x11\xe0": "an Excel workbook", b"PAR1": "a Parquet file",
-                b"SQLite": "a database", b"\x89HDF": "an HDF5 file"}
+                b"SQLite": "a database", b"\x89HDF": "an HDF5 file", b"ARROW1": "an Arrow file",
+                b"FEA1": "a Feather file", b"\x93NUMPY": "a NumPy file", b"\x80\4": "a pickle",
+                b"<stata_dta": "a Stata file", b"$FL2": "an SPSS file", b"%PDF": "a PDF",
+                b"{\\rtf": "an RTF document", b"\x89PNG": "an image", b"\xff\xd8": "an image",
+                b"BZh9": "packed by bzip2", b"\xfd7zXZ": "packed by xz", b"7z\xbc\xaf": "a 7z file",
+                b"(\xb5/\xfd": "packed by zstd", b"Rar!": "a RAR file"}
+# The same by how their text begins.
+OTHER_TEXTS = {"JSON": re.compile(r"\s*[\[{]\s*([\[{]|\"[^\"]*\"\s*[:,\]])"),
+               "a page of HTML or XML": re.compile(
+                   r"\s*<(!|\?xml|html|head|body|meta|style|table|div|script)", re.IGNORECASE),
+               "a web archive": re.compile(r"MIME-Version:", re.IGNORECASE),
+               "a tar file": re.compile(r".{257}ustar", re.DOTALL)}
+# Of English in UTF-16 every other byte is zero.
+WIDE_TEXT = re.compile(r"(\0{1,3}[^\0]){2}|([^\0]\0{1,3}){2}")
 SAVE_AS_CSV = ": save its table as CSV in UTF-8"
 
 
@@ -148,7 +162,7 @@ def read_table(file: Path, key: str, columns: list[str] | None = None,
     csv.field_size_limit(2**31 - 1)     # a cell may hold a report, or the outline of a mask
     try:
         with open_text(file) as f:
-            refuse_other_files(file)
+            refuse_other_files(file, f)
             # A byte-order mark in the middle, as where files were joined, is no text either.
             texts = (line.lstrip("\ufeff") for line in f)
             head = next(texts, "")
@@ -201,12 +215,16 @@ def read_table(file: Path, key: str, columns: list[str] | None = None,
     return Table(file, columns, rows, header, further)
 
 
-def refuse_other_files(file: Path) -> None:
-    """DataError for what is a table, but no CSV file, by its first bytes."""
-    with open(file, "rb") as f:
-        head = f.read(16)
-    kind = next((kind for start, kind in OTHER_TABLES.items() if head.startswith(start)), "")
-    if kind:
+def refuse_other_files(file: Path, f: TextIO) -> None:
+    """DataError for what is a table, but no CSV file, by how it begins. f: it is not read on."""
+    head = cast(BufferedReader, f.buffer).peek(600)[:600]
+    text = head.decode(f.encoding, "ignore").lstrip("\ufeff")
+    kinds = [kind for start, kind in OTHER_TABLES.items() if head.startswith(start)]
+    kinds += [kind for kind, start in OTHER_TEXTS.items() if start.match(text)]
+    if WIDE_TEXT.match(text):
+        raise DataError(f"{file} is not a CSV file in UTF-8 (it is in UTF-32, or in UTF-16 without "
+                        f"a byte-order mark){SAVE_AS_CSV}")
+    for kind in kinds:
         raise DataError(f"{file} is {kind}, and no CSV file{SAVE_AS_CSV}")
 
 

@@ -5,6 +5,7 @@ either a label's values, or the words of the refusal.
 """
 import contextlib
 import csv
+import gzip
 import os
 import re
 import socket
@@ -1045,7 +1046,9 @@ TABLE = "path,y\n" + "".join(f"{i}.png,{i % 2}\n" for i in range(4))
         "1,", f'1,"{"long report " * 12_000}"'), None),
     (TABLE.encode() + b"Befund M\xfcller,1\n",
      "l.csv is not a CSV file in UTF-8 .*: save its table as CSV in UTF-8"),
-    (TABLE.encode("utf-32"), "l.csv must have one column 'path'"),
+    *((TABLE.encode(encoding), "l.csv is not a CSV file in UTF-8 .it is in UTF-32, or in UTF-16 "
+       "without a byte-order mark.: save its table as") for encoding in (
+           "utf-32", "utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")),
     (TABLE.replace(",1", ",1\0"), r"row 3, column y: '1\\x00' among values"),
     (TABLE + ",\n,\n", None), (TABLE + ",1\n", "row 6: its key is empty .column path"),
     (TABLE.replace("2.png,0", '2.png,"0'), "row 4: .*, as a quote that opens there is"),
@@ -1057,7 +1060,23 @@ TABLE = "path,y\n" + "".join(f"{i}.png,{i % 2}\n" for i in range(4))
     *((start + bytes(900), f"l.csv is {what}, and no CSV file: save its table as CSV in UTF-8")
       for start, what in ((b"PK\3\4", "an Excel workbook or a zip file"),
                           (b"PAR1", "a Parquet file"),
-                          (b"\xd0\xcf\x11\xe0\xa1\xb1", "an Excel workbook"))),
+                          (b"\xd0\xcf\x11\xe0\xa1\xb1", "an Excel workbook"),
+                          (b"FEA1", "a Feather file"), (b"\x80\4\x95", "a pickle"),
+                          (b"\x93NUMPY\1", "a NumPy file"), (b"\xff\xd8\xff", "an image"))),
+    *((start + TABLE, f"l.csv is {what}, and no CSV file: save its table as CSV in UTF-8")
+      for start, what in (('{"columns": ["path", "y"], "data": [', "JSON"),
+                          ('[\n  {\n    "path": "0.png",', "JSON"),
+                          ('{"path":"0.png","y":1}', "JSON"),
+                          ('\ufeff[["path", "y"],', "JSON"),
+                          ("\n<Table border=1>", "a page of HTML or XML"),
+                          ('<?xml version="1.0"?>', "a page of HTML or XML"),
+                          ("<!-- by the PACS -->", "a page of HTML or XML"),
+                          ("Mime-Version: 1.0\n", "a web archive"))),
+    (gzip.compress(b'[{"path": "0.png"}]'), "l.csv is JSON, and no CSV file"),
+    (gzip.compress(b"PK\3\4" + bytes(900)), "l.csv is an Excel workbook or a zip file"),
+    (TABLE.replace("path,y", "path,y,[0],<b>").replace("\n", ",,\n").replace(">,,", ">"), None),
+    (TABLE.replace("path,y", "[id],path,y").replace("\n", "\n0,")[:-2].replace("\n0,", "\n7,"),
+     None),
     ("sep=;\r\n" + TABLE.replace(",", ";"), None), ("\ufeffsep=,\n" + TABLE, None),
     (("sep=\t\n" + TABLE.replace(",", "\t")).encode("utf-16"), None),
     ("sep=,\n" + TABLE.replace(",1", ",9"), "row 4, column y: '9' among values"),
