@@ -28,7 +28,8 @@ from common import DataError
 from doubts import Doubt, names_without_meaning, pairs_alike, patient_key
 from layout import are_splits, first_telling, names_at, split_name
 from radiograph import (
-    EXTENSIONS, PACKED, ImageSettings, Reading, eight_bits, in_parallel, load_image, reason)
+    EXTENSIONS, PACKED, ImageSettings, Reading, eight_bits, in_parallel, load_image,
+    plain_words, reason)
 from sources import (
     Item, Source, check_patients_and_splits, doubt_classes, doubt_unused_splits, label_flags,
     label_rules, plain_path, that_end_alike, unused_splits)
@@ -71,8 +72,10 @@ KEYS = Identity._fields[:4]             # what --labels may go by
 
 # What pixels cannot be read without. Some of it has likely values, but a guess that is wrong would
 # make a negative or noise of the radiograph, and nobody would notice.
-NEEDED = ("Rows", "Columns", "BitsAllocated", "BitsStored", "PixelRepresentation",
-          "PhotometricInterpretation")
+NEEDED = ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "BitsStored",
+          "PixelRepresentation", "PhotometricInterpretation")
+# PhotometricInterpretation of colours begins with one of these.
+COLOURS = ("RGB", "YBR", "PALETTE", "HSV", "ARGB", "CMYK")
 
 
 def open_dicom(file: Path, pixels: bool = True) -> pydicom.FileDataset:
@@ -192,10 +195,15 @@ def check_header(header, modalities: Sequence[str], max_megapixels: float) -> No
             raise DataError(f"{keyword} is missing")
     if int(header.get("NumberOfFrames") or 1) > 1:
         raise DataError(f"{header.NumberOfFrames} frames")
-    if header.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2"):
-        raise DataError(f"in colour ({header.PhotometricInterpretation})")
+    photometric = str(header.PhotometricInterpretation)
+    if photometric.startswith(COLOURS):
+        raise DataError(f"in colour ({photometric})")
+    if photometric not in ("MONOCHROME1", "MONOCHROME2"):
+        raise DataError(f"PhotometricInterpretation is {photometric}, and neither MONOCHROME1 nor "
+                        "MONOCHROME2: white may be the lowest or the highest level")
     if header.BitsAllocated == 1:
         raise DataError("1 bit a pixel: a mask and no radiograph")
+    check_shape(header)
     kind = UID(str(header.get("SOPClassUID") or "")).name
     intent = str(header.get("PresentationIntentType") or "").strip().upper()
     if intent == "FOR PROCESSING" or kind.endswith("For Processing"):
@@ -206,6 +214,18 @@ def check_header(header, modalities: Sequence[str], max_megapixels: float) -> No
     if burned_in and value_of(burned_in) != "0":        # Y, TRUE, 1, UNKNOWN
         raise DataError(f"BurnedInAnnotation is {burned_in.upper()}: a name may be written into "
                         "the image")
+
+
+def check_shape(header) -> None:
+    """DataError where the header says of the pixels what no gray image has, by the element."""
+    side, allocated = range(1, 2**16), header.BitsAllocated
+    possible = {"Rows": side, "Columns": side, "SamplesPerPixel": (1,),
+                "BitsAllocated": range(8, 65, 8), "PixelRepresentation": (0, 1),
+                "BitsStored": range(1, allocated + 1) if isinstance(allocated, int) else ()}
+    for keyword, values in possible.items():
+        if header[keyword].value not in values:
+            beside = f" and BitsAllocated {allocated}" if keyword == "BitsStored" else ""
+            raise DataError(f"{keyword} is {header[keyword].value}{beside}, as of no gray image")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -305,13 +325,18 @@ def read_dicom(file: Path, settings: ImageSettings) -> Reading:
 
 def stored_pixels(dataset) -> np.ndarray:
     """The pixels (H, W) of a file as they are stored; DataError where they cannot be decoded."""
+    there = len(dataset.get("PixelData") or b"")
+    needed = dataset.Rows * dataset.Columns * dataset.BitsAllocated // 8
     try:
         if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
             check_frame(next(generate_frames(dataset.PixelData, number_of_frames=1)), dataset)
+        elif 0 < there < needed:
+            raise DataError(f"its pixels cannot be decoded: {there:,} of {needed:,} bytes are "
+                            "there")
         return pixel_array(dataset, correct_unused_bits=False)
     except (AttributeError, NotImplementedError, RuntimeError, StopIteration, TypeError,
             ValueError) as error:
-        raise DataError(f"its pixels cannot be decoded ({reason(error)})") from error
+        raise DataError(f"its pixels cannot be decoded: {plain_words(error)}") from error
 
 
 def check_frame(frame: bytes, dataset) -> None:

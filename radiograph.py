@@ -12,6 +12,7 @@ Whatever the format, an image ends as Pillow's mode L, (H, W) of 0 to 255, whose
 import ctypes
 import errno
 import os
+import re
 import signal
 import warnings
 from collections.abc import Callable
@@ -204,6 +205,8 @@ def read_image(file: Path, settings: ImageSettings) -> Reading:
                 image.mode == "P" and "transparency" in image.info):
             if np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
                 raise DataError("transparent in part: what is to be seen there is unknown")
+        if image.mode in ("LAB", "HSV"):
+            raise DataError(f"in the colours {image.mode}, which are not read: save it in gray")
         # 1, P, RGB, RGBA, LA and CMYK become luma.
         if image.mode == "YCbCr":
             gray = image.getchannel("Y")
@@ -398,7 +401,7 @@ def load_image(file: Path, read: Reader, settings: ImageSettings) -> Reading:
 def reason(error: Exception, file: Path | None = None) -> str:
     """Why a file cannot be used, in one line, from the exception that it raised.
 
-    The type is named unless the text was written for the user. OSError, with the file's name, where
+    OSError, with the file's name, where
     the machine failed: for want of memory, or because storage does not answer. The file may be
     good, and without it the data would be fewer for no reason."""
     is_machine = isinstance(error, OSError) and error.errno in MACHINE_ERRORS
@@ -406,10 +409,19 @@ def reason(error: Exception, file: Path | None = None) -> str:
         number = error.errno if isinstance(error, OSError) else errno.ENOMEM
         raise OSError(number, f"{os.strerror(number or 0)} (once that is over, the same command "
                       "goes on)", str(file) if file else None) from error
-    text = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, DataError):
+        return plain_words(error)
     if isinstance(error, OSError) and error.strerror:       # without the path on this machine
-        text = error.strerror
-    return " ".join(text.split())
+        return error.strerror
+    if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
+        pixels = re.search(r"\d+ pixels", str(error))
+        return f"{pixels[0] if pixels else 'its pixels'} are more than --max-megapixels"
+    return f"damaged, or of a kind that cannot be read: {plain_words(error)}"
+
+
+def plain_words(error: Exception) -> str:
+    """What an exception says, in one line. One that says nothing is named."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 # --------------------------------------------------------------------------------------------------

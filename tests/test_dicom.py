@@ -324,8 +324,9 @@ def test_dicom_that_is_not_taken(tmp_path):
              "colour.dcm": "in colour (RGB)", "huge.dcm": "60000 x 60000",
              "named.dcm": "BurnedInAnnotation", "flat.dcm": "blank",
              "nobody.dcm": "SOPInstanceUID is missing, or both PatientID and StudyInstanceUID are",
-             "plan.dcm": "not an image (RT Structure Set Storage)", "short.dcm": "ValueError",
-             "odd.dcm": "Error", "empty.dcm": "not a DICOM file",
+             "plan.dcm": "not an image (RT Structure Set Storage)",
+             "short.dcm": "5,192 of 8,192 bytes are there", "empty.dcm": "not a DICOM file",
+             "odd.dcm": "its pixels cannot be decoded: UID is not a transfer syntax",
              "good.dcm": "SOPInstanceUID of an earlier file"}           # again.dcm
     assert reasons.keys() == words.keys()
     assert all(word in reasons[name] for name, word in words.items()), reasons
@@ -737,6 +738,23 @@ def test_headers_that_contradict_the_pixels(tmp_path, mode, size, words):
         return
     levels = np.asarray(load_image(tmp_path / "x.dcm", read, ImageSettings()).image, float)
     assert np.corrcoef(levels.ravel(), SCAN.ravel())[0, 1] > 0.99
+
+
+@pytest.mark.parametrize("elements, words", [
+    ({"Rows": 0}, "Rows is 0, as of no gray image"), ({"Columns": [64, 64]}, "Columns is .64, 64."),
+    ({"SamplesPerPixel": 3}, "SamplesPerPixel is 3"), ({"SamplesPerPixel": None}, "is missing"),
+    ({"BitsAllocated": 12}, "BitsAllocated is 12"),
+    ({"BitsStored": 17}, "BitsStored is 17 and BitsAllocated 16"), ({"BitsStored": 0}, "is 0 and"),
+    ({"PixelRepresentation": 2}, "PixelRepresentation is 2"),
+    ({"Columns": 65}, "its pixels cannot be decoded: 8,192 of 8,320 bytes are there"),
+    ({"PhotometricInterpretation": "MONOCHROME 1"}, "is MONOCHROME 1, and neither MONOCHROME1 nor"),
+    ({"PhotometricInterpretation": "GRAY"}, "is GRAY, and neither"),
+    ({"PhotometricInterpretation": "palette color"}, "in colour .PALETTE COLOR.")])
+def test_impossible_headers_are_named_by_their_element(tmp_path, elements, words):
+    write_dicom(tmp_path / "x.dcm", RAMP, **elements)
+    with pytest.raises(DataError, match=words) as refused:
+        load_image(tmp_path / "x.dcm", partial(read_radiograph, modalities=["CR"]), ImageSettings())
+    assert "Error" not in str(refused.value) and "'" not in str(refused.value)
 
 
 def test_a_file_without_an_image_says_so(tmp_path):

@@ -132,6 +132,29 @@ def test_files_that_are_no_images_are_called_what_they_are(tmp_path, content, wo
 # --------------------------------------------------------------------------------------------------
 # Files.
 
+@pytest.mark.parametrize("name, damage", [
+    ("x.png", lambda content: content[:len(content) * 2 // 3]),
+    ("x.jpg", lambda content: content[:len(content) * 2 // 3]),
+    ("x.tif", lambda content: content[:len(content) * 2 // 3]),
+    ("x.png", lambda content: content[:60] + bytes(20) + content[80:])])
+def test_reasons_are_in_plain_words(tmp_path, name, damage):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / name)
+    (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
+    why = refusal(tmp_path / name)
+    assert why.startswith(("damaged, or of a kind that cannot be read: ", "cannot identify"))
+    assert "Error" not in why and not why.endswith(": ")
+
+
+def test_colours_and_sizes_that_are_not_read_are_named(tmp_path):
+    Image.new("LAB", (64, 64)).save(tmp_path / "x.tif")
+    assert refusal(tmp_path / "x.tif").startswith("in the colours LAB, which are not read")
+    Image.new("L", (1100, 1000)).save(tmp_path / "x.png")
+    for most in (1, 0.5):
+        with pytest.raises(DataError, match="^1100000 pixels are more than --max-megapixels$"):
+            load_image(tmp_path / "x.png", read_image, ImageSettings(max_megapixels=most))
+
+
 def test_special_files_are_found_and_never_opened(tmp_path):
     GRAY.save(tmp_path / "a.png")
     (tmp_path / "below").mkdir()
