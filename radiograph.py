@@ -431,9 +431,17 @@ def in_parallel(function: Callable, items: list, workers: int, title: str) -> li
     """function(item) of all items, in their order, by `workers` processes under a progress bar.
 
     An exception in a worker is raised here, after the images in work. DataError where a worker
-    dies. The function and the results are pickled."""
+    dies. The function and the results are pickled. Where a pool cannot have its locks, one worker
+    is this process; OSError for more."""
     tqdm.monitor_interval = 0       # no thread: fork, which shares what is imported, wants none
-    pool = ProcessPoolExecutor(workers, get_context("fork"), die_with_parent)
+    try:
+        pool = ProcessPoolExecutor(workers, get_context("fork"), die_with_parent)
+    except OSError as error:
+        if workers == 1:
+            return [function(item) for item in tqdm(items, title, unit=" images")]
+        raise OSError(error.errno, error.strerror, "/dev/shm, where Python's multiprocessing must "
+                      "be able to write its locks; --workers 1 (of predict.py --threads 1) needs "
+                      "none") from error
     pieces, results = [items[i:i + 8] for i in range(0, len(items), 8)], []
     try:
         # Ctrl-C reaches all processes of a terminal and is for this one only. A signal that is

@@ -769,6 +769,25 @@ def test_ctrl_c_in_verify_is_one_sentence(tmp_path):
     assert re.search(r"prepare\.py: interrupted[^\n]*\n\Z", error), error
 
 
+def test_one_worker_needs_no_locks(tmp_path):
+    """Where /dev/shm cannot be written, as in some containers."""
+    if os.geteuid() or subprocess.call(["unshare", "--mount", "true"]):
+        pytest.skip("only root can mount")
+    for i in range(8):
+        save(tmp_path / f"src/{'AB'[i % 2]}/{i}.png", radiograph(i))
+    mount = "mount -t tmpfs -o ro none /dev/shm && exec \"$@\""
+    command = ["unshare", "--mount", "bash", "-c", mount, "bash", sys.executable, SCRIPT, "folder",
+               "--src", "src", "--out", "out", "--workers"]
+    process = subprocess.run([*command, "2"], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 1
+    assert "Read-only file system: /dev/shm, where " in process.stderr
+    assert process.stderr.endswith("; --workers 1 (of predict.py --threads 1) needs none\n")
+    process = subprocess.run([*command, "1"], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert len(read_manifest(tmp_path / "out").paths) == 8
+    assert run("verify", tmp_path / "out", "--workers", 1) == 0
+
+
 def test_a_run_loads_neither_pytorch_nor_dali(tmp_path):
     """They take seconds and most of a gigabyte, and prepare.py has no use for them."""
     code = """
