@@ -363,6 +363,11 @@ def prepare(args: argparse.Namespace) -> None:
         special = "a named pipe, a socket or a device"
         source.rejected += [(path, special) for path in below.special]
         source.asked_for.add(special)
+        if below.hidden:
+            # A name of a hospital's is not for a data folder.
+            example = "" if args.source == "dicom" else f", such as {text_of(below.hidden[0])}"
+            source.notes.append("Hidden files and folders, which are passed over: "
+                                f"{len(below.hidden):,}{example}.")
         say_links(source, args, below)
         check_source(source, args, below.files)
         found = len(source.items)
@@ -442,12 +447,14 @@ def say_links(source: Source, args: argparse.Namespace, below: Found) -> None:
 def contradictions(source: Source) -> list[str]:
     """A sentence on images that have a finding, and at the same time none; or nothing."""
     sentences = []
-    # Official lists are as they are; there support devices may stand beside no finding.
-    nothing = [name for name in source.label_names if NO_FINDING.fullmatch(form_key(name))]
-    for name in [] if source.official_labels else nothing:
-        place = source.label_names.index(name)
-        both = [item for item in source.items
-                if item.labels[place] == "1" and item.labels.count("1") > 1]
+    # Support devices are no finding: CheXpert's labels have them beside it.
+    others = [i for i, name in enumerate(source.label_names) if form_key(name) != "support devices"]
+    for place in others:
+        name = source.label_names[place]
+        if not NO_FINDING.fullmatch(form_key(name)):
+            continue
+        both = [item for item in source.items if item.labels[place] == "1"
+                and any(item.labels[i] == "1" for i in others if i != place)]
         if both:
             sentences.append(f"Images that are {name!r} and have another label as well: "
                              f"{len(both):,}, such as {both[0].path}.")

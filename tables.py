@@ -78,7 +78,9 @@ NO_MARKS = {*QUOTES, *"().%_"}      # separate nothing, as no dash does
 LONGEST_RUN = 5                 # words; longer names of classes are not searched for in others
 ICD = re.compile(r"[A-Za-z]\d\d(\.\d+)?")
 BRACKETS = {"[": "]", "(": ")", "{": "}"}
-QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
+QUOTED = re.compile(r"(?<!\w)b?'([^']*)'|(?<!\w)b?\"([^\"]*)\"")
+# As NumPy's bytes are written: b'Mass'.
+BYTES = re.compile(r"b('[^']*'|\"[^\"]*\")")
 
 # Words by which a name is one of findings, and not of a person, or an answer.
 FINDINGS = re.compile(
@@ -230,8 +232,10 @@ def refuse_other_files(file: Path, f: TextIO) -> None:
 
 def plain_cell(text: str) -> str:
     """A cell without the blanks around it, and without ="…", by which a
-    spreadsheet is told that 007 is no number."""
+    spreadsheet is told that 007 is no number, or NumPy's b'…'."""
     text = text.strip()
+    if BYTES.fullmatch(text):
+        return text[2:-1].strip()
     return text[2:-1].strip() if text.startswith('="') and text.endswith('"') else text
 
 
@@ -622,7 +626,8 @@ def bare(text: str) -> str:
 def unquoted(text: str) -> str:
     """A text without the quotes and blanks around it. A typographic quote goes with
     another one at the other end only."""
-    text = text.strip().strip("'\"").strip()
+    text = text.strip()
+    text = (text[1:] if BYTES.fullmatch(text) else text).strip("'\"").strip()
     quoted = text and text[0] in QUOTES and text[-1] in QUOTES
     return text.strip(QUOTES).strip() if quoted else text
 

@@ -130,6 +130,12 @@ LIST = {"Mass": [1, 1, 0], "Nodule": [1, 0, 1]}
         "Normal": [0, 1, 0] * 2}),
     (["mass without nodule", "mass", "nodule"] * 2, {
         "mass": [0, 1, 0] * 2, "mass without nodule": [1, 0, 0] * 2, "nodule": [0, 0, 1] * 2}),
+    # NumPy's bytes.
+    (["b'Mass'|b'Nodule'", "b'Mass'", 'b"Nodule"'], LIST),
+    (["[b'Mass', b'Nodule']", "[b'Mass']", "[b'Nodule']"], LIST),
+    (["b'Web'", "b'Web'", "b'Rib'", "b''"], {"Web": [1, 1, 0, ""], "Rib": [0, 0, 1, ""]}),
+    (["b'1'", "b'0'", "b'1'", "b''"], {"y": [1, 0, 1, ""]}),
+    (["b'N\\xc3\\xa3o'", "TB", "TB"], "row 2, column y: .* damaged by a wrong decoding"),
     # Values in whatever quotes and brackets, with the number that they mean, and in more languages.
     *((cells, {"y": [1, 0, 1]}) for cells in (
         ["Positive.", "Negative.", "yes"], ["\u00abja\u00bb", "\u201enein\u201c", "\u2018ja\u2019"],
@@ -695,6 +701,20 @@ def test_folders_of_a_nas_are_passed_over(tmp_path, litter):
     assert len(read_manifest(out).paths) == 8
 
 
+@pytest.mark.parametrize("hidden, told", [
+    (("._0.png", "NORMAL/._0.png", ".git/x.png", "__MACOSX/0.png"), "4, such as ._0.png."),
+    (("@eaDir/0.png",), "1, such as @eaDir."), ((), "")])
+def test_hidden_files_are_counted(tmp_path, capsys, hidden, told):
+    src, out = tree(tmp_path, *(f"{name}/{i}.png" for name in ("NORMAL", "TB") for i in range(4)))
+    for name in hidden:
+        (src / name).parent.mkdir(exist_ok=True)
+        (src / name).write_bytes(b"AppleDouble")
+    folder(src, out)
+    said = "Hidden files and folders, which are passed over: "
+    assert (said + told in capsys.readouterr().out) == bool(told)
+    assert (said in (out / "DATA.md").read_text("utf-8")) == bool(told)
+
+
 @pytest.mark.parametrize("name, cells, told", [
     ("Projection", ["PA", "L", "PA", "AP"], "PA (2), L (1), AP (1)"),
     ("BodyPart", ["CHEST", "HAND", "CHEST", ""], "CHEST (2), HAND (1)"),
@@ -1080,7 +1100,8 @@ TABLE = "path,y\n" + "".join(f"{i}.png,{i % 2}\n" for i in range(4))
     ("sep=;\r\n" + TABLE.replace(",", ";"), None), ("\ufeffsep=,\n" + TABLE, None),
     (("sep=\t\n" + TABLE.replace(",", "\t")).encode("utf-16"), None),
     ("sep=,\n" + TABLE.replace(",1", ",9"), "row 4, column y: '9' among values"),
-    (TABLE.replace(",", "|"), None), (TABLE.replace("2.png", '"=""2.png"""'), None),
+    (TABLE.replace("2.png,", "b'2.png',"), None), (TABLE.replace(",", "|"), None),
+    (TABLE.replace("2.png", '"=""2.png"""'), None),
     ("", "must have one column 'path', its header is ''")])
 def test_tables(tmp_path, content, expected):
     src, out = tree(tmp_path, *(f"{i}.png" for i in range(4)))
@@ -1230,7 +1251,9 @@ def test_predict_takes_what_prepare_takes(classifier, tmp_path, capsys):
     (src / "loop.png").symlink_to("loop.png")
     with pytest.raises(SystemExit, match="4 of 10 images cannot be read.*all in rejected.csv"):
         predict.main([str(classifier), str(src), "--threads", "1", "--out", str(tmp_path / "out")])
-    assert "passed over, as no images: 1 files (1 .db)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "passed over, as no images: 1 files (1 .db)" in printed
+    assert "passed over, as hidden files or folders: 1\n" in printed
     assert rejected(tmp_path / "out") == {
         "below/half.png": "cannot identify the image: damaged, or of a kind of TIFF, PNG or JPEG "
                           "that cannot be read",

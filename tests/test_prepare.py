@@ -496,6 +496,27 @@ def test_nih_that_is_wrong(tmp_path):
         run("nih", "--src", tmp_path / "src", "--out", tmp_path / "out")
 
 
+@pytest.mark.parametrize("patient", ["{}", "{:08}", "{}.0", "{:05}"])
+def test_nih_patients_are_those_of_the_names(tmp_path, patient, capsys):
+    """A patient's number is in the image's name, in whatever form a spreadsheet left it."""
+    rows = [(f"{i // 2:08}_{i % 2:03}.png", "Edema|No Finding" if i == 5 else "Edema",
+             patient.format(i // 2)) for i in range(2, 14)]
+    for i, (image, _, _) in enumerate(rows):
+        save(tmp_path / "src/images" / image, radiograph(i))
+    command = ["nih", "--src", tmp_path / "src", "--out", tmp_path / "out", "--workers", 1]
+    lists = [row[0] for row in rows[:8]], [row[0] for row in rows[8:]]
+    nih(tmp_path / "src", rows, *lists)
+    run(*command)
+    assert "Images that are 'No Finding' and have another label as well: 1, such as images/0000000" \
+           "2_001.jpg." in capsys.readouterr().out
+    # The column alone is in another order.
+    nih(tmp_path / "src", [(*row[:2], patient.format(7 - i // 2)) for i, row in enumerate(rows)],
+        *lists)
+    with pytest.raises(SystemExit, match="Data_Entry_2017.csv, row 2, column Patient ID: '0*7(.0)?'"
+                       ", and the name of 00000001_000.png says 00000001: .*folder --csv"):
+        run(*command, "--overwrite")
+
+
 def test_nih_of_full_size_parses_in_seconds(tmp_path):
     """As many rows and patients as the real one has; only the parsing, without images on disk."""
     rows = [(f"{i % 30805:08}_{i // 30805:03}.png", ("No Finding", "Mass|Nodule")[i % 2], i % 30805)
