@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 from tqdm import tqdm
 
 from common import DataError
@@ -39,6 +39,7 @@ UNREAD = (".gif", ".heic", ".heif", ".avif", ".jxl", ".tga", ".psd", ".dcm", ".d
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 TIFF_TAGS = {"BitsPerSample": 258, "PhotometricInterpretation": 262, "SampleFormat": 339}
+SAMPLE_FORMATS = {2: "signed", 3: "of floating point", 5: "of complex integers", 6: "complex"}
 
 MIN_SIDE = 32           # pixels; anything smaller is an icon
 MIN_RANGE = 16          # gray levels; an image with fewer is blank, or 12-bit data taken for 16
@@ -257,8 +258,32 @@ def what_it_is(file: Path) -> str:
     if head[128:] == b"DICM":
         name = "a DICOM file (prepare.py dicom reads them)"
     if not name and head.startswith((b"II", b"MM", b"\x89PNG", b"\xff\xd8")):
-        return "damaged, or of a kind of TIFF, PNG or JPEG that cannot be read"
+        return f"damaged, or of a kind of TIFF, PNG or JPEG that cannot be read{kind_of_tiff(file)}"
     return f"{name or 'unknown'}, none of {', '.join(FORMATS)}"
+
+
+def kind_of_tiff(file: Path) -> str:
+    """What a TIFF says of its pixels, for a message: ` (16 bits signed, white is 0)`; "" where it
+    cannot be told."""
+    try:
+        with open(file, "rb") as stream:
+            head = stream.read(8)
+            head += stream.read(8) if head[2:4] in (b"+\0", b"\0+") else b""      # a BigTIFF
+            tags = TiffImagePlugin.ImageFileDirectory_v2(head)
+            stream.seek(tags.next)
+            tags.load(stream)
+            bits, photometric, form, samples, packed = (
+                tags.get(tag) for tag in (258, 262, 339, 277, 259))
+    except Exception:                   # a damaged one may raise anything
+        return ""
+    bits, form = (value[0] if isinstance(value, tuple) else value for value in (bits, form))
+    words = ["" if samples in (None, 1) else f"{samples} samples a pixel",
+             f"{bits} bits {SAMPLE_FORMATS.get(form or 1, '')}".strip() if bits else "",
+             "white is 0" if photometric == 0 else "",
+             "" if packed in (None, 1) else f"compression {packed}",
+             "big-endian" if head.startswith(b"M") else ""]
+    says = ", ".join(filter(None, words))
+    return f" (a TIFF of {says}): save it as PNG" if says else ""
 
 
 # --------------------------------------------------------------------------------------------------

@@ -75,6 +75,20 @@ def test_tiff_that_is_not_read(tmp_path, photometric, kind, sample_format, words
     assert words in refusal(tmp_path / "x.tif")
 
 
+@pytest.mark.parametrize("photometric, kind, sample_format, words", [
+    (1, "<f8", 3, "64 bits of floating point"), (1, ">f2", 3, "16 bits of floating point, big-end"),
+    (0, "<i2", 2, "16 bits signed, white is 0"), (0, ">u2", 1, "16 bits, white is 0, big-endian"),
+    (0, "i1", 2, "8 bits signed, white is 0"), (1, "<u8", 1, "64 bits"),
+    (1, "<c8", 6, "64 bits complex"), (7, "<u2", 1, "16 bits")])
+def test_kinds_of_tiff_are_named(tmp_path, photometric, kind, sample_format, words):
+    write_tiff(tmp_path / "x.tif", (100 * RAMP).astype(kind), photometric, sample_format)
+    assert f"that cannot be read (a TIFF of {words}" in refusal(tmp_path / "x.tif")
+    assert "): save it as PNG" in refusal(tmp_path / "x.tif")
+    for size in (4, 12, 4110):              # the tags are gone
+        (tmp_path / "y.tif").write_bytes((tmp_path / "x.tif").read_bytes()[:size])
+        assert "of a kind of TIFF, PNG or JPEG that cannot be read" in refusal(tmp_path / "y.tif")
+
+
 GRAY = Image.fromarray((255 * RAMP).astype(np.uint8))
 DEEP = Image.fromarray((4095 * RAMP).astype(np.uint16))
 
