@@ -133,7 +133,8 @@ LIST = {"Mass": [1, 1, 0], "Nodule": [1, 0, 1]}
     # NumPy's bytes.
     (["b'Mass'|b'Nodule'", "b'Mass'", 'b"Nodule"'], LIST),
     (["[b'Mass', b'Nodule']", "[b'Mass']", "[b'Nodule']"], LIST),
-    (["b'Web'", "b'Web'", "b'Rib'", "b''"], {"Web": [1, 1, 0, ""], "Rib": [0, 0, 1, ""]}),
+    (["b'Goitre'", "b'Goitre'", "b'Stent'", "b''"], {
+        "Goitre": [1, 1, 0, ""], "Stent": [0, 0, 1, ""]}),
     (["b'1'", "b'0'", "b'1'", "b''"], {"y": [1, 0, 1, ""]}),
     (["b'N\\xc3\\xa3o'", "TB", "TB"], "row 2, column y: .* damaged by a wrong decoding"),
     # Values in whatever quotes and brackets, with the number that they mean, and in more languages.
