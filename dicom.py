@@ -25,10 +25,11 @@ from pydicom.pixels.utils import pixel_array
 from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from common import DataError
-from doubts import Doubt, patient_key, patients_alike
-from layout import split_name
+from doubts import Doubt, names_without_meaning, patient_key, patients_alike
+from layout import are_splits, first_telling, names_at, split_name
 from radiograph import (
-    EXTENSIONS, PACKED, ImageSettings, Reading, eight_bits, in_parallel, load_image, reason)
+    EXTENSIONS, PACKED, ImageSettings, Reading, eight_bits, in_parallel, load_image,
+    plain_words, reason)
 from sources import (
     Item, Source, check_patients_and_splits, doubt_classes, doubt_unused_splits, label_flags,
     label_rules, plain_path, that_end_alike, unused_splits)
@@ -71,8 +72,10 @@ KEYS = Identity._fields[:4]             # what --labels may go by
 
 # What pixels cannot be read without. Some of it has likely values, but a guess that is wrong would
 # make a negative or noise of the radiograph, and nobody would notice.
-NEEDED = ("Rows", "Columns", "BitsAllocated", "BitsStored", "PixelRepresentation",
-          "PhotometricInterpretation")
+NEEDED = ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "BitsStored",
+          "PixelRepresentation", "PhotometricInterpretation")
+# PhotometricInterpretation of colours begins with one of these.
+COLOURS = ("RGB", "YBR", "PALETTE", "HSV", "ARGB", "CMYK")
 
 
 def open_dicom(file: Path, pixels: bool = True) -> pydicom.FileDataset:
@@ -192,10 +195,15 @@ def check_header(header, modalities: Sequence[str], max_megapixels: float) -> No
             raise DataError(f"{keyword} is missing")
     if int(header.get("NumberOfFrames") or 1) > 1:
         raise DataError(f"{header.NumberOfFrames} frames")
-    if header.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2"):
-        raise DataError(f"in colour ({header.PhotometricInterpretation})")
+    photometric = str(header.PhotometricInterpretation)
+    if photometric.startswith(COLOURS):
+        raise DataError(f"in colour ({photometric})")
+    if photometric not in ("MONOCHROME1", "MONOCHROME2"):
+        raise DataError(f"PhotometricInterpretation is {photometric}, and neither MONOCHROME1 nor "
+                        "MONOCHROME2: white may be the lowest or the highest level")
     if header.BitsAllocated == 1:
         raise DataError("1 bit a pixel: a mask and no radiograph")
+    check_shape(header)
     kind = UID(str(header.get("SOPClassUID") or "")).name
     intent = str(header.get("PresentationIntentType") or "").strip().upper()
     if intent == "FOR PROCESSING" or kind.endswith("For Processing"):
@@ -206,6 +214,18 @@ def check_header(header, modalities: Sequence[str], max_megapixels: float) -> No
     if burned_in and value_of(burned_in) != "0":        # Y, TRUE, 1, UNKNOWN
         raise DataError(f"BurnedInAnnotation is {burned_in.upper()}: a name may be written into "
                         "the image")
+
+
+def check_shape(header) -> None:
+    """DataError where the header says of the pixels what no gray image has, by the element."""
+    side, allocated = range(1, 2**16), header.BitsAllocated
+    possible = {"Rows": side, "Columns": side, "SamplesPerPixel": (1,),
+                "BitsAllocated": range(8, 65, 8), "PixelRepresentation": (0, 1),
+                "BitsStored": range(1, allocated + 1) if isinstance(allocated, int) else ()}
+    for keyword, values in possible.items():
+        if header[keyword].value not in values:
+            beside = f" and BitsAllocated {allocated}" if keyword == "BitsStored" else ""
+            raise DataError(f"{keyword} is {header[keyword].value}{beside}, as of no gray image")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -305,13 +325,18 @@ def read_dicom(file: Path, settings: ImageSettings) -> Reading:
 
 def stored_pixels(dataset) -> np.ndarray:
     """The pixels (H, W) of a file as they are stored; DataError where they cannot be decoded."""
+    there = len(dataset.get("PixelData") or b"")
+    needed = dataset.Rows * dataset.Columns * dataset.BitsAllocated // 8
     try:
         if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
             check_frame(next(generate_frames(dataset.PixelData, number_of_frames=1)), dataset)
+        elif 0 < there < needed:
+            raise DataError(f"its pixels cannot be decoded: {there:,} of {needed:,} bytes are "
+                            "there")
         return pixel_array(dataset, correct_unused_bits=False)
     except (AttributeError, NotImplementedError, RuntimeError, StopIteration, TypeError,
             ValueError) as error:
-        raise DataError(f"its pixels cannot be decoded ({reason(error)})") from error
+        raise DataError(f"its pixels cannot be decoded: {plain_words(error)}") from error
 
 
 def check_frame(frame: bytes, dataset) -> None:
@@ -612,9 +637,13 @@ def doubt_folders(source: Source, args: argparse.Namespace) -> None:
             "unused-splits", f"folders of {args.src} are called {' and '.join(splits[:3])}, and "
             "are not read: a column split of --labels takes the splits"))
     findings = [word for word in words if FINDINGS.search(word.casefold()) and word not in splits]
+    groups = folders_of_groups(source.items)
     if len(findings) > 1 and not args.labels:
         source.notes.append("Folders that are named by findings, as it seems, are not taken for "
                             f"labels: {len(findings):,}. --labels takes a table of them.")
+    elif groups and not args.labels:
+        source.notes.append("Folders that hold several patients each, as classes do, are not taken "
+                            f"for labels: {groups:,}. --labels takes a table of them.")
     names = {folder.name for folder in folders}
     if args.patient_from == "folder" and 2 * len(names) <= len(folders):
         one = min(map(str, folders))
@@ -622,6 +651,23 @@ def doubt_folders(source: Source, args: argparse.Namespace) -> None:
             "unknown-patients", f"{len(folders):,} folders have {len(names):,} names, as though "
             f"they were studies of the folders above them, and --patient-from folder takes each, "
             f"such as {one}, for a patient"))
+
+
+def folders_of_groups(items: list[Item]) -> int:
+    """How many names of folders may be classes: those of the first level that tells images apart,
+    below splits, if most hold several patients each and none is a portion such as part1."""
+    parents = [PurePosixPath(item.source).parts[:-1] for item in items]
+    level = first_telling(parents, 0)
+    if are_splits(names_at(parents, level)):
+        level = first_telling(parents, level + 1)
+    patients_of: dict[tuple[str, ...], set[str]] = {}   # by the folder
+    for folders, item in zip(parents, items, strict=True):
+        if len(folders) > level:
+            patients_of.setdefault(folders[:level + 1], set()).add(item.patient)
+    several = sum(len(patients) > 1 for patients in patients_of.values())
+    names = sorted({folders[-1] for folders in patients_of})
+    odd = names_without_meaning(names)
+    return len(names) if len(names) > 1 and 2 * several > len(patients_of) and not odd else 0
 
 
 def not_asked_for(view: str, part: str, args: argparse.Namespace) -> str:
@@ -729,10 +775,9 @@ def label_items(source: Source, args: argparse.Namespace, table: Table,
     else:
         columns = [name for name in table.columns if name not in (args.rater_column, split_column)]
         source.label_names, labels, notes = read_labels(
-            table, columns, args.several_rows, args.rater_column)
-        if source.label_names != columns:
-            raise DataError(f"{args.labels} must hold 1, 0, -1 or blanks: choose such columns by "
-                            "--label-columns, or columns of classes by --class-columns")
+            table, columns, args.several_rows, args.rater_column,
+            hint="; choose such columns by --label-columns, columns of classes by --class-columns, "
+                 "and that of the splits by --split-column", shown=False)
         source.doubts += unused_splits(table, {
             name: [cell for cell in table.column(name).values() if cell] for name in columns})
     source.notes += notes

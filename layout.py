@@ -13,10 +13,12 @@ names: a folder that holds all images says nothing, as what is the same for all 
 teaches nothing. Where the names can be read in two ways it refuses to guess.
 """
 import fnmatch
+import glob
+import os
 import re
 import unicodedata
 from collections.abc import Callable
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from common import DataError
@@ -167,10 +169,27 @@ def outside_splits(images: list[str], levels: list[str]) -> dict[str, int]:
 def excluder(patterns: list[str]) -> Callable[[str], bool]:
     """Whether a file is below a folder, or has a name, that one of the patterns matches.
 
-    A pattern is the name of a file or folder at any depth, or a path from --src down."""
+    A pattern is the name of a file or folder at any depth, or a path from --src down. One that is
+    the name, letter by letter, matches it, whatever its wildcards would mean."""
+    plain = [unicodedata.normalize("NFC", pattern) for pattern in patterns]
+
     def excluded(file: str) -> bool:
-        parts = PurePosixPath(file).parts
+        parts = PurePosixPath(unicodedata.normalize("NFC", file)).parts
         paths = ["/".join(parts[:end + 1]) for end in range(len(parts))]
-        return any(fnmatch.fnmatchcase(name, pattern.rstrip("/"))
-                   for pattern in patterns for name in (*parts, *paths))
+        return any(name == pattern or fnmatch.fnmatchcase(name, pattern)
+                   for pattern in plain for name in (*parts, *paths))
     return excluded
+
+
+def pattern_below(src: Path, pattern: str) -> str:
+    """A pattern as `excluder` takes it: without ./ and a last slash, and without --src where it is
+    a path that begins with that, as the shell completes it, and is not there below --src."""
+    plain = os.path.normpath(pattern)
+    there = "/" not in plain or glob.glob(plain, root_dir=src) or (src / plain).exists()
+    if there and not os.path.isabs(plain):
+        return plain
+    for way in (os.path.abspath, os.path.realpath):
+        below = os.path.relpath(way(plain), way(src))
+        if below.split("/")[0] not in (".", ".."):
+            return below
+    return plain

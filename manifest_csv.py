@@ -141,9 +141,11 @@ def _read_rows(file: Path) -> tuple[list[str], list[list[str]]]:
     """The header, checked, and the rows of a manifest.csv."""
     try:
         with open_text(file) as f:
-            header, *rows = csv.reader(f, strict=True)
-    except (ValueError, csv.Error) as error:        # no line at all, no text, an open quote
+            header, *rows = [*csv.reader(f, strict=True)] or [[]]
+    except (ValueError, csv.Error) as error:        # no text, an open quote
         raise DataError(f"{file} is empty or not a CSV file ({error})") from None
+    if not header and not any(rows):
+        raise DataError(f"{file} is empty")
     for column, name in enumerate(FIRST_COLUMNS):
         if header[column:column + 1] != [name]:
             raise DataError(f"{file}, row 1: column {column + 1} must be '{name}', "

@@ -179,6 +179,7 @@ class Inputs(NamedTuple):
     passed_over: list[str]              # the folder's other files
     listed: bool                        # by the manifest of a data folder
     archive: Archive | None = None      # where that has an images.tar
+    hidden: int = 0                     # files and folders, which are passed over, too
 
 
 def find_inputs(data: Path) -> Inputs:
@@ -198,7 +199,7 @@ def find_inputs(data: Path) -> Inputs:
         raise DataError(f"{data} has no manifest.csv and no image ({', '.join(EXTENSIONS)}) or "
                         "DICOM file")
     passed_over = sorted({*found.files, *found.special} - {*paths})
-    return Inputs(data, paths, passed_over, listed=False)
+    return Inputs(data, paths, passed_over, listed=False, hidden=len(found.hidden))
 
 
 def is_input(file: Path) -> bool:
@@ -492,6 +493,8 @@ def predict_one(config: Config, inputs: Inputs, net: Classifier, state: dict[str
     paths = [path for path in inputs.paths if path not in rejected]
     if inputs.passed_over:
         compute.say(f"passed over, as no images: {suffix_counts(inputs.passed_over)}")
+    if inputs.hidden:
+        compute.say(f"passed over, as hidden files or folders: {inputs.hidden:,}")
 
     # Nothing stays of earlier predictions, perhaps by another training of the classifier, beside
     # a new list of what was rejected.

@@ -21,6 +21,7 @@ image again where its file has another name, size or time than the one that it w
 """
 import argparse
 import csv
+import fnmatch
 import hashlib
 import io
 import json
@@ -52,7 +53,7 @@ from doubts import (
     refuse_doubts, similar_labels, similar_patients)
 from flags import differing_flags, number_within
 from folders import folder_flags, folder_items
-from layout import excluder
+from layout import excluder, pattern_below
 from radiograph import (
     MASK, MIN_SIDE, Found, ImageSettings, Reader, blank_reason, find_files, in_parallel, load_image,
     read_image, reason)
@@ -352,13 +353,21 @@ def prepare(args: argparse.Namespace) -> None:
 
     Whatever is wrong with the source is found first. Before the images, only .lock and the secret
     of DICOM are written."""
+    if "exclude" in args:
+        args.exclude = [pattern_below(args.src, pattern) for pattern in args.exclude]
     check_out(args)
     with lock_folder(args.out):
         below = find_files(args.src) if "src" in args else Found([], [], [])
+        refuse_idle_patterns(args, below)
         source = SOURCES[args.source].items(args, below.files)
         special = "a named pipe, a socket or a device"
         source.rejected += [(path, special) for path in below.special]
         source.asked_for.add(special)
+        if below.hidden:
+            # A name of a hospital's is not for a data folder.
+            example = "" if args.source == "dicom" else f", such as {text_of(below.hidden[0])}"
+            source.notes.append("Hidden files and folders, which are passed over: "
+                                f"{len(below.hidden):,}{example}.")
         say_links(source, args, below)
         check_source(source, args, below.files)
         found = len(source.items)
@@ -398,6 +407,25 @@ def prepare(args: argparse.Namespace) -> None:
     print(card)
 
 
+def refuse_idle_patterns(args: argparse.Namespace, below: Found) -> None:
+    """DataError for an --exclude that passes nothing over: what it was meant for would be taken.
+
+    Links to folders may be named, and what does not count anyhow, as __MACOSX; and so may a kind
+    of file, as *.gz, of which there is none."""
+    names = [*below.files, *below.special, *below.hidden, *(link for link, _ in below.links)]
+    for pattern in getattr(args, "exclude", []):
+        if any(map(excluder([pattern]), names)):
+            continue
+        form = form_key(Path(pattern).name)
+        alike = {part for name in names for part in Path(name).parts
+                 if fnmatch.fnmatchcase(form_key(part), form)}
+        if alike or not re.fullmatch(r"\*(\.\w+)+", pattern):
+            hint = f", but {min(alike)!r} is" if alike else ""
+            raise DataError(printable(text_of(
+                f"--exclude {pattern} passes nothing over: nothing below {args.src} is called so"
+                f"{hint}; without it all is taken that is there")))
+
+
 def say_links(source: Source, args: argparse.Namespace, below: Found) -> None:
     """Say which folders have their files under another name, by which they are taken; doubt it
     where folders are all that says what an image is."""
@@ -419,12 +447,14 @@ def say_links(source: Source, args: argparse.Namespace, below: Found) -> None:
 def contradictions(source: Source) -> list[str]:
     """A sentence on images that have a finding, and at the same time none; or nothing."""
     sentences = []
-    # Official lists are as they are; there support devices may stand beside no finding.
-    nothing = [name for name in source.label_names if NO_FINDING.fullmatch(form_key(name))]
-    for name in [] if source.official_labels else nothing:
-        place = source.label_names.index(name)
-        both = [item for item in source.items
-                if item.labels[place] == "1" and item.labels.count("1") > 1]
+    # Support devices are no finding: CheXpert's labels have them beside it.
+    others = [i for i, name in enumerate(source.label_names) if form_key(name) != "support devices"]
+    for place in others:
+        name = source.label_names[place]
+        if not NO_FINDING.fullmatch(form_key(name)):
+            continue
+        both = [item for item in source.items if item.labels[place] == "1"
+                and any(item.labels[i] == "1" for i in others if i != place)]
         if both:
             sentences.append(f"Images that are {name!r} and have another label as well: "
                              f"{len(both):,}, such as {both[0].path}.")

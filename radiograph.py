@@ -12,6 +12,7 @@ Whatever the format, an image ends as Pillow's mode L, (H, W) of 0 to 255, whose
 import ctypes
 import errno
 import os
+import re
 import signal
 import warnings
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 from tqdm import tqdm
 
 from common import DataError
@@ -38,6 +39,7 @@ UNREAD = (".gif", ".heic", ".heif", ".avif", ".jxl", ".tga", ".psd", ".dcm", ".d
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 TIFF_TAGS = {"BitsPerSample": 258, "PhotometricInterpretation": 262, "SampleFormat": 339}
+SAMPLE_FORMATS = {2: "signed", 3: "of floating point", 5: "of complex integers", 6: "complex"}
 
 MIN_SIDE = 32           # pixels; anything smaller is an icon
 MIN_RANGE = 16          # gray levels; an image with fewer is blank, or 12-bit data taken for 16
@@ -110,6 +112,7 @@ class Found(NamedTuple):
     files: list[str]
     special: list[str]              # named pipes, sockets and devices, which are never opened
     links: list[tuple[str, str]]    # a folder that has its files under another name, and that
+    hidden: list[str] = []          # files and folders that do not count, by their names
 
 
 def find_files(folder: Path) -> Found:
@@ -118,7 +121,7 @@ def find_files(folder: Path) -> Found:
     Hidden files and folders (.DS_Store, ._x.png) and those of SYSTEM_FOLDERS do not count. Links
     are followed; a link to nowhere counts as a file, so that it is missed. OSError where a folder
     cannot be read."""
-    files, special, links = [], [], []
+    files, special, links, hidden = [], [], [], []
     seen: dict[str, str] = {}       # by its real path, the name of each folder that was read
     folders = [""]                  # those still to be read, relative to `folder`
     while folders:
@@ -134,13 +137,15 @@ def find_files(folder: Path) -> Found:
             below = sorted(entries, key=lambda entry: entry.name, reverse=True)
         for entry in below:
             path = os.path.join(parent, entry.name)
-            if leads_to_folder(entry):
-                if not entry.name.startswith(SYSTEM_FOLDERS):
-                    folders.append(path)
-            elif not entry.name.startswith("."):
+            is_folder = leads_to_folder(entry)
+            if entry.name.startswith(SYSTEM_FOLDERS if is_folder else "."):
+                hidden.append(path)
+            elif is_folder:
+                folders.append(path)
+            else:
                 regular = not os.path.exists(entry.path) or entry.is_file()
                 (files if regular else special).append(path)
-    return Found(sorted(files), sorted(special), sorted(links))
+    return Found(sorted(files), sorted(special), sorted(links), sorted(hidden))
 
 
 def unread_suffix(file: str) -> str:
@@ -201,6 +206,8 @@ def read_image(file: Path, settings: ImageSettings) -> Reading:
                 image.mode == "P" and "transparency" in image.info):
             if np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
                 raise DataError("transparent in part: what is to be seen there is unknown")
+        if image.mode in ("LAB", "HSV"):
+            raise DataError(f"in the colours {image.mode}, which are not read: save it in gray")
         # 1, P, RGB, RGBA, LA and CMYK become luma.
         if image.mode == "YCbCr":
             gray = image.getchannel("Y")
@@ -251,8 +258,32 @@ def what_it_is(file: Path) -> str:
     if head[128:] == b"DICM":
         name = "a DICOM file (prepare.py dicom reads them)"
     if not name and head.startswith((b"II", b"MM", b"\x89PNG", b"\xff\xd8")):
-        return "damaged, or of a kind of TIFF, PNG or JPEG that cannot be read"
+        return f"damaged, or of a kind of TIFF, PNG or JPEG that cannot be read{kind_of_tiff(file)}"
     return f"{name or 'unknown'}, none of {', '.join(FORMATS)}"
+
+
+def kind_of_tiff(file: Path) -> str:
+    """What a TIFF says of its pixels, for a message: ` (16 bits signed, white is 0)`; "" where it
+    cannot be told."""
+    try:
+        with open(file, "rb") as stream:
+            head = stream.read(8)
+            head += stream.read(8) if head[2:4] in (b"+\0", b"\0+") else b""      # a BigTIFF
+            tags = TiffImagePlugin.ImageFileDirectory_v2(head)
+            stream.seek(tags.next)
+            tags.load(stream)
+            bits, photometric, form, samples, packed = (
+                tags.get(tag) for tag in (258, 262, 339, 277, 259))
+    except Exception:                   # a damaged one may raise anything
+        return ""
+    bits, form = (value[0] if isinstance(value, tuple) else value for value in (bits, form))
+    words = ["" if samples in (None, 1) else f"{samples} samples a pixel",
+             f"{bits} bits {SAMPLE_FORMATS.get(form or 1, '')}".strip() if bits else "",
+             "white is 0" if photometric == 0 else "",
+             "" if packed in (None, 1) else f"compression {packed}",
+             "big-endian" if head.startswith(b"M") else ""]
+    says = ", ".join(filter(None, words))
+    return f" (a TIFF of {says}): save it as PNG" if says else ""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -395,7 +426,7 @@ def load_image(file: Path, read: Reader, settings: ImageSettings) -> Reading:
 def reason(error: Exception, file: Path | None = None) -> str:
     """Why a file cannot be used, in one line, from the exception that it raised.
 
-    The type is named unless the text was written for the user. OSError, with the file's name, where
+    OSError, with the file's name, where
     the machine failed: for want of memory, or because storage does not answer. The file may be
     good, and without it the data would be fewer for no reason."""
     is_machine = isinstance(error, OSError) and error.errno in MACHINE_ERRORS
@@ -403,10 +434,19 @@ def reason(error: Exception, file: Path | None = None) -> str:
         number = error.errno if isinstance(error, OSError) else errno.ENOMEM
         raise OSError(number, f"{os.strerror(number or 0)} (once that is over, the same command "
                       "goes on)", str(file) if file else None) from error
-    text = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, DataError):
+        return plain_words(error)
     if isinstance(error, OSError) and error.strerror:       # without the path on this machine
-        text = error.strerror
-    return " ".join(text.split())
+        return error.strerror
+    if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
+        pixels = re.search(r"\d+ pixels", str(error))
+        return f"{pixels[0] if pixels else 'its pixels'} are more than --max-megapixels"
+    return f"damaged, or of a kind that cannot be read: {plain_words(error)}"
+
+
+def plain_words(error: Exception) -> str:
+    """What an exception says, in one line. One that says nothing is named."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 # --------------------------------------------------------------------------------------------------
@@ -416,9 +456,17 @@ def in_parallel(function: Callable, items: list, workers: int, title: str) -> li
     """function(item) of all items, in their order, by `workers` processes under a progress bar.
 
     An exception in a worker is raised here, after the images in work. DataError where a worker
-    dies. The function and the results are pickled."""
+    dies. The function and the results are pickled. Where a pool cannot have its locks, one worker
+    is this process; OSError for more."""
     tqdm.monitor_interval = 0       # no thread: fork, which shares what is imported, wants none
-    pool = ProcessPoolExecutor(workers, get_context("fork"), die_with_parent)
+    try:
+        pool = ProcessPoolExecutor(workers, get_context("fork"), die_with_parent)
+    except OSError as error:
+        if workers == 1:
+            return [function(item) for item in tqdm(items, title, unit=" images")]
+        raise OSError(error.errno, error.strerror, "/dev/shm, where Python's multiprocessing must "
+                      "be able to write its locks; --workers 1 (of predict.py --threads 1) needs "
+                      "none") from error
     pieces, results = [items[i:i + 8] for i in range(0, len(items), 8)], []
     try:
         # Ctrl-C reaches all processes of a terminal and is for this one only. A signal that is

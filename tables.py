@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from io import BufferedReader
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO, cast
 from unicodedata import category, normalize
 
 from common import DataError, open_text
@@ -100,7 +101,9 @@ NO_MARKS = {*QUOTES, *"().%_"}      # separate nothing, as no dash does
 LONGEST_RUN = 5                 # words; longer names of classes are not searched for in others
 ICD = re.compile(r"[A-Za-z]\d\d(\.\d+)?")
 BRACKETS = {"[": "]", "(": ")", "{": "}"}
-QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
+QUOTED = re.compile(r"(?<!\w)b?'([^']*)'|(?<!\w)b?\"([^\"]*)\"")
+# As NumPy's bytes are written: b'Mass'.
+BYTES = re.compile(r"b('[^']*'|\"[^\"]*\")")
 
 # Words by which a name is one of findings, and not of a person, or an answer.
 FINDINGS = re.compile(
@@ -122,7 +125,20 @@ MOST_CELLS = 100_000_000        # images times labels: what a machine can hold
 SEP_LINE = re.compile(r'"?sep=.?"?\s*', re.IGNORECASE)
 OTHER_TABLES = {b"PK\3\4": "an Excel workbook or a zip file",
                 b"\xd0\xcf\x11\xe0": "an Excel workbook", b"PAR1": "a Parquet file",
-                b"SQLite": "a database", b"\x89HDF": "an HDF5 file"}
+                b"SQLite": "a database", b"\x89HDF": "an HDF5 file", b"ARROW1": "an Arrow file",
+                b"FEA1": "a Feather file", b"\x93NUMPY": "a NumPy file", b"\x80\4": "a pickle",
+                b"<stata_dta": "a Stata file", b"$FL2": "an SPSS file", b"%PDF": "a PDF",
+                b"{\\rtf": "an RTF document", b"\x89PNG": "an image", b"\xff\xd8": "an image",
+                b"BZh9": "packed by bzip2", b"\xfd7zXZ": "packed by xz", b"7z\xbc\xaf": "a 7z file",
+                b"(\xb5/\xfd": "packed by zstd", b"Rar!": "a RAR file"}
+# The same by how their text begins.
+OTHER_TEXTS = {"JSON": re.compile(r"\s*[\[{]\s*([\[{]|\"[^\"]*\"\s*[:,\]])"),
+               "a page of HTML or XML": re.compile(
+                   r"\s*<(!|\?xml|html|head|body|meta|style|table|div|script)", re.IGNORECASE),
+               "a web archive": re.compile(r"MIME-Version:", re.IGNORECASE),
+               "a tar file": re.compile(r".{257}ustar", re.DOTALL)}
+# Of English in UTF-16 every other byte is zero.
+WIDE_TEXT = re.compile(r"(\0{1,3}[^\0]){2}|([^\0]\0{1,3}){2}")
 SAVE_AS_CSV = ": save its table as CSV in UTF-8"
 
 
@@ -177,7 +193,7 @@ def read_table(file: Path, key: str, columns: list[str] | None = None,
     csv.field_size_limit(2**31 - 1)     # a cell may hold a report, or the outline of a mask
     try:
         with open_text(file) as f:
-            refuse_other_files(file)
+            refuse_other_files(file, f)
             # A byte-order mark in the middle, as where files were joined, is no text either.
             texts = (line.lstrip("\ufeff") for line in f)
             head = next(texts, "")
@@ -230,19 +246,25 @@ def read_table(file: Path, key: str, columns: list[str] | None = None,
     return Table(file, columns, rows, header, further)
 
 
-def refuse_other_files(file: Path) -> None:
-    """DataError for what is a table, but no CSV file, by its first bytes."""
-    with open(file, "rb") as f:
-        head = f.read(16)
-    kind = next((kind for start, kind in OTHER_TABLES.items() if head.startswith(start)), "")
-    if kind:
+def refuse_other_files(file: Path, f: TextIO) -> None:
+    """DataError for what is a table, but no CSV file, by how it begins. f: it is not read on."""
+    head = cast(BufferedReader, f.buffer).peek(600)[:600]
+    text = head.decode(f.encoding, "ignore").lstrip("\ufeff")
+    kinds = [kind for start, kind in OTHER_TABLES.items() if head.startswith(start)]
+    kinds += [kind for kind, start in OTHER_TEXTS.items() if start.match(text)]
+    if WIDE_TEXT.match(text):
+        raise DataError(f"{file} is not a CSV file in UTF-8 (it is in UTF-32, or in UTF-16 without "
+                        f"a byte-order mark){SAVE_AS_CSV}")
+    for kind in kinds:
         raise DataError(f"{file} is {kind}, and no CSV file{SAVE_AS_CSV}")
 
 
 def plain_cell(text: str) -> str:
     """A cell without the blanks around it, and without ="…", by which a
-    spreadsheet is told that 007 is no number."""
+    spreadsheet is told that 007 is no number, or NumPy's b'…'."""
     text = text.strip()
+    if BYTES.fullmatch(text):
+        return text[2:-1].strip()
     return text[2:-1].strip() if text.startswith('="') and text.endswith('"') else text
 
 
@@ -295,16 +317,25 @@ class Column(NamedTuple):
     note: str                                   # what its user should know
 
 
-def read_labels(table: Table, names: list[str], several_rows: str = "",
-                rater_column: str = "") -> Labels:
+def read_labels(table: Table, names: list[str], several_rows: str = "", rater_column: str = "",
+                hint: str = "", shown: bool = True) -> Labels:
     """Columns `names` of a table as labels, of all its rows.
 
-    For columns that are to hold values: where one holds words its label names
-    are others than `names`. They are not searched for lists, so that no
-    message repeats a person's name."""
+    They are to hold values: DataError, with `hint` at its end, names row and column of the first
+    cell that is none. Words are not searched for lists, and are not shown where they may be a
+    person's name."""
     rules = LabelRules(separator="none", several_rows=several_rows, rater_column=rater_column,
                        many_classes=True, flags=False)
-    return understand(table, names, list(table.rows), rules)
+    labels = understand(table, names, list(table.rows), rules)
+    if labels.names != names:
+        number, name, cell = next(
+            (row.number, name, row.cells[table.columns.index(name)]) for name in names
+            for key in table.rows for row in table.all_rows(key)
+            if value_of(row.cells[table.columns.index(name)]) is None)
+        says = f"holds {cell!r}" if shown else "does not"
+        raise DataError(f"{table.file} must hold 1, 0, -1 or blanks: row {number}, column {name}, "
+                        f"{says}{hint}")
+    return labels
 
 
 def understand(table: Table, names: list[str], keys: list[str], rules: LabelRules) -> Labels:
@@ -678,7 +709,8 @@ def bare(text: str) -> str:
 def unquoted(text: str) -> str:
     """A text without the quotes and blanks around it. A typographic quote goes with
     another one at the other end only."""
-    text = text.strip().strip("'\"").strip()
+    text = text.strip()
+    text = (text[1:] if BYTES.fullmatch(text) else text).strip("'\"").strip()
     quoted = text and text[0] in QUOTES and text[-1] in QUOTES
     return text.strip(QUOTES).strip() if quoted else text
 

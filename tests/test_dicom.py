@@ -324,8 +324,9 @@ def test_dicom_that_is_not_taken(tmp_path):
              "colour.dcm": "in colour (RGB)", "huge.dcm": "60000 x 60000",
              "named.dcm": "BurnedInAnnotation", "flat.dcm": "blank",
              "nobody.dcm": "SOPInstanceUID is missing, or both PatientID and StudyInstanceUID are",
-             "plan.dcm": "not an image (RT Structure Set Storage)", "short.dcm": "ValueError",
-             "odd.dcm": "Error", "empty.dcm": "not a DICOM file",
+             "plan.dcm": "not an image (RT Structure Set Storage)",
+             "short.dcm": "5,192 of 8,192 bytes are there", "empty.dcm": "not a DICOM file",
+             "odd.dcm": "its pixels cannot be decoded: UID is not a transfer syntax",
              "good.dcm": "SOPInstanceUID of an earlier file"}           # again.dcm
     assert reasons.keys() == words.keys()
     assert all(word in reasons[name] for name, word in words.items()), reasons
@@ -378,6 +379,20 @@ def test_dicom_labels(tmp_path):
     write_csv(table, [("PatientID", "Mass"), ("1", 1)])         # a spreadsheet ate the zeros
     with pytest.raises(SystemExit, match="no PatientID in it is that of a DICOM file"):
         dicom(tmp_path, "--labels", table, out="zeros")
+
+
+@pytest.mark.parametrize("name, cell", [
+    ("Referring", "Dr. Quincy"), ("Cohort", "external"), ("TB", "reactivo"), ("score", "0.35")])
+def test_a_column_of_words_is_named_by_its_row_and_not_its_cell(tmp_path, name, cell):
+    for i in range(4):
+        write_dicom(tmp_path / f"src/{i}.dcm", RAMP + i, patient=f"00{i}",
+                    SOPInstanceUID=f"1.2.{i}")
+    write_csv(tmp_path / "rows.csv", [("PatientID", "Mass", name), ("000", 1, ""),
+                                      *((f"00{i}", i % 2, cell) for i in range(1, 4))])
+    with pytest.raises(SystemExit, match=f"rows.csv must hold .*: row 3, column {name}, does not; "
+                       ".* by --label-columns, .* --split-column") as refused:
+        dicom(tmp_path, "--labels", tmp_path / "rows.csv")
+    assert cell not in str(refused.value)
 
 
 def test_dicom_tells_which_words_were_read_as_values(tmp_path, capsys):
@@ -726,6 +741,23 @@ def test_headers_that_contradict_the_pixels(tmp_path, mode, size, words):
     assert np.corrcoef(levels.ravel(), SCAN.ravel())[0, 1] > 0.99
 
 
+@pytest.mark.parametrize("elements, words", [
+    ({"Rows": 0}, "Rows is 0, as of no gray image"), ({"Columns": [64, 64]}, "Columns is .64, 64."),
+    ({"SamplesPerPixel": 3}, "SamplesPerPixel is 3"), ({"SamplesPerPixel": None}, "is missing"),
+    ({"BitsAllocated": 12}, "BitsAllocated is 12"),
+    ({"BitsStored": 17}, "BitsStored is 17 and BitsAllocated 16"), ({"BitsStored": 0}, "is 0 and"),
+    ({"PixelRepresentation": 2}, "PixelRepresentation is 2"),
+    ({"Columns": 65}, "its pixels cannot be decoded: 8,192 of 8,320 bytes are there"),
+    ({"PhotometricInterpretation": "MONOCHROME 1"}, "is MONOCHROME 1, and neither MONOCHROME1 nor"),
+    ({"PhotometricInterpretation": "GRAY"}, "is GRAY, and neither"),
+    ({"PhotometricInterpretation": "palette color"}, "in colour .PALETTE COLOR.")])
+def test_impossible_headers_are_named_by_their_element(tmp_path, elements, words):
+    write_dicom(tmp_path / "x.dcm", RAMP, **elements)
+    with pytest.raises(DataError, match=words) as refused:
+        load_image(tmp_path / "x.dcm", partial(read_radiograph, modalities=["CR"]), ImageSettings())
+    assert "Error" not in str(refused.value) and "'" not in str(refused.value)
+
+
 def test_a_file_without_an_image_says_so(tmp_path):
     """A report whose header does not even say what it is."""
     (tmp_path / "x.dcm").write_bytes(bytes(128) + b"DICM" + b"\2\0\0\0UL\4\0\0\0\0\0")
@@ -828,3 +860,22 @@ def test_folders_and_columns_that_nobody_reads_are_said(tmp_path):
         write_csv(tmp_path / "labels.csv", [("PatientID", "tb", name), ("P0", 1, 0), ("P1", 0, 1)])
         with pytest.raises(SystemExit, match=f"column '{name}' of labels.csv seems to name the sp"):
             convert("c", "--labels", tmp_path / "labels.csv")
+
+
+@pytest.mark.parametrize("file, told", [
+    ("{kind}/{i}.dcm", True),
+    ("disc/{kind}/P{i}/S1/{i}.dcm", True),
+    ("train/{kind}/{i}.dcm", True),
+    ("P{i}/{kind}/{i}.dcm", False), ("PAT{i:04}/STD0/{i}.dcm", False),
+    ("part{half}/{i}.dcm", False),
+    ("2019{half}/{i}.dcm", False), ("{i}.dcm", False)])
+def test_folders_that_may_be_classes_are_told(tmp_path, capsys, file, told):
+    for i in range(8):
+        write_dicom(tmp_path / "src" / file.format(
+            i=i, half=i % 2, kind=("Silicosis", "Asbestosis")[i % 2]), RAMP, patient=f"P{i}",
+            StudyInstanceUID=f"1.5.{i}", SOPInstanceUID=f"1.4.{i}")
+    dicom(tmp_path)
+    note = "hold several patients each, as classes do, are not taken for labels: 2. --labels"
+    assert (note in capsys.readouterr().out) == told
+    # Names of folders are not for a data folder.
+    assert "Silicosis" not in (tmp_path / "out/DATA.md").read_text("utf-8")

@@ -5,6 +5,7 @@ either a label's values, or the words of the refusal.
 """
 import contextlib
 import csv
+import gzip
 import os
 import re
 import socket
@@ -129,6 +130,13 @@ LIST = {"Mass": [1, 1, 0], "Nodule": [1, 0, 1]}
         "Normal": [0, 1, 0] * 2}),
     (["mass without nodule", "mass", "nodule"] * 2, {
         "mass": [0, 1, 0] * 2, "mass without nodule": [1, 0, 0] * 2, "nodule": [0, 0, 1] * 2}),
+    # NumPy's bytes.
+    (["b'Mass'|b'Nodule'", "b'Mass'", 'b"Nodule"'], LIST),
+    (["[b'Mass', b'Nodule']", "[b'Mass']", "[b'Nodule']"], LIST),
+    (["b'Goitre'", "b'Goitre'", "b'Stent'", "b''"], {
+        "Goitre": [1, 1, 0, ""], "Stent": [0, 0, 1, ""]}),
+    (["b'1'", "b'0'", "b'1'", "b''"], {"y": [1, 0, 1, ""]}),
+    (["b'N\\xc3\\xa3o'", "TB", "TB"], "row 2, column y: .* damaged by a wrong decoding"),
     # Values in whatever quotes and brackets, with the number that they mean, and in more languages.
     *((cells, {"y": [1, 0, 1]}) for cells in (
         ["Positive.", "Negative.", "yes"], ["\u00abja\u00bb", "\u201enein\u201c", "\u2018ja\u2019"],
@@ -851,6 +859,20 @@ def test_folders_of_a_nas_are_passed_over(tmp_path, litter):
     assert len(read_manifest(out).paths) == 8
 
 
+@pytest.mark.parametrize("hidden, told", [
+    (("._0.png", "NORMAL/._0.png", ".git/x.png", "__MACOSX/0.png"), "4, such as ._0.png."),
+    (("@eaDir/0.png",), "1, such as @eaDir."), ((), "")])
+def test_hidden_files_are_counted(tmp_path, capsys, hidden, told):
+    src, out = tree(tmp_path, *(f"{name}/{i}.png" for name in ("NORMAL", "TB") for i in range(4)))
+    for name in hidden:
+        (src / name).parent.mkdir(exist_ok=True)
+        (src / name).write_bytes(b"AppleDouble")
+    folder(src, out)
+    said = "Hidden files and folders, which are passed over: "
+    assert (said + told in capsys.readouterr().out) == bool(told)
+    assert (said in (out / "DATA.md").read_text("utf-8")) == bool(told)
+
+
 @pytest.mark.parametrize("name, cells, told", [
     ("Projection", ["PA", "L", "PA", "AP"], "PA (2), L (1), AP (1)"),
     ("BodyPart", ["CHEST", "HAND", "CHEST", ""], "CHEST (2), HAND (1)"),
@@ -1012,6 +1034,20 @@ def test_chexpert_of_unknown_views_and_tables(tmp_path):
     (tmp_path / "src/train.csv").unlink()
     with pytest.raises(SystemExit, match="src must hold one train.csv, it holds 0"):
         run(*command)
+
+
+@pytest.mark.parametrize("cell", ["0.31", "Edema", "3"])
+def test_observations_that_are_none_are_named_by_row_and_column(tmp_path, cell):
+    src, out = tree(tmp_path, *(f"train/patient{i}/study1/view1_frontal.jpg" for i in range(3)))
+    for part in ("train", "valid"):
+        write_csv(src / f"{part}.csv", [
+            ("Path", "Frontal/Lateral", *CHEXPERT_OBSERVATIONS),
+            *((f"{part}/patient{i}/study1/view1_frontal.jpg", "Frontal",
+               *[cell if name == "Fracture" and i else "" for name in CHEXPERT_OBSERVATIONS])
+              for i in range(3))])
+    with pytest.raises(SystemExit, match=f"train.csv must hold 1, 0, -1 or blanks: row 3, column "
+                       f"Fracture, holds '{cell}'"):
+        run("chexpert", "--src", src, "--out", out, "--workers", 1)
 
 
 def test_chexpert_as_windows_writes_it(tmp_path):
@@ -1188,7 +1224,9 @@ TABLE = "path,y\n" + "".join(f"{i}.png,{i % 2}\n" for i in range(4))
         "1,", f'1,"{"long report " * 12_000}"'), None),
     (TABLE.encode() + b"Befund M\xfcller,1\n",
      "l.csv is not a CSV file in UTF-8 .*: save its table as CSV in UTF-8"),
-    (TABLE.encode("utf-32"), "l.csv must have one column 'path'"),
+    *((TABLE.encode(encoding), "l.csv is not a CSV file in UTF-8 .it is in UTF-32, or in UTF-16 "
+       "without a byte-order mark.: save its table as") for encoding in (
+           "utf-32", "utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")),
     (TABLE.replace(",1", ",1\0"), r"row 3, column y: '1\\x00' among values"),
     (TABLE + ",\n,\n", None), (TABLE + ",1\n", "row 6: its key is empty .column path"),
     (TABLE.replace("2.png,0", '2.png,"0'), "row 4: .*, as a quote that opens there is"),
@@ -1200,11 +1238,28 @@ TABLE = "path,y\n" + "".join(f"{i}.png,{i % 2}\n" for i in range(4))
     *((start + bytes(900), f"l.csv is {what}, and no CSV file: save its table as CSV in UTF-8")
       for start, what in ((b"PK\3\4", "an Excel workbook or a zip file"),
                           (b"PAR1", "a Parquet file"),
-                          (b"\xd0\xcf\x11\xe0\xa1\xb1", "an Excel workbook"))),
+                          (b"\xd0\xcf\x11\xe0\xa1\xb1", "an Excel workbook"),
+                          (b"FEA1", "a Feather file"), (b"\x80\4\x95", "a pickle"),
+                          (b"\x93NUMPY\1", "a NumPy file"), (b"\xff\xd8\xff", "an image"))),
+    *((start + TABLE, f"l.csv is {what}, and no CSV file: save its table as CSV in UTF-8")
+      for start, what in (('{"columns": ["path", "y"], "data": [', "JSON"),
+                          ('[\n  {\n    "path": "0.png",', "JSON"),
+                          ('{"path":"0.png","y":1}', "JSON"),
+                          ('\ufeff[["path", "y"],', "JSON"),
+                          ("\n<Table border=1>", "a page of HTML or XML"),
+                          ('<?xml version="1.0"?>', "a page of HTML or XML"),
+                          ("<!-- by the PACS -->", "a page of HTML or XML"),
+                          ("Mime-Version: 1.0\n", "a web archive"))),
+    (gzip.compress(b'[{"path": "0.png"}]'), "l.csv is JSON, and no CSV file"),
+    (gzip.compress(b"PK\3\4" + bytes(900)), "l.csv is an Excel workbook or a zip file"),
+    (TABLE.replace("path,y", "path,y,[0],<b>").replace("\n", ",,\n").replace(">,,", ">"), None),
+    (TABLE.replace("path,y", "[id],path,y").replace("\n", "\n0,")[:-2].replace("\n0,", "\n7,"),
+     None),
     ("sep=;\r\n" + TABLE.replace(",", ";"), None), ("\ufeffsep=,\n" + TABLE, None),
     (("sep=\t\n" + TABLE.replace(",", "\t")).encode("utf-16"), None),
     ("sep=,\n" + TABLE.replace(",1", ",9"), "row 4, column y: '9' among values"),
-    (TABLE.replace(",", "|"), None), (TABLE.replace("2.png", '"=""2.png"""'), None),
+    (TABLE.replace("2.png,", "b'2.png',"), None), (TABLE.replace(",", "|"), None),
+    (TABLE.replace("2.png", '"=""2.png"""'), None),
     ("", "must have one column 'path', its header is ''")])
 def test_tables(tmp_path, content, expected):
     src, out = tree(tmp_path, *(f"{i}.png" for i in range(4)))
@@ -1354,7 +1409,9 @@ def test_predict_takes_what_prepare_takes(classifier, tmp_path, capsys):
     (src / "loop.png").symlink_to("loop.png")
     with pytest.raises(SystemExit, match="4 of 10 images cannot be read.*all in rejected.csv"):
         predict.main([str(classifier), str(src), "--threads", "1", "--out", str(tmp_path / "out")])
-    assert "passed over, as no images: 1 files (1 .db)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "passed over, as no images: 1 files (1 .db)" in printed
+    assert "passed over, as hidden files or folders: 1\n" in printed
     assert rejected(tmp_path / "out") == {
         "below/half.png": "cannot identify the image: damaged, or of a kind of TIFF, PNG or JPEG "
                           "that cannot be read",

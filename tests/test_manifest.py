@@ -176,6 +176,13 @@ def test_manifest_in_other_encodings(tmp_path, encoding, message):
         assert read_manifest(tmp_path).patients.tolist() == ["Ö"]
 
 
+@pytest.mark.parametrize("content", ["", "\n\n", "\ufeff", "\ufeff\r\n"])
+def test_an_empty_manifest_is_called_empty(tmp_path, content):
+    (tmp_path / "manifest.csv").write_text(content, "utf-8")
+    with pytest.raises(DataError, match="manifest.csv is empty$"):
+        read_manifest(tmp_path)
+
+
 # --------------------------------------------------------------------------------------------------
 
 def test_a_file_is_whole_or_not_there(tmp_path):

@@ -496,6 +496,27 @@ def test_nih_that_is_wrong(tmp_path):
         run("nih", "--src", tmp_path / "src", "--out", tmp_path / "out")
 
 
+@pytest.mark.parametrize("patient", ["{}", "{:08}", "{}.0", "{:05}"])
+def test_nih_patients_are_those_of_the_names(tmp_path, patient, capsys):
+    """A patient's number is in the image's name, in whatever form a spreadsheet left it."""
+    rows = [(f"{i // 2:08}_{i % 2:03}.png", "Edema|No Finding" if i == 5 else "Edema",
+             patient.format(i // 2)) for i in range(2, 14)]
+    for i, (image, _, _) in enumerate(rows):
+        save(tmp_path / "src/images" / image, radiograph(i))
+    command = ["nih", "--src", tmp_path / "src", "--out", tmp_path / "out", "--workers", 1]
+    lists = [row[0] for row in rows[:8]], [row[0] for row in rows[8:]]
+    nih(tmp_path / "src", rows, *lists)
+    run(*command)
+    assert "'No Finding' and have another label as well: 1, such as images/00000002_001.jpg." in (
+        capsys.readouterr().out)
+    # The column alone is in another order.
+    nih(tmp_path / "src", [(*row[:2], patient.format(7 - i // 2)) for i, row in enumerate(rows)],
+        *lists)
+    with pytest.raises(SystemExit, match="Data_Entry_2017.csv, row 2, column Patient ID: '0*7(.0)?'"
+                       ", and the name of 00000001_000.png says 00000001: .*folder --csv"):
+        run(*command, "--overwrite")
+
+
 def test_nih_of_full_size_parses_in_seconds(tmp_path):
     """As many rows and patients as the real one has; only the parsing, without images on disk."""
     rows = [(f"{i % 30805:08}_{i // 30805:03}.png", ("No Finding", "Mass|Nodule")[i % 2], i % 30805)
@@ -767,6 +788,25 @@ def test_ctrl_c_in_verify_is_one_sentence(tmp_path):
     assert code == 130 and "Traceback" not in error, error
     # Ctrl-C in the middle of drawing the bar leaves the cursor at its end.
     assert re.search(r"prepare\.py: interrupted[^\n]*\n\Z", error), error
+
+
+def test_one_worker_needs_no_locks(tmp_path):
+    """Where /dev/shm cannot be written, as in some containers."""
+    if os.geteuid() or subprocess.call(["unshare", "--mount", "true"]):
+        pytest.skip("only root can mount")
+    for i in range(8):
+        save(tmp_path / f"src/{'AB'[i % 2]}/{i}.png", radiograph(i))
+    mount = "mount -t tmpfs -o ro none /dev/shm && exec \"$@\""
+    command = ["unshare", "--mount", "bash", "-c", mount, "bash", sys.executable, SCRIPT, "folder",
+               "--src", "src", "--out", "out", "--workers"]
+    process = subprocess.run([*command, "2"], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 1
+    assert "Read-only file system: /dev/shm, where " in process.stderr
+    assert process.stderr.endswith("; --workers 1 (of predict.py --threads 1) needs none\n")
+    process = subprocess.run([*command, "1"], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert len(read_manifest(tmp_path / "out").paths) == 8
+    assert run("verify", tmp_path / "out", "--workers", 1) == 0
 
 
 def test_a_run_loads_neither_pytorch_nor_dali(tmp_path):

@@ -75,6 +75,20 @@ def test_tiff_that_is_not_read(tmp_path, photometric, kind, sample_format, words
     assert words in refusal(tmp_path / "x.tif")
 
 
+@pytest.mark.parametrize("photometric, kind, sample_format, words", [
+    (1, "<f8", 3, "64 bits of floating point"), (1, ">f2", 3, "16 bits of floating point, big-end"),
+    (0, "<i2", 2, "16 bits signed, white is 0"), (0, ">u2", 1, "16 bits, white is 0, big-endian"),
+    (0, "i1", 2, "8 bits signed, white is 0"), (1, "<u8", 1, "64 bits"),
+    (1, "<c8", 6, "64 bits complex"), (7, "<u2", 1, "16 bits")])
+def test_kinds_of_tiff_are_named(tmp_path, photometric, kind, sample_format, words):
+    write_tiff(tmp_path / "x.tif", (100 * RAMP).astype(kind), photometric, sample_format)
+    assert f"that cannot be read (a TIFF of {words}" in refusal(tmp_path / "x.tif")
+    assert "): save it as PNG" in refusal(tmp_path / "x.tif")
+    for size in (4, 12, 4110):              # the tags are gone
+        (tmp_path / "y.tif").write_bytes((tmp_path / "x.tif").read_bytes()[:size])
+        assert "of a kind of TIFF, PNG or JPEG that cannot be read" in refusal(tmp_path / "y.tif")
+
+
 GRAY = Image.fromarray((255 * RAMP).astype(np.uint8))
 DEEP = Image.fromarray((4095 * RAMP).astype(np.uint16))
 
@@ -132,6 +146,29 @@ def test_files_that_are_no_images_are_called_what_they_are(tmp_path, content, wo
 # --------------------------------------------------------------------------------------------------
 # Files.
 
+@pytest.mark.parametrize("name, damage", [
+    ("x.png", lambda content: content[:len(content) * 2 // 3]),
+    ("x.jpg", lambda content: content[:len(content) * 2 // 3]),
+    ("x.tif", lambda content: content[:len(content) * 2 // 3]),
+    ("x.png", lambda content: content[:60] + bytes(20) + content[80:])])
+def test_reasons_are_in_plain_words(tmp_path, name, damage):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / name)
+    (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
+    why = refusal(tmp_path / name)
+    assert why.startswith(("damaged, or of a kind that cannot be read: ", "cannot identify"))
+    assert "Error" not in why and not why.endswith(": ")
+
+
+def test_colours_and_sizes_that_are_not_read_are_named(tmp_path):
+    Image.new("LAB", (64, 64)).save(tmp_path / "x.tif")
+    assert refusal(tmp_path / "x.tif").startswith("in the colours LAB, which are not read")
+    Image.new("L", (1100, 1000)).save(tmp_path / "x.png")
+    for most in (1, 0.5):
+        with pytest.raises(DataError, match="^1100000 pixels are more than --max-megapixels$"):
+            load_image(tmp_path / "x.png", read_image, ImageSettings(max_megapixels=most))
+
+
 def test_special_files_are_found_and_never_opened(tmp_path):
     GRAY.save(tmp_path / "a.png")
     (tmp_path / "below").mkdir()
@@ -146,7 +183,8 @@ def test_special_files_are_found_and_never_opened(tmp_path):
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(tmp_path / "socket.png"))
     assert find_files(tmp_path) == (
-        ["a.png", "below/b.png", "nowhere.png"], ["below/pipe.png", "null.png", "socket.png"], [])
+        ["a.png", "below/b.png", "nowhere.png"], ["below/pipe.png", "null.png", "socket.png"], [],
+        ["._a.png", ".hidden"])
     for name in ("below/pipe.png", "null.png", "socket.png", "below"):
         assert "no file, but a named pipe" in refusal(tmp_path / name)
 

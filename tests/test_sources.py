@@ -1,4 +1,5 @@
 """Stage 0's sources: what cells, folders and names mean, what is said of it, what is refused."""
+import contextlib
 import gzip
 import json
 import os
@@ -335,6 +336,44 @@ def test_layouts_that_are_doubted(tmp_path, files, message, flags):
     manifest = read_manifest(out)
     left_out = ("mask", "Segm", "Hold", "truth")
     assert not any(word in path for path in manifest.paths for word in left_out)
+
+
+@pytest.mark.parametrize("pattern, words", [
+    ("B_or_so", "--exclude B_or_so passes nothing over: nothing below .*src is called so; "),
+    ("flipped", "called so, but 'Flipped' is"), ("no-film", "called so, but 'no film' is"),
+    ("no_*", "called so, but 'no film' is"), ("TB/flipped", "called so, but 'Flipped' is"),
+    ("*.PNG", "called so, but '0.png' is"), ("../TB/Flipped", "called so, but 'Flipped' is"),
+    ("{tmp}/TB/Flipped", "called so, but 'Flipped' is"), ("{src}", "nothing below .* is called so"),
+    ("Flip[ped]", "--exclude Flip.ped. passes nothing over"),
+    *((pattern, "") for pattern in (
+        "Flipped", "./TB/Flipped", "TB//Flipped/", "{src}/TB/Flipped", "src/TB/Flipped",
+        "./src/TB/Flip*", "src/../src/TB/Flipped", "other/TB/Flipped", "TB/Flip*"))])
+def test_a_pattern_passes_something_over_or_is_refused(tmp_path, monkeypatch, pattern, words):
+    src, out = tree(tmp_path, *(f"{name}/{i}.png" for name in ("NORMAL", "TB", "TB/Flipped")
+                                for i in range(4)), "no film/0.png", "no film/1.png")
+    (tmp_path / "other").symlink_to("src")
+    monkeypatch.chdir(tmp_path)
+    pattern = pattern.format(src=src, tmp=tmp_path)
+    others = ["no film", "__MACOSX", ".DS_Store", "*.gz"]
+    (src / "__MACOSX").mkdir()
+    (src / ".DS_Store").touch()
+    with pytest.raises(SystemExit, match=words) if words else contextlib.nullcontext():
+        folder("src", out, "--layout", "class/*", "--exclude", *others, pattern)
+        assert len(read_manifest(out).paths) == 8
+    if not words:               # the same in other words goes on
+        folder(src, out, "--layout", "class/*", "--exclude", *others, pattern.rstrip("/") + "/")
+
+
+def test_a_pattern_is_first_a_path_below_the_source(tmp_path, monkeypatch):
+    """Kermany's archive has a folder of its own name in it, with the same images once more."""
+    _, out = tree(tmp_path, *(f"{above}{name}/{i}.png" for above in ("", "src/")
+                              for name in ("NORMAL", "TB") for i in range(4)),
+                  *(f"A [{i}]/{j}.png" for i in range(2) for j in range(4)))
+    monkeypatch.chdir(tmp_path)
+    folder("src", out, "--exclude", "src/TB", "A [0]", "--allow", "odd-classes")
+    paths = read_manifest(out).paths
+    assert "images/TB/0.jpg" in paths and "images/src/NORMAL/0.jpg" in paths
+    assert len(paths) == 16 and "images/A [1]/0.jpg" in paths
 
 
 def test_each_layout_can_be_said(tmp_path):
