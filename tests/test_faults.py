@@ -233,7 +233,7 @@ class Job:
     def prepare(self, stage):
         self.file = tempfile.TemporaryFile("w+")
         self.path = f"/proc/{os.getpid()}/fd/{self.file.fileno()}"
-        self.began = time.monotonic()
+        self.began, self.known = time.monotonic(), set()
         return stage if str(stage).endswith(".py") else f"{stage}.py"
 
     @property
@@ -259,7 +259,18 @@ class Job:
                     found.append(int(folder.name))
             except OSError:             # it has just ended, or is another user's
                 continue
+        self.known.update(found)
         return sorted(found)
+
+    def dying(self):
+        """The ids of those that have no memory left, and may still hold files and their locks."""
+        left = []
+        for pid in self.known:
+            with contextlib.suppress(OSError):
+                state = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0]
+                if state != "Z" and not Path(f"/proc/{pid}/environ").read_bytes():
+                    left.append(pid)
+        return left
 
     def until(self, condition, seconds=120):
         """Wait until a condition holds: True, or False where the job ended first."""
@@ -284,7 +295,7 @@ class Job:
             self.process.wait(seconds)
             self.seconds = time.monotonic() - self.began
             end = time.monotonic() + 40
-            while (left := self.processes()) and time.monotonic() < end:
+            while (left := self.processes() or self.dying()) and time.monotonic() < end:
                 time.sleep(0.05)
         finally:
             self.kill(signal.SIGKILL, self.processes())
