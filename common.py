@@ -77,7 +77,8 @@ def _blamed(error: OSError, out: str | Path) -> str | Path:
     frame = error.__traceback__
     while frame:
         if frame.tb_frame.f_globals.get("__name__") == "multiprocessing.synchronize":
-            return "/dev/shm, where Python's multiprocessing must be able to write its locks"
+            return ("/dev/shm, where Python's multiprocessing must be able to write its locks; "
+                    "--workers 1 (of predict.py --threads 1) needs none")
         frame = frame.tb_next
     return out
 

@@ -35,7 +35,7 @@ from manifest import Manifest, read_manifest
 from model import SimCLR, build_encoder
 from probe import Probe, probe_sentence
 from run import Compute
-from run_folder import Curves, Progress, diverged, view_pairs
+from run_folder import Curves, Progress, diverged
 from sampling import Sampling, choose_sampling
 from training import Training, backward_in_pieces
 from views import Augmentation
@@ -93,8 +93,8 @@ class Config:
     epochs: int = flag(100, "passes over the train split", 1, section="optimisation")
     batch_size: int = flag(512, "images over all processes", 1)
     micro_batch: int = flag(
-        0, "images that a process encodes at once, where its batch is too large for the GPU's "
-        "memory; the loss stays that of the whole batch; 0: all of them", 0)
+        0, "most images that a process encodes at once, where its batch is too large for the "
+        "GPU's memory; the loss stays that of the whole batch; 0: all of them", 0)
     temperature: tuple[float, ...] = flag(
         (0.1,), "of NT-Xent; with two, a cosine goes from HIGH to LOW and back", 1e-6, 1e6,
         metavar=("LOW", "HIGH"))
@@ -271,7 +271,7 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
         with progress.waiting():
             view1, view2, index = next(batches)                         # (B, 1, S, S) each, (B,)
         if step == start_step:
-            curves.add_image("views", view_pairs(view1, view2), step)
+            curves.add_views(view1, view2, step)
         x = torch.cat([view1, view2])                                   # (2B, 1, S, S)
         patients = compute.send(sampling.patients[index])               # (B,)
         weights = sampling.loss_weights                                 # (N,) or None

@@ -38,7 +38,8 @@ UNREAD = (".gif", ".heic", ".heif", ".avif", ".jxl", ".tga", ".psd", ".dcm", ".d
           ".nrrd", ".mha", ".mhd", ".img", ".npy")
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
-TIFF_TAGS = {"BitsPerSample": 258, "PhotometricInterpretation": 262, "SampleFormat": 339}
+TIFF_TAGS = {"BitsPerSample": 258, "Compression": 259, "PhotometricInterpretation": 262,
+             "SamplesPerPixel": 277, "SampleFormat": 339}
 SAMPLE_FORMATS = {2: "signed", 3: "of floating point", 5: "of complex integers", 6: "complex"}
 
 MIN_SIDE = 32           # pixels; anything smaller is an icon
@@ -272,8 +273,7 @@ def kind_of_tiff(file: Path) -> str:
             tags = TiffImagePlugin.ImageFileDirectory_v2(head)
             stream.seek(tags.next)
             tags.load(stream)
-            bits, photometric, form, samples, packed = (
-                tags.get(tag) for tag in (258, 262, 339, 277, 259))
+            bits, packed, photometric, samples, form = map(tags.get, TIFF_TAGS.values())
     except Exception:                   # a damaged one may raise anything
         return ""
     bits, form = (value[0] if isinstance(value, tuple) else value for value in (bits, form))
@@ -426,9 +426,9 @@ def load_image(file: Path, read: Reader, settings: ImageSettings) -> Reading:
 def reason(error: Exception, file: Path | None = None) -> str:
     """Why a file cannot be used, in one line, from the exception that it raised.
 
-    OSError, with the file's name, where
-    the machine failed: for want of memory, or because storage does not answer. The file may be
-    good, and without it the data would be fewer for no reason."""
+    OSError, with the file's name, where the machine failed: for want of memory, or because
+    storage does not answer. The file may be good, and without it the data would be fewer for no
+    reason."""
     is_machine = isinstance(error, OSError) and error.errno in MACHINE_ERRORS
     if is_machine or isinstance(error, MemoryError):
         number = error.errno if isinstance(error, OSError) else errno.ENOMEM
@@ -457,16 +457,14 @@ def in_parallel(function: Callable, items: list, workers: int, title: str) -> li
 
     An exception in a worker is raised here, after the images in work. DataError where a worker
     dies. The function and the results are pickled. Where a pool cannot have its locks, one worker
-    is this process; OSError for more."""
+    is this process."""
     tqdm.monitor_interval = 0       # no thread: fork, which shares what is imported, wants none
     try:
         pool = ProcessPoolExecutor(workers, get_context("fork"), die_with_parent)
-    except OSError as error:
-        if workers == 1:
-            return [function(item) for item in tqdm(items, title, unit=" images")]
-        raise OSError(error.errno, error.strerror, "/dev/shm, where Python's multiprocessing must "
-                      "be able to write its locks; --workers 1 (of predict.py --threads 1) needs "
-                      "none") from error
+    except OSError:
+        if workers > 1:
+            raise
+        return [function(item) for item in tqdm(items, title, unit=" images")]
     pieces, results = [items[i:i + 8] for i in range(0, len(items), 8)], []
     try:
         # Ctrl-C reaches all processes of a terminal and is for this one only. A signal that is

@@ -66,12 +66,11 @@ def main(stage: Callable, config_class: type, argv: list[str] | None = None) -> 
                  "larger one, or, as far as this script can, a smaller --batch-size or "
                  "--micro-batch, or more GPUs")
     except RuntimeError as error:
-        reason = last_line(error)
-        if "gloo/transport" not in reason and "closed by peer" not in reason:
+        if "gloo/transport" not in str(error) and "closed by peer" not in str(error):
             raise
         # A collective call failed.
-        if "Timed out" in reason:
-            sys.exit(f"{script}: waited for another process in vain: {reason}")
+        if "Timed out" in str(error):
+            sys.exit(f"{script}: waited for another process in vain: {last_line(error)}")
         sys.exit(1)  # the process that failed first says why
     finally:
         threading.excepthook = threading.__excepthook__
@@ -106,7 +105,8 @@ def start(config: RunConfig, place: Place = ALONE) -> "Compute":
     threads = config.threads or max(1, min(8, len(os.sched_getaffinity(0)) // local_world_size))
     compute = Compute(rank, world_size, device, precision, threads)
     if not compute.all_agree(precision):
-        raise DataError("--precision auto is not the same on all machines: choose one")
+        raise DataError(f"--precision {config.precision} is {precision} here and another one in "
+                        "other processes: give all of them the same")
     return compute
 
 

@@ -127,12 +127,13 @@ def open_run(config: RunConfig, stage: str, results: tuple[str, ...],
     # A run of an older version had no flag that came later: it ran with what is now its default.
     difference = _difference(_defaults(config) | before if before else {}, now)
     if config.overwrite:
+        results_there = [file for pattern in results for file in out.glob(pattern)]
         given = {os.path.realpath(path) for path in (contents or {}).get("init", {})}
-        for old in [file for pattern in results for file in out.glob(pattern)]:
+        for old in results_there:
             if os.path.realpath(old) in given:
                 raise CheckpointError(f"--overwrite would delete {old}, which --init names; "
                                       "choose another --out")
-        for old in [file for pattern in results for file in out.glob(pattern)]:
+        for old in results_there:
             old.unlink()
     goes_on = bool(before) and (out / results[0]).exists()
     if goes_on and difference:
@@ -225,10 +226,13 @@ class Curves:
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, step)
 
-    def add_image(self, name: str, pixels: Tensor, step: int) -> None:
-        """pixels: (3, H, W) in [0, 1]."""
+    def add_views(self, view1: Tensor, view2: Tensor, step: int) -> None:
+        """A picture of the first eight images' views (B, 1, S, S), one above the other."""
         if self.writer:
-            self.writer.add_image(name, pixels, step)
+            # Back to the gray levels from before normalisation.
+            pairs = torch.stack([view1[:8], view2[:8]]).flatten(0, 1).float().cpu() * STD + MEAN
+            self.writer.add_image(
+                "views", make_grid(pairs.clamp(0, 1), nrow=len(view1[:8])), step)
 
     def close(self, config: RunConfig) -> None:
         """End with a row of the flags in TensorBoard's table of hyper-parameters, in which the
@@ -241,14 +245,6 @@ class Curves:
             self.writer.flush()  # close() alone would not say that the disk is full
             self.writer.close()
             self.file.close()
-
-
-def view_pairs(view1: Tensor, view2: Tensor) -> Tensor:
-    """The first eight images' views (B, 1, S, S), one above the other, as a picture (3, H, W) in
-    [0, 1]."""
-    # Back to the gray levels from before normalisation.
-    pairs = torch.stack([view1[:8], view2[:8]]).flatten(0, 1).float().cpu() * STD + MEAN
-    return make_grid(pairs.clamp(0, 1), nrow=len(view1[:8]))
 
 
 def report_but_for_full_disk(args) -> None:

@@ -334,6 +334,7 @@ def nih_items(args: argparse.Namespace, files: list[str]) -> Source:
         where = f"{table.file}, row {number}, column Patient ID"
         check_patient(patient, where)
         named = NIH_NAME.match(image)
+        # patient_key takes long for a hundred thousand, nearly all of which are as they should be.
         if named and patient not in (named[1], named[1].lstrip("0")) and (
                 patient_key(patient) != patient_key(named[1])):
             raise DataError(f"{where}: {patient!r}, and the name of {image} says {named[1]}: a "

@@ -255,8 +255,8 @@ def refuse_other_files(file: Path, f: TextIO) -> None:
     if WIDE_TEXT.match(text):
         raise DataError(f"{file} is not a CSV file in UTF-8 (it is in UTF-32, or in UTF-16 without "
                         f"a byte-order mark){SAVE_AS_CSV}")
-    for kind in kinds:
-        raise DataError(f"{file} is {kind}, and no CSV file{SAVE_AS_CSV}")
+    if kinds:
+        raise DataError(f"{file} is {kinds[0]}, and no CSV file{SAVE_AS_CSV}")
 
 
 def plain_cell(text: str) -> str:

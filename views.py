@@ -1,8 +1,8 @@
 """What makes the views of an image: a pure function of the seed.
 
 A view is a function, not a stream. Every augmentation parameter follows from (seed,
-position in the run, image index, view) alone. Philox maps (key, counter) to numbers: the key holds
-the seed and the purpose, the counter says whose numbers they are, and nothing
+position in the run, image index, view) alone. Philox maps (key, counter) to numbers: the
+key holds the seed and the purpose, the counter says whose numbers they are, and nothing
 depends on what was drawn before. So a run can be resumed at any step, or spread over
 any number of processes, and sees the very same views.
 """

@@ -160,7 +160,7 @@ def test_machines_that_choose_another_precision_do_not_train_together(data, tmp_
         changed(tmp_path, MACHINES_DIFFER), *SMALL, "--data", data, "--out", tmp_path / "run",
         "--precision", "auto", processes=2))
     assert codes == (1, 1) and not (tmp_path / "run").exists()
-    assert "--precision auto is not the same on all machines: choose one" in outputs[0]
+    assert "--precision auto is bf16 here and another one in other processes" in outputs[0]
 
 
 PROCESS_1_HANGS = """
