@@ -30,8 +30,7 @@ def examples(manifest: Manifest) -> np.ndarray:
 
 
 def two_views(manifest: Manifest, images: np.ndarray, config: dict) -> list[Tensor]:
-    """Two views of each image as the run of `config` saw them in its first epoch, (n, S, S)
-    each, 0 to 1."""
+    """Two views of each image, drawn as the run of `config` draws them, (n, S, S) each, 0 to 1."""
     augmentation = Augmentation(**{name: config[name] for name in (
         "crop_area", "rotation", "blur", "flip", "brightness", "contrast")})
     preprocessing = Preprocessing(config["image_size"], config["normalize"], config["clahe"])
