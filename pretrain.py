@@ -229,7 +229,7 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
     compute.rehearse(model, (2 * piece, 1, config.image_size, config.image_size))
     loss_options = dict(decoupled=config.decoupled, hardness=config.hardness, prior=config.prior)
     start_step = training.step
-    curves = Curves(config, compute.rank == 0, start_step)
+    curves = Curves(config, compute.rank == 0, start_step, training.last_probe)
     progress = Progress(config, config.batch_size, compute, start_step)
     stop = run.StopSignal(resources)
 

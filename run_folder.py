@@ -195,8 +195,9 @@ class Curves:
 
     METRICS = "loss", "probe/auroc"
 
-    def __init__(self, config: RunConfig, first: bool, step: int):
-        """Go on after `step`; lines and points after it belong to steps that will be repeated."""
+    def __init__(self, config: RunConfig, first: bool, step: int, last_probe: int):
+        """Go on after `step` and the probe after step `last_probe`; what the log has beyond them
+        will be repeated."""
         self.writer = None
         if not first:
             return
@@ -205,8 +206,11 @@ class Curves:
             for old in [path, *path.parent.glob("events.out.tfevents.*")]:
                 old.unlink(missing_ok=True)
         if path.exists():
-            lines = [line for line in path.read_text("utf-8").splitlines(keepends=True)
-                     if line.endswith("\n") and json.loads(line)["step"] <= step]
+            lines = []
+            for line in path.read_text("utf-8").splitlines(keepends=True):
+                entry = json.loads(line) if line.endswith("\n") else {"step": math.inf}
+                if entry["step"] <= (last_probe if "probe/auroc" in entry else step):
+                    lines.append(line)
             write_text(path, "".join(lines))
         self.file = open(path, "a", encoding="utf-8")
         self.writer = SummaryWriter(config.out, purge_step=step + 1 if step else None)

@@ -213,6 +213,18 @@ def test_stop_before_a_probe_leaves_it_to_the_run_that_goes_on(finished, data, t
     assert scalars(whole, "probe/auroc") == scalars(tmp_path / "run", "probe/auroc")
 
 
+def test_a_probe_that_was_not_saved_stands_once(data, tmp_path):
+    """A kill between the probe's line and the checkpoint, as after a signal at that step."""
+    command = [*SMALL, "--probe-every", "1", "--data", str(data), "--out", str(tmp_path / "run")]
+    pretrain.main([*command, "--max-steps", "5"])
+    state = load_checkpoint(tmp_path / "run/last.pt")
+    assert state["probed"] == 5
+    save_checkpoint(tmp_path / "run/last.pt", state | {"probed": 0})
+    pretrain.main([*command, "--max-steps", "6"])
+    lines = [json.loads(line) for line in open(tmp_path / "run/log.jsonl")]
+    assert [line["step"] for line in lines if "probe/auroc" in line] == [0, 5]
+
+
 def test_encoder_is_written_again_or_guarded(data, tmp_path, capsys):
     """A kill between the two files of a checkpoint leaves the older encoder; somebody may delete
     last.pt for space."""
