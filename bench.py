@@ -27,7 +27,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import run  # first: it answers Ctrl-C while PyTorch loads
+import launch  # first: it answers Ctrl-C while PyTorch loads
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -334,7 +334,7 @@ class Stem(nn.Module):
 
 def ways(args: argparse.Namespace) -> list[Way]:
     """Those worth a comparison here; the first is pretrain.py's default."""
-    default = run.start(pretrain.Config()).precision
+    default = launch.start(pretrain.Config()).precision
     other = [precision for precision in ("bf16", "fp16", "fp32")
              if precision != default and (CUDA or precision != "fp16")]     # no CPU trains in fp16
     compiled = [Way("compiled", compiled=True)] if CUDA or args.compile else []
@@ -352,7 +352,7 @@ class Step:
         config = pretrain.Config(arch=args.arch, image_size=args.size, batch_size=pairs,
                                  optimizer=way.optimizer, precision=way.precision,
                                  threads=args.threads, out=str(folder))
-        self.compute = run.start(config)
+        self.compute = launch.start(config)
         self.training, self.way = pretrain.build(config, self.compute), way
         net: Any = self.training.net.to(memory_format=way.layout)   # pyright: ignore
         if way.stem:
@@ -770,7 +770,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if part not in PARTS:
             parser.error(f"{part!r} is none of {', '.join(PARTS)}")
     if args.threads is None:
-        args.threads = run.start(pretrain.Config()).threads
+        args.threads = launch.start(pretrain.Config()).threads
     return args
 
 

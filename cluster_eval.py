@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypedDict
 
-import run  # first: it answers Ctrl-C while PyTorch loads
+import launch  # first: it answers Ctrl-C while PyTorch loads
 import numpy as np
 import torch
 from matplotlib import rc_context
@@ -655,7 +655,7 @@ def cluster_eval(config: Config, compute: Compute, resources: contextlib.ExitSta
 
 
 def main(argv: list[str] | None = None) -> None:
-    run.main(cluster_eval, Config, argv)
+    launch.main(cluster_eval, Config, argv)
 
 
 if __name__ == "__main__":

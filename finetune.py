@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, ClassVar
 
-import run  # first: it answers Ctrl-C while PyTorch loads
+import launch  # first: it answers Ctrl-C while PyTorch loads
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ from flags import ENCODERS, PRECISION, THREADS, flag
 from labels import Draw, add_labels, cell_weights, masked_cross_entropy, to_probabilities
 from linear import LinearProbe, cross_validate, read_features
 from probe import extract_features
-from run import Compute
+from run import Compute, warmup_and_cosine
 from report import report, report_folds
 from scores import youden
 from study import Combination, Outcome, Study, key_in, read_study
@@ -389,7 +389,7 @@ def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> O
         # A step. The learning rates depend on its number alone ...
         for step in range((epoch - 1) * epoch_steps, epoch * epoch_steps):
             for group in optimizer.param_groups:
-                group["lr"] = run.warmup_and_cosine(step, steps, steps // 10, group["peak"])
+                group["lr"] = warmup_and_cosine(step, steps, steps // 10, group["peak"])
             # ... the network sees one view of each image of the batch ...
             x, index = next(batches)                                        # (B, 1, S, S), (B,)
             if step == first * epoch_steps:
@@ -519,7 +519,7 @@ def finetune(config: Config, compute: Compute, resources: contextlib.ExitStack) 
 
 
 def main(argv: list[str] | None = None) -> None:
-    run.main(finetune, Config, argv)
+    launch.main(finetune, Config, argv)
 
 
 if __name__ == "__main__":

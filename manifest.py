@@ -49,17 +49,6 @@ class Manifest:
         """A number for each image, (N,) int64, the same for images of one patient."""
         return np.unique(self.patients, return_inverse=True)[1]
 
-    def study_numbers(self) -> np.ndarray:
-        """The same for studies. An image whose study is not known has a number of its own."""
-        if self.studies is None:
-            raise DataError(f"{self.folder / 'manifest.csv'} has no column study, which "
-                            "--positives study needs")
-        # A study's name may be another patient's, too, so that pairs of patient and study are
-        # numbered. Below 0, all different, lie those that are not known.
-        names, study = np.unique(self.studies, return_inverse=True)
-        number = self.patient_numbers() * len(names) + study
-        return np.where(self.studies == "", -1 - np.arange(len(study)), number)
-
     # Where image i lies: for DALI, for Pillow, in a message.
 
     def dali_inputs(self, images: np.ndarray) -> list[np.ndarray]:
@@ -67,7 +56,7 @@ class Manifest:
         where it is in images.tar, else their full paths."""
         if self.archive:
             return self.archive.contents(images)
-        folder, paths = os.path.join(os.fsencode(self.folder), b""), self.path_bytes
+        folder, paths = os.fsencode(self.folder) + b"/", self.path_bytes
         return [np.frombuffer(folder + paths[i], np.uint8) for i in images.tolist()]
 
     def open(self, i: int) -> bytes | io.BytesIO:
@@ -107,13 +96,14 @@ def read_manifest(folder: str | Path, use_tar: bool = True, check_files: bool = 
     # The fast way gives nothing where anything is unusual. The slow one reads that, too, or says
     # which row and column is wrong.
     table = table_at_once(file) or table_by_rows(file, folder)
-    files = file.parent, table.paths, as_bytes(table.paths)
-    archive, sizes = open_archive(*files) if use_tar else None, None
+    folder, paths, names = file.parent, table.paths, as_bytes(table.paths)
+    archive = open_archive(folder, paths, names) if use_tar else None
+    sizes = None
     if archive:
         # A sample of a hundred finds a tar that is older than the images.
-        sample = np.unique(np.linspace(0, len(table.paths) - 1, 100).astype(int))
-        check_against_folder(archive, file.parent, files[2], sample)
+        sample = np.unique(np.linspace(0, len(paths) - 1, 100).astype(int))
+        check_against_folder(archive, folder, names, sample)
         sizes = archive.table["size"]
     elif check_files:
-        sizes = sizes_on_disk(*files)
-    return Manifest(file.parent, **table._asdict(), archive=archive, sizes=sizes)
+        sizes = sizes_on_disk(folder, paths, names)
+    return Manifest(folder, **table._asdict(), archive=archive, sizes=sizes)

@@ -25,7 +25,7 @@ def build_encoder(arch: str, init: str = "random",
     tool's checkpoint of a ResNet, with one channel or three (see checkpoint.py).
     say: is told what of such a file was taken.
     CheckpointError where the weights cannot be had or do not fit."""
-    if arch not in ARCHITECTURES:
+    if arch not in ARCHITECTURES:  # from a checkpoint it may be anything
         raise CheckpointError(f"architecture {arch!r} is none of {', '.join(ARCHITECTURES)}")
     encoder = getattr(torchvision.models, arch)()
     stem = encoder.conv1

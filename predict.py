@@ -33,7 +33,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-import run  # first: it answers Ctrl-C while PyTorch loads
+import launch  # first: it answers Ctrl-C while PyTorch loads
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -542,7 +542,7 @@ def first_of(rejected: dict[str, str]) -> str:
 def main(argv: list[str] | None = None) -> None:
     if argv is None:
         restart_in_utf8()
-    run.main(predict, Config, argv)
+    launch.main(predict, Config, argv)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import run  # before PyTorch, which loads for seconds: from here on Ctrl-C is one sentence
+import launch  # before PyTorch, which loads for seconds: from here on Ctrl-C is one sentence
 import numpy as np
 import torch
 from torch import Tensor
@@ -34,10 +34,10 @@ from loss import diagnostics, nt_xent
 from manifest import Manifest, read_manifest
 from model import SimCLR, build_encoder
 from probe import Probe, probe_sentence
-from run import Compute
+from run import Compute, StopSignal, warmup_and_cosine
 from run_folder import Curves, Progress, diverged
 from sampling import Sampling, choose_sampling
-from training import Training, backward_in_pieces
+from training import Training, backward_in_pieces, piece_size
 from views import Augmentation
 
 # Peak learning rates for a batch of 256; larger batches get more in proportion (Goyal et al. 2017).
@@ -47,13 +47,14 @@ DEFAULT_VIEWS = Augmentation()
 
 
 # --------------------------------------------------------------------------------------------------
-# Flags: name, type, default, what it means, and the range of a number.
+# Flags: name, type, default, what it means, and the range of a number. A run may go on with
+# another value of a flag that `may_differ`.
 
 @dataclass
 class Config:
     """The defaults are the published recipe for chest radiographs, but for crop, brightness,
     contrast and temperature, which docs/results.md chose on NIH's; --demo has others."""
-    bf16_on_cpu: ClassVar[bool] = True
+    bf16_on_cpu: ClassVar[bool] = True  # --precision auto may choose it there
 
     data: str = flag(
         "data/nih", "data folder, made by prepare.py", section="data and run folder")
@@ -71,7 +72,7 @@ class Config:
 
     image_size: int = flag(224, "side of a view, pixels", 1, section="preprocessing and views")
     normalize: str = flag(
-        "fixed", "by a fixed mean and deviation; image: each image is first brought to these",
+        "fixed", "by a fixed mean and deviation; image: each image is brought to these",
         choices=("fixed", "image"))
     clahe: bool = flag(False, "adaptive histogram equalisation of each image")
     crop_area: tuple[float, float] = flag(
@@ -178,12 +179,12 @@ class Config:
 
 
 # --------------------------------------------------------------------------------------------------
-# The stage. What it calls stands below, in the order in which it is called.
+# The stage. What it calls stands below.
 
 def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) -> None:
     """Train until --epochs, --max-steps or a signal. FloatingPointError where it diverges.
 
-    resources: run.main closes them however the run ends."""
+    resources: what has to be undone however the run ends, a lock for example."""
     # The data: which images there are, and which of them form a batch.
     manifest, train = read_data(config, compute)
     sampling = choose_sampling(manifest, train, config.balance, config.weigh_loss,
@@ -191,8 +192,8 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     probe = choose_probe(config, manifest)
     schedule = Schedule(config, len(train))
 
-    # What is trained: new, or as last.pt in the run folder has it. The folder stays locked until
-    # the run ends.
+    # What is trained. Its weights, optimizer and step are new, or from last.pt where the run
+    # folder has one; the folder is locked for this run.
     training = build(config, compute)
     training.begin_or_go_on(manifest, train, probe, resources)
     if training.step >= schedule.last_step:
@@ -220,29 +221,28 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
     # checkpoints use net itself.
     model = compute.data_parallel(torch.compile(net) if config.compile else net)
     model.train()
-    # A process encodes the 2 * own_batch views of its images at once; for --micro-batch in pieces
-    # of 2 * piece views, as equal as can be.
+    # How many images a process encodes at once: all of its batch, unless there is --micro-batch.
     own_batch = config.batch_size // compute.world_size
-    pieces = math.ceil(own_batch / (config.micro_batch or own_batch))
-    piece = math.ceil(own_batch / pieces)
-    # So that DistributedDataParallel rounds alike before and after a stop.
+    piece = piece_size(own_batch, config.micro_batch)
+    # A backward pass that changes nothing, after which DistributedDataParallel adds up gradients in
+    # the order of a run that was never stopped.
     compute.rehearse(model, (2 * piece, 1, config.image_size, config.image_size))
     loss_options = dict(decoupled=config.decoupled, hardness=config.hardness, prior=config.prior)
     start_step = training.step
     curves = Curves(config, compute.rank == 0, start_step, training.last_probe)
     progress = Progress(config, config.batch_size, compute, start_step)
-    stop = run.StopSignal(resources)
+    stop = StopSignal(resources)
 
     # After `step` steps: probe, save, leave if it is time; then take one more.
     while True:
         step = training.step
         at_end, at_probe = step == schedule.last_step, step in schedule.probe_steps
-        # Several processes have to wait for the slowest to ask each other: not at every step.
+        # To ask each other, processes wait for the slowest: only at some steps.
         stop_signal = stop.received(compute, ask=step % 5 == 0 or at_probe or at_end)
-        # Every few epochs: do the features get better, and not only the loss? At a signal the run
-        # that goes on will ask, unless this step is the last.
-        probe_due, probed = at_probe and step > training.last_probe, False
-        if probe and probe_due and (at_end or not stop_signal):
+        # Every few epochs: do the features get better, and not only the loss? After a stop not
+        # twice; and at a signal the next start will ask, unless this step is the last.
+        probed = False
+        if probe and at_probe and step > training.last_probe and (at_end or not stop_signal):
             with progress.pause():
                 scores = probe.scores(net.encoder, piece, preprocessing, compute)
             if not scores:
@@ -251,8 +251,8 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
             curves.add(step, schedule.epoch(step), scores)
             say(f"{schedule.position(step)} | {probe_sentence(scores)}")
 
-        # After a probe, every few steps, at the end and at a signal: save what last.pt does not
-        # have.
+        # Save after a probe, every few steps, at the end and at a signal; but not the step from
+        # which this run started, which last.pt has.
         due = step > start_step and (step % config.save_every == 0 or at_end or stop_signal)
         if step > 0 and (probed or due) and compute.rank == 0:
             with progress.pause():
@@ -286,7 +286,7 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
                 z1, z2 = model(x).chunk(2)                              # (B, proj_dim) each
             loss = loss_of(z1, z2)
             scaler.scale(loss).backward()
-        else:
+        else:  # --micro-batch: the same gradient, but that batch norm sees a piece at a time
             z1, z2, loss = backward_in_pieces(model, x, piece, loss_of, scaler, compute)
         scaler.step(optimizer)
         scaler.update()
@@ -298,7 +298,7 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
         if done % config.log_every == 0 or done == schedule.last_step:
             watched = diagnostics(z1, z2, patients, weights, config.decoupled)
             # The mean loss since the last point, what is watched, and the speed, averaged over
-            # the processes. FloatingPointError where a loss was not finite.
+            # the processes. It raises FloatingPointError where a loss was not finite.
             scalars = progress.read(done, watched) | {"lr": lr, "temperature": tau}
             curves.add(done, schedule.epoch(done), scalars)
             speed = scalars["images_per_second"]
@@ -356,8 +356,10 @@ class Schedule:
         self.temperatures = config.temperature
         self.total_steps = self.step_at(config.epochs)
         self.warmup_steps = config.warmup_epochs * n_images / config.batch_size  # need not be whole
-        # Where this run stops, and after which steps the features are probed, if they are.
+        # Where this run stops.
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
+        # After which steps the features are probed, if they are: those that end every
+        # --probe-every'th epoch, the first step of all, and the last one.
         probed = [*range(0, config.epochs, config.probe_every or config.epochs), config.epochs]
         self.probe_steps = {self.step_at(epoch) for epoch in probed}
 
@@ -369,7 +371,7 @@ class Schedule:
         return step * self.batch_size / self.n_images
 
     def learning_rate(self, step: int) -> float:
-        return run.warmup_and_cosine(step, self.total_steps, self.warmup_steps, self.peak_lr)
+        return warmup_and_cosine(step, self.total_steps, self.warmup_steps, self.peak_lr)
 
     def temperature(self, step: int) -> float:
         """Constant, or a cosine from high to low and back over the run (Kukleva et
@@ -396,7 +398,7 @@ def build(config: Config, compute: Compute) -> Training:
     encoder = build_encoder(config.arch, "random" if goes_on else config.init, compute.say)
     net = SimCLR(encoder, config.proj_layers, config.proj_width, config.proj_dim)
     net = compute.to_device(net)
-    optimizer = make_optimizer(
+    optimizer = make_optimizer(  # each step sets its own learning rate
         net, config.optimizer, config.lr, config.weight_decay, fused=compute.cuda)
     # Small gradients underflow in float16, so that their loss is scaled up.
     scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
@@ -407,8 +409,8 @@ def introduce(training: Training, schedule: Schedule, probe: Probe | None) -> No
     """Say what is about to be trained, on what, and how."""
     config, compute, say = training.config, training.compute, training.compute.say
     parameters = sum(p.numel() for p in training.net.parameters()) / 1e6
-    start = training.last_file if training.step else config.init
-    say(f"{config.arch} from {start}, {parameters:.1f} M parameters, {compute.precision} on "
+    origin = "" if training.step else f" from {config.init}"
+    say(f"{config.arch}{origin}, {parameters:.1f} M parameters, {compute.precision} on "
         f"{compute.world_size} x {compute.name}")
     say(f"{schedule.n_images} images of {config.data} at {config.image_size} px, {config.epochs} "
         f"epochs = {schedule.total_steps} steps of {config.batch_size} images "
@@ -422,7 +424,7 @@ def introduce(training: Training, schedule: Schedule, probe: Probe | None) -> No
 
 
 def main(argv: list[str] | None = None) -> None:
-    run.main(pretrain, Config, argv)
+    launch.main(pretrain, Config, argv)
 
 
 if __name__ == "__main__":

@@ -1,125 +1,22 @@
-"""What the runs of all stages have in common: processes, device and precision, beginning and end.
+"""What the loops of all stages share: where they compute, among which processes, and how long.
 
-A stage is a Config, a dataclass of its flags, and a function `stage(config, compute,
-resources)` that `main` calls. What a stage decides stands in its script; what it would
-have to repeat from another script stands here.
+What a stage decides stands in its script; what it would have to repeat from another
+script stands here.
 """
 import contextlib
 import dataclasses
 import math
-import os
 import signal
-import sys
-import threading
 import zlib
-from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
-
-from common import (  # before PyTorch: it answers Ctrl-C while that loads
-    ALONE, DataError, Place, errors_in_one_sentence, print_any_name, read_place)
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import last_line
-from flags import RunConfig, parse
-from run_folder import report_but_for_full_disk
 from syncbn import SyncBatchNorm, unchanged_statistics
 
-
-# --------------------------------------------------------------------------------------------------
-# How a run begins.
-
-def main(stage: Callable, config_class: type, argv: list[str] | None = None) -> None:
-    """Run `stage(config, compute, resources)`; what its user can mend ends it in one sentence.
-
-    resources: an ExitStack; what the stage enters there is closed however the run ends.
-
-    A Config may say more of its stage, in attributes that are no flags:
-    timeout: how long a process waits for another one in a collective call (30 minutes).
-    bf16_on_cpu: whether --precision auto may be bf16 there (False: probabilities should not
-        depend on the machine).
-    afterwards: what the same command does after Ctrl-C, where it does not go on."""
-    print_any_name()  # a name that the terminal cannot spell ends no run
-    config = parse(config_class, argv)
-    script = f"{stage.__name__}.py"
-    afterwards = getattr(config, "afterwards", "")
-    if config.overwrite and not afterwards:
-        afterwards = f"without --overwrite goes on from what is in {config.out}"
-    # Any process may find no place for itself, and each says so. From then on the first one of
-    # each machine speaks for all.
-    with errors_in_one_sentence(script, config.out):
-        place = read_place()
-    speaks = place.local_rank == 0
-    # The main thread reports a full disk; TensorBoard's need not print a traceback as well.
-    threading.excepthook = report_but_for_full_disk
-    try:
-        with (contextlib.ExitStack() as resources,
-              errors_in_one_sentence(script, config.out, speaks, afterwards)):
-            stage(config, start(config, place), resources)
-    except torch.OutOfMemoryError:
-        sys.exit(f"{script}: the GPU has too little memory: leave it to this run alone, take a "
-                 "larger one, or, as far as this script can, a smaller --batch-size or "
-                 "--micro-batch, or more GPUs")
-    except RuntimeError as error:
-        if "gloo/transport" not in str(error) and "closed by peer" not in str(error):
-            raise
-        # A collective call failed.
-        if "Timed out" in str(error):
-            sys.exit(f"{script}: waited for another process in vain: {last_line(error)}")
-        sys.exit(1)  # the process that failed first says why
-    finally:
-        threading.excepthook = threading.__excepthook__
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def start(config: RunConfig, place: Place = ALONE) -> "Compute":
-    """Join the processes that torchrun started, or be the only one."""
-    rank, world_size, local_rank, local_world_size = place
-    cuda = torch.cuda.is_available()
-    gpus_needed = max(local_rank + 1, local_world_size)
-    if cuda and gpus_needed > torch.cuda.device_count():
-        raise DataError(f"{gpus_needed} processes on this machine are too many for its "
-                        f"{torch.cuda.device_count()} GPUs")
-    if cuda:
-        torch.cuda.set_device(local_rank)
-        torch.backends.cudnn.benchmark = True  # nearly every batch has the same shape
-    if world_size > 1:
-        timeout = getattr(config, "timeout", timedelta(minutes=30))
-        try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
-        except (dist.DistError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise DataError(
-                f"the {world_size} processes did not meet at {os.environ['MASTER_ADDR']}:"
-                f"{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT): {reason}") from None
-    precision = config.precision
-    if precision == "auto":
-        precision = _fastest_precision(cuda, getattr(config, "bf16_on_cpu", False))
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    threads = config.threads or max(1, min(8, len(os.sched_getaffinity(0)) // local_world_size))
-    compute = Compute(rank, world_size, device, precision, threads)
-    if not compute.all_agree(precision):
-        raise DataError(f"--precision {config.precision} is {precision} here and another one in "
-                        "other processes: give all of them the same")
-    return compute
-
-
-def _fastest_precision(cuda: bool, bf16_on_cpu: bool) -> str:
-    """bf16 where GPU or processor computes in it, and does not only imitate it."""
-    if cuda:
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    instructions = Path("/proc/cpuinfo").read_text().split() if bf16_on_cpu else []
-    return "bf16" if {"avx512_bf16", "amx_bf16"} & set(instructions) else "fp32"
-
-
-# --------------------------------------------------------------------------------------------------
-# Where it computes.
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
@@ -188,7 +85,7 @@ class Compute:
         if self.world_size > 1:
             SyncBatchNorm.replace_in(net)
         net = net.to(device=self.device)
-        # The images may stay as they are: with one channel, both layouts are the same.
+        # The images need no other layout: with one channel, both are the same.
         return net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def data_parallel(self, net: Any) -> Any:
@@ -206,9 +103,9 @@ class Compute:
     def rehearse(self, model: nn.Module, shape: tuple[int, ...]) -> None:
         """A first backward pass, on zeros of this shape, which changes nothing.
 
-        After its first one DistributedDataParallel puts the gradients into other buckets, and in
-        other buckets a sum over three or more processes rounds otherwise. With this before the
-        first step of every start, a run that goes on has the buckets of one without a stop."""
+        After its first one DistributedDataParallel groups the gradients anew, and in other groups
+        a sum over three or more processes rounds differently. With this before the first step of
+        every start, a run that goes on has the groups of one without a stop."""
         if self.world_size == 1:
             return
         parameter = next(model.parameters())
@@ -248,7 +145,7 @@ class StopSignal:
 
     def received(self, compute: Compute, ask: bool) -> int:
         """The signal that some process has received, or 0: the same answer on all of them, so
-        that they leave at the same step. Without `ask`, several processes have heard nothing."""
+        that they leave at the same step. Without `ask`, several processes do not talk: 0."""
         if compute.world_size > 1 and not ask:
             return 0
         return int(compute.reduce(torch.tensor(self.number), dist.ReduceOp.MAX))

@@ -1,7 +1,7 @@
-"""Which images form a batch, and which of them are compared: pure functions of the seed.
+"""What the flags change of which images an epoch draws, which form a pair, and which are compared.
 
-Without flags every epoch is one shuffle of the train split, and images of one patient are
-not each other's negatives. The rest is for flags.
+Without flags every epoch is one shuffle of the train split, both views are of the same
+image, and images of one patient are not each other's negatives.
 """
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,34 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common import DataError
 from labels import image_weights
 from manifest import Manifest
-from philox import PARTNER, RESAMPLE, SHUFFLE, generator, uniform_numbers
+from philox import PARTNER, RESAMPLE, generator, uniform_numbers
+from views import shuffled_order
 
-
-def batch_at(step: int, batch_size: int, images: np.ndarray, order: Callable[[int], np.ndarray],
-             part: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
-    """The global batch at `step`, or a part of it: positions and image indices, (B,) each.
-
-    A position counts the images of the whole run, and so tells the showings of an image
-    apart. Epochs follow each other without a gap: of 10 images in batches of 4, step 2
-    takes the last 2 of epoch 0 and the first 2 of epoch 1.
-    order(epoch): (n,) places in `images` (n,)."""
-    positions = np.arange(step * batch_size, (step + 1) * batch_size)[part]
-    epochs, places = np.divmod(positions, len(images))
-    index = np.empty_like(places)
-    for epoch in range(epochs[0], epochs[-1] + 1):  # mostly one
-        here = epochs == epoch
-        index[here] = images[order(epoch)[places[here]]]
-    return positions, index
-
-
-def shuffled_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    return generator(seed, SHUFFLE, epoch).permutation(n)
-
-
-# --------------------------------------------------------------------------------------------------
-# What the flags change.
 
 class Sampling(NamedTuple):
     """What the flags make of all N images of the manifest, (N,) each."""
@@ -61,12 +39,25 @@ def choose_sampling(manifest: Manifest, train: np.ndarray, balance: tuple[str, .
     if positives == "patient":
         pair_group = patients
     elif positives == "study":
-        pair_group = manifest.study_numbers()
+        pair_group = study_numbers(manifest)
     # Another image of the same patient may well show the same, so it is no negative. With
     # --same-patient it is one: each image counts as a patient of its own.
     if same_patient:
         patients = np.arange(len(patients))
     return Sampling(draw_weights, loss_weights, pair_group, torch.from_numpy(patients))
+
+
+def study_numbers(manifest: Manifest) -> np.ndarray:
+    """A number for each image, (N,) int64, the same for images of one study of a patient. An image
+    whose study is not known has a number of its own."""
+    if manifest.studies is None:
+        raise DataError(f"{manifest.folder / 'manifest.csv'} has no column study, which "
+                        "--positives study needs")
+    # A study's name may be another patient's, too, so that pairs of patient and study are numbered.
+    names, study = np.unique(manifest.studies, return_inverse=True)
+    number = manifest.patient_numbers() * len(names) + study
+    # Images without a study get -1, -2, ...: no other number is negative.
+    return np.where(manifest.studies == "", -1 - np.arange(len(study)), number)
 
 
 def weighted_order(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
@@ -82,7 +73,7 @@ def weighted_order(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     places, u = random.permutation(n), random.random()
     ends = np.cumsum(weights[places])
     ends = ends / ends[-1] * n                          # (n,) where each image ends on the line
-    before = np.ceil(ends - u)                          # how many draws lie before each end
+    before = np.ceil(ends - u)                          # how many of u, 1 + u, … lie before it
     before[-1] = n                                      # rounding could lose the last one
     draws = np.diff(before, prepend=0).astype(int)
     return np.repeat(places, draws)[shuffled_order(n, seed, epoch)]

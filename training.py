@@ -7,6 +7,7 @@ images are the same.
 """
 import contextlib
 import dataclasses
+import math
 import operator
 import signal
 import sys
@@ -176,6 +177,13 @@ def inputs_of(config: "Config", manifest: Manifest, train: np.ndarray,
 
 # --------------------------------------------------------------------------------------------------
 # The step of --micro-batch.
+
+def piece_size(own_batch: int, limit: int) -> int:
+    """How many of a process's images it encodes at once: `limit` at most, 0 for all of them, in
+    pieces as equal as can be."""
+    pieces = math.ceil(own_batch / (limit or own_batch))
+    return math.ceil(own_batch / pieces)
+
 
 def backward_in_pieces(model: Any, x: Tensor, piece: int, loss_of: Callable,
                        scaler: torch.amp.GradScaler, compute: Compute,

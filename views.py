@@ -1,4 +1,4 @@
-"""What makes the views of an image: a pure function of the seed.
+"""Which images form a batch, and what makes their views: pure functions of the seed.
 
 A view is a function, not a stream. Every augmentation parameter follows from (seed,
 position in the run, image index, view) alone. Philox maps (key, counter) to numbers: the
@@ -6,12 +6,41 @@ key holds the seed and the purpose, the counter says whose numbers they are, and
 depends on what was drawn before. So a run can be resumed at any step, or spread over
 any number of processes, and sees the very same views.
 """
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from model import MEAN, STD
-from philox import VIEW, uniform_numbers
+from philox import SHUFFLE, VIEW, generator, uniform_numbers
+
+
+# --------------------------------------------------------------------------------------------------
+# Which images form a batch.
+
+def batch_at(step: int, batch_size: int, images: np.ndarray, order: Callable[[int], np.ndarray],
+             part: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+    """The global batch at `step`, or a part of it: positions and image indices, (B,) each.
+
+    A position counts the images of the whole run, and so tells the showings of an image
+    apart. Epochs follow each other without a gap: of 10 images in batches of 4, step 2
+    takes the last 2 of epoch 0 and the first 2 of epoch 1.
+    order(epoch): (n,) places in `images` (n,), an epoch's draws one after another."""
+    positions = np.arange(step * batch_size, (step + 1) * batch_size)[part]
+    epochs, places = np.divmod(positions, len(images))
+    index = np.empty_like(places)
+    for epoch in range(epochs[0], epochs[-1] + 1):  # mostly one
+        here = epochs == epoch
+        index[here] = images[order(epoch)[places[here]]]
+    return positions, index
+
+
+def shuffled_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    return generator(seed, SHUFFLE, epoch).permutation(n)
+
+
+# --------------------------------------------------------------------------------------------------
+# What makes their views.
 
 # What each random number of a view is for. Append only: the first numbers do not depend
 # on how many there are.
@@ -49,14 +78,14 @@ def view_parameters(augmentation: Augmentation, seed: int, positions: np.ndarray
     equalize (V, B): 0 or 1; left out where it is always 0.
     mean, std (V, B): for gray levels x of 0 to 255, (x - mean) / std is brightness, contrast
     and normalisation in one."""
-    # Numbers in [0, 1) for each view of each image.
+    # Numbers in [0, 1): their counter is view, image and position.
     view = np.arange(views)[:, None]                            # (V, 1)
     numbers = uniform_numbers((seed, VIEW), len(NUMBERS), view, images, positions)
     u = dict(zip(NUMBERS, numbers))                             # (V, B) each
 
     # A window sqrt(area / aspect) high and sqrt(area * aspect) wide, as shares of the image's own
     # sides: evaluation squeezes the whole image onto the square as well. The aspect lies within
-    # 3/4 to 4/3, and within area to 1 / area, so that no side exceeds 1.
+    # 3/4 to 4/3, as in SimCLR. Neither side is above 1 where it also lies within area to 1 / area.
     area = _between(augmentation.crop_area, u["area"])
     widest = np.minimum(np.log(4 / 3), -np.log(area))
     aspect = np.exp(_around(0, widest, u["aspect"]))
@@ -64,7 +93,8 @@ def view_parameters(augmentation: Augmentation, seed: int, positions: np.ndarray
     start = (1 - window) * np.stack([u["top"], u["left"]], axis=-1)      # (V, B, 2)
 
     # With m, s = MEAN, STD, brightness b and then contrast c about m make y = c (b x - m) + m of a
-    # gray level x in [0, 1]. The network gets (y - m) / s, which is (x - m / b) / (s / (b c)).
+    # gray level x in [0, 1]. The network gets (y - m) / s, which is (x - m / b) / (s / (b c)). For
+    # DALI's gray levels up to 255 both numbers are 255 times as large.
     b = _around(1, augmentation.brightness, u["brightness"])
     c = _around(1, augmentation.contrast, u["contrast"])
     parameters = {

@@ -20,8 +20,8 @@ from dali_pipeline import Preprocessing, eval_loader, train_loader
 from manifest import read_manifest
 from model import MEAN, STD
 from philox import PARTNER, VIEW, uniform_numbers
-from sampling import batch_at, partners_drawn, shuffled_order, weighted_order
-from views import Augmentation, view_parameters
+from sampling import partners_drawn, weighted_order
+from views import Augmentation, batch_at, shuffled_order, view_parameters
 
 STRONG = Augmentation(crop_area=(0.3, 1.0), rotation=25.0, blur=(0.1, 2.0), flip=0.5,
                       brightness=0.4, contrast=0.4)

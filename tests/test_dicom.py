@@ -14,6 +14,7 @@ from common import DataError
 from dicom import read_radiograph
 from manifest import read_manifest
 from radiograph import ImageSettings, load_image
+from sampling import study_numbers
 from test_prepare import interrupted, links, run, write_csv
 
 
@@ -348,7 +349,7 @@ def test_dicom_studies_are_pseudonyms_and_views_are_known_words(tmp_path):
     assert all(len(study) in (0, 16) for study in manifest.studies)
     same = manifest.studies[manifest.view_positions != ""]
     assert same[0] == same[1] != "" and len(set(manifest.studies)) == 3
-    assert len(set(manifest.patients)) == 2 and len(set(manifest.study_numbers())) == 3
+    assert len(set(manifest.patients)) == 2 and len(set(study_numbers(manifest))) == 3
 
 
 def test_dicom_labels(tmp_path):

@@ -150,7 +150,7 @@ def test_one_process_that_hears_a_signal_keeps_all_from_the_probe(data, tmp_path
 
 
 MACHINES_DIFFER = """
-pretrain.run._fastest_precision = lambda *_: ("bf16", "fp32")[int(os.environ["RANK"])]
+pretrain.launch._fastest_precision = lambda *_: ("bf16", "fp32")[int(os.environ["RANK"])]
 """
 
 
@@ -174,7 +174,7 @@ def test_a_process_that_never_comes_is_told(data, tmp_path):
     code, output = run(changed(tmp_path, PROCESS_1_HANGS), *SMALL, "--data", data, "--out",
                        tmp_path / "run", processes=2)
     assert code and "pretrain.py: waited for another process in vain" in output, output
-    assert f'File "{ROOT}/run.py"' not in output      # no traceback but torchrun's own
+    assert f'File "{ROOT}/launch.py"' not in output      # no traceback but torchrun's own
 
 
 @pytest.mark.gpu

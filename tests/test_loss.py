@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from conftest import ROOT  # noqa: F401  (puts the project on the path)
 from torch.multiprocessing.spawn import start_processes
 
-import loss as loss_module
-from loss import _batch, _blocks, diagnostics, nt_xent
+import negatives
+from loss import diagnostics, nt_xent
 
 VARIANTS = {
     "published": {},
@@ -101,7 +101,7 @@ def small_blocks(batch):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_blocks_change_nothing(variant, monkeypatch):
-    monkeypatch.setattr("loss._blocks", small_blocks)
+    monkeypatch.setattr("negatives.blocks", small_blocks)
     z, options = drawn(15, variant)
     expected = loss_and_gradient(definition, z, 0.2, **options)
     assert_equal(*loss_and_gradient(nt_xent, z.float(), 0.2, **options), expected, options)
@@ -116,7 +116,7 @@ def test_many_pairs_are_the_same_in_blocks():
     reference = F.cross_entropy(logits, torch.arange(1400).roll(700))
     gradient, = torch.autograd.grad(reference, z)
     z32 = z.detach().float().requires_grad_()
-    assert len(_blocks(_batch(*z32, None, None))) > 1
+    assert len(negatives.blocks(negatives.gather_batch(*z32, None, None))) > 1
     loss = nt_xent(*z32, 0.07)
     (3 * loss).backward()
     assert loss.item() == pytest.approx(reference.item(), rel=1e-6)
@@ -133,8 +133,7 @@ def one_of(rank, world_size, folder):
     signal.alarm(400)                       # its end, whatever it waits for
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
                             world_size=world_size)
-    import loss
-    loss._blocks = small_blocks
+    negatives.blocks = small_blocks
     found = {}
     for variant in VARIANTS:
         z, options = drawn(24, variant)
@@ -284,17 +283,17 @@ def test_projections_that_are_not_finite_have_no_finite_loss(value, variant):
 def test_a_step_leaves_no_tensor_behind():
     """Without the garbage collector, which would come too late: a large batch would stay."""
     z = torch.randn(2, 6, 16, requires_grad=True)
-    kept, gather = [], loss_module._all_gather
+    kept, gather = [], negatives.all_gather
 
     def remember(rows):
         kept.append(weakref.ref(gathered := gather(rows).clone()))
         return gathered
 
-    loss_module._all_gather = remember
+    negatives.all_gather = remember
     gc.disable()
     try:
         nt_xent(*z, 0.1).backward()
         assert kept and not any(reference() is not None for reference in kept)
     finally:
         gc.enable()
-        loss_module._all_gather = gather
+        negatives.all_gather = gather

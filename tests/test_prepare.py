@@ -23,6 +23,7 @@ import prepare
 import radiograph as radiograph_module
 import sources
 from manifest import read_manifest
+from sampling import study_numbers
 
 SCRIPT = Path(prepare.__file__)
 
@@ -584,7 +585,7 @@ def test_chexpert(tmp_path, capsys):
     assert len(every.paths) == 42 and every.label_names == sources.CHEXPERT_OBSERVATIONS
     assert Counter(every.view_positions.tolist()) == {"AP": 22, "Lateral": 20}
     # Both views of a patient are of one study, which every patient calls study1.
-    assert sorted(Counter(every.study_numbers().tolist()).values()) == [1, 1, *[2] * 20]
+    assert sorted(Counter(study_numbers(every).tolist()).values()) == [1, 1, *[2] * 20]
     wrong = (chexpert_path("train", 1, "Frontal"), "Frontal", ["2.0", *cells[1:]])
     chexpert(src, "train", [wrong, *train[2:]])
     with pytest.raises(SystemExit, match="train.csv, row 2, column No Finding: '2.0' among"):

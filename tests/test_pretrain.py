@@ -21,8 +21,8 @@ from conftest import ROOT, SMALL, write_folder
 from sklearn.metrics import roc_auc_score
 
 import pretrain
-import run as run_module
 from checkpoint import load_checkpoint, save_checkpoint
+from flags import parse
 from lars import LARS
 from probe import knn_auroc
 from run import Compute, warmup_and_cosine
@@ -192,7 +192,7 @@ def test_run_goes_on_without_its_first_weights_and_in_another_precision(finished
     assert sorted(scalars(tmp_path / "run", "loss")) == [1, 2]
     state = load_checkpoint(tmp_path / "run/last.pt")
     compute = Compute(0, 1, torch.device("cpu"), "fp16", 1)             # no CPU trains in it
-    training = pretrain.build(run_module.parse(pretrain.Config, flags), compute)
+    training = pretrain.build(parse(pretrain.Config, flags), compute)
     training.images_digest = state["images"]
     training.load()
     assert training.scaler.is_enabled() and training.step == 2
@@ -459,7 +459,7 @@ def test_ways_to_draw_and_view_that_make_no_sense(data, tmp_path, capsys, flags,
     ("", 0.3), ("--optimizer adamw", 5e-4), ("--demo", 2e-3), ("--demo --optimizer lars", 0.3),
     ("--demo --lr 0.1", 0.1)])
 def test_learning_rate_is_that_of_the_optimizer(flags, lr):
-    assert run_module.parse(pretrain.Config, flags.split()).lr == lr
+    assert parse(pretrain.Config, flags.split()).lr == lr
 
 
 def test_adam_goes_on_as_this_machine_computes(data, tmp_path):

@@ -23,11 +23,11 @@ from PIL import Image
 
 import cluster_eval
 import finetune
+import launch
 import predict
 import pretrain
 import probe
 import report
-import run as run_module
 from checkpoint import CheckpointError, load_checkpoint
 from common import DataError, lock, read_place
 from dali_pipeline import Preprocessing, eval_loader
@@ -231,7 +231,7 @@ def test_precision_on_a_cpu_is_bf16_for_pretraining_alone(data, tmp_path, capsys
         pretrain.main([*SMALL, "--data", str(data), "--out", str(tmp_path / precision),
                        "--max-steps", "1", "--precision", precision])
         assert f"{expected} on 1 x CPU" in capsys.readouterr().out
-    assert run_module.start(finetune.Config()).precision == "fp32"
+    assert launch.start(finetune.Config()).precision == "fp32"
 
 
 def test_a_batch_of_one_is_refused(data, tmp_path, capsys):
@@ -603,4 +603,4 @@ def test_a_full_gpu_is_a_sentence_that_is_true_of_every_stage(tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(SystemExit, match="as far as this script can, a smaller --batch-size"):
-        run_module.main(stage, cluster_eval.Config, ["--out", str(tmp_path)])
+        launch.main(stage, cluster_eval.Config, ["--out", str(tmp_path)])
