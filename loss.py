@@ -1,7 +1,9 @@
 """NT-Xent, the SimCLR loss, with negatives from every process; and what to watch beside it.
 
 The anchors of a process are the 2B projections of its own B images, two views of each;
-their keys are the K = 2WB projections of all W processes, which negatives.py gathers.
+their keys are the K = 2WB projections of all W processes, which negatives.py gathers. The
+keys are detached: `log_sum_exp` has a gradient of its own, which adds what an anchor does as
+a key in the sums of all processes. So whatever is new about negatives goes through it.
 """
 import math
 
@@ -27,9 +29,9 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float, patients: Tensor | None 
     is the mean over all 2WB anchors.
 
     The options are variants:
-    patients: (B,) integers. Keys of the anchor's own patient are no negatives, and so
-        neither are those of its own image, where it stands in the batch twice. An anchor
-        without any negative has the loss 0.
+    patients: (B,) integers. Keys of the anchor's own patient are no negatives, nor are
+        other showings of its image, which may stand in a batch twice. An anchor without
+        any negative has the loss 0.
     weights: (B,), not negative and not all 0, of the images in the mean.
     decoupled: exp(l_ip) is left out (Yeh et al. 2022, L_DC).
     hardness: similar negatives weigh more in R (Robinson et al. 2021, beta).
@@ -40,12 +42,15 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float, patients: Tensor | None 
     with torch.autocast(z1.device.type, enabled=False):
         batch = gather_batch(z1, z2, patients, weights)
         # l_ip, (B,): the same for both anchors of an image.
-        positive = (batch.anchors[0] * batch.anchors[1]).sum(1) / temperature
-        # ln R, (2, B): what all negatives of an anchor weigh together.
+        anchors1, anchors2 = batch.anchors.unbind()
+        positive = (anchors1 * anchors2).sum(1) / temperature
+        # ln R, (2, B), from which and l_ip the loss follows: what all negatives of an anchor weigh
+        # together. With hardness it is the first of two sums.
         log_r = log_sum_exp(batch, (1 + hardness) / temperature)
-        has_none = log_r < ABSENT / 2  # (2, B); false for NaN, which must stay NaN
+        # The sum of nothing is about ABSENT. NaN, which must stay NaN, is no less than it.
+        has_none = log_r < ABSENT / 2  # (2, B)
         if hardness or prior:
-            log_n = count_negatives(batch).clamp_min(1).log()  # (B,)
+            log_n = count_negatives(batch).clamp_min(1).log()  # (B,); of none, it is not used
             if hardness:
                 # R = n * sum of exp((1 + hardness) l_ik) / sum of exp(hardness l_ik). The weights
                 # exp(hardness l_ik) carry gradient, as in the authors' code.
@@ -57,6 +62,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float, patients: Tensor | None 
         loss = excess if decoupled else F.softplus(excess)
         # An anchor without a negative has nothing to be told from.
         loss = torch.where(has_none, 0.0, loss)
+        # The mean: each of an image's two anchors weighs 1 / 2B, unless there are weights.
         return (batch.weights * loss).sum()
 
 
@@ -64,11 +70,11 @@ def _debias(log_r: Tensor, positive: Tensor, log_n: Tensor, temperature: float,
             prior: float) -> Tensor:
     """ln of max((R - prior * n exp(l_ip)) / (1 - prior), n exp(-1 / temperature)), (2, B)."""
     floor = log_n - 1 / temperature
-    # R - prior * n exp(l_ip) is R (1 - share).
+    # share = prior * n exp(l_ip) / R is taken off, and R (1 - share) is left. The clamps keep both
+    # logarithm and exponential finite where more than R is taken off, which `where` sorts out: a
+    # gradient of 0 times infinity would be NaN.
     share = prior * (log_n + positive - log_r).clamp_max(60).exp()
     log_left = log_r + (1 - share).clamp_min(1e-30).log() - math.log(1 - prior)
-    # From a share of 1 on nothing is left, and log_left says nothing. The clamps keep it finite,
-    # or its gradient of 0 would be NaN.
     return torch.where(share < 1, log_left, floor).maximum(floor)
 
 
@@ -99,7 +105,7 @@ def diagnostics(z1: Tensor, z2: Tensor, patients: Tensor | None = None,
         potentials = [torch.pdist(z).square().mul(-2).exp().mean().log() for z in (z1, z2)]
         # Where all similarities are the same, an anchor's loss is the logarithm of the number of
         # terms in its sum: its negatives, and its positive unless that is left out.
-        terms = n_negatives if decoupled else n_negatives + 1  # (B,)
+        terms = n_negatives if decoupled else n_negatives + 1  # (B,), for both anchors of an image
         return {
             "top1": hits.float().mean(),
             "alignment": (z1 - z2).square().sum(1).mean(),

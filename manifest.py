@@ -96,14 +96,14 @@ def read_manifest(folder: str | Path, use_tar: bool = True, check_files: bool = 
     # The fast way gives nothing where anything is unusual. The slow one reads that, too, or says
     # which row and column is wrong.
     table = table_at_once(file) or table_by_rows(file, folder)
-    folder, paths, names = file.parent, table.paths, as_bytes(table.paths)
-    archive = open_archive(folder, paths, names) if use_tar else None
+    in_folder = file.parent, table.paths, as_bytes(table.paths)
+    archive = open_archive(*in_folder) if use_tar else None
     sizes = None
     if archive:
         # A sample of a hundred finds a tar that is older than the images.
-        sample = np.unique(np.linspace(0, len(paths) - 1, 100).astype(int))
-        check_against_folder(archive, folder, names, sample)
+        sample = np.unique(np.linspace(0, len(table.paths) - 1, 100).astype(int))
+        check_against_folder(archive, file.parent, as_bytes(table.paths), sample)
         sizes = archive.table["size"]
     elif check_files:
-        sizes = sizes_on_disk(folder, paths, names)
-    return Manifest(folder, **table._asdict(), archive=archive, sizes=sizes)
+        sizes = sizes_on_disk(*in_folder)
+    return Manifest(file.parent, **table._asdict(), archive=archive, sizes=sizes)

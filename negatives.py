@@ -1,9 +1,8 @@
 """The sum over the negatives of NT-Xent, across all processes and in blocks.
 
-The anchors of a process are the 2B projections of its own B images, two views of each;
-their keys are the K = 2WB projections of all W processes. The similarities of all anchors
-and keys would be the largest thing in a step's memory: here they are made block by block,
-for the loss and once more for its gradient.
+The similarities of a process's 2B anchors to the K = 2WB keys of all W processes would be
+the largest thing in the memory of a large batch. Here they are made block by block, for the
+loss and, beyond a limit, once more for its gradient.
 """
 from typing import NamedTuple
 
@@ -15,12 +14,17 @@ from torch import Tensor
 # Stands for the similarity to a key that is no negative. Its exponential is 0, as that of -inf.
 # But where a row has nothing else, ABSENT - ABSENT is 0, and -inf - -inf would be NaN.
 ABSENT = -1e30
+# How many similarities of a sum are kept for its backward pass, 128 MiB. It computes the others
+# once more.
+ROOM = 2**25
+# Up to this scale, exp of twice the scale is far from the largest number of float32.
+MODERATE = 40.0
 
 
 def log_sum_exp(batch: "Batch", scale: float) -> Tensor:
     """ln of the sum over the negatives of exp(scale * cosine), for each anchor: (2, B).
 
-    ABSENT, or a little less, for an anchor without any. Its gradient is that of the sums of
+    For an anchor without any it is ABSENT, but for rounding. Its gradient is that of the sums of
     all processes, since an anchor of this one is a key in the others' sums as well."""
     return LogSumExp.apply(batch.anchors, batch, scale)
 
@@ -69,7 +73,7 @@ def all_gather(rows: Tensor) -> Tensor:
 
 def blocks(batch: Batch) -> list[slice]:
     """Parts of a process's images whose similarities fit into cache, or a little of a GPU."""
-    elements = 2**25 if batch.keys.is_cuda else 2**20
+    elements = ROOM if batch.keys.is_cuda else 2**20
     images = len(batch.patients)
     size = max(1, elements // (2 * len(batch.keys)))
     return [slice(start, min(start + size, images)) for start in range(0, images, size)]
@@ -98,7 +102,7 @@ def similarities(batch: Batch, block: slice, scale: float) -> Tensor:
 # The sum and its gradient.
 
 class LogSumExp(torch.autograd.Function):
-    """`log_sum_exp`, by blocks of similarities: all of them, (2B, 2WB), are never in memory.
+    """`log_sum_exp`, by blocks of similarities: all of them, (2B, 2WB), need not be in memory.
 
     s_ik = scale * cosine of anchor i and key k where k is a negative of i, else ABSENT;
     r_i = ln of the sum over k of exp(s_ik), the result; and g_i = d loss / d r_i. The keys
@@ -112,13 +116,12 @@ class LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, anchors: Tensor, batch: Batch, scale: float) -> Tensor:
-        # The similarities of the last block are kept for the backward pass, which computes those
-        # of the others, if there are any, once more.
-        parts = []
+        parts, ctx.kept, room = [], [], ROOM
         for block in blocks(batch):
-            ctx.kept = None  # free them before the next are made
-            ctx.kept = similarities(batch, block, scale)  # (2, n, K)
-            parts.append(ctx.kept.logsumexp(2))
+            s = similarities(batch, block, scale)  # (2, n, K)
+            parts.append(s.logsumexp(2))
+            room -= s.numel()
+            ctx.kept.append(s if room >= 0 else None)
         r = torch.cat(parts, 1)  # (2, B)
         ctx.save_for_backward(r)
         ctx.batch, ctx.scale = batch, scale
@@ -126,17 +129,25 @@ class LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        batch, (own_r,) = ctx.batch, ctx.saved_tensors  # (2, B)
-        own_g = ctx.scale * gradient  # (2, B)
+        batch, scale, (own_r,) = ctx.batch, ctx.scale, ctx.saved_tensors  # (2, B)
+        own_g = scale * gradient  # (2, B)
         # Those of all processes by one collective call, (W, r or g, 2, B) -> (r or g, K).
         of_all = all_gather(torch.stack([own_r, own_g]))
         all_r, all_g = of_all.transpose(0, 1).flatten(1)
         for_anchors = torch.empty_like(batch.anchors)  # (2, B, D)
-        for block in reversed(blocks(batch)):  # the kept one first
-            if ctx.kept is None:
-                ctx.kept = similarities(batch, block, ctx.scale)
-            s, ctx.kept = ctx.kept, None  # (2, n, K)
-            factor = (s - own_r[:, block, None]).exp_().mul_(own_g[:, block, None])
-            factor.addcmul_(s.sub_(all_r).exp_(), all_g)  # s is used up
+        for i, block in enumerate(blocks(batch)):
+            s, ctx.kept[i] = ctx.kept[i], None  # what is used up goes at once
+            if s is None:
+                s = similarities(batch, block, scale)
+            if scale <= MODERATE:
+                # As g exp(s - r) = g exp(scale - r) exp(s - scale), both terms share the latter. An
+                # anchor without any negative, whose g is 0, is kept from infinity.
+                own_share = own_g[:, block, None] * (
+                    scale - own_r[:, block, None]).clamp_max(2 * scale).exp()  # (2, n, 1)
+                all_shares = all_g * (scale - all_r).clamp_max(2 * scale).exp()  # (K,)
+                factor = s.sub_(scale).exp_().mul_(own_share + all_shares)
+            else:
+                factor = (s - own_r[:, block, None]).exp_().mul_(own_g[:, block, None])
+                factor.addcmul_(s.sub_(all_r).exp_(), all_g)
             for_anchors[:, block] = factor @ batch.keys
         return for_anchors, None, None

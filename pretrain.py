@@ -34,10 +34,10 @@ from loss import diagnostics, nt_xent
 from manifest import Manifest, read_manifest
 from model import SimCLR, build_encoder
 from probe import Probe, probe_sentence
-from run import Compute, StopSignal, warmup_and_cosine
+from run import Compute, warmup_and_cosine
 from run_folder import Curves, Progress, diverged
 from sampling import Sampling, choose_sampling
-from training import Training, backward_in_pieces, piece_size
+from training import StopSignal, Training, backward_in_pieces, piece_size
 from views import Augmentation
 
 # Peak learning rates for a batch of 256; larger batches get more in proportion (Goyal et al. 2017).
@@ -54,7 +54,7 @@ DEFAULT_VIEWS = Augmentation()
 class Config:
     """The defaults are the published recipe for chest radiographs, but for crop, brightness,
     contrast and temperature, which docs/results.md chose on NIH's; --demo has others."""
-    bf16_on_cpu: ClassVar[bool] = True  # --precision auto may choose it there
+    bf16_on_cpu: ClassVar[bool] = True  # what --precision auto may choose
 
     data: str = flag(
         "data/nih", "data folder, made by prepare.py", section="data and run folder")
@@ -150,6 +150,9 @@ class Config:
         return Augmentation(**{field.name: getattr(self, field.name)
                                for field in dataclasses.fields(Augmentation)})
 
+    def preprocessing(self) -> Preprocessing:
+        return Preprocessing(self.image_size, self.normalize, self.clahe)
+
     def __post_init__(self):
         if self.lr is None:
             in_demo = self.demo and self.optimizer == "adamw"
@@ -201,19 +204,17 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
         return
 
     # Two views of each image.
-    preprocessing = Preprocessing(config.image_size, config.normalize, config.clahe)
     batches = train_loader(
         manifest, train, config.batch_size, steps=range(training.step, schedule.last_step),
-        views=2, augmentation=config.augmentation(), preprocessing=preprocessing,
+        views=2, augmentation=config.augmentation(), preprocessing=config.preprocessing(),
         seed=config.seed, draw_weights=sampling.draw_weights, pair_group=sampling.pair_group,
         **compute.loader_arguments())
     introduce(training, schedule, probe)
-    train_steps(training, schedule, iter(batches), sampling, probe, preprocessing, resources)
+    train_steps(training, schedule, iter(batches), sampling, probe, resources)
 
 
 def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list[Tensor]],
-                sampling: Sampling, probe: Probe | None, preprocessing: Preprocessing,
-                resources: contextlib.ExitStack) -> None:
+                sampling: Sampling, probe: Probe | None, resources: contextlib.ExitStack) -> None:
     """The loop, from the step of `training` to the last one of `schedule` or a signal."""
     config, compute, say = training.config, training.compute, training.compute.say
     net, optimizer, scaler = training.net, training.optimizer, training.scaler
@@ -221,13 +222,10 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
     # checkpoints use net itself.
     model = compute.data_parallel(torch.compile(net) if config.compile else net)
     model.train()
-    # How many images a process encodes at once: all of its batch, unless there is --micro-batch.
     own_batch = config.batch_size // compute.world_size
-    piece = piece_size(own_batch, config.micro_batch)
-    # A backward pass that changes nothing, after which DistributedDataParallel adds up gradients in
-    # the order of a run that was never stopped.
+    piece = piece_size(own_batch, config.micro_batch)  # as many images are encoded at once
+    # For DistributedDataParallel a backward pass in advance, which changes nothing; see there.
     compute.rehearse(model, (2 * piece, 1, config.image_size, config.image_size))
-    loss_options = dict(decoupled=config.decoupled, hardness=config.hardness, prior=config.prior)
     start_step = training.step
     curves = Curves(config, compute.rank == 0, start_step, training.last_probe)
     progress = Progress(config, config.batch_size, compute, start_step)
@@ -239,20 +237,21 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
         at_end, at_probe = step == schedule.last_step, step in schedule.probe_steps
         # To ask each other, processes wait for the slowest: only at some steps.
         stop_signal = stop.received(compute, ask=step % 5 == 0 or at_probe or at_end)
-        # Every few epochs: do the features get better, and not only the loss? After a stop not
-        # twice; and at a signal the next start will ask, unless this step is the last.
+        # Every few epochs: do the features get better, and not only the loss? Not twice at one
+        # step, as after a restart. A run that is told to stop leaves it to its next start, unless
+        # it is at its end and has none.
         probed = False
         if probe and at_probe and step > training.last_probe and (at_end or not stop_signal):
             with progress.pause():
-                scores = probe.scores(net.encoder, piece, preprocessing, compute)
+                scores = probe.scores(net.encoder, piece, compute)
             if not scores:
                 raise diverged(f"the features are not finite after step {step}", config)
             training.last_probe, probed = step, True
             curves.add(step, schedule.epoch(step), scores)
             say(f"{schedule.position(step)} | {probe_sentence(scores)}")
 
-        # Save after a probe, every few steps, at the end and at a signal; but not the step from
-        # which this run started, which last.pt has.
+        # Save after a probe, every few steps, at the end and at a signal. The step from which this
+        # run started is in last.pt, and is saved again after a probe alone.
         due = step > start_step and (step % config.save_every == 0 or at_end or stop_signal)
         if step > 0 and (probed or due) and compute.rank == 0:
             with progress.pause():
@@ -277,7 +276,8 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
         weights = sampling.loss_weights                                 # (N,) or None
         weights = None if weights is None else compute.send(weights[index])
         loss_of = functools.partial(
-            nt_xent, temperature=tau, patients=patients, weights=weights, **loss_options)
+            nt_xent, temperature=tau, patients=patients, weights=weights,
+            decoupled=config.decoupled, hardness=config.hardness, prior=config.prior)
 
         # Encode the views as one batch, compare each projection with those of all processes, and
         # go back to the weights.
@@ -286,7 +286,7 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
                 z1, z2 = model(x).chunk(2)                              # (B, proj_dim) each
             loss = loss_of(z1, z2)
             scaler.scale(loss).backward()
-        else:  # --micro-batch: the same gradient, but that batch norm sees a piece at a time
+        else:  # --micro-batch: the whole batch's gradient, with batch norm over a piece at a time
             z1, z2, loss = backward_in_pieces(model, x, piece, loss_of, scaler, compute)
         scaler.step(optimizer)
         scaler.update()
@@ -342,7 +342,7 @@ def choose_probe(config: Config, manifest: Manifest) -> Probe | None:
                         "probe by")
     if not (config.probe_every and can_be_probed):
         return None
-    return Probe(manifest, config.probe_images, config.seed)
+    return Probe(manifest, config.probe_images, config.seed, config.preprocessing())
 
 
 class Schedule:
@@ -358,8 +358,8 @@ class Schedule:
         self.warmup_steps = config.warmup_epochs * n_images / config.batch_size  # need not be whole
         # Where this run stops.
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
-        # After which steps the features are probed, if they are: those that end every
-        # --probe-every'th epoch, the first step of all, and the last one.
+        # After how many steps the features are probed, if they are: 0, those of every --probe-every
+        # epochs, and all of the schedule.
         probed = [*range(0, config.epochs, config.probe_every or config.epochs), config.epochs]
         self.probe_steps = {self.step_at(epoch) for epoch in probed}
 
@@ -393,7 +393,7 @@ class Schedule:
 def build(config: Config, compute: Compute) -> Training:
     """Network, optimizer and scaler, with new weights."""
     torch.manual_seed(config.seed)
-    # A run that goes on takes its weights from last.pt: do not read or download --init.
+    # A run that goes on takes its weights from last.pt, later: do not read or download --init.
     goes_on = Path(config.out, "last.pt").exists() and not config.overwrite
     encoder = build_encoder(config.arch, "random" if goes_on else config.init, compute.say)
     net = SimCLR(encoder, config.proj_layers, config.proj_width, config.proj_dim)
@@ -409,8 +409,8 @@ def introduce(training: Training, schedule: Schedule, probe: Probe | None) -> No
     """Say what is about to be trained, on what, and how."""
     config, compute, say = training.config, training.compute, training.compute.say
     parameters = sum(p.numel() for p in training.net.parameters()) / 1e6
-    origin = "" if training.step else f" from {config.init}"
-    say(f"{config.arch}{origin}, {parameters:.1f} M parameters, {compute.precision} on "
+    start = training.last_file if training.step else config.init
+    say(f"{config.arch} from {start}, {parameters:.1f} M parameters, {compute.precision} on "
         f"{compute.world_size} x {compute.name}")
     say(f"{schedule.n_images} images of {config.data} at {config.image_size} px, {config.epochs} "
         f"epochs = {schedule.total_steps} steps of {config.batch_size} images "

@@ -141,24 +141,23 @@ def counted_labels(truth: np.ndarray) -> np.ndarray:
 class Probe:
     """Labelled images by which features are judged while they are learned without labels."""
 
-    def __init__(self, manifest: Manifest, most: int, seed: int):
+    def __init__(self, manifest: Manifest, most: int, seed: int, preprocessing: Preprocessing):
         """most: images of train, by which others are judged, and of val, which are."""
-        self.manifest = manifest
+        self.manifest, self.preprocessing = manifest, preprocessing
         # The same random images every time, so that two points of the curve can be compared.
         self.bank, self.queries = (
             np.sort(np.random.default_rng(seed).permutation(manifest.images(split))[:most])
             for split in ("train", "val"))
         self.counted = counted_labels(np.nan_to_num(manifest.labels[self.queries]))     # (L,)
 
-    def scores(self, encoder: ResNet, batch_size: int, preprocessing: Preprocessing,
-               compute: Compute) -> dict[str, float]:
+    def scores(self, encoder: ResNet, batch_size: int, compute: Compute) -> dict[str, float]:
         """{name: AUROC} on val, or {} where a feature is not finite.
 
         Each label is predicted by the nearest neighbours in train, see `knn_auroc`; first
         comes the mean over the labels that count, as `probe/auroc`."""
         features = []
         for images in (self.bank, self.queries):
-            loader = eval_loader(self.manifest, images, batch_size, preprocessing,
+            loader = eval_loader(self.manifest, images, batch_size, self.preprocessing,
                                  **compute.loader_arguments())
             features.append(extract_features(
                 encoder, num_features(encoder), loader, compute.dtype))     # (n, D)

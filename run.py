@@ -1,12 +1,10 @@
-"""What the loops of all stages share: where they compute, among which processes, and how long.
+"""What the loops of all stages share: where they compute, and among which processes.
 
 What a stage decides stands in its script; what it would have to repeat from another
 script stands here.
 """
-import contextlib
 import dataclasses
 import math
-import signal
 import zlib
 from typing import Any
 
@@ -69,7 +67,8 @@ class Compute:
             dist.barrier()
 
     def reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-        """The sum over all processes, or another `op`; in place, and returned."""
+        """The sum over all processes, or another `op`; in place, and returned. x lies on a CPU or
+        a GPU: launch.py has opened a way for each."""
         if self.world_size > 1:
             dist.all_reduce(x, op)
         return x
@@ -103,9 +102,9 @@ class Compute:
     def rehearse(self, model: nn.Module, shape: tuple[int, ...]) -> None:
         """A first backward pass, on zeros of this shape, which changes nothing.
 
-        After its first one DistributedDataParallel groups the gradients anew, and in other groups
-        a sum over three or more processes rounds differently. With this before the first step of
-        every start, a run that goes on has the groups of one without a stop."""
+        After its first one DistributedDataParallel deals the gradients to its buckets anew, and
+        in other buckets a sum over three or more processes rounds differently. With this before
+        the first step of every start, a run that goes on has the buckets of one without a stop."""
         if self.world_size == 1:
             return
         parameter = next(model.parameters())
@@ -120,32 +119,9 @@ class Compute:
 # --------------------------------------------------------------------------------------------------
 # For the loop of a stage.
 
-def warmup_and_cosine(step: int, total_steps: int, warmup_steps: float, peak: float = 1.0) -> float:
+def warmup_and_cosine(step: int, total_steps: int, warmup_steps: float, peak: float) -> float:
     """Linear warm-up to `peak`, then half a cosine to zero."""
     if step < warmup_steps:
         return peak * (step + 1) / math.ceil(warmup_steps)
     angle = math.pi * (step - warmup_steps) / (total_steps - warmup_steps)
     return peak * (1 + math.cos(angle)) / 2
-
-
-class StopSignal:
-    """SIGTERM and SIGINT, remembered until the run has come to a good moment to leave.
-
-    A signal often comes twice, from the cluster and from torchrun; the second one must
-    not end the process while it saves."""
-
-    def __init__(self, resources: contextlib.ExitStack):
-        self.number = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before = signal.signal(number, self._remember)
-            resources.callback(signal.signal, number, before)
-
-    def _remember(self, number, frame) -> None:
-        self.number = number
-
-    def received(self, compute: Compute, ask: bool) -> int:
-        """The signal that some process has received, or 0: the same answer on all of them, so
-        that they leave at the same step. Without `ask`, several processes do not talk: 0."""
-        if compute.world_size > 1 and not ask:
-            return 0
-        return int(compute.reduce(torch.tensor(self.number), dist.ReduceOp.MAX))

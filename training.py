@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -173,6 +174,34 @@ def inputs_of(config: "Config", manifest: Manifest, train: np.ndarray,
     if Path(config.init).is_file():  # it is not needed once there is a last.pt
         inputs["init"] = {config.init: run_folder.content_of_file(config.init)}
     return inputs
+
+
+# --------------------------------------------------------------------------------------------------
+# When to leave.
+
+class StopSignal:
+    """SIGTERM and SIGINT, remembered until the run has come to a good moment to leave.
+
+    A signal often comes twice, from the cluster and from torchrun; the second one must
+    not end the process while it saves."""
+
+    def __init__(self, resources: contextlib.ExitStack):
+        self.number = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before = signal.signal(number, self._remember)
+            resources.callback(signal.signal, number, before)
+
+    def _remember(self, number, frame) -> None:
+        self.number = number
+
+    def received(self, compute: Compute, ask: bool) -> int:
+        """The signal that some process has received, or 0: the same answer on all of them, so
+        that they leave at the same step.
+
+        ask: whether several processes ask each other now; where not, the answer is 0."""
+        if compute.world_size > 1 and not ask:
+            return 0
+        return int(compute.reduce(torch.tensor(self.number), dist.ReduceOp.MAX))
 
 
 # --------------------------------------------------------------------------------------------------

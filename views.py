@@ -5,6 +5,9 @@ position in the run, image index, view) alone. Philox maps (key, counter) to num
 key holds the seed and the purpose, the counter says whose numbers they are, and nothing
 depends on what was drawn before. So a run can be resumed at any step, or spread over
 any number of processes, and sees the very same views.
+
+A new augmentation is a field of Augmentation with a flag of its name in pretrain.Config, a
+number in NUMBERS, a parameter of view_parameters, and a line of dali_pipeline._graph.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +28,7 @@ def batch_at(step: int, batch_size: int, images: np.ndarray, order: Callable[[in
     A position counts the images of the whole run, and so tells the showings of an image
     apart. Epochs follow each other without a gap: of 10 images in batches of 4, step 2
     takes the last 2 of epoch 0 and the first 2 of epoch 1.
-    order(epoch): (n,) places in `images` (n,), an epoch's draws one after another."""
+    order(epoch): in which order an epoch shows `images` (n,), as indices into it, (n,)."""
     positions = np.arange(step * batch_size, (step + 1) * batch_size)[part]
     epochs, places = np.divmod(positions, len(images))
     index = np.empty_like(places)
@@ -42,8 +45,8 @@ def shuffled_order(n: int, seed: int, epoch: int) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------
 # What makes their views.
 
-# What each random number of a view is for. Append only: the first numbers do not depend
-# on how many there are.
+# What each random number of a view is for. One more at the end leaves the others, and so the
+# views of old runs, as they were.
 NUMBERS = ("area", "aspect", "top", "left", "angle", "sigma", "mirror",
            "brightness", "contrast", "gamma", "equalize")
 
@@ -78,23 +81,24 @@ def view_parameters(augmentation: Augmentation, seed: int, positions: np.ndarray
     equalize (V, B): 0 or 1; left out where it is always 0.
     mean, std (V, B): for gray levels x of 0 to 255, (x - mean) / std is brightness, contrast
     and normalisation in one."""
-    # Numbers in [0, 1): their counter is view, image and position.
+    # Numbers in [0, 1), each counted by its view, image and position.
     view = np.arange(views)[:, None]                            # (V, 1)
     numbers = uniform_numbers((seed, VIEW), len(NUMBERS), view, images, positions)
     u = dict(zip(NUMBERS, numbers))                             # (V, B) each
 
     # A window sqrt(area / aspect) high and sqrt(area * aspect) wide, as shares of the image's own
-    # sides: evaluation squeezes the whole image onto the square as well. The aspect lies within
-    # 3/4 to 4/3, as in SimCLR. Neither side is above 1 where it also lies within area to 1 / area.
+    # sides: evaluation squeezes the whole image onto the square as well. They are at most 1 if
+    # area <= aspect <= 1 / area. And, as in SimCLR, 3/4 <= aspect <= 4/3.
     area = _between(augmentation.crop_area, u["area"])
     widest = np.minimum(np.log(4 / 3), -np.log(area))
     aspect = np.exp(_around(0, widest, u["aspect"]))
     window = np.sqrt(np.stack([area / aspect, area * aspect], axis=-1))  # (V, B, 2)
     start = (1 - window) * np.stack([u["top"], u["left"]], axis=-1)      # (V, B, 2)
 
-    # With m, s = MEAN, STD, brightness b and then contrast c about m make y = c (b x - m) + m of a
-    # gray level x in [0, 1]. The network gets (y - m) / s, which is (x - m / b) / (s / (b c)). For
-    # DALI's gray levels up to 255 both numbers are 255 times as large.
+    # Of a gray level x in [0, 1], with m, s = MEAN, STD:
+    #     y = c (b x - m) + m                         brightness b, then contrast c about m
+    #     (y - m) / s = (x - m / b) / (s / (b c))     what the network gets
+    # DALI's gray levels go to 255, so that both numbers are 255 times as large.
     b = _around(1, augmentation.brightness, u["brightness"])
     c = _around(1, augmentation.contrast, u["contrast"])
     parameters = {

@@ -396,7 +396,7 @@ def test_killed_again_and_again_ends_the_same(stage, processes, few, many, comma
         out.parent.mkdir()
     counts = [f"{sum(word in blow for blow in blows)} {word}"
               for word in ("SIGKILL", "SIGTERM", "SIGINT", "to all", "inside a write")]
-    report(f"| {stage}, {processes or 1} processes, killed | {len(blows)} | "
+    report(f"| {stage}, {counted(processes)}, killed | {len(blows)} | "
            f"{', '.join(counts)}; runs that reached the end: {complete}, all with the same bits |")
 
 
@@ -525,6 +525,10 @@ def driver(folder, change, stage="pretrain"):
                     f"import torch, culprit\n{change}\nsys.argv[0] = '{stage}.py'\n"
                     f"{stage}.main()\n")
     return file
+
+
+def counted(processes):
+    return f"{processes} processes" if processes else "1 process"
 
 
 def losses(out):
@@ -767,8 +771,8 @@ def test_image_spoiled_in_one_process_ends_all(spoil, processes, long, start_job
     assert job.code, job.output
     assert len(re.findall(r"folder/images/007_1.jpg.* cannot be read", job.output)) == 1, job.output
     assert not lines_of_tracebacks(job.output)
-    report(f"| an image {spoil.__name__.replace('_', ' ')} under way, {processes or 1} "
-           f"processes | 1 | named, and all ended after {seconds:.0f} s |")
+    report(f"| an image {spoil.__name__.replace('_', ' ')} under way, {counted(processes)} "
+           f"| 1 | named, and all ended after {seconds:.0f} s |")
 
 
 # --------------------------------------------------------------------------------------------------
