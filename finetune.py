@@ -246,7 +246,7 @@ class FineTuning:
         pretrained = [*self.net.encoder.parameters(), *self.net.projector.parameters()]
         groups = [dict(params=pretrained, peak=config.lr_encoder),
                   dict(params=self.net.head.parameters(), peak=config.lr_head)]
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.01, fused=compute.cuda)
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
         # float16 underflows where gradients are small, so the loss is scaled up.
         self.scaler = torch.amp.GradScaler(
             compute.device.type, enabled=compute.precision == "fp16")

@@ -399,7 +399,7 @@ def build(config: Config, compute: Compute) -> Training:
     net = SimCLR(encoder, config.proj_layers, config.proj_width, config.proj_dim)
     net = compute.to_device(net)
     optimizer = make_optimizer(  # each step sets its own learning rate
-        net, config.optimizer, config.lr, config.weight_decay, fused=compute.cuda)
+        net, config.optimizer, config.lr, config.weight_decay)
     # Small gradients underflow in float16, so that their loss is scaled up.
     scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
     return Training(config, compute, net, optimizer, scaler)
