@@ -44,7 +44,7 @@ def main(stage: Callable, config_class: type, argv: list[str] | None = None) -> 
     # machine speaks for all.
     with errors_in_one_sentence(script, config.out):
         place = read_place()
-    speaks = place.local_rank == 0
+    speaks = place.local_rank % place.local_world_size == 0  # all, where it has not been told
     # A full disk is the main thread's to report, in a sentence: TensorBoard's thread meets it too,
     # and would print a traceback.
     threading.excepthook = report_but_for_full_disk
@@ -73,7 +73,7 @@ def start(config: RunConfig, place: Place = ALONE) -> Compute:
     """Join the processes that torchrun started, or be the only one."""
     rank, world_size, local_rank, local_world_size = place
     cuda = torch.cuda.is_available()
-    gpus_needed = max(local_rank + 1, local_world_size)  # the latter not every launcher sets
+    gpus_needed = max(local_rank + 1, local_world_size)  # the latter may be missing
     if cuda and gpus_needed > torch.cuda.device_count():
         raise DataError(f"{gpus_needed} processes on this machine are too many for its "
                         f"{torch.cuda.device_count()} GPUs")

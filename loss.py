@@ -1,9 +1,9 @@
 """NT-Xent, the SimCLR loss, with negatives from every process; and what to watch beside it.
 
 The anchors of a process are the 2B projections of its own B images, two views of each;
-their keys are the K = 2WB projections of all W processes, which negatives.py gathers. The
-keys are detached: `log_sum_exp` has a gradient of its own, which adds what an anchor does as
-a key in the sums of all processes. So whatever is new about negatives goes through it.
+their keys are the K = 2WB projections of all W processes, which negatives.py gathers. Keys
+carry no gradient. `log_sum_exp` makes up for it: it adds the gradient that an anchor gets as a
+key of other anchors, on all processes. A new term over negatives must be made of it, too.
 """
 import math
 
@@ -47,7 +47,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float, patients: Tensor | None 
         # ln R, (2, B), from which and l_ip the loss follows: what all negatives of an anchor weigh
         # together. With hardness it is the first of two sums.
         log_r = log_sum_exp(batch, (1 + hardness) / temperature)
-        # The sum of nothing is about ABSENT. NaN, which must stay NaN, is no less than it.
+        # The sum of nothing is about ABSENT. A NaN is not below, and so stays in the loss.
         has_none = log_r < ABSENT / 2  # (2, B)
         if hardness or prior:
             log_n = count_negatives(batch).clamp_min(1).log()  # (B,); of none, it is not used
@@ -70,9 +70,9 @@ def _debias(log_r: Tensor, positive: Tensor, log_n: Tensor, temperature: float,
             prior: float) -> Tensor:
     """ln of max((R - prior * n exp(l_ip)) / (1 - prior), n exp(-1 / temperature)), (2, B)."""
     floor = log_n - 1 / temperature
-    # share = prior * n exp(l_ip) / R is taken off, and R (1 - share) is left. The clamps keep both
-    # logarithm and exponential finite where more than R is taken off, which `where` sorts out: a
-    # gradient of 0 times infinity would be NaN.
+    # With share = prior * n exp(l_ip) / R, the first is R (1 - share) / (1 - prior). From a share
+    # of 1 on nothing is left, and the floor holds. The clamps keep the branch that is not chosen
+    # finite: its gradient is multiplied by 0, and 0 times infinity is NaN.
     share = prior * (log_n + positive - log_r).clamp_max(60).exp()
     log_left = log_r + (1 - share).clamp_min(1e-30).log() - math.log(1 - prior)
     return torch.where(share < 1, log_left, floor).maximum(floor)
@@ -93,7 +93,8 @@ def diagnostics(z1: Tensor, z2: Tensor, patients: Tensor | None = None,
     uniformity: log of the mean Gaussian potential of this process's pairs, about -4
     at best, 0 where all projections are the same (both Wang and Isola 2020); NaN for
     one image a process.
-    chance: the loss of this batch where all projections are the same."""
+    chance: the loss of this batch where all projections are the same, whatever hardness
+    and prior are."""
     with torch.autocast(z1.device.type, enabled=False):
         batch = gather_batch(z1, z2, patients, weights)
         z1, z2 = batch.anchors

@@ -96,14 +96,13 @@ def read_manifest(folder: str | Path, use_tar: bool = True, check_files: bool = 
     # The fast way gives nothing where anything is unusual. The slow one reads that, too, or says
     # which row and column is wrong.
     table = table_at_once(file) or table_by_rows(file, folder)
-    in_folder = file.parent, table.paths, as_bytes(table.paths)
-    archive = open_archive(*in_folder) if use_tar else None
-    sizes = None
+    path_bytes, sizes = as_bytes(table.paths), None
+    archive = open_archive(file.parent, table.paths, path_bytes) if use_tar else None
     if archive:
         # A sample of a hundred finds a tar that is older than the images.
         sample = np.unique(np.linspace(0, len(table.paths) - 1, 100).astype(int))
-        check_against_folder(archive, file.parent, as_bytes(table.paths), sample)
+        check_against_folder(archive, file.parent, path_bytes, sample)
         sizes = archive.table["size"]
     elif check_files:
-        sizes = sizes_on_disk(*in_folder)
+        sizes = sizes_on_disk(file.parent, table.paths, path_bytes)
     return Manifest(file.parent, **table._asdict(), archive=archive, sizes=sizes)

@@ -14,8 +14,8 @@ from torch import Tensor
 # Stands for the similarity to a key that is no negative. Its exponential is 0, as that of -inf.
 # But where a row has nothing else, ABSENT - ABSENT is 0, and -inf - -inf would be NaN.
 ABSENT = -1e30
-# How many similarities of a sum are kept for its backward pass, 128 MiB. It computes the others
-# once more.
+# How many similarities, 128 MiB, a sum keeps for its backward pass, which computes others anew; and
+# how many a GPU handles at once.
 ROOM = 2**25
 # Up to this scale, exp of twice the scale is far from the largest number of float32.
 MODERATE = 40.0
@@ -116,6 +116,7 @@ class LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, anchors: Tensor, batch: Batch, scale: float) -> Tensor:
+        # The anchors are those of the batch: as an argument, autograd sees them.
         parts, ctx.kept, room = [], [], ROOM
         for block in blocks(batch):
             s = similarities(batch, block, scale)  # (2, n, K)

@@ -223,8 +223,8 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
     model = compute.data_parallel(torch.compile(net) if config.compile else net)
     model.train()
     own_batch = config.batch_size // compute.world_size
-    piece = piece_size(own_batch, config.micro_batch)  # as many images are encoded at once
-    # For DistributedDataParallel a backward pass in advance, which changes nothing; see there.
+    piece = piece_size(own_batch, config.micro_batch)  # images encoded at once
+    # So that a run that goes on is the same to the bit, see there.
     compute.rehearse(model, (2 * piece, 1, config.image_size, config.image_size))
     start_step = training.step
     curves = Curves(config, compute.rank == 0, start_step, training.last_probe)
@@ -238,8 +238,8 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
         # To ask each other, processes wait for the slowest: only at some steps.
         stop_signal = stop.received(compute, ask=step % 5 == 0 or at_probe or at_end)
         # Every few epochs: do the features get better, and not only the loss? Not twice at one
-        # step, as after a restart. A run that is told to stop leaves it to its next start, unless
-        # it is at its end and has none.
+        # step, as after a restart. A stop signal leaves it to the next start; after the last step
+        # there is none.
         probed = False
         if probe and at_probe and step > training.last_probe and (at_end or not stop_signal):
             with progress.pause():
@@ -297,8 +297,8 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
         # Every few steps: a point on the curves. Reading the loss waits for the GPU, so not always.
         if done % config.log_every == 0 or done == schedule.last_step:
             watched = diagnostics(z1, z2, patients, weights, config.decoupled)
-            # The mean loss since the last point, what is watched, and the speed, averaged over
-            # the processes. It raises FloatingPointError where a loss was not finite.
+            # The mean loss since the last point, the speed, and what is watched of this batch,
+            # averaged over the processes. FloatingPointError where a loss was not finite.
             scalars = progress.read(done, watched) | {"lr": lr, "temperature": tau}
             curves.add(done, schedule.epoch(done), scalars)
             speed = scalars["images_per_second"]
@@ -358,8 +358,8 @@ class Schedule:
         self.warmup_steps = config.warmup_epochs * n_images / config.batch_size  # need not be whole
         # Where this run stops.
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
-        # After how many steps the features are probed, if they are: 0, those of every --probe-every
-        # epochs, and all of the schedule.
+        # The features are probed, if they are, before the first step, every --probe-every epochs,
+        # and after the last step of the schedule.
         probed = [*range(0, config.epochs, config.probe_every or config.epochs), config.epochs]
         self.probe_steps = {self.step_at(epoch) for epoch in probed}
 

@@ -84,7 +84,7 @@ class Compute:
         if self.world_size > 1:
             SyncBatchNorm.replace_in(net)
         net = net.to(device=self.device)
-        # The images need no other layout: with one channel, both are the same.
+        # Images (B, 1, S, S) stay as they are: with one channel both layouts are the same bytes.
         return net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def data_parallel(self, net: Any) -> Any:
@@ -102,9 +102,9 @@ class Compute:
     def rehearse(self, model: nn.Module, shape: tuple[int, ...]) -> None:
         """A first backward pass, on zeros of this shape, which changes nothing.
 
-        After its first one DistributedDataParallel deals the gradients to its buckets anew, and
-        in other buckets a sum over three or more processes rounds differently. With this before
-        the first step of every start, a run that goes on has the buckets of one without a stop."""
+        It is for runs that go on to the bit. After its first backward pass DistributedDataParallel
+        deals the gradients to its buckets anew, and in other buckets a sum over three or more
+        processes rounds differently. Now that comes before the first step of every start."""
         if self.world_size == 1:
             return
         parameter = next(model.parameters())

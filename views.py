@@ -25,10 +25,10 @@ def batch_at(step: int, batch_size: int, images: np.ndarray, order: Callable[[in
              part: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
     """The global batch at `step`, or a part of it: positions and image indices, (B,) each.
 
+    order(epoch): in which order an epoch shows `images` (n,), as indices into it, (n,).
     A position counts the images of the whole run, and so tells the showings of an image
     apart. Epochs follow each other without a gap: of 10 images in batches of 4, step 2
-    takes the last 2 of epoch 0 and the first 2 of epoch 1.
-    order(epoch): in which order an epoch shows `images` (n,), as indices into it, (n,)."""
+    takes the last 2 of epoch 0 and the first 2 of epoch 1."""
     positions = np.arange(step * batch_size, (step + 1) * batch_size)[part]
     epochs, places = np.divmod(positions, len(images))
     index = np.empty_like(places)
@@ -87,8 +87,8 @@ def view_parameters(augmentation: Augmentation, seed: int, positions: np.ndarray
     u = dict(zip(NUMBERS, numbers))                             # (V, B) each
 
     # A window sqrt(area / aspect) high and sqrt(area * aspect) wide, as shares of the image's own
-    # sides: evaluation squeezes the whole image onto the square as well. They are at most 1 if
-    # area <= aspect <= 1 / area. And, as in SimCLR, 3/4 <= aspect <= 4/3.
+    # sides. Both are at most 1 if area <= aspect <= 1 / area; and, as in SimCLR, the aspect lies
+    # within 3/4 to 4/3. (Evaluation squeezes the whole image onto the square as well.)
     area = _between(augmentation.crop_area, u["area"])
     widest = np.minimum(np.log(4 / 3), -np.log(area))
     aspect = np.exp(_around(0, widest, u["aspect"]))
@@ -98,7 +98,8 @@ def view_parameters(augmentation: Augmentation, seed: int, positions: np.ndarray
     # Of a gray level x in [0, 1], with m, s = MEAN, STD:
     #     y = c (b x - m) + m                         brightness b, then contrast c about m
     #     (y - m) / s = (x - m / b) / (s / (b c))     what the network gets
-    # DALI's gray levels go to 255, so that both numbers are 255 times as large.
+    # DALI's gray levels go to 255, so that both numbers are 255 times as large. Unlike in
+    # torchvision's ColorJitter nothing is clipped and m is not the image's mean: one linear map.
     b = _around(1, augmentation.brightness, u["brightness"])
     c = _around(1, augmentation.contrast, u["contrast"])
     parameters = {

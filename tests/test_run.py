@@ -160,6 +160,17 @@ def test_an_impossible_environment_of_torchrun_is_refused(monkeypatch, rank, wor
         read_place()
 
 
+def test_too_many_processes_for_the_gpus_are_told_by_whoever_notices(tmp_path, monkeypatch, capsys):
+    """A launcher that does not say how many processes a machine has leaves it to the last ones."""
+    for name, value in dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="localhost",
+                            MASTER_PORT="29500").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    message = refused(capsys, pretrain.main, *STEPS, "--out", tmp_path / "run")
+    assert "2 processes on this machine are too many for its 1 GPUs" in message
+
+
 @pytest.fixture
 def on_two_machines(run_forked, tmp_path):
     """What pretrain.py prints as the only process of each of two machines, whose data folders are
