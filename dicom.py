@@ -270,8 +270,8 @@ def read_dicom(file: Path, settings: ImageSettings) -> Reading:
     Mode L where the file brings a window that can be used, else F. `settings` decides nothing
     here; it is there because all readers are called alike. The rules, each with its note:
 
-    - Bits above BitsStored are an overlay and removed where the image is smoother without them.
-      Where it is smoother with them BitsStored is wrong, and they are part of the image.
+    - Bits above BitsStored are an overlay and removed. But where those below make up for their
+      changes, BitsStored is wrong, and they are part of the image.
     - Pixels that PixelRepresentation calls signed are not where the image is smoother without.
     - An empty RescaleSlope is 1 and an empty RescaleIntercept 0. One that is no number, or a slope
       of 0, means that the pixels stay as they are stored.
@@ -281,6 +281,7 @@ def read_dicom(file: Path, settings: ImageSettings) -> Reading:
     - A VOI LUT or window is not used where it would make most of the image white or black
       (MOST_WHITE and so on): it was made for other data.
     - MONOCHROME1 is stored bone black and is inverted. PresentationLUTShape does not count.
+    - An image that PatientOrientation calls turned or mirrored is taken as it is stored.
     - Pixels of PixelPaddingValue, or between it and PixelPaddingRangeLimit, become as black as the
       darkest other pixel, unless they lie inside the image and not around it.
 
@@ -298,6 +299,11 @@ def read_dicom(file: Path, settings: ImageSettings) -> Reading:
     padding = padding_of(stored, raw, dataset, notes)                   # (H, W) bool
     if padding.all():
         raise DataError("all of it is padding")
+
+    # A chest is looked at with the patient's left on the right, or from the side, feet below.
+    orientation = [str(way)[:1].upper() for way in dataset.get("PatientOrientation") or ()]
+    if len(orientation) == 2 and not (orientation[0] in "LAP" and orientation[1] == "F"):
+        notes.append("PatientOrientation not used: the image is turned or mirrored by it")
 
     # Which end is white. A file that says two things is believed where all programs look.
     inverse = dataset.PhotometricInterpretation == "MONOCHROME1"
@@ -333,7 +339,11 @@ def stored_pixels(dataset) -> np.ndarray:
         elif 0 < there < needed:
             raise DataError(f"its pixels cannot be decoded: {there:,} of {needed:,} bytes are "
                             "there")
-        return pixel_array(dataset, correct_unused_bits=False)
+        pixels = pixel_array(dataset, correct_unused_bits=False)
+        if pixels.ndim != 2:
+            raise DataError(f"its pixels cannot be decoded: {there:,} bytes are there, and an "
+                            f"image takes {needed:,}")
+        return pixels
     except (AttributeError, NotImplementedError, RuntimeError, StopIteration, TypeError,
             ValueError) as error:
         raise DataError(f"its pixels cannot be decoded: {plain_words(error)}") from error
@@ -381,11 +391,22 @@ def without_overlay(stored: np.ndarray, dataset, notes: list[str]) -> np.ndarray
     if high == bits - 1:
         if np.array_equal(own, stored):
             return stored
-        if roughness(own) > roughness(stored):
+        if belong_together(own, stored.astype(np.int64) - own):
             notes.append("BitsStored not believed: the image needs more bits")
             return stored
     notes.append("bits outside BitsStored removed: they hold no gray levels")
     return own
+
+
+def belong_together(low: np.ndarray, high: np.ndarray) -> bool:
+    """Whether the high bits (H, W) of the pixels are of the image that is in the low ones. Where
+    they change from a pixel to its neighbour, the low bits then make up for it, as from 255 to 256;
+    with an overlay's graphics they know nothing of it."""
+    steps = [np.stack([np.diff(high, axis=axis), np.diff(high + low, axis=axis)]).reshape(2, -1)
+             for axis in (0, 1)]
+    of_high, of_both = np.abs(np.concatenate(steps, axis=1))
+    changes = of_high > 0
+    return bool(of_both[changes].sum() < 0.8 * of_high[changes].sum())
 
 
 def roughness(levels: np.ndarray) -> float:

@@ -153,6 +153,14 @@ def replaced(old, new):
     ({"PixelRepresentation": 1}, (SCAN - 1700) % 65536, SCAN, ""),
     ({"HighBit": 15}, SCAN * 16 + 3, SCAN, "Bits outside BitsStored removed: 1"),
     ({"BitsStored": 10, "HighBit": 9}, SCAN, SCAN, "BitsStored not believed: 1"),
+    ({"BitsStored": 8, "HighBit": 7}, SCAN, SCAN, "BitsStored not believed: 1"),
+    ({"BitsStored": 8, "HighBit": 7, "photometric": "MONOCHROME1"}, SCAN, -SCAN,
+     "BitsStored not believed: 1"),
+    # Which way the image lies: as a chest is looked at, and otherwise.
+    ({"PatientOrientation": ["L", "F"]}, SCAN, SCAN, ""),
+    ({"PatientOrientation": ["A", "FR"]}, SCAN, SCAN, ""),
+    ({"PatientOrientation": ["F", "L"]}, SCAN, SCAN, "PatientOrientation not used: 1, the image"),
+    ({"PatientOrientation": ["R", "F"]}, SCAN, SCAN, "PatientOrientation not used: 1, the image"),
     # Padding: a range, its ends exchanged, and one whose value is written with another sign.
     ({"PixelPaddingValue": 3900, "PixelPaddingRangeLimit": 4095},
      np.where(EDGE, 3900 + 9 * np.arange(64), SCAN), np.where(EDGE, 200, SCAN), ""),
@@ -749,6 +757,8 @@ def test_headers_that_contradict_the_pixels(tmp_path, mode, size, words):
     ({"BitsStored": 17}, "BitsStored is 17 and BitsAllocated 16"), ({"BitsStored": 0}, "is 0 and"),
     ({"PixelRepresentation": 2}, "PixelRepresentation is 2"),
     ({"Columns": 65}, "its pixels cannot be decoded: 8,192 of 8,320 bytes are there"),
+    ({"Rows": 32}, "cannot be decoded: 8,192 bytes are there, and an image takes 4,096"),
+    ({"Rows": 16}, "cannot be decoded: 8,192 bytes are there, and an image takes 2,048"),
     ({"PhotometricInterpretation": "MONOCHROME 1"}, "is MONOCHROME 1, and neither MONOCHROME1 nor"),
     ({"PhotometricInterpretation": "GRAY"}, "is GRAY, and neither"),
     ({"PhotometricInterpretation": "palette color"}, "in colour .PALETTE COLOR.")])
