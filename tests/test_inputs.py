@@ -248,6 +248,24 @@ def test_cells(tmp_path, cells, expected):
         assert column(tmp_path, cells) == expected
 
 
+@pytest.mark.parametrize("doubted", [
+    "suspected Edema", "Probable edema", "r/o Edema", "Edema (possible)", "likely_Edema",
+    "Edema, questionable", "suspicious for Edema", "Verdacht auf Edema"])
+def test_an_uncertain_finding_beside_the_finding_is_refused(tmp_path, doubted):
+    """In a list the finding would be absent, and the doubt a class of its own."""
+    cells = [f"TB;{doubted}", "TB;Edema", "Edema;Cyst", "Cyst"]
+    with pytest.raises(SystemExit, match="row 2, column y: .*--class-columns takes"):
+        column(tmp_path, cells)
+    assert column(tmp_path, cells, "--class-columns", "y")["Edema"] == [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("other", [
+    "Edema Effect", "Suspected Hernia", "no Edema", "Unlikely Edema", "Pulmonary Edema"])
+def test_findings_that_begin_alike_are_labels(tmp_path, other):
+    found = column(tmp_path, [f"TB;{other}", "TB;Edema", "Edema;Cyst", "Cyst"])
+    assert found[other] == [1, 0, 0, 0] and found["Edema"] == [0, 1, 1, 0]
+
+
 @pytest.mark.parametrize("cells, flags, words", [
     (["Mass;Nodule", *TWO], ["--label-separator", ","], "'Mass;Nodule' may be a list"),
     (["Mass+Nodule", *TWO], ["--label-separator", "/"], "may be a list"),
