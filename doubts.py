@@ -7,7 +7,7 @@ prepare.py says so.
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable
 from pathlib import PurePosixPath
 from typing import NamedTuple
 from unicodedata import category, decimal
@@ -608,6 +608,16 @@ def stem_of(image: str) -> str:
     return PurePosixPath(image).stem.casefold()
 
 
+def base_of(name: str, known: Collection[str]) -> str:
+    """Which of the known names this one is made from: 7 of 7_hist_eq, as long as
+    7_hist is none; its own where there is none. Numbers alone, as in 7_001, count pictures."""
+    for mark in [*re.finditer(r"[\s._-]+", name)][::-1]:
+        base, suffix = name[:mark.start()], name[mark.end():]
+        if base in known and "/" not in suffix and re.search(r"[^\W\d_]", suffix):
+            return base_of(base, known)
+    return name
+
+
 def picture_names(images: list[str]) -> dict[str, str]:
     """{image: the name of its picture} of images that lie together; for most
     it is the file's own. Without a number no name tells a picture from
@@ -615,7 +625,8 @@ def picture_names(images: list[str]) -> dict[str, str]:
 
     A number beside CHANGED counts the changes, or is the picture's own, as
     the other files tell: aug_2_7 is of 7 or of 2, whichever there is. Where
-    neither is, a rest that is the same behind all numbers tells nothing."""
+    neither is, a rest that is the same behind all numbers tells nothing. A
+    name that goes on behind another one, as base_of says, is of its picture."""
     found = {image: CHANGED.search(stem_of(image)) for image in images}
     plain = {stem_of(image) for image in images if not found[image]}
     rests, numbers = {}, {}
@@ -632,6 +643,11 @@ def picture_names(images: list[str]) -> dict[str, str]:
         rest_tells = found[image] and (len(behind) > 1 or not numbers[image])
         own = rests[image] if rest_tells else stem_of(image)
         names[image] = known[0] if known else own
+    # One name behind which too many go on, as of a cover, does not part other copies.
+    stems = {*names.values(), *map(stem_of, images)}
+    bases = {image: base_of(name, stems) for image, name in names.items()}
+    often = Counter(bases.values())
+    names |= {image: name for image, name in bases.items() if often[name] <= MOST_COPIES}
     return {image: name for image, name in names.items() if re.search(r"\d", name)}
 
 

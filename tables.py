@@ -72,6 +72,12 @@ SHARE = re.compile(r"[+-]?(\d*\.\d+%?|\d+%)")
 SIGN = re.compile(r"\w([+-](?=[\s,;|]|$)| [+-](?=\s*([,;|]|$)))")
 SIGN_BEFORE = re.compile(r"(\([-+¬!~]\)|[-+¬!~])\s*[^\W\d].*", re.DOTALL)      # -Nodule, (-) Mass
 NUMBERED = re.compile(r"\(?(\d+[.)]|[a-z]\)|[ivx]{2,}[.)])\s*[^\W\d].*", re.IGNORECASE)
+# What makes a finding of a class an uncertain one: suspected Mass, r/o Mass, Mass (possible).
+DOUBTED = re.compile(
+    r"[\s(,:]*(?<!\w)(r/o|rule out|possibl[ey]|probabl[ey]|likely|suspect(ed)?|suspicio(n|us)"
+    r"|suggestive|questionable|questioned|query|presum(ed|ptive)|uncertain|unsure|maybe|equivocal"
+    r"|indeterminate|doubtful|potential|(cannot|can't) exclude|(v\.? ?a\.?|verdacht auf|fraglich)"
+    r"|posible|poss[ií]vel|prov[aá]vel|suspeita|sospecha)(?!\w)( (of|for|de))?[\s),:]*")
 LONGEST_ANSWER = 100            # characters; a longer cell is a report
 LONGEST_LIST = 2_000            # of findings and answers
 # What has letters and yet names no class, and what to call it.
@@ -435,6 +441,8 @@ def understand_column(table: Table, name: str, keys: list[str], rules: LabelRule
     spelling = spellings(Counter({
         (cell, part): counts[cell] for cell, parts in lists.items() for part in parts}))
     labels = sorted(set(spelling.values()))
+    if not classes:
+        refuse_uncertain_findings(labels, lists, where, rules)
     has_lists = any(len(parts) > 1 for parts in lists.values())
     if not classes and not has_lists:
         refuse_answers_of_other_languages(labels, where, shared, rules)
@@ -642,6 +650,19 @@ def refuse_answers_of_other_languages(labels: list[str], where: dict[str, str],
         raise DataError(f"{place}: {one!r} and {other!r}{also} may be yes and no in a language "
                         "that is not read: write 1 and 0; --class-columns takes every cell for "
                         "the name of a class")
+
+
+def refuse_uncertain_findings(labels: list[str], lists: dict[str, list[str]],
+                              where: dict[str, str], rules: LabelRules) -> None:
+    """DataError for a label such as suspected Mass beside Mass, which would be
+    absent there. lists: the words of each cell."""
+    plain = {form_key(label): label for label in labels}
+    for cell, word in ((cell, word) for cell, parts in lists.items() for word in parts):
+        finding = plain.get(DOUBTED.sub(" ", form_key(word)).strip())
+        if rules.flags and finding and form_key(finding) != form_key(word):
+            raise DataError(f"{where[cell]}: {word!r} seems to be an uncertain {finding!r}, which "
+                            "would be absent there: a column of its own has -1 for that; "
+                            "--class-columns takes every cell for the name of a class")
 
 
 def may_be_answer(word: str) -> bool:

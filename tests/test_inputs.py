@@ -25,6 +25,7 @@ from checkpoint import FORMAT, save_checkpoint
 from classifier import Classifier
 from common import DataError, write_csv
 from dicom import read_dicom
+from doubts import same_pictures
 from manifest import read_manifest
 from model import build_encoder
 from radiograph import ImageSettings, load_image, read_image
@@ -246,6 +247,24 @@ LIST = {"Mass": [1, 1, 0], "Nodule": [1, 0, 1]}
 def test_cells(tmp_path, cells, expected):
     with outcome(expected):
         assert column(tmp_path, cells) == expected
+
+
+@pytest.mark.parametrize("doubted", [
+    "suspected Edema", "Probable edema", "r/o Edema", "Edema (possible)", "likely_Edema",
+    "Edema, questionable", "suspicious for Edema", "Verdacht auf Edema"])
+def test_an_uncertain_finding_beside_the_finding_is_refused(tmp_path, doubted):
+    """In a list the finding would be absent, and the doubt a class of its own."""
+    cells = [f"TB;{doubted}", "TB;Edema", "Edema;Cyst", "Cyst"]
+    with pytest.raises(SystemExit, match="row 2, column y: .*--class-columns takes"):
+        column(tmp_path, cells)
+    assert column(tmp_path, cells, "--class-columns", "y")["Edema"] == [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("other", [
+    "Edema Effect", "Suspected Hernia", "no Edema", "Unlikely Edema", "Pulmonary Edema"])
+def test_findings_that_begin_alike_are_labels(tmp_path, other):
+    found = column(tmp_path, [f"TB;{other}", "TB;Edema", "Edema;Cyst", "Cyst"])
+    assert found[other] == [1, 0, 0, 0] and found["Edema"] == [0, 1, 1, 0]
 
 
 @pytest.mark.parametrize("cells, flags, words", [
@@ -720,6 +739,12 @@ def test_a_class_of_one_image_beside_large_ones(tmp_path, name):
     (["{i}.png", "aug_2_{i}.png"], 4), (["{i}.png", "aug_{i}_0.png", "aug_{i}_1.png"], 4),
     (["augmented_{i}_7712.png", "p{i}.png"], 0),
     (["x{i}.png", "x{i} (1).png"], 4), (["a ({i}).png", "b ({i}).png"], 0),
+    # Whatever goes on behind the name of another file, but for numbers.
+    (["{i}.png", "{i}_histeq.png", "{i}-Salt and pepper 3.png"], 4),
+    (["p{i}.png", "p{i}.solarized.jpg", "p{i}_mixup_flip.png", "p{i}_15deg_2.png"], 4),
+    (["x{i}_flip.png", "x{i}_wavelet_flip.png", "x{i}_wavelet.png"], 4),
+    (["{i}.png", "{i}_001.png", "{i}-2-3.png"], 0), (["{i}.png", "{i}0b.png", "b{i}.png"], 0),
+    (["0000000{i}_000.png", "0000000{i}_001.png"], 0),
     (["x{i}.png", "x{i}_sharpened.png"], 4), (["x{i}_left.png", "x{i}_right.png"], 4)])
 def test_changed_copies_stay_together(tmp_path, capsys, names, pictures):
     """Copies and views of a picture come into one split, as far as their names tell."""
@@ -729,6 +754,17 @@ def test_changed_copies_stay_together(tmp_path, capsys, names, pictures):
     patients = len(set(read_manifest(out).patients))
     said = f"By their names {8 * len(names):,} images, such as A/" in capsys.readouterr().out
     assert said == bool(pictures) and patients == 2 * (pictures or 4 * len(names))
+
+
+def test_a_copy_is_of_the_nearest_name_and_many_copies_of_one_part_no_others(tmp_path):
+    src, out = tree(tmp_path, *(f"{part}/{i}{end}.png" for part in "AB" for i in range(4)
+                                for end in ("", "_001", "_001_warped", "_cover")))
+    folder(src, out, "--val-fraction", 0.25, "--test-fraction", 0.25)
+    patient = dict(zip(read_manifest(out).paths, read_manifest(out).patients))
+    assert len(set(patient.values())) == 16
+    assert patient["images/A/2_001.jpg"] == patient["images/A/2_001_warped.jpg"]
+    images = ["1.png", *(f"1_a{i}{end}.png" for i in range(40) for end in ("", "_flip"))]
+    assert len(set(same_pictures(images).values())) == 40
 
 
 @pytest.mark.parametrize("files, strayed", [
