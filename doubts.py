@@ -379,9 +379,9 @@ NO_CLASS_WORDS = {"folder", "ordner", "dossier", "carpeta", "cartella", "untitle
 # What makes the class of its own that is left without it another one: A - Copy, A_augmented.
 COPIES = ("copy", "copie", "copia", "kopie", "augmented", "augmentation", "aug", "backup",
           "resized", "cropped", "new", "old")
+COPY_OF = ("copyof", "copiede", "copiade", "kopievon")
 # Stage 1-2 is none of Stage 1, nor SARS-CoV-2 of SARS-CoV.
 NUMBERED_FOLDER = re.compile(r"(.+?) ?\(\d\)|(.+) \d|(.*(?:\D|\d\d)(?<!cov))[_-]0?\d")
-COPY_OF = ("copyof", "copiede", "copiade", "kopievon")
 PERSONS = {"p", "s", "id", "pt", "pid", "mrn"}          # with a number after them
 PERSON_WORDS = {"patient", "subject", "subj", "sub", "pat", "pt", "case", "person", "participant"}
 # What the number of a patient may follow without being another one: Patient No. 7.

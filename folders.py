@@ -492,7 +492,11 @@ def say_no_patients(source: Source, images: list[str], pictures: dict[str, str])
         source.notes.append(
             f"By their names {len(pictures):,} images, such as {one} and {other}, are changed "
             f"copies or views of one another: they count as {count:,} patients.")
-    copies = copies_of_unknown([item.source for item in source.items if not item.split], pictures)
+    # val and test are carved from these, unless both are given.
+    given = {item.split for item in source.items}
+    carved = {"", "train"} if not {"val", "test"} <= given else {""}
+    copies = copies_of_unknown(
+        [item.source for item in source.items if item.split in carved], pictures)
     if copies:
         folder = text_of(str(PurePosixPath(copies[0]).parent))
         source.doubts.append(Doubt(

@@ -760,6 +760,16 @@ def test_changed_copies_in_folders_of_their_own(tmp_path, plain, copy, pictures)
         folder(src, out, "--allow", "unknown-patients")
 
 
+@pytest.mark.parametrize("given", [["train", "test"], ["train", "val", "test"]])
+def test_changed_copies_in_folders_of_given_splits(tmp_path, given):
+    """Where val is carved from train, copies of no known picture may come into it."""
+    src, out = tree(tmp_path, *(f"{split}/{name}/{split}{i}.png" for split in given
+                                for name in ("A", "B") for i in range(6)),
+                    *(f"train/B/noisy/{i}_1.png" for i in range(6)))
+    with outcome("6 images, such as train/B/noisy/0_1.png" if "val" not in given else None):
+        folder(src, out)
+
+
 def test_changed_copies_in_folders_of_a_table(tmp_path):
     """A table that names img/1.png and img_flip/1.png has one patient of both."""
     src, out = tree(tmp_path, *(f"{name}/{i}.png" for name in ("img", "img_flip", "Clahe-img")
