@@ -8,6 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable
+from functools import cache
 from pathlib import PurePosixPath
 from typing import NamedTuple
 from unicodedata import category, decimal
@@ -32,8 +33,8 @@ ALLOW = {
     "other-folders": "images lie beside the split folders, and are left out, or two folders are "
                      "one by a link",
     "untrained-class": "a class stands in the given val or test split, and not in train",
-    "unknown-patients": "folders or columns seem to name patients, and are not used, or some "
-                        "DICOM files have no PatientID",
+    "unknown-patients": "folders or columns seem to name patients, and are not used, folders to "
+                        "hold changed copies, or some DICOM files have no PatientID",
     "unused-splits": "a column, or the names of files, seem to name the splits, and are not used",
     "odd-classes": "class folders are named images, part1, normal_train and the like, or lie one "
                    "in another"}
@@ -379,6 +380,8 @@ NO_CLASS_WORDS = {"folder", "ordner", "dossier", "carpeta", "cartella", "untitle
 COPIES = ("copy", "copie", "copia", "kopie", "augmented", "augmentation", "aug", "backup",
           "resized", "cropped", "new", "old")
 COPY_OF = ("copyof", "copiede", "copiade", "kopievon")
+# Stage 1-2 is none of Stage 1, nor SARS-CoV-2 of SARS-CoV.
+NUMBERED_FOLDER = re.compile(r"(.+?) ?\(\d\)|(.+) \d|(.*(?:\D|\d\d)(?<!cov))[_-]0?\d")
 PERSONS = {"p", "s", "id", "pt", "pid", "mrn"}          # with a number after them
 PERSON_WORDS = {"patient", "subject", "subj", "sub", "pat", "pt", "case", "person", "participant"}
 # What the number of a patient may follow without being another one: Patient No. 7.
@@ -472,12 +475,13 @@ def names_without_meaning(classes: list[str]) -> list[str]:
     JPCLN002, results_v2, To review, nan and Uncertain."""
     letters = {name: "".join(re.findall(r"[^\W\d_]+", name.casefold())) for name in classes}
     known, codes = set(letters.values()), sum(map(bool, map(CODE.fullmatch, classes)))
+    forms = set(map(form_key, classes))
     numbered = Counter(letters[name] for name in classes if re.search(r"\d", name))
     return [name for name in classes
             if {letters[name], letters[name].removesuffix("s")} & NO_CLASSES
             or says_no_class(name)
             or letters[name].startswith(("image", "img"))
-            or is_copy(name, letters, known) or is_garbled(name)
+            or is_copy(name, letters, known, forms) or is_garbled(name)
             or letters[name] in PERSONS and name.casefold() not in PERSONS
             or numbered[letters[name]] > MANY or is_number_of(name, numbered[letters[name]])
             or codes > 2 and CODE.fullmatch(name)]
@@ -494,17 +498,19 @@ def says_no_class(name: str) -> bool:
             or bool(alone) and NO_CLASSES.issuperset(alone))
 
 
-def is_copy(name: str, letters: dict[str, str], known: set[str]) -> bool:
-    """Whether a folder is a copy of another, as A - Copy, A (1), A 2 and
-    Kopie von A are of A.
+def is_copy(name: str, letters: dict[str, str], known: set[str], forms: set[str]) -> bool:
+    """Whether a folder is a copy of another, as A - Copy, A (1), A 2, A_2,
+    A_CLAHE and Kopie von A are of A.
 
     letters: of all names, this one among them. known: the same without the
-    names."""
+    names. forms: the form_key of all names."""
     own = letters[name]
     rests = [*map(own.removesuffix, COPIES), *map(own.removeprefix, COPY_OF)]
-    numbered = re.fullmatch(r"(.+?) ?\(\d\)|(.+) \d", name)
-    return (numbered is not None and (numbered[1] or numbered[2]) in letters
-            or any(rest != own and rest in known for rest in rests))
+    changed = "".join(re.findall(r"[^\W\d_]+", without_change(name).casefold()))
+    numbered = NUMBERED_FOLDER.fullmatch(name.casefold())
+    return (numbered is not None
+            and form_key(numbered[numbered.lastindex or 0].rstrip(" _-")) in forms
+            or any(rest != own and rest in known for rest in (*rests, changed or own)))
 
 
 def seem_persons(names: list[str], images: int) -> bool:
@@ -600,6 +606,9 @@ CHANGED = re.compile(
     r"|equali[sz]ed|enhanced?|enhancement|sharp(?:en|ened)?|denoised|inverted|normali[sz]ed"
     r"|resized?|scaled|transform(?:ed)?|copy)(?:[\W_]*(\d{1,3}))?|rf\.[0-9a-f]{32}"
     r"|frontal|lateral|lat|pa|ap|left|right)(?![^\W_])[)\]]*")
+VIEWS = {"frontal", "lateral", "lat", "pa", "ap", "left", "right"}
+# Folders beside those of changed copies, TB/original beside TB/augmented.
+ORIGINALS = {"original", "originals", "orig", "raw", "images", "image", "imgs", "img"}
 NUMBERED_COPY = re.compile(r"\s*\(\d{1,3}\)$")          # x (1), as browsers and Windows write
 
 
@@ -616,6 +625,29 @@ def base_of(name: str, known: Collection[str]) -> str:
         if base in known and "/" not in suffix and re.search(r"[^\W\d_]", suffix):
             return base_of(base, known)
     return name
+
+
+@cache
+def without_change(folder: str) -> str:
+    """TB for the name TB_CLAHE, flipped-TB or TBAugmented2, "" for augmented. A
+    view or a side is no change."""
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z]{2})(?=[A-Z][a-z])", "\0", folder)
+    rest = re.sub(CHANGED.pattern,
+                  lambda found: found[0] if VIEWS & set(words_of(found[0])) else "", words,
+                  flags=re.IGNORECASE)
+    return folder if rest == words else rest.replace("\0", "").strip(" ._-")
+
+
+@cache
+def picture_folder(folder: str) -> str:
+    """Where the pictures of a folder's images lie, as far as names of folders
+    tell: TB for TB/augmented, TB/TB_flip and TB/original, a/TB for a_flip/TB."""
+    kept: list[str] = []
+    for part in PurePosixPath(folder).parts:
+        rest = without_change(part)
+        if rest and rest.casefold() not in ORIGINALS and (rest == part or rest not in kept[-1:]):
+            kept.append(rest)
+    return "/".join(kept) or "."
 
 
 def picture_names(images: list[str]) -> dict[str, str]:
@@ -654,16 +686,29 @@ def picture_names(images: list[str]) -> dict[str, str]:
 def same_pictures(images: list[str]) -> dict[str, str]:
     """{image: the name that it shares with others}, of images of one folder
     that seem to be changed copies or further views of one another: x1.png,
-    x1_flip.png and aug_2_x1.png; x1.png, x1.jpg."""
+    x1_flip.png and aug_2_x1.png; x1.png, x1.jpg; x1.png, augmented/x1.png."""
     folders: dict[str, list[str]] = {}
     for image in images:
-        folders.setdefault(str(PurePosixPath(image).parent), []).append(image)
+        folders.setdefault(picture_folder(str(PurePosixPath(image).parent)), []).append(image)
     sharing: dict[str, list[str]] = {}
     for folder, inside in folders.items():
         for image, name in picture_names(inside).items():
             sharing.setdefault(f"{folder}/{name}", []).append(image)
     return {image: name for name, group in sharing.items() for image in group
             if 1 < len(group) <= MOST_COPIES}
+
+
+def copies_of_unknown(images: list[str], pictures: dict[str, str]) -> list[str]:
+    """Those images that by the name of their folder are changed copies of
+    others, and by their own of none that is there: TB/augmented/a.png beside
+    TB/1.png. pictures: of same_pictures."""
+    folders = {image: str(PurePosixPath(image).parent) for image in images}
+    changed = {image for image, folder in folders.items()
+               if any(without_change(part) != part for part in PurePosixPath(folder).parts)}
+    beside = {picture_folder(folders[image]) for image in folders.keys() - changed}
+    known = {pictures.get(image) for image in folders.keys() - changed} - {None}
+    return [image for image in images if image in changed
+            and picture_folder(folders[image]) in beside and pictures.get(image) not in known]
 
 
 def strayed_copies(images: list[str], places: list[tuple[str, Hashable]]) -> list[str]:

@@ -12,9 +12,9 @@ from pathlib import Path, PurePosixPath
 
 from common import DataError, printable
 from doubts import (
-    Doubt, drawings, folders_of_persons, lone_images, many_classes, names_without_meaning,
-    parts_of_persons, persons_in_names, repeated_below, same_pictures, say_no_finding,
-    seem_patients, seem_studies, seem_views, splits_in_names, strayed_copies)
+    Doubt, copies_of_unknown, drawings, folders_of_persons, lone_images, many_classes,
+    names_without_meaning, parts_of_persons, persons_in_names, repeated_below, same_pictures,
+    say_no_finding, seem_patients, seem_studies, seem_views, splits_in_names, strayed_copies)
 from layout import (
     Place, excluder, find_layout, layout_text, levels_of, outside_splits, place_of, split_name)
 from radiograph import EXTENSIONS, unread_suffix
@@ -483,8 +483,8 @@ def one_hot(word: str, words: list[str]) -> tuple[str, ...]:
 
 
 def say_no_patients(source: Source, images: list[str], pictures: dict[str, str]) -> None:
-    """Add notes for images of which no patient is known. pictures: those of
-    same_pictures."""
+    """Add notes for images of which no patient is known, and a doubt for
+    copies in folders of their own. pictures: those of same_pictures."""
     source.notes.append("No patient is known: every image counts as a patient of its own.")
     if pictures:
         first, count = min(pictures.values()), len(set(pictures.values()))
@@ -492,6 +492,18 @@ def say_no_patients(source: Source, images: list[str], pictures: dict[str, str])
         source.notes.append(
             f"By their names {len(pictures):,} images, such as {one} and {other}, are changed "
             f"copies or views of one another: they count as {count:,} patients.")
+    # val and test are carved from these, unless both are given.
+    given = {item.split for item in source.items}
+    carved = {"", "train"} if not {"val", "test"} <= given else {""}
+    copies = copies_of_unknown(
+        [item.source for item in source.items if item.split in carved], pictures)
+    if copies:
+        folder = text_of(str(PurePosixPath(copies[0]).parent))
+        source.doubts.append(Doubt(
+            "unknown-patients", f"{len(copies):,} images, such as {text_of(copies[0])}, are "
+            "changed copies of others by their folder, and would come into other splits than "
+            f"these, as their names do not say of which: --exclude {shlex.quote(folder)} leaves "
+            "that folder out"))
     strayed = strayed_copies([item.source for item in source.items],
                              [(item.split, item.labels) for item in source.items])
     if strayed:

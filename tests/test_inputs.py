@@ -473,10 +473,15 @@ def test_blanks_and_marks_are_told(tmp_path, capsys, columns, rows, expected):
     ("seen_{split}/{name}/{i}.png", ("NORMAL", "TB"), "NORMAL lies both below seen_"),
     *(("{name}/{set}{i}.png", names, "does not look like a class") for names in (
         ("TB", "TB (1)"), ("TB", "TB 2"), ("TB", "TB - Kopie"), ("TB", "Kopie von TB"),
+        ("TB", "TB_2"), ("TB", "TB_CLAHE"), ("Mass", "mass-03"), ("COVID-19", "COVID-19_2"),
+        ("Normal", "NormalFlipped"), ("Lung_Opacity", "hflip_lung opacity"),
+        ("Edema", "Edema-rot90"), ("TB", "TBCropped_2"),
         ("A", "\ufffddem"), ("A", "\u00d6dem".encode().decode("cp1252")))),
     *(("{name}/{set}{i}.png", names, "class") for names in (
         ("label_0", "label_1"), ("Label 0", "Label 1"), ("COVID (576)", "Normal (1583)"),
-        ("SARS", "SARS-CoV-2"), ("Stage 1", "Stage 2"), ("A\ue000", "B"))),
+        ("SARS", "SARS-CoV-2"), ("SARS-CoV", "SARS-CoV-2"), ("Stage 1", "Stage 2"),
+        ("1", "1-2", "3"), ("Stage_1", "Stage_1-2"), ("TB", "TB_HIV"), ("Covid", "COVID-19"),
+        ("Effusion", "Effusion_left"), ("Par", "Parrot"), ("A\ue000", "B"))),
     *((pattern, ("NORMAL", "TB"), r"12 names of files, such as .*test.*NORMAL.*, hold .* unzip")
       for pattern in ("{split}\\{name}\\{i}.png", "data/{split}\\{name}\\{i}.png")),
     ("{split}/x/{name}/{i}.png", ("TB", "../../holdout/x"), "images in holdout lie beside")])
@@ -765,6 +770,51 @@ def test_a_copy_is_of_the_nearest_name_and_many_copies_of_one_part_no_others(tmp
     assert patient["images/A/2_001.jpg"] == patient["images/A/2_001_warped.jpg"]
     images = ["1.png", *(f"1_a{i}{end}.png" for i in range(40) for end in ("", "_flip"))]
     assert len(set(same_pictures(images).values())) == 40
+
+
+@pytest.mark.parametrize("plain, copy, pictures", [
+    ("TB/{i}.png", "TB/augmented/{i}.png", 8), ("TB/{i}.png", "TB/CLAHE/{i}.png", 8),
+    ("TB/{i}.png", "TB/rotated_15/{i}_rot.jpg", 8), ("TB/x{i}.png", "TB/HFlip/aug_7_x{i}.png", 8),
+    ("TB/{i}.png", "TB/TB_cropped/{i}.png", 8),
+    ("TB/Original/{i}.png", "TB/zoomed/{i}.png", 8), ("TB/images/{i}.png", "TB/aug/{i}.png", 8),
+    # Folders of views, studies and kinds are none of copies, and may count from 1 again.
+    *(("TB/{i}.png", f"TB/{name}/{{i}}.png", 16) for name in ("PA", "left", "frontal", "mild")),
+    ("TB/study1/{i}.png", "TB/study2/{i}.png", 16),
+    ("TB/cropped/{i}.png", "TB/cropped/x{i}.png", 16),
+    # No picture of that name is beside them.
+    ("TB/{i}.png", "TB/augmented/{i}_0.png", 0), ("TB/a{i}.png", "TB/inverted/b{i}.png", 0),
+    ("TB/original/p{i}.png", "TB/shifted/{i}_1.png", 0)])
+def test_changed_copies_in_folders_of_their_own(tmp_path, plain, copy, pictures):
+    """Copies in a folder below one class stay with their pictures, or are refused."""
+    src, out = tree(tmp_path, *(name.format(i=i) for i in range(8)
+                                for name in ("NORMAL/{i}.png", plain, copy)))
+    with outcome(None if pictures else "8 images, such as TB/.*changed copies of others by their "
+                 "folder.*--exclude .* leaves that folder out .*--allow unknown-patients"):
+        folder(src, out)
+        assert len(set(read_manifest(out).patients)) == 8 + pictures
+    if not pictures:
+        folder(src, out, "--allow", "unknown-patients")
+
+
+@pytest.mark.parametrize("given", [["train", "test"], ["train", "val", "test"]])
+def test_changed_copies_in_folders_of_given_splits(tmp_path, given):
+    """Where val is carved from train, copies of no known picture may come into it."""
+    src, out = tree(tmp_path, *(f"{split}/{name}/{split}{i}.png" for split in given
+                                for name in ("A", "B") for i in range(6)),
+                    *(f"train/B/noisy/{i}_1.png" for i in range(6)))
+    with outcome("6 images, such as train/B/noisy/0_1.png" if "val" not in given else None):
+        folder(src, out)
+
+
+def test_changed_copies_in_folders_of_a_table(tmp_path):
+    """A table that names img/1.png and img_flip/1.png has one patient of both."""
+    src, out = tree(tmp_path, *(f"{name}/{i}.png" for name in ("img", "img_flip", "Clahe-img")
+                                for i in range(6)))
+    (tmp_path / "l.csv").write_text("\n".join(
+        ["path,y", *(f"{name}/{i}.png,{i % 2}" for name in ("img", "img_flip", "Clahe-img")
+                     for i in range(6))]))
+    folder(src, out, "--csv", tmp_path / "l.csv", "--label-columns", "y")
+    assert len(set(read_manifest(out).patients)) == 6
 
 
 @pytest.mark.parametrize("files, strayed", [
