@@ -301,8 +301,8 @@ def read_dicom(file: Path, settings: ImageSettings) -> Reading:
         raise DataError("all of it is padding")
 
     # A chest is looked at with the patient's left on the right, or from the side, feet below.
-    orientation = [str(way)[:1].upper() for way in dataset.get("PatientOrientation") or ()]
-    if len(orientation) == 2 and not (orientation[0] in "LAP" and orientation[1] == "F"):
+    ways = [str(way)[:1].upper() for way in dataset.get("PatientOrientation") or ()]
+    if len(ways) == 2 and all(ways) and not (ways[0] in "LAP" and ways[1] == "F"):
         notes.append("PatientOrientation not used: the image is turned or mirrored by it")
 
     # Which end is white. A file that says two things is believed where all programs look.
@@ -391,22 +391,25 @@ def without_overlay(stored: np.ndarray, dataset, notes: list[str]) -> np.ndarray
     if high == bits - 1:
         if np.array_equal(own, stored):
             return stored
-        if belong_together(own, stored.astype(np.int64) - own):
+        if belong_together(stored, own):
             notes.append("BitsStored not believed: the image needs more bits")
             return stored
     notes.append("bits outside BitsStored removed: they hold no gray levels")
     return own
 
 
-def belong_together(low: np.ndarray, high: np.ndarray) -> bool:
-    """Whether the high bits (H, W) of the pixels are of the image that is in the low ones. Where
-    they change from a pixel to its neighbour, the low bits then make up for it, as from 255 to 256;
-    with an overlay's graphics they know nothing of it."""
-    steps = [np.stack([np.diff(high, axis=axis), np.diff(high + low, axis=axis)]).reshape(2, -1)
-             for axis in (0, 1)]
-    of_high, of_both = np.abs(np.concatenate(steps, axis=1))
-    changes = of_high > 0
-    return bool(of_both[changes].sum() < 0.8 * of_high[changes].sum())
+def belong_together(stored: np.ndarray, low: np.ndarray) -> bool:
+    """Whether the high bits of the stored pixels (H, W) are of the image that is in the low ones.
+    Where they change from a pixel to its neighbour, the low bits then make up for it, as from 255
+    to 256; with an overlay's graphics they know nothing of it."""
+    both = stored.astype(np.float32)
+    high = both - low
+    steps_of_high = steps_of_both = 0.0
+    for axis in (0, 1):
+        steps = np.abs(np.diff(high, axis=axis))
+        steps_of_high += float(steps.sum())
+        steps_of_both += float(np.abs(np.diff(both, axis=axis))[steps > 0].sum())
+    return steps_of_both < 0.8 * steps_of_high
 
 
 def roughness(levels: np.ndarray) -> float:

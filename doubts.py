@@ -473,7 +473,7 @@ def names_without_meaning(classes: list[str]) -> list[str]:
 
     images_001 does, and p017; so do 00017, 2020-01-31, JPCLN001 beside
     JPCLN002, results_v2, To review, nan and Uncertain."""
-    letters = {name: "".join(re.findall(r"[^\W\d_]+", name.casefold())) for name in classes}
+    letters = {name: letters_of(name) for name in classes}
     known, codes = set(letters.values()), sum(map(bool, map(CODE.fullmatch, classes)))
     forms = set(map(form_key, classes))
     numbered = Counter(letters[name] for name in classes if re.search(r"\d", name))
@@ -485,6 +485,11 @@ def names_without_meaning(classes: list[str]) -> list[str]:
             or letters[name] in PERSONS and name.casefold() not in PERSONS
             or numbered[letters[name]] > MANY or is_number_of(name, numbered[letters[name]])
             or codes > 2 and CODE.fullmatch(name)]
+
+
+def letters_of(name: str) -> str:
+    """Those of a name, small and without what stands between them."""
+    return "".join(re.findall(r"[^\W\d_]+", name.casefold()))
 
 
 def says_no_class(name: str) -> bool:
@@ -506,7 +511,7 @@ def is_copy(name: str, letters: dict[str, str], known: set[str], forms: set[str]
     names. forms: the form_key of all names."""
     own = letters[name]
     rests = [*map(own.removesuffix, COPIES), *map(own.removeprefix, COPY_OF)]
-    changed = "".join(re.findall(r"[^\W\d_]+", without_change(name).casefold()))
+    changed = letters_of(without_change(name))
     numbered = NUMBERED_FOLDER.fullmatch(name.casefold())
     return (numbered is not None
             and form_key(numbered[numbered.lastindex or 0].rstrip(" _-")) in forms
@@ -597,6 +602,7 @@ def splits_in_names(images: list[str]) -> dict[str, list[str]]:
     return {}
 
 
+VIEWS = {"frontal", "lateral", "lat", "pa", "ap", "left", "right"}
 # What programs append to the name of a changed copy, and the view that a name may say. A number
 # beside it may count the changes, or be the picture's own; so may one in brackets at the end.
 CHANGED = re.compile(
@@ -605,8 +611,7 @@ CHANGED = re.compile(
     r"|blur(?:red)?|noisy?|noise|clahe|bright(?:ness|er|ened)?|dark(?:er|ened)?|contrast|gamma"
     r"|equali[sz]ed|enhanced?|enhancement|sharp(?:en|ened)?|denoised|inverted|normali[sz]ed"
     r"|resized?|scaled|transform(?:ed)?|copy)(?:[\W_]*(\d{1,3}))?|rf\.[0-9a-f]{32}"
-    r"|frontal|lateral|lat|pa|ap|left|right)(?![^\W_])[)\]]*")
-VIEWS = {"frontal", "lateral", "lat", "pa", "ap", "left", "right"}
+    r"|" + "|".join(sorted(VIEWS)) + r")(?![^\W_])[)\]]*")
 # Folders beside those of changed copies, TB/original beside TB/augmented.
 ORIGINALS = {"original", "originals", "orig", "raw", "images", "image", "imgs", "img"}
 NUMBERED_COPY = re.compile(r"\s*\(\d{1,3}\)$")          # x (1), as browsers and Windows write
@@ -861,7 +866,7 @@ def folders_of_persons(images: list[str], levels: list[str], by_word: bool = Fal
     for above, names in sorted(inner.items()):
         for name in sorted(names):
             path = f"{above}/{name}".lstrip("/")
-            letters = "".join(re.findall(r"[^\W\d_]+", name.casefold()))
+            letters = letters_of(name)
             numbered = bool(re.search(r"\d", name))
             person = numbered and (letters in PERSON_WORDS or letters in PERSONS
                                    or not by_word and is_number_of(name, len(names)))

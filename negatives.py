@@ -17,8 +17,9 @@ ABSENT = -1e30
 # How many similarities, 128 MiB, a sum keeps for its backward pass, which computes others anew; and
 # how many a GPU handles at once.
 ROOM = 2**25
-# Up to this scale, exp of twice the scale is far from the largest number of float32.
-MODERATE = 40.0
+# Up to this scale exp of twice the scale, times a gradient as large as float16's loss scaling makes
+# it, is far from the largest number of float32.
+MODERATE = 30.0
 
 
 def log_sum_exp(batch: "Batch", scale: float) -> Tensor:
@@ -135,18 +136,18 @@ class LogSumExp(torch.autograd.Function):
         # Those of all processes by one collective call, (W, r or g, 2, B) -> (r or g, K).
         of_all = all_gather(torch.stack([own_r, own_g]))
         all_r, all_g = of_all.transpose(0, 1).flatten(1)
+        if scale <= MODERATE:
+            # As g exp(s - r) = g exp(scale - r) exp(s - scale), both terms share the last factor.
+            # An anchor without any negative, whose g is 0, is kept from 0 times infinity.
+            own_g = own_g * (scale - own_r).clamp_max(2 * scale).exp()
+            all_g = all_g * (scale - all_r).clamp_max(2 * scale).exp()
         for_anchors = torch.empty_like(batch.anchors)  # (2, B, D)
         for i, block in enumerate(blocks(batch)):
             s, ctx.kept[i] = ctx.kept[i], None  # what is used up goes at once
             if s is None:
                 s = similarities(batch, block, scale)
             if scale <= MODERATE:
-                # As g exp(s - r) = g exp(scale - r) exp(s - scale), both terms share the latter. An
-                # anchor without any negative, whose g is 0, is kept from infinity.
-                own_share = own_g[:, block, None] * (
-                    scale - own_r[:, block, None]).clamp_max(2 * scale).exp()  # (2, n, 1)
-                all_shares = all_g * (scale - all_r).clamp_max(2 * scale).exp()  # (K,)
-                factor = s.sub_(scale).exp_().mul_(own_share + all_shares)
+                factor = s.sub_(scale).exp_().mul_(own_g[:, block, None] + all_g)
             else:
                 factor = (s - own_r[:, block, None]).exp_().mul_(own_g[:, block, None])
                 factor.addcmul_(s.sub_(all_r).exp_(), all_g)

@@ -656,10 +656,13 @@ def refuse_uncertain_findings(labels: list[str], lists: dict[str, list[str]],
                               where: dict[str, str], rules: LabelRules) -> None:
     """DataError for a label such as suspected Mass beside Mass, which would be
     absent there. lists: the words of each cell."""
+    if not rules.flags:
+        return
     plain = {form_key(label): label for label in labels}
-    for cell, word in ((cell, word) for cell, parts in lists.items() for word in parts):
+    cell_of = {word: cell for cell, parts in reversed(lists.items()) for word in parts}
+    for word, cell in cell_of.items():
         finding = plain.get(DOUBTED.sub(" ", form_key(word)).strip())
-        if rules.flags and finding and form_key(finding) != form_key(word):
+        if finding and form_key(finding) != form_key(word):
             raise DataError(f"{where[cell]}: {word!r} seems to be an uncertain {finding!r}, which "
                             "would be absent there: a column of its own has -1 for that; "
                             "--class-columns takes every cell for the name of a class")

@@ -159,6 +159,7 @@ def replaced(old, new):
     # Which way the image lies: as a chest is looked at, and otherwise.
     ({"PatientOrientation": ["L", "F"]}, SCAN, SCAN, ""),
     ({"PatientOrientation": ["A", "FR"]}, SCAN, SCAN, ""),
+    ({"PatientOrientation": ["L", ""]}, SCAN, SCAN, ""),
     ({"PatientOrientation": ["F", "L"]}, SCAN, SCAN, "PatientOrientation not used: 1, the image"),
     ({"PatientOrientation": ["R", "F"]}, SCAN, SCAN, "PatientOrientation not used: 1, the image"),
     # Padding: a range, its ends exchanged, and one whose value is written with another sign.

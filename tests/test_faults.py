@@ -263,12 +263,14 @@ class Job:
         return sorted(found)
 
     def dying(self):
-        """The ids of those that have no memory left, and may still hold files and their locks."""
+        """The ids of those that have no memory left, and may still hold files and their locks: as
+        long as one of their threads has not ended, which need not be the first."""
         left = []
         for pid in self.known:
             with contextlib.suppress(OSError):
-                state = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0]
-                if state != "Z" and not Path(f"/proc/{pid}/environ").read_bytes():
+                states = {stat.read_text().rsplit(") ", 1)[1][0]
+                          for stat in Path(f"/proc/{pid}/task").glob("*/stat")}
+                if states - {"Z", "X"} and not Path(f"/proc/{pid}/environ").read_bytes():
                     left.append(pid)
         return left
 
