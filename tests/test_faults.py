@@ -19,6 +19,7 @@ import pickle
 import random
 import re
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -233,7 +234,7 @@ class Job:
     def prepare(self, stage):
         self.file = tempfile.TemporaryFile("w+")
         self.path = f"/proc/{os.getpid()}/fd/{self.file.fileno()}"
-        self.began, self.known = time.monotonic(), set()
+        self.began, self.known = time.monotonic(), {}
         return stage if str(stage).endswith(".py") else f"{stage}.py"
 
     @property
@@ -257,22 +258,17 @@ class Job:
             try:
                 if self.mark.encode() in (folder / "environ").read_bytes():
                     found.append(int(folder.name))
+                    if found[-1] not in self.known:
+                        self.known[found[-1]] = os.pidfd_open(found[-1])
             except OSError:             # it has just ended, or is another user's
                 continue
-        self.known.update(found)
         return sorted(found)
 
     def dying(self):
-        """The ids of those that have no memory left, and may still hold files and their locks: as
-        long as one of their threads has not ended, which need not be the first."""
-        left = []
-        for pid in self.known:
-            with contextlib.suppress(OSError):
-                states = {stat.read_text().rsplit(") ", 1)[1][0]
-                          for stat in Path(f"/proc/{pid}/task").glob("*/stat")}
-                if states - {"Z", "X"} and not Path(f"/proc/{pid}/environ").read_bytes():
-                    left.append(pid)
-        return left
+        """The ids of those that have no memory left, and may still hold files and their locks: a
+        process has ended when its last thread has, and only then can its descriptor be read."""
+        ended, _, _ = select.select(self.known.values(), [], [], 0)
+        return [pid for pid, descriptor in self.known.items() if descriptor not in ended]
 
     def until(self, condition, seconds=120):
         """Wait until a condition holds: True, or False where the job ended first."""
@@ -301,6 +297,8 @@ class Job:
                 time.sleep(0.05)
         finally:
             self.kill(signal.SIGKILL, self.processes())
+            while self.known:
+                os.close(self.known.popitem()[1])
         assert not left, f"{len(left)} processes stay\n{self.output}"
 
 
