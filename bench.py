@@ -334,7 +334,7 @@ class Stem(nn.Module):
 
 def ways(args: argparse.Namespace) -> list[Way]:
     """Those worth a comparison here; the first is pretrain.py's default."""
-    default = launch.start(pretrain.Config()).precision
+    default = launch.start(pretrain.Config(), bf16_on_cpu=True).precision
     other = [precision for precision in ("bf16", "fp16", "fp32")
              if precision != default and (CUDA or precision != "fp16")]     # no CPU trains in fp16
     compiled = [Way("compiled", compiled=True)] if CUDA or args.compile else []
@@ -352,7 +352,7 @@ class Step:
         config = pretrain.Config(arch=args.arch, image_size=args.size, batch_size=pairs,
                                  optimizer=way.optimizer, precision=way.precision,
                                  threads=args.threads, out=str(folder))
-        self.compute = launch.start(config)
+        self.compute = launch.start(config, bf16_on_cpu=True)
         self.training, self.way = pretrain.build(config, self.compute), way
         net: Any = self.training.net.to(memory_format=way.layout)   # pyright: ignore
         if way.stem:

@@ -20,7 +20,7 @@ import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import launch  # first: it answers Ctrl-C while PyTorch loads
 import numpy as np
@@ -73,7 +73,6 @@ PIXELS, COMPONENTS = 32, 50
 @dataclass
 class Config:
     """The defaults compare a pre-trained encoder with random weights and raw pixels."""
-    afterwards: ClassVar[str] = "begins anew, with the features that are kept"
 
     init: tuple[str, ...] = flag(
         (), "rows: random, imagenet, pixels, checkpoints (default: random, pixels and "
@@ -655,7 +654,8 @@ def cluster_eval(config: Config, compute: Compute, resources: contextlib.ExitSta
 
 
 def main(argv: list[str] | None = None) -> None:
-    launch.main(cluster_eval, Config, argv)
+    launch.main(cluster_eval, Config, argv,
+                afterwards="begins anew, with the features that are kept")
 
 
 if __name__ == "__main__":

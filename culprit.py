@@ -25,10 +25,10 @@ def blame_image(manifest: Manifest, in_flight: list, error: RuntimeError,
                 load_alone: Callable[[int], object]) -> None:
     """Raise ImageError with the name of the image that broke the pipeline.
 
-    in_flight: of each batch that DALI was given and has not returned its Work, and more.
-    These images are read again one by one; where all of them can be read this returns.
-    load_alone(i) puts one image through DALI, and calls this for it."""
-    images = list(dict.fromkeys(i for work, _ in in_flight for i in work.files))
+    in_flight: a tuple for each batch that DALI is busy with; the first item is its Work. Their
+    images are read again one by one. If all of them can be read, this returns.
+    load_alone(i) puts image i through DALI, and ends here again if that fails."""
+    images = list(dict.fromkeys(i for work, _ in in_flight for i in work.all_images))
     for i in images:
         try:
             with Image.open(manifest.open(i)) as image:
@@ -80,7 +80,7 @@ class Watch:
             looks = looks + 1 if self.since == since < math.inf else 0
             since = self.since
             if looks >= 10:
-                images = [i for work, _ in self.in_flight for i in work.files]
+                images = [i for work, _ in self.in_flight for i in work.all_images]
                 silent = next((self.manifest.name_in_message(i) for i in images
                                if _never_read(self.manifest, i)), "an image")
                 print(f"{Path(sys.argv[0]).name}: {silent} cannot be read: nothing has come of "

@@ -26,7 +26,7 @@ import os
 import time
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, ClassVar
+from typing import Any
 
 import launch  # first: it answers Ctrl-C while PyTorch loads
 import numpy as np
@@ -65,8 +65,6 @@ RESULTS = ("predictions.pt", "last.pt", "last-*.pt", "classifier.pt", "log.jsonl
 @dataclass
 class Config:
     """Which combinations are compared, on which labels, and how each is trained."""
-    # The other processes wait while one extracts features and fits the probes.
-    timeout: ClassVar[timedelta] = timedelta(days=1)
 
     init: tuple[str, ...] = flag(
         (), f"(default {' or '.join(ENCODERS)})", metavar="random|imagenet|PATH", may_differ=True,
@@ -519,7 +517,8 @@ def finetune(config: Config, compute: Compute, resources: contextlib.ExitStack) 
 
 
 def main(argv: list[str] | None = None) -> None:
-    launch.main(finetune, Config, argv)
+    # The other processes wait while one extracts features and fits the probes.
+    launch.main(finetune, Config, argv, timeout=timedelta(days=1))
 
 
 if __name__ == "__main__":

@@ -22,22 +22,22 @@ from flags import RunConfig, parse
 from run import Compute
 from run_folder import report_but_for_full_disk
 
+MINUTES_30 = timedelta(minutes=30)
 
-def main(stage: Callable, config_class: type, argv: list[str] | None = None) -> None:
-    """Run `stage(config, compute, resources)`; what its user can mend ends it in one sentence.
+
+def main(stage: Callable, config_class: type, argv: list[str] | None = None, *,
+         bf16_on_cpu: bool = False, timeout: timedelta = MINUTES_30, afterwards: str = "") -> None:
+    """Run `stage(config, compute, resources)`. An error that its user can mend ends it in one
+    sentence.
 
     resources: an ExitStack; what the stage enters there is closed however the run ends.
-
-    A Config may say more of its stage, in attributes that are no flags:
-    timeout: how long a process waits for another one in a collective call (30 minutes).
-    bf16_on_cpu: whether --precision auto may be bf16 there (False: probabilities should not
-        depend on the machine).
-    afterwards: how the sentence after Ctrl-C ends, "the same command …", where it does not go
-        on from where it was."""
+    bf16_on_cpu: whether --precision auto may be bf16 on a CPU. Probabilities should not depend on
+        the machine.
+    timeout: how long a process waits for another one in a collective call.
+    afterwards: what the same command does after Ctrl-C, if it does not resume."""
     print_any_name()  # a name that the terminal cannot spell ends no run
     config = parse(config_class, argv)
     script = f"{stage.__name__}.py"
-    afterwards = getattr(config, "afterwards", "")
     if config.overwrite and not afterwards:
         afterwards = f"without --overwrite goes on from what is in {config.out}"
     # What is wrong with torchrun's variables, each process says. From then on the first one of each
@@ -51,7 +51,7 @@ def main(stage: Callable, config_class: type, argv: list[str] | None = None) -> 
     try:
         with (contextlib.ExitStack() as resources,
               errors_in_one_sentence(script, config.out, speaks, afterwards)):
-            stage(config, start(config, place), resources)
+            stage(config, start(config, place, bf16_on_cpu, timeout), resources)
     except torch.OutOfMemoryError:
         sys.exit(f"{script}: the GPU has too little memory: leave it to this run alone, take a "
                  "larger one, or, as far as this script can, a smaller --batch-size or "
@@ -69,7 +69,8 @@ def main(stage: Callable, config_class: type, argv: list[str] | None = None) -> 
             dist.destroy_process_group()
 
 
-def start(config: RunConfig, place: Place = ALONE) -> Compute:
+def start(config: RunConfig, place: Place = ALONE, bf16_on_cpu: bool = False,
+          timeout: timedelta = MINUTES_30) -> Compute:
     """Join the processes that torchrun started, or be the only one."""
     rank, world_size, local_rank, local_world_size = place
     cuda = torch.cuda.is_available()
@@ -81,7 +82,6 @@ def start(config: RunConfig, place: Place = ALONE) -> Compute:
         torch.cuda.set_device(local_rank)
         torch.backends.cudnn.benchmark = True  # nearly every batch has the same shape
     if world_size > 1:
-        timeout = getattr(config, "timeout", timedelta(minutes=30))
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
         except (dist.DistError, ValueError) as error:
@@ -91,7 +91,7 @@ def start(config: RunConfig, place: Place = ALONE) -> Compute:
                 f"{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT): {reason}") from None
     precision = config.precision
     if precision == "auto":
-        precision = _fastest_precision(cuda, getattr(config, "bf16_on_cpu", False))
+        precision = _fastest_precision(cuda, bf16_on_cpu)
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     threads = config.threads or max(1, min(8, len(os.sched_getaffinity(0)) // local_world_size))
     compute = Compute(rank, world_size, device, precision, threads)

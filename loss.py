@@ -1,9 +1,9 @@
 """NT-Xent, the SimCLR loss, with negatives from every process; and what to watch beside it.
 
-The anchors of a process are the 2B projections of its own B images, two views of each;
-their keys are the K = 2WB projections of all W processes, which negatives.py gathers. Keys
-carry no gradient. `log_sum_exp` makes up for it: it adds the gradient that an anchor gets as a
-key of other anchors, on all processes. A new term over negatives must be made of it, too.
+Each process has B images, two views of each. Their 2B projections are its anchors. They are
+compared with keys, the K = 2WB projections of all W processes, which negatives.py gathers.
+Gathered keys carry no gradient, although they follow from the weights as well: `log_sum_exp`
+adds what is missing in its own backward pass. So every term over the negatives is made of it.
 """
 import math
 
@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from negatives import ABSENT, count_negatives, gather_batch, log_sum_exp, nearest_negative
+from negatives import (
+    ABSENT, Batch, count_negatives, gather_batch, log_sum_exp, nearest_negative)
 
 
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float, patients: Tensor | None = None,
@@ -19,63 +20,62 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float, patients: Tensor | None 
             prior: float = 0.0) -> Tensor:
     """Normalised temperature-scaled cross entropy (Chen et al. 2020, equation 1).
 
-    z1, z2: (B, D) projections of the two views, of any norm, the same B on every
-    process. An anchor i has one positive p, the other view of its image, and n negatives
-    k, all other keys. With l the cosine similarity over the temperature, its loss is
+    z1, z2: (B, D) projections of the two views, of any norm; B is the same on every process.
+    Anchor i has one positive p, the other view of its image. All other keys k are its
+    negatives. With l = cosine similarity / temperature, the loss of the anchor is
 
         -l_ip + ln(exp(l_ip) + R),        R = sum over the negatives k of exp(l_ik)
 
-    Returns a scalar, float32, computed outside autocast; its average over the processes
-    is the mean over all 2WB anchors.
+    Returns a scalar in float32, computed outside autocast. Its average over the processes is
+    the mean over all 2WB anchors.
 
-    The options are variants:
-    patients: (B,) integers. Keys of the anchor's own patient are no negatives, nor are
-        other showings of its image, which may stand in a batch twice. An anchor without
-        any negative has the loss 0.
-    weights: (B,), not negative and not all 0, of the images in the mean.
-    decoupled: exp(l_ip) is left out (Yeh et al. 2022, L_DC).
-    hardness: similar negatives weigh more in R (Robinson et al. 2021, beta).
-    prior: from 0 to below 1, the expected share of negatives that are of the anchor's own
-        kind, and are taken off R (Chuang et al. 2020, tau+).
+    patients: (B,) integers. Keys of the anchor's own patient are no negatives; this also
+        covers an image that is in the batch twice, at the seam of two epochs. An anchor
+        without any negative has loss 0.
+    weights: (B,) of the images in the mean; none is negative, and not all are 0.
 
-    `diagnostics` gives `chance`, the loss of an encoder that maps all images to one point."""
+    Three published variants:
+    decoupled: leaves exp(l_ip) out (Yeh et al. 2022, L_DC).
+    hardness: lets similar negatives weigh more in R (Robinson et al. 2021, beta).
+    prior: the share of negatives that are expected to be of the anchor's own kind, in [0, 1);
+        that part is subtracted from R (Chuang et al. 2020, tau+)."""
     with torch.autocast(z1.device.type, enabled=False):
         batch = gather_batch(z1, z2, patients, weights)
-        # l_ip, (B,): the same for both anchors of an image.
-        anchors1, anchors2 = batch.anchors.unbind()
-        positive = (anchors1 * anchors2).sum(1) / temperature
-        # ln R, (2, B), from which and l_ip the loss follows: what all negatives of an anchor weigh
-        # together. With hardness it is the first of two sums.
-        log_r = log_sum_exp(batch, (1 + hardness) / temperature)
-        # The sum of nothing is about ABSENT. A NaN is not below, and so stays in the loss.
-        has_none = log_r < ABSENT / 2  # (2, B)
+        anchors1, anchors2 = batch.anchors.unbind()             # (B, D) each, of length 1
+        positive = (anchors1 * anchors2).sum(1) / temperature   # (B,): l_ip of both anchors
         if hardness or prior:
-            log_n = count_negatives(batch).clamp_min(1).log()  # (B,); of none, it is not used
-            if hardness:
-                # R = n * sum of exp((1 + hardness) l_ik) / sum of exp(hardness l_ik). The weights
-                # exp(hardness l_ik) carry gradient, as in the authors' code.
-                log_r = log_n + log_r - log_sum_exp(batch, hardness / temperature)
-            if prior:
-                log_r = _debias(log_r, positive, log_n, temperature, prior)
-        excess = log_r - positive  # (2, B)
+            log_r = _log_reweighted_sum(batch, positive, temperature, hardness, prior)
+        else:
+            log_r = log_sum_exp(batch, 1 / temperature)         # (2, B): ln R
+        excess = log_r - positive                               # (2, B)
         # -l_ip + ln(exp(l_ip) + R) = ln(1 + exp(ln R - l_ip)), which is softplus.
         loss = excess if decoupled else F.softplus(excess)
-        # An anchor without a negative has nothing to be told from.
-        loss = torch.where(has_none, 0.0, loss)
-        # The mean: each of an image's two anchors weighs 1 / 2B, unless there are weights.
+        # Without negatives, ln R is ABSENT, and the anchor has nothing to be told from.
+        loss = torch.where(log_r < ABSENT / 2, 0.0, loss)
+        # A mean: the weights are 1 / 2B for each anchor, unless others are given.
         return (batch.weights * loss).sum()
 
 
-def _debias(log_r: Tensor, positive: Tensor, log_n: Tensor, temperature: float,
-            prior: float) -> Tensor:
-    """ln of max((R - prior * n exp(l_ip)) / (1 - prior), n exp(-1 / temperature)), (2, B)."""
-    floor = log_n - 1 / temperature
-    # With share = prior * n exp(l_ip) / R, the first is R (1 - share) / (1 - prior). From a share
-    # of 1 on nothing is left, and the floor holds. The clamps keep the branch that is not chosen
-    # finite: its gradient is multiplied by 0, and 0 times infinity is NaN.
-    share = prior * (log_n + positive - log_r).clamp_max(60).exp()
-    log_left = log_r + (1 - share).clamp_min(1e-30).log() - math.log(1 - prior)
-    return torch.where(share < 1, log_left, floor).maximum(floor)
+def _log_reweighted_sum(batch: Batch, positive: Tensor, temperature: float, hardness: float,
+                        prior: float) -> Tensor:
+    """ln R, (2, B), with hardness and prior; ABSENT where an anchor has no negatives."""
+    n_negatives = count_negatives(batch)                        # (B,)
+    log_n = n_negatives.clamp_min(1).log()
+    log_r = log_sum_exp(batch, (1 + hardness) / temperature)    # (2, B)
+    if hardness:
+        # R becomes n times a mean of exp(l_ik), weighted by exp(hardness l_ik). The gradient
+        # flows through these weights, too, as in the authors' code.
+        log_r = log_n + log_r - log_sum_exp(batch, hardness / temperature)
+    if prior:
+        # R becomes (R - prior n exp(l_ip)) / (1 - prior), but at least n exp(-1 / temperature).
+        # share is the part of R that is subtracted; from 1 on, nothing is left but the floor.
+        floor = log_n - 1 / temperature
+        share = prior * (log_n + positive - log_r).clamp_max(60).exp()
+        left = log_r + (1 - share).clamp_min(1e-30).log() - math.log(1 - prior)
+        # The two clamps are for the branch that where() does not take: its gradient is multiplied
+        # by 0, and must be finite for that.
+        log_r = torch.where(share < 1, left, floor).maximum(floor)
+    return torch.where(n_negatives > 0, log_r, ABSENT)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -87,28 +87,30 @@ def diagnostics(z1: Tensor, z2: Tensor, patients: Tensor | None = None,
     """What the loss hides, as scalars, to be averaged over the processes. Arguments
     as in `nt_xent`.
 
-    top1: how often an anchor's positive is nearer than all its negatives on all
-    processes. A tie is no hit, so that it is 0 where all projections are the same.
+    top1: how often an anchor's positive is nearer than all its negatives on all processes.
+    Where all projections are the same it is 0: a tie is no hit.
     alignment: mean squared distance of positives on the unit sphere, 0 at best.
-    uniformity: log of the mean Gaussian potential of this process's pairs, about -4
-    at best, 0 where all projections are the same (both Wang and Isola 2020); NaN for
-    one image a process.
-    chance: the loss of this batch where all projections are the same, whatever hardness
-    and prior are."""
+    uniformity: log of the mean Gaussian potential of this process's pairs; about -4 at best, 0
+    where all projections are the same, NaN for one image a process. (Both by Wang and Isola
+    2020.)
+    chance: the loss of this batch if all projections were the same, for any hardness and
+    prior."""
     with torch.autocast(z1.device.type, enabled=False):
         batch = gather_batch(z1, z2, patients, weights)
-        z1, z2 = batch.anchors
-        positive = (z1 * z2).sum(1)  # (B,)
-        n_negatives = count_negatives(batch)  # (B,)
-        # Nearer by more than the rounding of float32.
+        anchors1, anchors2 = batch.anchors.unbind()             # (B, D) each, of length 1
+        positive = (anchors1 * anchors2).sum(1)                 # (B,)
+        n_negatives = count_negatives(batch)                    # (B,)
+        # Nearer by more than float32's rounding.
         is_nearest = positive > nearest_negative(batch) + 1e-6  # (2, B)
         hits = is_nearest & (n_negatives > 0)
-        potentials = [torch.pdist(z).square().mul(-2).exp().mean().log() for z in (z1, z2)]
-        # Where all similarities are the same, an anchor's loss is the logarithm of the number of
-        # terms in its sum: its negatives, and its positive unless that is left out.
-        terms = n_negatives if decoupled else n_negatives + 1  # (B,), for both anchors of an image
+        potentials = [torch.pdist(anchors).square().mul(-2).exp().mean().log()
+                      for anchors in (anchors1, anchors2)]
+        # If all similarities are equal, an anchor's loss is the logarithm of the number of terms
+        # in its sum: its negatives, and its positive unless that is left out.
+        n_terms = n_negatives if decoupled else n_negatives + 1  # (B,)
+        chance = batch.weights * n_terms.clamp_min(1).log()     # (B,), the same for both anchors
         return {
             "top1": hits.float().mean(),
-            "alignment": (z1 - z2).square().sum(1).mean(),
+            "alignment": (anchors1 - anchors2).square().sum(1).mean(),
             "uniformity": (potentials[0] + potentials[1]) / 2,
-            "chance": 2 * (batch.weights * terms.clamp_min(1).log()).sum()}
+            "chance": 2 * chance.sum()}

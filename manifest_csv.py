@@ -36,6 +36,12 @@ def optional_columns(header: list[str]) -> list[str]:
     return next((found for found in choices if header[3:3 + len(found)] == found), [])
 
 
+def read_table(file: Path, folder: str | Path) -> Table:
+    """The fast way gives nothing where anything is unusual. The slow one reads that, too, or says
+    which row and column is wrong."""
+    return table_at_once(file) or table_by_rows(file, folder)
+
+
 def table_at_once(file: Path) -> Table | None:
     """A million rows in three seconds; None where anything may be wrong, or is out of the ordinary.
 

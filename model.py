@@ -1,17 +1,19 @@
 """The network of pre-training: encoder and projection head.
 
-The encoder is torchvision's ResNet with a one-channel stem and without `fc`, so that
-its state dict loads into torchvision's own model. Its input is a normalised radiograph,
-(B, 1, S, S); its output the pooled features, (B, D).
+The encoder is torchvision's ResNet, with a stem for one channel and without `fc`; the keys
+of its state dict are torchvision's. It maps normalised radiographs (B, 1, S, S) to pooled
+features (B, D).
 """
 from collections.abc import Callable
+from itertools import pairwise
 
 import torchvision
 from torch import Tensor, nn
 
 from checkpoint import ARCHITECTURES, CheckpointError, encoder_weights, fold_rgb_stem
 
-MEAN, STD = 0.5, 0.25               # the input is (gray level - MEAN) / STD, gray levels in [0, 1]
+# The input is (gray level - MEAN) / STD, with gray levels in [0, 1].
+MEAN, STD = 0.5, 0.25
 
 
 # --------------------------------------------------------------------------------------------------
@@ -19,18 +21,19 @@ MEAN, STD = 0.5, 0.25               # the input is (gray level - MEAN) / STD, gr
 
 def build_encoder(arch: str, init: str = "random",
                   say: Callable = lambda text: None) -> torchvision.models.ResNet:
-    """A ResNet (B, 1, S, S) -> (B, D), its width D in `encoder.num_features`.
+    """A ResNet (B, 1, S, S) -> (B, D), whose attribute `num_features` is D.
 
     init: `random`; `imagenet`, torchvision's weights; or the path of an encoder.pt or of another
     tool's checkpoint of a ResNet, with one channel or three (see checkpoint.py).
-    say: is told what of such a file was taken.
-    CheckpointError where the weights cannot be had or do not fit."""
-    if arch not in ARCHITECTURES:  # from a checkpoint it may be anything
+    say: called with a sentence about what was taken from another tool's checkpoint.
+    CheckpointError if the weights cannot be loaded or do not fit."""
+    if arch not in ARCHITECTURES:  # the name may come from a checkpoint
         raise CheckpointError(f"architecture {arch!r} is none of {', '.join(ARCHITECTURES)}")
     encoder = getattr(torchvision.models, arch)()
     stem = encoder.conv1
     encoder.conv1 = nn.Conv2d(
         1, stem.out_channels, stem.kernel_size, stem.stride, stem.padding, bias=False)
+    # As torchvision initialises all its convolutions.
     nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
     encoder.num_features, encoder.fc = encoder.fc.in_features, nn.Identity()
     if init == "random":
@@ -43,32 +46,32 @@ def build_encoder(arch: str, init: str = "random",
 
 
 def num_features(encoder: torchvision.models.ResNet) -> int:
-    """D, the width of what the encoder gives."""
+    """D, the width of the encoder's features, as an int for type checkers too."""
     return int(encoder.num_features)  # pyright: ignore[reportArgumentType]
 
 
 # --------------------------------------------------------------------------------------------------
-# What stands on the encoder for pre-training.
+# Encoder and projection head.
 
 class SimCLR(nn.Module):
-    """Encoder and projection head: (B, 1, S, S) -> (B, proj_dim). Later stages drop the head, or
-    all of it but its first layers.
+    """(B, 1, S, S) -> (B, proj_dim). Later stages keep the encoder and, if asked, the head's
+    first layers.
 
-    The head has `proj_layers` linear layers, with batch norm and ReLU between them, `proj_width`
-    wide inside (0: as wide as the features)."""
+    The head has `proj_layers` linear layers with batch norm and ReLU between them. Inside it
+    is `proj_width` wide, or as wide as the features if that is 0."""
 
     def __init__(self, encoder: torchvision.models.ResNet, proj_layers: int = 2,
                  proj_width: int = 0, proj_dim: int = 128):
         super().__init__()
         self.encoder = encoder
-        width, layers = num_features(encoder), []
-        hidden = proj_width or width
-        for _ in range(proj_layers - 1):
-            layers += [nn.Linear(width, hidden, bias=False),
-                       nn.BatchNorm1d(hidden),
+        features = num_features(encoder)
+        widths = [features] + [proj_width or features] * (proj_layers - 1)
+        layers = []
+        for width_in, width_out in pairwise(widths):
+            layers += [nn.Linear(width_in, width_out, bias=False),
+                       nn.BatchNorm1d(width_out),
                        nn.ReLU(inplace=True)]
-            width = hidden
-        self.projector = nn.Sequential(*layers, nn.Linear(width, proj_dim))
+        self.projector = nn.Sequential(*layers, nn.Linear(widths[-1], proj_dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.projector(self.encoder(x))

@@ -1,13 +1,13 @@
-"""Random numbers as a function of whose they are: NumPy's Philox for many images in one go.
+"""Random numbers as a function of seed and counter: NumPy's Philox, for many images at once.
 
 Philox4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") turns a
-key of two and a counter of four numbers into four random ones. Nothing depends on
-what was drawn before. NumPy has it too, but needs a generator object for each counter,
-which is ten times slower for a batch of images; the numbers are the same.
+key of two numbers and a counter of four into four random numbers. Nothing depends on what was
+drawn before. NumPy has it, too, but needs a generator object for each counter, which is ten
+times slower for a batch of images. The numbers are the same.
 """
 import numpy as np
 
-# What numbers are drawn for. With the seed it is the key, so that no two uses share a number.
+# What numbers are drawn for. Purpose and seed are the key, so that no two uses share a number.
 SHUFFLE, VIEW, RESAMPLE, PARTNER = range(4)
 
 # The multipliers of a round, and what is added to the two halves of the key after it.
@@ -17,7 +17,7 @@ LOW, HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
 def generator(seed: int, purpose: int, epoch: int) -> np.random.Generator:
-    """NumPy's generator for one purpose and epoch, for numbers of no image in particular."""
+    """NumPy's generator for one purpose and epoch, for numbers that belong to no single image."""
     return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, 0, epoch]))
 
 

@@ -31,7 +31,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import launch  # first: it answers Ctrl-C while PyTorch loads
 import numpy as np
@@ -69,7 +69,6 @@ RESULTS = ("predictions.csv", "rejected.csv", "explained/*.png")
 @dataclass
 class Config:
     """Which classifier looks at what, and where its answers go."""
-    afterwards: ClassVar[str] = "begins anew"
 
     classifier: str = positional("made by finetune.py", "CLASSIFIER.pt")
     data: tuple[str, ...] = positional(
@@ -542,7 +541,7 @@ def first_of(rejected: dict[str, str]) -> str:
 def main(argv: list[str] | None = None) -> None:
     if argv is None:
         restart_in_utf8()
-    launch.main(predict, Config, argv)
+    launch.main(predict, Config, argv, afterwards="begins anew")
 
 
 if __name__ == "__main__":

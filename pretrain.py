@@ -5,11 +5,10 @@
     torchrun --nproc_per_node=8 pretrain.py --data data/nih     eight GPUs: the same batches, faster
     tensorboard --logdir runs                                   the curves
 
-The run folder (--out) gets encoder.pt, which is all that the later stages need;
-last.pt, from which the same command goes on after any interruption as though there
-had been none; and log.jsonl, config.json and TensorBoard's event files. A last.pt
-that is copied into a new run folder starts the run there, with another learning
-rate, say.
+The run folder (--out) gets encoder.pt, which is all that the later stages need; last.pt,
+from which the same command resumes after an interruption, as though there had been none; and
+log.jsonl, config.json and TensorBoard's event files. To resume with other flags, another
+learning rate for example, copy last.pt into a new run folder.
 """
 import contextlib
 import dataclasses
@@ -18,9 +17,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
-import launch  # before PyTorch, which loads for seconds: from here on Ctrl-C is one sentence
+import launch  # first: it answers Ctrl-C in one sentence, also while PyTorch loads
 import numpy as np
 import torch
 from torch import Tensor
@@ -42,19 +40,18 @@ from views import Augmentation
 
 # Peak learning rates for a batch of 256; larger batches get more in proportion (Goyal et al. 2017).
 BASE_LR = {"lars": 0.3, "adam": 5e-4, "adamw": 5e-4}
-DEMO_LR = 2e-3  # of adamw
-DEFAULT_VIEWS = Augmentation()
+DEMO_LR = 2e-3  # for adamw
+AUGMENTATION = Augmentation()
 
 
 # --------------------------------------------------------------------------------------------------
-# Flags: name, type, default, what it means, and the range of a number. A run may go on with
-# another value of a flag that `may_differ`.
+# Flags: name, type, default, meaning, and for a number the smallest and largest value. Those
+# that `may_differ` may be changed when a run is resumed.
 
 @dataclass
 class Config:
-    """The defaults are the published recipe for chest radiographs, but for crop, brightness,
-    contrast and temperature, which docs/results.md chose on NIH's; --demo has others."""
-    bf16_on_cpu: ClassVar[bool] = True  # what --precision auto may choose
+    """The defaults are the published recipe for chest radiographs. Only crop, brightness,
+    contrast and temperature were chosen anew, see docs/results.md."""
 
     data: str = flag(
         "data/nih", "data folder, made by prepare.py", section="data and run folder")
@@ -76,35 +73,35 @@ class Config:
         choices=("fixed", "image"))
     clahe: bool = flag(False, "adaptive histogram equalisation of each image")
     crop_area: tuple[float, float] = flag(
-        DEFAULT_VIEWS.crop_area, "area of the crop, as a share of the image",
+        AUGMENTATION.crop_area, "area of the crop, as a share of the image",
         metavar=("LOW", "HIGH"))
-    flip: float = flag(DEFAULT_VIEWS.flip, "probability of a mirror image", 0, 1)
-    rotation: float = flag(DEFAULT_VIEWS.rotation, "largest angle to either side, degrees", 0, 360)
-    brightness: float = flag(DEFAULT_VIEWS.brightness, "factor drawn from 1 ± this", 0, 0.999)
-    contrast: float = flag(DEFAULT_VIEWS.contrast, "factor drawn from 1 ± this", 0, 0.999)
+    flip: float = flag(AUGMENTATION.flip, "probability of a mirror image", 0, 1)
+    rotation: float = flag(AUGMENTATION.rotation, "largest angle to either side, degrees", 0, 360)
+    brightness: float = flag(AUGMENTATION.brightness, "factor drawn from 1 ± this", 0, 0.999)
+    contrast: float = flag(AUGMENTATION.contrast, "factor drawn from 1 ± this", 0, 0.999)
     blur: tuple[float, float] = flag(
-        DEFAULT_VIEWS.blur, "sigma, pixels of the view; 0 0 for none", 0, 1000,
+        AUGMENTATION.blur, "sigma, pixels of the view; 0 0 for none", 0, 1000,
         metavar=("LOW", "HIGH"))
     gamma: tuple[float, float] = flag(
-        DEFAULT_VIEWS.gamma, "exponent of a view's gray levels in 0 to 1, log-uniform, to imitate "
+        AUGMENTATION.gamma, "exponent of a view's gray levels in 0 to 1, log-uniform, to imitate "
         "another machine; 1 1 for none", 0.01, 100, metavar=("LOW", "HIGH"))
     equalize: float = flag(
-        DEFAULT_VIEWS.equalize, "probability that a view's histogram is equalised", 0, 1)
+        AUGMENTATION.equalize, "probability that a view's histogram is equalised", 0, 1)
 
     epochs: int = flag(100, "passes over the train split", 1, section="optimisation")
     batch_size: int = flag(512, "images over all processes", 1)
     micro_batch: int = flag(
-        0, "most images that a process encodes at once, where its batch is too large for the "
+        0, "images that a process encodes at once, at most, if its batch is too large for the "
         "GPU's memory; the loss stays that of the whole batch; 0: all of them", 0)
     temperature: tuple[float, ...] = flag(
-        (0.1,), "of NT-Xent; with two, a cosine goes from HIGH to LOW and back", 1e-6, 1e6,
+        (0.1,), "of NT-Xent; two: a cosine between them over the run, HIGH first", 1e-6, 1e6,
         metavar=("LOW", "HIGH"))
     positives: str = flag(
-        "image", "what the second view is of: the same image, or another of its patient or "
-        "study, where there is one", choices=("image", "patient", "study"))
+        "image", "what the second view shows: the same image, or another one of its patient or "
+        "study, if there is one", choices=("image", "patient", "study"))
     balance: tuple[str, ...] = flag(
-        (), "draw images in an epoch so that each patient, or present and absent of each of these "
-        "labels, comes equally often", metavar="patient|LABEL")
+        (), "draw all patients equally often in an epoch, or images with and without each of these "
+        "labels", metavar="patient|LABEL")
     weigh_loss: bool = flag(
         False, "weigh the loss by --balance, instead of drawing by it")
     same_patient: bool = flag(
@@ -115,7 +112,7 @@ class Config:
     prior: float = flag(
         0.0, "share of negatives that are of the anchor's kind, tau+ of Chuang et al.", 0, 0.999)
     optimizer: str = flag("lars", "optimizer; lars as published", choices=tuple(BASE_LR))
-    lr: float = flag(  # None until __post_init__
+    lr: float = flag(  # __post_init__ replaces None
         None, "peak learning rate for a batch of 256 (default: "
         + ", ".join(f"{name} {lr:g}" for name, lr in BASE_LR.items())
         + f"; adamw with --demo {DEMO_LR:g})", 1e-12, 1e30)
@@ -138,15 +135,17 @@ class Config:
 
     @staticmethod
     def presets(args) -> dict:
-        """Other defaults for --demo, for which flags.parse asks: minutes on two CPU cores."""
-        return {} if not args.demo else dict(
+        """The defaults of --demo, which takes minutes on two CPU cores; called by flags.parse."""
+        if not args.demo:
+            return {}
+        return dict(
             data="data/demo", out="runs/demo", arch="resnet18", image_size=64,
             normalize="image", rotation=20.0, blur=(0.1, 1.0),
             brightness=0.3, contrast=0.3, epochs=14, batch_size=128,
             optimizer="adamw", warmup_epochs=1.0, probe_every=4)
 
     def augmentation(self) -> Augmentation:
-        """Each of its fields has a flag of the same name."""
+        """Each of its fields is also a flag."""
         return Augmentation(**{field.name: getattr(self, field.name)
                                for field in dataclasses.fields(Augmentation)})
 
@@ -157,7 +156,7 @@ class Config:
         if self.lr is None:
             in_demo = self.demo and self.optimizer == "adamw"
             self.lr = DEMO_LR if in_demo else BASE_LR[self.optimizer]
-        # What the range of one flag cannot say.
+        # Rules beyond the range of a single number.
         low, high = self.crop_area
         if not 0 < low <= high <= 1:
             raise ValueError(f"--crop-area {low} {high} must rise, within 0 to 1")
@@ -185,25 +184,25 @@ class Config:
 # The stage. What it calls stands below.
 
 def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) -> None:
-    """Train until --epochs, --max-steps or a signal. FloatingPointError where it diverges.
+    """Train until --epochs, --max-steps or a signal. FloatingPointError if it diverges.
 
-    resources: what has to be undone however the run ends, a lock for example."""
-    # The data: which images there are, and which of them form a batch.
+    resources: closed however the run ends; for example the lock of the run folder."""
+    # The data: which images there are, how they are drawn, and which are probed.
     manifest, train = read_data(config, compute)
     sampling = choose_sampling(manifest, train, config.balance, config.weigh_loss,
                                config.positives, config.same_patient)
     probe = choose_probe(config, manifest)
     schedule = Schedule(config, len(train))
 
-    # What is trained. Its weights, optimizer and step are new, or from last.pt where the run
-    # folder has one; the folder is locked for this run.
+    # The network and its optimizer. This refuses a run folder that was made with other flags or
+    # data, locks the folder, and loads last.pt if there is one.
     training = build(config, compute)
     training.begin_or_go_on(manifest, train, probe, resources)
     if training.step >= schedule.last_step:
         training.end_at_once(schedule.total_steps)
         return
 
-    # Two views of each image.
+    # Two views of each image, and the training steps.
     batches = train_loader(
         manifest, train, config.batch_size, steps=range(training.step, schedule.last_step),
         views=2, augmentation=config.augmentation(), preprocessing=config.preprocessing(),
@@ -215,31 +214,33 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
 
 def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list[Tensor]],
                 sampling: Sampling, probe: Probe | None, resources: contextlib.ExitStack) -> None:
-    """The loop, from the step of `training` to the last one of `schedule` or a signal."""
+    """The loop, from the step of `training` to the last step of `schedule` or to a signal."""
     config, compute, say = training.config, training.compute, training.compute.say
     net, optimizer, scaler = training.net, training.optimizer, training.scaler
-    # model is net, compiled and in DistributedDataParallel, for training steps. Probes and
-    # checkpoints use net itself.
+    # model is net, compiled and in DistributedDataParallel. Steps use model; probes and
+    # checkpoints use net.
     model = compute.data_parallel(torch.compile(net) if config.compile else net)
     model.train()
     own_batch = config.batch_size // compute.world_size
-    piece = piece_size(own_batch, config.micro_batch)  # images encoded at once
-    # So that a run that goes on is the same to the bit, see there.
+    piece = piece_size(own_batch, config.micro_batch)  # images at once, two views each
+    # A pass on zeros, after which DistributedDataParallel sums gradients as in a resumed run.
     compute.rehearse(model, (2 * piece, 1, config.image_size, config.image_size))
     start_step = training.step
     curves = Curves(config, compute.rank == 0, start_step, training.last_probe)
     progress = Progress(config, config.batch_size, compute, start_step)
     stop = StopSignal(resources)
 
-    # After `step` steps: probe, save, leave if it is time; then take one more.
+    # Each round begins after `step` steps. It probes, saves or ends if it is time, and then takes
+    # one more step.
     while True:
         step = training.step
         at_end, at_probe = step == schedule.last_step, step in schedule.probe_steps
-        # To ask each other, processes wait for the slowest: only at some steps.
+        # Processes tell each other of a signal. That waits for the slowest, so not in every step.
         stop_signal = stop.received(compute, ask=step % 5 == 0 or at_probe or at_end)
-        # Every few epochs: do the features get better, and not only the loss? Not twice at one
-        # step, as after a restart. A stop signal leaves it to the next start; after the last step
-        # there is none.
+
+        # Probe every few epochs: do the features get better, and not only the loss? A run that was
+        # resumed at this step may have been probed already. After a signal there is no time for
+        # a probe; the resumed run does it.
         probed = False
         if probe and at_probe and step > training.last_probe and (at_end or not stop_signal):
             with progress.pause():
@@ -250,18 +251,19 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
             curves.add(step, schedule.epoch(step), scores)
             say(f"{schedule.position(step)} | {probe_sentence(scores)}")
 
-        # Save after a probe, every few steps, at the end and at a signal. The step from which this
-        # run started is in last.pt, and is saved again after a probe alone.
-        due = step > start_step and (step % config.save_every == 0 or at_end or stop_signal)
-        if step > 0 and (probed or due) and compute.rank == 0:
+        # Save every few steps, after a probe, at a signal and at the end. The step at which this
+        # run started needs no saving, unless its probe is new.
+        time_to_save = step % config.save_every == 0 or stop_signal or at_end
+        is_new = probed or (step > start_step and time_to_save)
+        if is_new and step > 0 and compute.rank == 0:
             with progress.pause():
                 training.save()
         if at_end:
             break
         if stop_signal:
-            training.leave(stop_signal)
+            training.leave(stop_signal)  # exits
 
-        # Learning rate and temperature depend on the step alone.
+        # Learning rate and temperature of this step.
         lr, tau = schedule.learning_rate(step), schedule.temperature(step)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -273,52 +275,55 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
             curves.add_views(view1, view2, step)
         x = torch.cat([view1, view2])                                   # (2B, 1, S, S)
         patients = compute.send(sampling.patients[index])               # (B,)
-        weights = sampling.loss_weights                                 # (N,) or None
-        weights = None if weights is None else compute.send(weights[index])
+        loss_weights = None                                             # (B,) with --weigh-loss
+        if sampling.loss_weights is not None:
+            loss_weights = compute.send(sampling.loss_weights[index])
         loss_of = functools.partial(
-            nt_xent, temperature=tau, patients=patients, weights=weights,
+            nt_xent, temperature=tau, patients=patients, weights=loss_weights,
             decoupled=config.decoupled, hardness=config.hardness, prior=config.prior)
 
-        # Encode the views as one batch, compare each projection with those of all processes, and
-        # go back to the weights.
+        # Encode all views, compare each projection with those of all processes, and go back.
         if piece == own_batch:
             with compute.autocast():
                 z1, z2 = model(x).chunk(2)                              # (B, proj_dim) each
             loss = loss_of(z1, z2)
             scaler.scale(loss).backward()
-        else:  # --micro-batch: the whole batch's gradient, with batch norm over a piece at a time
+        else:  # --micro-batch: the same loss, from pieces of the batch
             z1, z2, loss = backward_in_pieces(model, x, piece, loss_of, scaler, compute)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        step = training.step = step + 1
+        progress.add(loss, step)
 
-        done = training.step = step + 1
-        progress.add(loss, done)
-        # Every few steps: a point on the curves. Reading the loss waits for the GPU, so not always.
-        if done % config.log_every == 0 or done == schedule.last_step:
-            watched = diagnostics(z1, z2, patients, weights, config.decoupled)
-            # The mean loss since the last point, the speed, and what is watched of this batch,
-            # averaged over the processes. FloatingPointError where a loss was not finite.
-            scalars = progress.read(done, watched) | {"lr": lr, "temperature": tau}
-            curves.add(done, schedule.epoch(done), scalars)
+        # Log every few steps, because reading the loss waits for the GPU.
+        if step % config.log_every == 0 or step == schedule.last_step:
+            watched = diagnostics(z1, z2, patients, loss_weights, config.decoupled)
+            # Averages since the last log line and over all processes. FloatingPointError if a loss
+            # was not finite.
+            scalars = progress.read(step, watched) | {"lr": lr, "temperature": tau}
+            curves.add(step, schedule.epoch(step), scalars)
             speed = scalars["images_per_second"]
-            say(f"{schedule.position(done)} | loss {scalars['loss']:.4f} (chance "
+            say(f"{schedule.position(step)} | loss {scalars['loss']:.4f} (chance "
                 f"{scalars['chance']:.2f}) | lr {lr:.2e} | {speed:.0f} img/s | wait "
-                f"{scalars['wait_share']:.0%} | eta {schedule.time_left(done, speed)}")
+                f"{scalars['wait_share']:.0%} | eta {schedule.time_left(step, speed)}")
 
     curves.close(config)
-    compute.barrier()  # the last save is done before any process leaves
+    compute.barrier()  # no process leaves before the last save is done
     say(f"done: {training.encoder_file}")
 
 
 # --------------------------------------------------------------------------------------------------
-# The data, and when what happens.
+# The data and the schedule.
 
 def read_data(config: Config, compute: Compute) -> tuple[Manifest, np.ndarray]:
-    """The data folder and the images of its train split; for --demo it is made first."""
-    # The other processes wait until the first one has drawn the demo's radiographs.
+    """The data folder and the images of its train split; --demo makes the folder first."""
+    if config.batch_size % compute.world_size:
+        raise DataError(f"--batch-size {config.batch_size} is global and must be divisible by the "
+                        f"number of processes, {compute.world_size}")
+    # The first process draws the demo's radiographs; the others wait for it.
     if config.demo and compute.rank == 0 and not Path(config.data, "manifest.csv").exists():
-        import prepare  # stage 0 is needed for the demo alone
+        import prepare  # stage 0, needed by the demo alone
         prepare.main(["demo", "--out", config.data])
     compute.barrier()
     manifest = read_manifest(config.data)
@@ -326,27 +331,25 @@ def read_data(config: Config, compute: Compute) -> tuple[Manifest, np.ndarray]:
     if config.batch_size > len(train):
         raise DataError(f"--batch-size {config.batch_size} is larger than the train split: "
                         f"{len(train)} images")
-    if config.batch_size % compute.world_size:
-        raise DataError(f"--batch-size {config.batch_size} is global and must be divisible by the "
-                        f"number of processes, {compute.world_size}")
     return manifest, train
 
 
 def choose_probe(config: Config, manifest: Manifest) -> Probe | None:
-    """On --probe-data or the data folder itself; None where it has no labels."""
+    """A probe on --probe-data or on the data folder itself; None if that has no labels."""
+    if not config.probe_every:
+        return None
     if config.probe_data:
         manifest = read_manifest(config.probe_data)
-    can_be_probed = manifest.label_names and "val" in manifest.splits
-    if config.probe_data and not can_be_probed:
+    if manifest.label_names and "val" in manifest.splits:
+        return Probe(manifest, config.probe_images, config.seed, config.preprocessing())
+    if config.probe_data:
         raise DataError(f"--probe-data {config.probe_data} has no labels or no val split to "
                         "probe by")
-    if not (config.probe_every and can_be_probed):
-        return None
-    return Probe(manifest, config.probe_images, config.seed, config.preprocessing())
+    return None
 
 
 class Schedule:
-    """When things happen, in steps. Batches run on from one epoch into the next."""
+    """When things happen, in steps. A batch may end one epoch and begin the next."""
 
     def __init__(self, config: Config, n_images: int):
         """n_images: in the train split."""
@@ -356,15 +359,15 @@ class Schedule:
         self.temperatures = config.temperature
         self.total_steps = self.step_at(config.epochs)
         self.warmup_steps = config.warmup_epochs * n_images / config.batch_size  # need not be whole
-        # Where this run stops.
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
-        # The features are probed, if they are, before the first step, every --probe-every epochs,
-        # and after the last step of the schedule.
-        probed = [*range(0, config.epochs, config.probe_every or config.epochs), config.epochs]
-        self.probe_steps = {self.step_at(epoch) for epoch in probed}
+        # Probe before the first step, every --probe-every epochs, and after the last epoch.
+        self.probe_steps = set()
+        if config.probe_every:
+            probed = [*range(0, config.epochs, config.probe_every), config.epochs]
+            self.probe_steps = {self.step_at(epoch) for epoch in probed}
 
     def step_at(self, epoch: int) -> int:
-        """The whole steps in so many epochs."""
+        """How many whole steps are in so many epochs."""
         return (epoch * self.n_images) // self.batch_size
 
     def epoch(self, step: int) -> float:
@@ -375,8 +378,8 @@ class Schedule:
 
     def temperature(self, step: int) -> float:
         """Constant, or a cosine from high to low and back over the run (Kukleva et
-        al. 2023): low ones tell images apart, high ones bring groups together."""
-        low, high = self.temperatures[0], self.temperatures[-1]  # of one number, both
+        al. 2023): low temperatures tell images apart, high ones bring groups together."""
+        low, high = self.temperatures[0], self.temperatures[-1]  # the same if there is only one
         return low + (high - low) * (1 + math.cos(2 * math.pi * step / self.total_steps)) / 2
 
     def position(self, step: int) -> str:
@@ -388,25 +391,25 @@ class Schedule:
 
 
 # --------------------------------------------------------------------------------------------------
-# What is trained.
+# The network and its optimizer.
 
 def build(config: Config, compute: Compute) -> Training:
     """Network, optimizer and scaler, with new weights."""
     torch.manual_seed(config.seed)
-    # A run that goes on takes its weights from last.pt, later: do not read or download --init.
-    goes_on = Path(config.out, "last.pt").exists() and not config.overwrite
-    encoder = build_encoder(config.arch, "random" if goes_on else config.init, compute.say)
+    # A run that is resumed will load its weights from last.pt: do not read or download --init.
+    resumes = Path(config.out, "last.pt").exists() and not config.overwrite
+    encoder = build_encoder(config.arch, "random" if resumes else config.init, compute.say)
     net = SimCLR(encoder, config.proj_layers, config.proj_width, config.proj_dim)
     net = compute.to_device(net)
-    optimizer = make_optimizer(  # each step sets its own learning rate
-        net, config.optimizer, config.lr, config.weight_decay)
-    # Small gradients underflow in float16, so that their loss is scaled up.
+    # Each step sets the learning rate anew.
+    optimizer = make_optimizer(net, config.optimizer, config.lr, config.weight_decay)
+    # In float16 small gradients would become 0; the loss is scaled up to prevent that.
     scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
     return Training(config, compute, net, optimizer, scaler)
 
 
 def introduce(training: Training, schedule: Schedule, probe: Probe | None) -> None:
-    """Say what is about to be trained, on what, and how."""
+    """Print what is about to be trained, on what, and how."""
     config, compute, say = training.config, training.compute, training.compute.say
     parameters = sum(p.numel() for p in training.net.parameters()) / 1e6
     start = training.last_file if training.step else config.init
@@ -424,7 +427,7 @@ def introduce(training: Training, schedule: Schedule, probe: Probe | None) -> No
 
 
 def main(argv: list[str] | None = None) -> None:
-    launch.main(pretrain, Config, argv)
+    launch.main(pretrain, Config, argv, bf16_on_cpu=True)
 
 
 if __name__ == "__main__":

@@ -196,13 +196,13 @@ class Curves:
     METRICS = "loss", "probe/auroc"
 
     def __init__(self, config: RunConfig, first: bool, step: int, last_probe: int):
-        """Go on after `step` and the probe after step `last_probe`; what the log has beyond them
-        will be repeated."""
+        """Continue after `step`, and after the probe at step `last_probe`. Later lines of the log
+        are deleted: the run will repeat them."""
         self.writer = None
         if not first:
             return
         path = Path(config.out) / "log.jsonl"
-        if not step:  # curves of a run that was killed before its first checkpoint
+        if not step:  # delete the curves of a run that was killed before its first checkpoint
             for old in [path, *path.parent.glob("events.out.tfevents.*")]:
                 old.unlink(missing_ok=True)
         if path.exists():
@@ -231,36 +231,36 @@ class Curves:
                 self.writer.add_scalar(name, value, step)
 
     def add_views(self, view1: Tensor, view2: Tensor, step: int) -> None:
-        """A picture of the first eight images' views (B, 1, S, S), one above the other."""
+        """A picture of the two views of the first eight images; view1, view2: (B, 1, S, S)."""
         if self.writer:
-            # Back to the gray levels from before normalisation.
+            # Undo the normalisation.
             pairs = torch.stack([view1[:8], view2[:8]]).flatten(0, 1).float().cpu() * STD + MEAN
             self.writer.add_image(
                 "views", make_grid(pairs.clamp(0, 1), nrow=len(view1[:8])), step)
 
     def close(self, config: RunConfig) -> None:
-        """End with a row of the flags in TensorBoard's table of hyper-parameters, in which the
-        latest points of the curves METRICS stand beside them."""
+        """Write the flags as a row of TensorBoard's table of hyper-parameters, beside the latest
+        points of the curves METRICS, and close all files."""
         if self.writer:
             flags = {name: value if isinstance(value, int | float) else valid_unicode(str(value))
                      for name, value in dataclasses.asdict(config).items()}
             for summary in hparams(flags, dict.fromkeys(self.METRICS)):
                 self.writer._get_file_writer().add_summary(summary)
-            self.writer.flush()  # close() alone would not say that the disk is full
+            self.writer.flush()  # raises an error if the disk is full; close() alone does not
             self.writer.close()
             self.file.close()
 
 
 def report_but_for_full_disk(args) -> None:
-    """For threading.excepthook: a traceback, but where TensorBoard's thread finds the disk full.
-    The same error is raised in the main thread as well, where it becomes one sentence."""
+    """For threading.excepthook. It prints a traceback, unless TensorBoard's thread finds the disk
+    full: the main thread gets the same error and reports it in one sentence."""
     full = isinstance(args.exc_value, OSError)
     if not (full and type(args.thread).__name__ == "_AsyncWriterThread"):
         threading.__excepthook__(args)
 
 
 class Progress:
-    """Loss and time since the last log line. The loss stays on the GPU until it is read there."""
+    """Loss and time since the last log line. The loss stays on the GPU until then."""
 
     NEVER = torch.iinfo(torch.int64).max
 
@@ -275,8 +275,8 @@ class Progress:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Probes and checkpoints do not count: speed is that of training."""
-        if self.compute.cuda:  # or the steps that are still queued would not count, either
+        """For probes and checkpoints, which do not count: speed is the speed of training."""
+        if self.compute.cuda:  # the steps that are still queued do count
             torch.cuda.synchronize(self.compute.device)
         start = time.perf_counter()
         yield
@@ -284,14 +284,14 @@ class Progress:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """What the loader lets the step wait. On a GPU it is the GPU that waits, while this
-        process goes on at once, so that the time is taken there."""
+        """Measures how long a step waits for its batch. On a GPU the time is taken by the GPU,
+        because this process only queues the work and does not wait."""
         start = self._now()
         yield
         self.waits.append((start, self._now()))
 
     def _now(self) -> Any:
-        """A moment on the GPU's own clock, without waiting for it; or on a CPU's."""
+        """The time; on a GPU an event that will have it, so that nobody waits for the GPU."""
         if not self.compute.cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -299,14 +299,15 @@ class Progress:
         return event
 
     def add(self, loss: Tensor, step: int) -> None:
-        """The loss of the step that led to `step`; whether it is finite is asked in `read`."""
+        """Add the loss of the step that led to `step`. `read` checks whether it was finite."""
         self.loss_sum += loss.detach()
         self.first_bad = self.first_bad.minimum(torch.where(loss.isfinite(), self.NEVER, step))
 
     def read(self, step: int, last: dict[str, Tensor]) -> dict[str, float]:
-        """What to log, averaged over the processes, and begin anew. last: of the last batch.
+        """The loss averaged since the last call, and `last`, which is of the last batch, both
+        averaged over the processes; and the speed of all processes. Then it begins anew.
 
-        FloatingPointError where the loss of a step since the last line was not finite."""
+        FloatingPointError if a loss since the last call was not finite."""
         steps = step - self.step
         scalars = last | {"loss": self.loss_sum / steps}
         averages = self.compute.reduce(torch.stack(list(scalars.values())))

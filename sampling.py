@@ -1,7 +1,7 @@
-"""What the flags change of which images an epoch draws, which form a pair, and which are compared.
+"""Variants, by flags, of which images an epoch draws, which form a pair, and which are compared.
 
-Without flags every epoch is one shuffle of the train split, both views are of the same
-image, and images of one patient are not each other's negatives.
+Without flags an epoch is one shuffle of the train split, both views show the same image, and
+images of one patient are not each other's negatives.
 """
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,16 +18,16 @@ from views import shuffled_order
 
 
 class Sampling(NamedTuple):
-    """What the flags make of all N images of the manifest, (N,) each."""
-    draw_weights: np.ndarray | None  # --balance: how often it is drawn, in proportion; else None
-    loss_weights: Tensor | None      # --weigh-loss: of its anchors in the loss; else None
-    pair_group: np.ndarray | None    # --positives: images of one number may be a pair; else None
-    patients: Tensor                 # images of one number are not each other's negatives
+    """What the flags say of each image of the manifest, (N,) each; None without the flag."""
+    draw_weights: np.ndarray | None  # --balance: how often it is drawn, in proportion
+    loss_weights: Tensor | None      # --weigh-loss: weight of its anchors in the loss
+    pair_group: np.ndarray | None    # --positives: images with equal numbers may form a pair
+    patients: Tensor                 # images with equal numbers are not each other's negatives
 
 
 def choose_sampling(manifest: Manifest, train: np.ndarray, balance: tuple[str, ...],
                     weigh_loss: bool, positives: str, same_patient: bool) -> Sampling:
-    """By the flags of these names. DataError where the manifest lacks a column."""
+    """The arguments are flags. DataError if the manifest lacks a column."""
     patients = manifest.patient_numbers()
     draw_weights = loss_weights = pair_group = None
     if balance:
@@ -40,7 +40,7 @@ def choose_sampling(manifest: Manifest, train: np.ndarray, balance: tuple[str, .
         pair_group = patients
     elif positives == "study":
         pair_group = study_numbers(manifest)
-    # Another image of the same patient may well show the same, so it is no negative. With
+    # Another image of the same patient may well show the same, and is no negative. With
     # --same-patient it is one: each image counts as a patient of its own.
     if same_patient:
         patients = np.arange(len(patients))
@@ -48,12 +48,12 @@ def choose_sampling(manifest: Manifest, train: np.ndarray, balance: tuple[str, .
 
 
 def study_numbers(manifest: Manifest) -> np.ndarray:
-    """A number for each image, (N,) int64, the same for images of one study of a patient. An image
-    whose study is not known has a number of its own."""
+    """A number for each image, (N,) int64: the same for all images of a study. An image without a
+    study has a number of its own."""
     if manifest.studies is None:
         raise DataError(f"{manifest.folder / 'manifest.csv'} has no column study, which "
                         "--positives study needs")
-    # A study's name may be another patient's, too, so that pairs of patient and study are numbered.
+    # Two patients may have studies of the same name: number pairs of patient and study.
     names, study = np.unique(manifest.studies, return_inverse=True)
     number = manifest.patient_numbers() * len(names) + study
     # Images without a study get -1, -2, ...: no other number is negative.
@@ -61,15 +61,15 @@ def study_numbers(manifest: Manifest) -> np.ndarray:
 
 
 def weighted_order(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """An epoch of n draws among n images of these weights (n,): places (n,), shuffled.
+    """An epoch of n draws among n images with these weights: places (n,), shuffled.
 
-    Systematic resampling: the images lie along a line, each as long as n times its
-    share of the weight, and every point u, 1 + u, 2 + u, … is a draw of the image that
-    it lies in. So each is drawn as often as that expectation says, rounded down or up:
-    of weights 1, 1 and 2 the expectations are 0.75, 0.75 and 1.5."""
+    Systematic resampling: the images lie along a line of length n, each as long as its share of
+    the weight. Each of the points u, 1 + u, 2 + u, … draws the image in which it lies. So an
+    image is drawn as often as its length says, rounded down or up; for weights 1, 1 and 2 the
+    lengths are 0.75, 0.75 and 1.5."""
     n = len(weights)
     random = generator(seed, RESAMPLE, epoch)
-    # Another order in each epoch, so that neighbours do not always go together.
+    # The order along the line changes with the epoch, so that it favours no neighbours.
     places, u = random.permutation(n), random.random()
     ends = np.cumsum(weights[places])
     ends = ends / ends[-1] * n                          # (n,) where each image ends on the line
@@ -81,11 +81,11 @@ def weighted_order(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
 
 def partners_drawn(pair_group: np.ndarray, may_be_drawn: np.ndarray, seed: int,
                    ) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """partners(positions, images), (B,) for B images: another image of the same group
-    for each, all equally likely; the image itself where there is no other.
+    """A function partners(positions, images) of B images, which returns (B,) image indices:
+    another image of the same group for each, all equally likely, or itself if there is none.
 
-    pair_group: (N,) of Sampling. may_be_drawn: (n,) image indices."""
-    # One group after another, and each in the order of the manifest.
+    pair_group: (N,), see Sampling. may_be_drawn: (n,) image indices."""
+    # Sorted by group, and within a group by image index.
     members = may_be_drawn[np.lexsort((may_be_drawn, pair_group[may_be_drawn]))]    # (n,)
     groups = pair_group[members]                                                    # (n,)
 
@@ -95,7 +95,7 @@ def partners_drawn(pair_group: np.ndarray, may_be_drawn: np.ndarray, seed: int,
         others = np.searchsorted(groups, own_group, "right") - first - 1    # how many
         u = uniform_numbers((seed, PARTNER), 1, 0, images, positions)[0]    # (B,) in [0, 1)
         place = first + (u * others).astype(int)
-        # Pass over the image itself: from its own place on, take the next one.
+        # Skip the image itself: from its own place on, take the next one.
         place += (members[place] >= images) & (others > 0)
         return members[place]
 

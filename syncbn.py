@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class Normalise(torch.autograd.Function):
-    """Batch norm of a process's images by the statistics of everybody's.
+    """Batch norm of a process's images by the statistics of all processes' images.
 
     x (B, C, ...), the same B on every process; weight and bias (C,). Returns
     the output and, for the running statistics, mean (C,) and biased variance
@@ -30,7 +30,7 @@ class Normalise(torch.autograd.Function):
         everybodys = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(everybodys, own)
         variances, means = torch.stack(everybodys).unbind(1)                    # (W, C) each
-        # The variance within the processes' images, plus that between the processes.
+        # The variance within processes, plus the variance between them.
         mean = means.mean(0)
         variance = variances.mean(0) + (means - mean).square().mean(0)
         ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt())
@@ -44,7 +44,7 @@ class Normalise(torch.autograd.Function):
         gradient = _precise(gradient)
         for_weight = (gradient * normalised).sum(_dims(x))  # (C,)
         for_bias = gradient.sum(_dims(x))                   # (C,)
-        # An image moves mean and variance, and through them all images of all processes.
+        # Each image changes mean and variance, and so the output of all images.
         everybodys = torch.stack([for_weight, for_bias])    # (2, C)
         dist.all_reduce(everybodys)
         count = dist.get_world_size() * x.numel() / x.shape[1]
@@ -55,12 +55,12 @@ class Normalise(torch.autograd.Function):
 
 
 def _precise(x: Tensor) -> Tensor:
-    """In float32 at least: sums over a batch would lose too much in half precision."""
+    """In float32 or better: sums over a batch lose too much in half precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _dims(x: Tensor) -> list[int]:
-    """All dimensions but that of the channels."""
+    """All dimensions except the channels'."""
     return [0, *range(2, x.ndim)]
 
 
@@ -96,7 +96,7 @@ class SyncBatchNorm(_BatchNorm):
 
 @contextlib.contextmanager
 def unchanged_statistics(net: nn.Module) -> Iterator[None]:
-    """A context after which batch norm's running statistics are what they were before."""
+    """Restores batch norm's running statistics at the end of the context."""
     before = [buffer.clone() for buffer in net.buffers()]
     try:
         yield

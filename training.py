@@ -1,9 +1,9 @@
-"""What a step of pre-training changes and last.pt keeps, and how a run goes on from it.
+"""What a step of pre-training changes, how last.pt keeps it, and how a run is resumed from it.
 
-A run goes on with the flags and the inputs that config.json in its folder has, but for flags
-that `may_differ`. A last.pt that was copied from another run, to go on with another learning
-rate, say, has no config.json beside it: it fits where networks, optimizer, batch size and
-images are the same.
+A run is resumed with the flags and inputs in its folder's config.json; only flags that
+`may_differ` may be others. A last.pt that was copied into a new folder, to go on with another
+learning rate for example, has no config.json beside it. It fits if network, optimizer, batch
+size and images are the same.
 """
 import contextlib
 import dataclasses
@@ -36,15 +36,14 @@ from syncbn import unchanged_statistics
 if TYPE_CHECKING:
     from pretrain import Config
 
-# What a run writes, and --overwrite deletes. A run goes on from the first of them.
+# What a run writes, and --overwrite deletes. It is resumed from the first of them.
 RESULTS = ("last.pt", "encoder.pt", "log.jsonl", "events.out.tfevents.*")
 
 
 class Training:
-    """All that a step changes. last.pt keeps it, and the flags, and which images it saw.
+    """All that a step changes. last.pt keeps it, with the flags and a digest of the images.
 
-    Views follow from images, flags and step alone, so that last.pt needs no state of the
-    loader."""
+    The loader has no state to keep: views follow from images, flags and step."""
 
     def __init__(self, config: "Config", compute: Compute, net: SimCLR,
                  optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler):
@@ -58,11 +57,11 @@ class Training:
 
     def begin_or_go_on(self, manifest: Manifest, train: np.ndarray, probe: Probe | None,
                        resources: contextlib.ExitStack) -> None:
-        """Lock the run folder for this run, and come to where its last.pt left off, if there is
-        one; a copied one in an otherwise empty folder will do.
+        """Lock the run folder, and load its last.pt if there is one. A copied last.pt in an
+        otherwise empty folder is loaded, too.
 
-        train: image indices of the train split. CheckpointError or DataError where the folder
-        holds a run with other flags or data, or the processes do not see the same files."""
+        train: image indices of the train split. CheckpointError or DataError if the folder
+        holds a run with other flags or data, or if the processes see different files."""
         config, compute, out = self.config, self.compute, Path(self.config.out)
         self.images_digest = run_folder.paths_digest(manifest, train)
         inputs = inputs_of(config, manifest, train, probe)
@@ -75,27 +74,27 @@ class Training:
                     raise DataError(f"{out} holds an encoder.pt and no last.pt to go on from; "
                                     "choose another --out, or give it up with --overwrite")
             run_folder.open_run(config, "pretrain", RESULTS, resources, "last.pt", inputs)
-        # From here on the folder belongs to this run, and all processes start from the same file.
+        # Now the folder belongs to this run, and all processes read the same last.pt.
         compute.barrier()
         if self.last_file.exists():
             self.load()
         if not compute.all_agree(str(self.step)):
             raise DataError(f"the processes do not see the same {self.last_file}: --out must lie "
                             "on storage that all of them see")
-        # A copy of a data folder on each machine's own disk may be an old one.
+        # Each machine may have its own copy of the data folder, and one of them may be old.
         probed_on = {"--probe-data": probe.manifest} if probe and config.probe_data else {}
         for flag, seen in ({"--data": manifest} | probed_on).items():
             if compute.world_size > 1 and not compute.all_agree(run_folder.content_of_data(seen)):
                 raise DataError(f"the processes do not see the same {flag} {seen.folder}")
 
     def load(self) -> None:
-        """Go on from last.pt; CheckpointError or DataError where it is of another run."""
+        """Take over the state in last.pt; CheckpointError or DataError if it is of another run."""
         file = self.last_file
         state = load_checkpoint(file)
         if not {"model", "optimizer", "scaler", "step", "config", "images"} <= state.keys():
             raise CheckpointError(f"{file} is no last.pt of a pre-training run")
-        # Of another architecture or optimizer the tensors would not fit; and with another batch
-        # size a step would stand for other images.
+        # The tensors would not fit another architecture or optimizer, and with another batch size
+        # the step would stand for other images.
         for name in ("arch", "optimizer", "batch_size"):
             in_file, flag_value = state["config"].get(name), getattr(self.config, name)
             if in_file != flag_value:
@@ -106,10 +105,10 @@ class Training:
                             f"when {file} was saved")
         try:
             self.net.load_state_dict(state["model"])  # PyTorch compares all shapes
-            # Momenta come from the file; learning rate and decay from this run's flags.
+            # Momenta come from the file, learning rate and weight decay from the flags.
             momenta = {"state": state["optimizer"]["state"]}
             self.optimizer.load_state_dict(self.optimizer.state_dict() | momenta)
-            if state["scaler"]:  # empty where the run computed without one until now
+            if state["scaler"]:  # empty if the run had no scaler before
                 self.scaler.load_state_dict(state["scaler"])
             self.step = operator.index(state["step"])
             self.last_probe = operator.index(state.get("probed", self.step))
@@ -118,8 +117,8 @@ class Training:
             raise CheckpointError(f"{file} does not fit these flags: {reason}") from None
 
     def save(self) -> None:
-        """Write last.pt and encoder.pt. FloatingPointError where a weight, or what the optimizer
-        remembers of it, is not finite: such a state must not replace the last good one."""
+        """Write last.pt and encoder.pt. FloatingPointError if a weight, or a value that the
+        optimizer keeps for it, is not finite: that must not replace the last good state."""
         if name := first_not_finite(self.net, self.optimizer):
             raise diverged(f"{name} is not finite after step {self.step}", self.config)
         save_checkpoint(self.last_file, {
@@ -137,11 +136,11 @@ class Training:
     def settings(self) -> dict[str, Any]:
         return dataclasses.asdict(self.config) | {"mean": MEAN, "std": STD}
 
-    # How a run ends before its last step, or after it.
+    # Two ends other than after the last step.
 
     def leave(self, stop_signal: int) -> NoReturn:
-        """End a run that somebody stopped. All processes come here at the same step."""
-        self.compute.barrier()  # or torchrun might end the one that saves
+        """Exit because of a signal. All processes come here after the same step."""
+        self.compute.barrier()  # torchrun might kill the one that is still saving
         state = f"saved {self.last_file}" if self.step else "nothing to save yet"
         command = "the same command" + (" without --overwrite" if self.config.overwrite else "")
         self.compute.say(f"{signal.Signals(stop_signal).name} at step {self.step}: {state}; "
@@ -149,8 +148,8 @@ class Training:
         sys.exit(128 + stop_signal)
 
     def end_at_once(self, total_steps: int) -> None:
-        """A run whose last step was taken before. Its encoder.pt may be missing or older
-        than last.pt, if a kill came between the two, and is written once more."""
+        """For a run that has taken its last step before. encoder.pt is written again: it is
+        missing or old if the run was killed between last.pt and encoder.pt."""
         if self.compute.rank == 0:
             self.save_encoder()
         what = "is complete" if self.step >= total_steps else "has reached --max-steps"
@@ -160,9 +159,9 @@ class Training:
 
 def inputs_of(config: "Config", manifest: Manifest, train: np.ndarray,
               probe: Probe | None) -> dict[str, dict[str, str]]:
-    """The digests of what the run is made of, {flag: {path: digest}}: where they differ from those
-    in config.json, it is another run."""
-    # Labels added later make no other run, unless --balance or --positives reads them.
+    """{flag: {path: digest}} of a run's inputs. If they differ from those in config.json, it is
+    another run."""
+    # New labels do not make it another run, unless --balance or --positives reads the table.
     whole_table = config.balance or config.positives != "image"
     content = run_folder.content_of_data(manifest, None if whole_table else train)
     inputs = {"data": {config.data: content}}
@@ -180,7 +179,7 @@ def inputs_of(config: "Config", manifest: Manifest, train: np.ndarray,
 # When to leave.
 
 class StopSignal:
-    """SIGTERM and SIGINT, remembered until the run has come to a good moment to leave.
+    """Remembers SIGTERM and SIGINT until the loop can save and leave.
 
     A signal often comes twice, from the cluster and from torchrun; the second one must
     not end the process while it saves."""
@@ -195,10 +194,10 @@ class StopSignal:
         self.number = number
 
     def received(self, compute: Compute, ask: bool) -> int:
-        """The signal that some process has received, or 0: the same answer on all of them, so
-        that they leave at the same step.
+        """The signal that any of the processes has received, or 0. All of them get the same
+        answer, and so leave after the same step.
 
-        ask: whether several processes ask each other now; where not, the answer is 0."""
+        ask: whether the processes ask each other now. If not, and there are several, it is 0."""
         if compute.world_size > 1 and not ask:
             return 0
         return int(compute.reduce(torch.tensor(self.number), dist.ReduceOp.MAX))
@@ -208,8 +207,8 @@ class StopSignal:
 # The step of --micro-batch.
 
 def piece_size(own_batch: int, limit: int) -> int:
-    """How many of a process's images it encodes at once: `limit` at most, 0 for all of them, in
-    pieces as equal as can be."""
+    """How many of a process's images it encodes at once: at most `limit` (0: all of them), so
+    that the pieces are as equal as possible."""
     pieces = math.ceil(own_batch / (limit or own_batch))
     return math.ceil(own_batch / pieces)
 
@@ -220,18 +219,18 @@ def backward_in_pieces(model: Any, x: Tensor, piece: int, loss_of: Callable,
     """Gradient caching (Gao et al. 2021): the loss of a whole batch with memory for a
     piece of it.
 
-    x: (2B, 1, S, S), the two views of B images, encoded 2 * piece at a time, twice. The
-    first pass keeps no graph and gives all projections, the loss, and its gradient with
-    respect to the projections. The second encodes each piece again, with a graph, and
-    sends its rows of that gradient back. The parameters' gradients add up to those of the
-    whole batch, but that batch norm sees one piece at a time.
+    x: (2B, 1, S, S), the two views of B images, encoded 2 * piece at a time, twice. The first
+    pass keeps no graph. From all its projections follow the loss and its gradient with respect
+    to each projection. The second pass encodes each piece again, with a graph, and sends its
+    rows of that gradient back. So the parameters' gradients add up to those of the whole batch;
+    only batch norm differs, whose statistics are those of one piece.
 
     Returns z1, z2 (B, D) and the loss."""
     is_parallel = isinstance(model, DistributedDataParallel)
     net = model.module if is_parallel else model
     pieces = x.split(2 * piece)
-    # The first pass goes past DistributedDataParallel, which would expect a backward
-    # pass, and leaves batch norm's statistics alone, which are to count an image once.
+    # The first pass uses the network itself, because DistributedDataParallel would expect a
+    # backward pass. Batch norm's running statistics must count an image once, not twice.
     with unchanged_statistics(net), torch.no_grad(), compute.autocast():
         z = torch.cat([net(views) for views in pieces]).requires_grad_()    # (2B, D)
     loss = loss_of(*z.chunk(2))
@@ -242,7 +241,7 @@ def backward_in_pieces(model: Any, x: Tensor, piece: int, loss_of: Callable,
             z_piece = model(views)
         z_piece.backward(gradient)
 
-    # The processes add up their gradients once, with the last piece.
+    # Gradients are summed over the processes once, with the last piece.
     *but_last, last = zip(pieces, z_gradient.split(2 * piece))
     with model.no_sync() if is_parallel else contextlib.nullcontext():
         for views, gradient in but_last:

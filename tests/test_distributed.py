@@ -123,8 +123,9 @@ def test_terminated_job_goes_on_where_it_stopped(data, tmp_path, run_forked):
 def changed(folder, change):
     """A script that pre-trains after something in pretrain.py was changed."""
     file = folder / "changed.py"
-    file.write_text(f"import datetime, os, signal, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n"
-                    f"import pretrain\n{change}\npretrain.main()\n")
+    file.write_text("import datetime, functools, os, signal, sys, time\n"
+                    f"sys.path.insert(0, {str(ROOT)!r})\n"
+                    f"import launch, pretrain\n{change}\npretrain.main()\n")
     return file
 
 
@@ -164,7 +165,7 @@ def test_machines_that_choose_another_precision_do_not_train_together(data, tmp_
 
 
 PROCESS_1_HANGS = """
-pretrain.Config.timeout = datetime.timedelta(seconds=8)
+launch.main = functools.partial(launch.main, timeout=datetime.timedelta(seconds=8))
 if os.environ["RANK"] == "1":
     pretrain.train_steps = lambda *arguments: time.sleep(100)
 """

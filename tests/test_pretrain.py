@@ -498,7 +498,7 @@ def test_probe_on_another_folder_counts_labels_with_enough_images(data, tmp_path
     often, mean = (scalars(tmp_path / "run", f"probe/{name}")[0] for name in ("Often", "auroc"))
     assert often == mean
     assert "--probe-data" in refused(capsys, "--data", data, "--probe-data", plain,
-                                     "--out", tmp_path / "new")
+                                     "--probe-every", "1", "--out", tmp_path / "new")
 
 
 def test_lars_behind_a_scaler_skips_what_overflowed():
