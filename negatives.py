@@ -159,7 +159,7 @@ class LogSumExp(torch.autograd.Function):
 
 
 def _terms(batch: Batch, block: slice, scale: float) -> Tensor:
-    """exp(s_ik - scale) of a block's anchors, (2, n, K), which is at most 1. For large scales, where
-    it could underflow, s_ik."""
+    """exp(s_ik - scale) of a block's anchors, (2, n, K), at most 1 each. It could underflow for
+    a large scale, for which s_ik is returned."""
     s = similarities(batch, block, scale)
     return s.sub_(scale).exp_() if scale <= MODERATE else s
