@@ -83,12 +83,27 @@ def _blamed(error: OSError, out: str | Path) -> str | Path:
     return out
 
 
-def print_any_name() -> None:
-    """Let no name end a run because the terminal's encoding lacks a character of it: what cannot
-    be printed appears as \\u80ba. To be called first in a script's main()."""
+def begin_script() -> None:
+    """To be called first in a script's main().
+
+    No name ends a run because the terminal's encoding lacks a character of it: such a character
+    is printed as \\u80ba. A Ctrl-C that a library dropped while it was loaded is raised now."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):        # and not what a notebook put there
             stream.reconfigure(errors="backslashreplace")
+    if signal.getsignal(signal.SIGINT) is _interrupt_while_loading:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if _dropped:
+            raise KeyboardInterrupt
+
+
+_dropped = []       # Ctrl-C while libraries were loaded, none of which has ended the process
+
+
+def _interrupt_while_loading(number, frame) -> None:
+    """Ctrl-C before the script begins. Some libraries drop all exceptions while they are loaded."""
+    _dropped.append(number)
+    raise KeyboardInterrupt
 
 
 def _report_uncaught(kind, error, traceback) -> None:
@@ -135,6 +150,9 @@ def _open_streams() -> None:
 # Nothing else in the project runs at import. A script loads PyTorch for seconds before its main()
 # is called, and nothing else can answer Ctrl-C until then; so this file is loaded first.
 sys.excepthook, sys.unraisablehook = _report_uncaught, _interrupt_again
+if (threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
+    signal.signal(signal.SIGINT, _interrupt_while_loading)
 _open_streams()
 # A notebook tells what it starts to draw into it, by a backend that need not be installed here.
 # Where the notebook itself imports this, the variable is its own.

@@ -12,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from common import (  # before PyTorch: it answers Ctrl-C while that loads
-    ALONE, DataError, Place, errors_in_one_sentence, print_any_name, read_place)
+    ALONE, DataError, Place, begin_script, errors_in_one_sentence, read_place)
 
 import torch
 import torch.distributed as dist
@@ -35,7 +35,7 @@ def main(stage: Callable, config_class: type, argv: list[str] | None = None, *,
         the machine.
     timeout: how long a process waits for another one in a collective call.
     afterwards: what the same command does after Ctrl-C, if it does not resume."""
-    print_any_name()  # a name that the terminal cannot spell ends no run
+    begin_script()
     config = parse(config_class, argv)
     script = f"{stage.__name__}.py"
     if config.overwrite and not afterwards:

@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from common import (                  # first: it answers Ctrl-C while the rest loads
-    DataError, errors_in_one_sentence, lock, open_text, print_any_name, printable, read_text,
+    DataError, begin_script, errors_in_one_sentence, lock, open_text, printable, read_text,
     restart_in_utf8, whole_file, write_csv, write_text)
 import archive
 from manifest import as_bytes, read_manifest
@@ -937,7 +937,7 @@ def main(argv: list[str] | None = None) -> int:
     """The exit code, where no error ends the script with a sentence."""
     if argv is None:
         restart_in_utf8()
-    print_any_name()
+    begin_script()
     args = parse_args(argv)
     if "folder" in args:
         with errors_in_one_sentence("prepare.py", args.folder):

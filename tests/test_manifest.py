@@ -250,3 +250,22 @@ with errors_in_one_sentence("a.py", "out"):
                              capture_output=True, timeout=60)
     assert process.returncode == 130
     assert process.stderr.startswith("a.py: interrupted") and process.stderr.count("\n") == 1
+
+
+def test_control_c_that_a_library_drops_while_it_is_loaded_is_not_lost(tmp_path):
+    """Modules written in C do. It is answered when the script begins, and once."""
+    script = f"""
+import signal
+import common
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    pass
+import prepare
+prepare.main(["demo", "--out", {str(tmp_path / "demo")!r}])
+"""
+    process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, text=True,
+                             capture_output=True, timeout=60)
+    assert process.returncode == 130 and not (tmp_path / "demo").exists()
+    assert process.stderr.endswith(": interrupted before it began\n")
+    assert process.stderr.count("\n") == 1
