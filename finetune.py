@@ -43,9 +43,10 @@ from common import write_text
 from dali_pipeline import eval_loader, train_loader
 from flags import ENCODERS, PRECISION, THREADS, flag
 from labels import Draw, add_labels, cell_weights, masked_cross_entropy, to_probabilities
+from lars import warmup_and_cosine
 from linear import LinearProbe, cross_validate, read_features
 from probe import extract_features
-from run import Compute, warmup_and_cosine
+from run import Compute
 from report import report, report_folds
 from scores import youden
 from study import Combination, Outcome, Study, key_in, read_study

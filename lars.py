@@ -1,6 +1,8 @@
-"""The optimizers of pre-training; LARS, that of the publication, as a dozen launches on a GPU."""
+"""Optimizers and their learning rate; LARS, the published one, as a dozen launches on a GPU."""
 # pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportArgumentType=false
 # The type stubs of PyTorch do not know its operations on lists of tensors, torch._foreach_*.
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,14 @@ def make_optimizer(net: nn.Module, name: str, lr: float,
         return LARS(groups, lr)
     adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
     return adam(groups, lr, fused=True)  # one pass over each tensor, five times as fast on a CPU
+
+
+def warmup_and_cosine(step: int, total_steps: int, warmup_steps: float, peak: float) -> float:
+    """The learning rate at `step`: linear warm-up to `peak`, then half a cosine to zero."""
+    if step < warmup_steps:
+        return peak * (step + 1) / math.ceil(warmup_steps)
+    angle = math.pi * (step - warmup_steps) / (total_steps - warmup_steps)
+    return peak * (1 + math.cos(angle)) / 2
 
 
 class LARS(torch.optim.Optimizer):

@@ -2,8 +2,9 @@
 
 Each process has B images, two views of each. Their 2B projections are its anchors. They are
 compared with keys, the K = 2WB projections of all W processes, which negatives.py gathers.
-Gathered keys carry no gradient, although they follow from the weights as well: `log_sum_exp`
-adds what is missing in its own backward pass. So every term over the negatives is made of it.
+Gathered keys carry no gradient. Instead, the backward pass of `log_sum_exp` also gives each
+anchor the gradient that it has as a key of the other anchors, on all processes. A new term over
+the negatives must be built from `log_sum_exp`: built from the keys, it would lack that part.
 """
 import math
 
@@ -50,7 +51,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float, patients: Tensor | None 
         excess = log_r - positive                               # (2, B)
         # -l_ip + ln(exp(l_ip) + R) = ln(1 + exp(ln R - l_ip)), which is softplus.
         loss = excess if decoupled else F.softplus(excess)
-        # Without negatives, ln R is ABSENT, and the anchor has nothing to be told from.
+        # Without negatives, ln R is ABSENT, -1e30, and the anchor has nothing to be told from.
         loss = torch.where(log_r < ABSENT / 2, 0.0, loss)
         # A mean: the weights are 1 / 2B for each anchor, unless others are given.
         return (batch.weights * loss).sum()
@@ -68,12 +69,11 @@ def _log_reweighted_sum(batch: Batch, positive: Tensor, temperature: float, hard
         log_r = log_n + log_r - log_sum_exp(batch, hardness / temperature)
     if prior:
         # R becomes (R - prior n exp(l_ip)) / (1 - prior), but at least n exp(-1 / temperature).
-        # share is the part of R that is subtracted; from 1 on, nothing is left but the floor.
+        # share is the part of R that is subtracted; from 1 on, only the floor is left. Then the
+        # gradient of `left` is multiplied by 0: clamp_max and clamp_min keep it finite for that.
         floor = log_n - 1 / temperature
         share = prior * (log_n + positive - log_r).clamp_max(60).exp()
         left = log_r + (1 - share).clamp_min(1e-30).log() - math.log(1 - prior)
-        # The two clamps are for the branch that where() does not take: its gradient is multiplied
-        # by 0, and must be finite for that.
         log_r = torch.where(share < 1, left, floor).maximum(floor)
     return torch.where(n_negatives > 0, log_r, ABSENT)
 
@@ -87,8 +87,8 @@ def diagnostics(z1: Tensor, z2: Tensor, patients: Tensor | None = None,
     """What the loss hides, as scalars, to be averaged over the processes. Arguments
     as in `nt_xent`.
 
-    top1: how often an anchor's positive is nearer than all its negatives on all processes.
-    Where all projections are the same it is 0: a tie is no hit.
+    top1: how often an anchor's positive is nearer than all its negatives on all processes,
+    whatever the weights. If all projections are the same it is 0: a tie is no hit.
     alignment: mean squared distance of positives on the unit sphere, 0 at best.
     uniformity: log of the mean Gaussian potential of this process's pairs; about -4 at best, 0
     where all projections are the same, NaN for one image a process. (Both by Wang and Isola

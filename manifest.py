@@ -86,7 +86,7 @@ def read_manifest(folder: str | Path, use_tar: bool = True, check_files: bool = 
     """Read and check `folder`/manifest.csv, and that every image in it is there.
 
     use_tar: read the images from images.tar if there is one, or else from their own files.
-    check_files: whether to look for these files; False leaves that to the caller.
+    check_files: whether to look for each of these files; False leaves that to the caller.
     DataError names the file, the row (the header is row 1) and the column."""
     file = Path(folder) / "manifest.csv"
     if not file.is_file():
@@ -103,4 +103,5 @@ def read_manifest(folder: str | Path, use_tar: bool = True, check_files: bool = 
         sizes = archive.table["size"]
     elif check_files:
         sizes = sizes_on_disk(file.parent, table.paths, path_bytes)
+    # The table's fields are Manifest's, from paths to view_positions.
     return Manifest(file.parent, **table._asdict(), archive=archive, sizes=sizes)

@@ -27,12 +27,12 @@ from checkpoint import ARCHITECTURES
 from common import DataError
 from dali_pipeline import Preprocessing, train_loader
 from flags import PRECISION, THREADS, flag
-from lars import make_optimizer
+from lars import make_optimizer, warmup_and_cosine
 from loss import diagnostics, nt_xent
 from manifest import Manifest, read_manifest
 from model import SimCLR, build_encoder
 from probe import Probe, probe_sentence
-from run import Compute, warmup_and_cosine
+from run import Compute
 from run_folder import Curves, Progress, diverged
 from sampling import Sampling, choose_sampling
 from training import StopSignal, Training, backward_in_pieces, piece_size
@@ -69,7 +69,7 @@ class Config:
 
     image_size: int = flag(224, "side of a view, pixels", 1, section="preprocessing and views")
     normalize: str = flag(
-        "fixed", "by a fixed mean and deviation; image: each image is brought to these",
+        "fixed", "by a fixed mean and deviation; image: first shift and scale each image to these",
         choices=("fixed", "image"))
     clahe: bool = flag(False, "adaptive histogram equalisation of each image")
     crop_area: tuple[float, float] = flag(
@@ -92,9 +92,9 @@ class Config:
     batch_size: int = flag(512, "images over all processes", 1)
     micro_batch: int = flag(
         0, "images that a process encodes at once, at most, if its batch is too large for the "
-        "GPU's memory; the loss stays that of the whole batch; 0: all of them", 0)
+        "GPU's memory; the loss is of the whole batch, batch norm of a part; 0: all of them", 0)
     temperature: tuple[float, ...] = flag(
-        (0.1,), "of NT-Xent; two: a cosine between them over the run, HIGH first", 1e-6, 1e6,
+        (0.1,), "of NT-Xent; two: a cosine over the run, from HIGH to LOW and back", 1e-6, 1e6,
         metavar=("LOW", "HIGH"))
     positives: str = flag(
         "image", "what the second view shows: the same image, or another one of its patient or "
@@ -153,7 +153,7 @@ class Config:
         return Preprocessing(self.image_size, self.normalize, self.clahe)
 
     def __post_init__(self):
-        if self.lr is None:
+        if self.lr is None:  # it depends on --optimizer, also for --demo
             in_demo = self.demo and self.optimizer == "adamw"
             self.lr = DEMO_LR if in_demo else BASE_LR[self.optimizer]
         # Rules beyond the range of a single number.
@@ -223,7 +223,7 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
     model.train()
     own_batch = config.batch_size // compute.world_size
     piece = piece_size(own_batch, config.micro_batch)  # images at once, two views each
-    # A pass on zeros, after which DistributedDataParallel sums gradients as in a resumed run.
+    # Without this, a resumed run would round differently from an uninterrupted one.
     compute.rehearse(model, (2 * piece, 1, config.image_size, config.image_size))
     start_step = training.step
     curves = Curves(config, compute.rank == 0, start_step, training.last_probe)
@@ -239,20 +239,20 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
         stop_signal = stop.received(compute, ask=step % 5 == 0 or at_probe or at_end)
 
         # Probe every few epochs: do the features get better, and not only the loss? A run that was
-        # resumed at this step may have been probed already. After a signal there is no time for
-        # a probe; the resumed run does it.
+        # resumed at this step may have been probed here before (last_probe is -1 at first). After
+        # a signal there is no time for a probe; the resumed run does it.
         probed = False
         if probe and at_probe and step > training.last_probe and (at_end or not stop_signal):
             with progress.pause():
                 scores = probe.scores(net.encoder, piece, compute)
-            if not scores:
+            if not scores:  # none, if a feature is not finite
                 raise diverged(f"the features are not finite after step {step}", config)
             training.last_probe, probed = step, True
             curves.add(step, schedule.epoch(step), scores)
             say(f"{schedule.position(step)} | {probe_sentence(scores)}")
 
         # Save every few steps, after a probe, at a signal and at the end. The step at which this
-        # run started needs no saving, unless its probe is new.
+        # run started was saved before, unless its probe is new. New weights are never saved.
         time_to_save = step % config.save_every == 0 or stop_signal or at_end
         is_new = probed or (step > start_step and time_to_save)
         if is_new and step > 0 and compute.rank == 0:
@@ -288,7 +288,7 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
                 z1, z2 = model(x).chunk(2)                              # (B, proj_dim) each
             loss = loss_of(z1, z2)
             scaler.scale(loss).backward()
-        else:  # --micro-batch: the same loss, from pieces of the batch
+        else:  # --micro-batch: the whole batch's loss; batch norm sees one piece at a time
             z1, z2, loss = backward_in_pieces(model, x, piece, loss_of, scaler, compute)
         scaler.step(optimizer)
         scaler.update()
@@ -299,8 +299,8 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
         # Log every few steps, because reading the loss waits for the GPU.
         if step % config.log_every == 0 or step == schedule.last_step:
             watched = diagnostics(z1, z2, patients, loss_weights, config.decoupled)
-            # Averages since the last log line and over all processes. FloatingPointError if a loss
-            # was not finite.
+            # The mean loss since the last log line, and `watched` of this batch, over all
+            # processes. FloatingPointError if a loss was not finite.
             scalars = progress.read(step, watched) | {"lr": lr, "temperature": tau}
             curves.add(step, schedule.epoch(step), scalars)
             speed = scalars["images_per_second"]
@@ -321,17 +321,22 @@ def read_data(config: Config, compute: Compute) -> tuple[Manifest, np.ndarray]:
     if config.batch_size % compute.world_size:
         raise DataError(f"--batch-size {config.batch_size} is global and must be divisible by the "
                         f"number of processes, {compute.world_size}")
-    # The first process draws the demo's radiographs; the others wait for it.
-    if config.demo and compute.rank == 0 and not Path(config.data, "manifest.csv").exists():
-        import prepare  # stage 0, needed by the demo alone
-        prepare.main(["demo", "--out", config.data])
-    compute.barrier()
+    if config.demo:
+        make_demo(config, compute)
     manifest = read_manifest(config.data)
     train = manifest.images("train")
     if config.batch_size > len(train):
         raise DataError(f"--batch-size {config.batch_size} is larger than the train split: "
                         f"{len(train)} images")
     return manifest, train
+
+
+def make_demo(config: Config, compute: Compute) -> None:
+    """The data folder of --demo, if it is not there. The other processes wait for the first."""
+    if compute.rank == 0 and not Path(config.data, "manifest.csv").exists():
+        import prepare  # stage 0, needed by the demo alone
+        prepare.main(["demo", "--out", config.data])
+    compute.barrier()
 
 
 def choose_probe(config: Config, manifest: Manifest) -> Probe | None:
@@ -394,7 +399,7 @@ class Schedule:
 # The network and its optimizer.
 
 def build(config: Config, compute: Compute) -> Training:
-    """Network, optimizer and scaler, with new weights."""
+    """Network, optimizer and scaler, at step 0."""
     torch.manual_seed(config.seed)
     # A run that is resumed will load its weights from last.pt: do not read or download --init.
     resumes = Path(config.out, "last.pt").exists() and not config.overwrite
@@ -427,6 +432,7 @@ def introduce(training: Training, schedule: Schedule, probe: Probe | None) -> No
 
 
 def main(argv: list[str] | None = None) -> None:
+    # In bf16 a CPU trains as well as in float32, and faster.
     launch.main(pretrain, Config, argv, bf16_on_cpu=True)
 
 

@@ -1,6 +1,5 @@
-"""Where a stage computes: device, precision, and the other processes; and its learning rates."""
+"""Where a stage computes: device and precision, and the other processes."""
 import dataclasses
-import math
 import zlib
 from typing import Any
 
@@ -16,7 +15,7 @@ from syncbn import SyncBatchNorm, unchanged_statistics
 class Compute:
     """Where this process computes, and its place among the processes that torchrun started.
 
-    With one process, `barrier`, `reduce` and what uses them do nothing."""
+    With one process, `barrier` and `reduce` do nothing."""
     rank: int
     world_size: int
     device: torch.device
@@ -113,11 +112,3 @@ class Compute:
                 y = model(x)
             y.float().sum().backward()
             model.zero_grad(set_to_none=True)
-
-
-def warmup_and_cosine(step: int, total_steps: int, warmup_steps: float, peak: float) -> float:
-    """The learning rate at `step`: linear warm-up to `peak`, then half a cosine to zero."""
-    if step < warmup_steps:
-        return peak * (step + 1) / math.ceil(warmup_steps)
-    angle = math.pi * (step - warmup_steps) / (total_steps - warmup_steps)
-    return peak * (1 + math.cos(angle)) / 2

@@ -23,9 +23,9 @@ from sklearn.metrics import roc_auc_score
 import pretrain
 from checkpoint import load_checkpoint, save_checkpoint
 from flags import parse
-from lars import LARS
+from lars import LARS, warmup_and_cosine
 from probe import knn_auroc
-from run import Compute, warmup_and_cosine
+from run import Compute
 
 LONG = pytest.mark.long     # what test_faults.py tries as well, at other moments
 
