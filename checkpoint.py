@@ -104,7 +104,7 @@ WEIGHTS_ALONE = (
     "torch.save(f(getattr(c, 'state_dict', lambda: c)()), {})")
 
 
-# Modules from which no checkpoint has an object, but a harmful pickle has a function. In pickles
+# Modules that no weights need, but from which a harmful pickle calls functions. In pickles
 # subprocess is called commands.
 RUNNING = {"", "io", "os", "subprocess", "commands", "shutil", "runpy", "importlib", "ctypes"}
 
@@ -171,7 +171,7 @@ def _read_safetensors(path: str | Path, header_size: int) -> dict[str, Tensor]:
 
 
 def _damage(state: dict) -> str:
-    """What is wrong in one of our checkpoints, as no stage would have written it, or ""."""
+    """An entry of this project's checkpoint that no stage would have written so, or ""."""
     if not {"format", "scaler"} & state.keys():            # from another tool
         return ""
     for name in ("config", "encoder", "projector", "classifier", "model"):

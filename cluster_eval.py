@@ -486,8 +486,8 @@ def figures(title: str, tag: str, features: np.ndarray, best: Any, selection: Se
     counts = metrics.confusion_matrix(truth, clusters, labels=range(columns))
     draw_table(contingency, counts[:classes], legend)
 
-    # Each cluster's eight images nearest to its centre; with fewer than eight images, the last
-    # one is repeated. Twelve clusters fit on the sheet.
+    # The eight images nearest to each cluster's centre; if there are fewer images, the last one is
+    # repeated. Twelve clusters fit on the sheet.
     centres = number.argsort()[:12]                                         # (R,)
     nearest = best.transform(features)[:, centres].argsort(0)               # (n, R)
     eight = np.arange(8).clip(max=len(nearest) - 1)

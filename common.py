@@ -83,8 +83,8 @@ def _blamed(error: OSError, out: str | Path) -> str | Path:
 
 
 def print_any_name() -> None:
-    """Print characters that the terminal's encoding lacks as \\u80ba, for example, so that no name
-    can end a run. To be called first in a script's main()."""
+    """Print a character that the terminal's encoding lacks as an escape, such as \\u80ba, so that
+    no name can end a run. To be called first in a script's main()."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):        # not a notebook's stream
             stream.reconfigure(errors="backslashreplace")
@@ -224,9 +224,9 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def open_text(path: str | Path) -> TextIO:
-    """A text file to read, whatever the locale: UTF-8, or UTF-16 if it begins with that mark.
+    """A text file to read, whatever the locale: UTF-8, or UTF-16 if its byte-order mark says so.
 
-    A byte-order mark is not part of the text, and line ends stay as they are. A file packed by
+    The byte-order mark is not part of the text, and line ends stay as they are. A file packed by
     gzip is decompressed, whatever its name. Reading raises UnicodeDecodeError for other
     encodings. DataError for a pipe: it can be read only once, and without a writer never."""
     mode = os.stat(path).st_mode
@@ -276,7 +276,7 @@ def csv_cell(text: str) -> str:
 
 
 def plain_name(text: str, most: int = 200) -> str:
-    """Text as part of a file's name, the last `most` bytes of it: file systems take 255."""
+    """Text that can be part of a file's name: the last `most` bytes, as file systems allow 255."""
     plain = re.sub(r"[^\w.-]+", "-", text)
     return plain.encode()[-most:].decode(errors="ignore")
 

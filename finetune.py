@@ -114,7 +114,7 @@ class Config:
 
     def __post_init__(self):
         for name in ("init", "mode", "fraction", "seeds", "labels"):
-            setattr(self, name, tuple(dict.fromkeys(getattr(self, name))))  # the same twice is once
+            setattr(self, name, tuple(dict.fromkeys(getattr(self, name))))  # without repeats
         # 0 means the same as no flag, so config.json gets the same value for both.
         self.from_head, self.folds = self.from_head or None, self.folds or None
         if self.peak and "full" not in self.mode:
@@ -175,7 +175,7 @@ def save_classifier(study: Study, c: Combination, outcome: Outcome) -> None:
 
 def fit_probes(study: Study, missing: list[Combination]) -> dict[Combination, dict[str, Tensor]]:
     """Fit a probe for every missing linear combination, and for every full one that starts from a
-    probe and has no epoch yet. The linear ones are finished; the heads of the full are returned."""
+    probe and has no epoch yet. Finish the linear ones; return the heads of the full ones."""
     heads = {}
     # A full combination that resumes from a checkpoint gets its head from there.
     begun = {key_in(study.last), *(c for c in missing if key_in(study.waiting_file(c)) == c)}
@@ -205,7 +205,7 @@ def freeze_batch_norm(net: nn.Module) -> None:
 
 
 def probabilities(study: Study, net: nn.Module, split: str) -> np.ndarray:
-    """The network's probabilities for a split, (n, L); all processes share the work.
+    """The network's probabilities for the images of a split, (n, L); all processes share the work.
 
     FloatingPointError if a prediction is not finite, because an AUROC would not show it: NaN
     is sorted like any other score."""

@@ -1,4 +1,4 @@
-"""Flags: a script declares each one once, as a field of a dataclass, and gets an instance of this.
+"""Flags: a script declares them as fields of a dataclass, and `parse` returns an instance of it.
 
     @dataclass
     class Config:
@@ -54,8 +54,8 @@ def flag(default: Any, help: str, low: float = -math.inf, high: float = math.inf
 
     low, high: the range of a number, both ends allowed.
     section: a heading of --help, for this flag and those after it.
-    may_differ: True if a run may resume with another value, because the flag says how or how long
-    it computes and not what, for example."""
+    may_differ: True if a run may resume with another value than it began with, for example
+    because the flag says how or how long it computes and not what."""
     return dataclasses.field(default=default, metadata={
         "help": help, "low": low, "high": high, "section": section, "choices": choices,
         "metavar": metavar, "may_differ": may_differ})

@@ -188,10 +188,9 @@ def draw(patients: np.ndarray, labels: np.ndarray, fraction: float, seed: int) -
     """Draw a fraction of the patients, with all of their images.
 
     patients (n,), labels (n, L) of Task.training_labels. The seed puts the patients in an order,
-    and a fraction takes the first of them, so a larger fraction contains the smaller ones. If
-    none of them has a positive (or a negative) of some label, the first patient in that order
-    who has one is added, which keeps this so. DataError if the fraction is less than half a
-    patient."""
+    and a fraction takes the first of them. If none of these has a positive (or a negative) of
+    some label, the first patient in the order who has one is added. So a larger fraction contains
+    the smaller ones. DataError if the fraction is less than half a patient."""
     names, patient = np.unique(patients, return_inverse=True)
     place = np.random.default_rng(seed).permutation(len(names))[patient]    # (n,) in the order
     count = math.floor(fraction * len(names) + 0.5)
@@ -283,7 +282,7 @@ def labels_required(init: str, checkpoint: dict) -> int | str:
     total = checkpoint.get("labels_required")
     if total is None:
         # An encoder.pt, whose own training used no labels, or a classifier.pt that counts only its
-        # own. The start of that training counts too: it is known if it was a name, not a path.
+        # own. Labels behind its --init count too; they are known if that is a name and no path.
         config = checkpoint.get("config", {})
         own = checkpoint.get("n_train") if "classifier" in checkpoint else 0
         return add_labels(LABELLED.get(str(config.get("init"))), own)

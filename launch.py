@@ -27,7 +27,7 @@ MINUTES_30 = timedelta(minutes=30)
 
 def main(stage: Callable, config_class: type, argv: list[str] | None = None, *,
          bf16_on_cpu: bool = False, timeout: timedelta = MINUTES_30, afterwards: str = "") -> None:
-    """Run `stage(config, compute, resources)`. If its user can mend an error, the script ends with
+    """Run `stage(config, compute, resources)`. Errors that the user can mend end the script with
     one sentence.
 
     resources: an ExitStack; what the stage enters there is closed however the run ends.
@@ -40,8 +40,7 @@ def main(stage: Callable, config_class: type, argv: list[str] | None = None, *,
     script = f"{stage.__name__}.py"
     if config.overwrite and not afterwards:
         afterwards = f"without --overwrite goes on from what is in {config.out}"
-    # If torchrun's variables are wrong, every process reports it. From then on the first process
-    # of each machine reports for all.
+    # Each process reports wrong variables of torchrun. Later a machine's first process speaks.
     with errors_in_one_sentence(script, config.out):
         place = read_place()
     speaks = place.local_rank % place.local_world_size == 0  # all, if LOCAL_WORLD_SIZE is not set

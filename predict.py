@@ -152,7 +152,7 @@ def load_classifier(path: str | Path) -> tuple[Classifier, dict]:
 
 
 def are_image_flags(flags: Any) -> bool:
-    """Whether these can be flags of prepare.py from `image_flags`, {} if they are not known."""
+    """Whether these can come from `image_flags`, {} included, which means unknown."""
     if flags == {}:
         return True
     return (isinstance(flags, dict) and flags.keys() == {"size", "quality", "stretch"}
@@ -316,7 +316,7 @@ def is_as_written(file: Path, settings: ImageSettings) -> bool:
     """Whether a file is a JPEG as prepare.py would write it. It is then taken as it is, because
     writing it again would change its pixels a little. Other files need prepare.py's readers.
     DataError, or whatever a decoder raises, if it is such a JPEG but broken, a mask or blank."""
-    # With --stretch no file is: a JPEG does not tell whether it was stretched.
+    # With --stretch there is no such file: a JPEG does not tell whether it was stretched.
     is_jpeg = file.suffix.lower() in (".jpg", ".jpeg") and file.is_file()
     if settings.stretch or not is_jpeg or not (image := open_if_image(file)):
         return False
@@ -383,10 +383,10 @@ def suffix_counts(paths: list[str]) -> str:
 # Explanation of a prediction.
 
 def grad_cam(net: Classifier, x: Tensor, outputs: Tensor) -> Tensor:
-    """How much each pixel of the images x (B, 1, S, S) contributes to one output of each, by its
-    number in `outputs` (B,) (Selvaraju et al. 2017).
+    """How much the regions of each image x (B, 1, S, S) contribute to one of the network's outputs
+    (Selvaraju et al. 2017). outputs (B,): the number of that output for each image.
 
-    Returns (B, S, S), 0 to 1. The map has cells of 32 x 32 pixels, so it is coarse below 224
+    Returns maps (B, S, S), 0 to 1. Their cells are 32 x 32 pixels, so a map is coarse below 224
     pixels. It is 0 everywhere if no cell speaks for the output."""
     # The map is a sum of the last feature maps, weighted by the output's mean gradient for each.
     maps = []
@@ -403,7 +403,7 @@ def grad_cam(net: Classifier, x: Tensor, outputs: Tensor) -> Tensor:
 
 
 def overlay(x: Tensor, heat: Tensor) -> Image.Image:
-    """A picture of a network's input x (1, S, S) in gray, under heat (S, S), 0 to 1, in colour."""
+    """A network's input x (1, S, S) in gray, overlaid with heat (S, S), 0 to 1, in colour."""
     gray = (x[0] * STD + MEAN).clamp(0, 1).cpu().numpy()[..., None]         # (S, S, 1)
     opacity = 0.5 * heat.cpu().numpy()[..., None]                           # (S, S, 1)
     colour = colormaps["jet"](heat.cpu().numpy())[..., :3]                  # (S, S, 3)
@@ -533,7 +533,7 @@ def predict_one(config: Config, inputs: Inputs, net: Classifier, state: dict[str
 
 
 def first_of(rejected: dict[str, str]) -> str:
-    """Names the first rejected file and the reason, and where the others are listed."""
+    """The first rejected file and the reason, and where the others are listed."""
     path, why = next(iter(rejected.items()))
     return f"{path}: {why}" + (" (all in rejected.csv)" if len(rejected) > 1 else "")
 

@@ -141,7 +141,7 @@ class Probe:
     """Labelled images that judge features while these are learned without labels."""
 
     def __init__(self, manifest: Manifest, most: int, seed: int, preprocessing: Preprocessing):
-        """most: of train, whose images are the bank, and of val, whose images are the queries."""
+        """most: how many images of train are the bank, and how many of val are the queries."""
         self.manifest, self.preprocessing = manifest, preprocessing
         # The same random images every time, so that the points of the curve can be compared.
         self.bank, self.queries = (
@@ -201,9 +201,9 @@ def fit_logistic(x: Tensor, targets: Tensor, weights: Tensor, strengths: Tensor,
     regularisation and few rows a loss may end about 1e-4 above its optimum.
 
     The method: along the principal axes of the rows, x'x is diagonal, and so is an upper
-    bound of the Hessian (Böhning 1992). A step of the gradient, divided by that bound, is
-    guaranteed to descend. Nesterov's momentum makes it fast; a regression whose momentum
-    points uphill resets it (O'Donoghue and Candès 2015)."""
+    bound of the Hessian (Böhning 1992). Gradient steps divided by that bound are guaranteed
+    to descend. Nesterov's momentum makes this fast; a regression whose momentum points
+    uphill resets it (O'Donoghue and Candès 2015)."""
     # Principal axes. With fewer rows than features, the axes of the rows' span are enough,
     # because the optimum lies in it.
     center = x.mean(0)

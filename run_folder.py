@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 
 
 # --------------------------------------------------------------------------------------------------
-# Digests of a run's inputs. They change with the content, but not if it is moved.
+# Digests of a run's inputs. They change with the content, but not with its place.
 
 def content_of_data(manifest: Manifest, images: np.ndarray | None = None) -> str:
     """A digest of a data folder, or of some of its images without their labels.
 
-    Two folders with the same rows, but images of another --size, differ in their files' sizes in
-    bytes."""
+    If the same images are made with another --size, the digest differs, because the sizes of the
+    files in bytes do."""
     if images is None:
         return f"{rows_digest(manifest)} {sizes_digest(manifest, np.arange(len(manifest.paths)))}"
     paths = _digest(*(manifest.paths[i].encode("utf-8", "surrogateescape") for i in images))

@@ -58,8 +58,8 @@ def auroc_in_folds(scores: np.ndarray, truth: np.ndarray, counts: np.ndarray,
     """Area under the ROC curve in each of R replicates, (R,). A positive is compared only with
     negatives of its own fold. scores, truth, counts: see `auroc`; fold (n,).
 
-    The reason: each fold is predicted by its own regression, and the scores of two regressions
-    may differ in scale."""
+    Folds are not mixed, because each is predicted by a regression of its own, and the scores of
+    two regressions may differ in scale."""
     areas, pairs = [], []
     for k in np.unique(fold):
         y, counts_in_fold = truth[fold == k], counts[:, fold == k]

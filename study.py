@@ -30,7 +30,7 @@ from scores import val_score
 if TYPE_CHECKING:
     from finetune import Config
 
-# Initialisations that are no file, and their names in tables.
+# Initialisations that are not files, and their names in tables.
 NAMES = {"random": "Scratch", "imagenet": "ImageNet"}
 # Settings that come from a flag, else from the first checkpoint that has any, else from here.
 INHERITED = {"data": "data/nih", "arch": "resnet50", "image_size": 224, "normalize": "fixed",
@@ -63,7 +63,7 @@ class Init(NamedTuple):
     key: str
     name: str                           # in tables
     settings: dict[str, Any]            # those of INHERITED that the checkpoint has
-    labels_required: int | str          # images whose labels trained it, or "unknown"
+    labels_required: int | str          # number of labelled images that trained it, or "unknown"
 
 
 class Outcome(NamedTuple):
@@ -156,7 +156,7 @@ class Study:
 
     @functools.cached_property
     def measure(self) -> str:
-        """What `val_score` measures here: a perfect answer scores 1 as AUROC, 0 as minus Brier."""
+        """The name of `val_score`'s measure here: perfect predictions score AUROC 1, or Brier 0."""
         perfect = self.val_score(self.truth("val"))
         return "AUROC" if perfect > 0 else "minus the Brier score"
 
