@@ -176,9 +176,9 @@ class Inputs(NamedTuple):
     folder: Path
     paths: list[str]                    # the images, relative to the folder
     passed_over: list[str]              # the folder's other files
-    listed: bool                        # whether a data folder's manifest lists the images
+    listed: bool                        # by the manifest of a data folder
     archive: Archive | None = None      # the data folder's images.tar, if any
-    hidden: int = 0                     # number of hidden files and folders, also passed over
+    hidden: int = 0                     # hidden files and folders, which are passed over too
 
 
 def find_inputs(data: Path) -> Inputs:
@@ -275,7 +275,7 @@ def unpack(member: Member, target: Path) -> str:
         content = member.read_bytes()
     except DataError as error:
         return str(error)
-    file.write_bytes(content)           # a full disk raises OSError, which ends the run
+    file.write_bytes(content)           # if the disk is full, OSError ends the run
     try:
         return "" if decodes(file) else f"cannot identify the image: {what_it_is(file)}"
     except Exception as error:          # a decoder may raise anything on a broken file
