@@ -1,4 +1,4 @@
-"""Checkpoints: written whole, read without trust, and the weights of an encoder in them.
+"""Checkpoints: written as a whole, read without trust; and the weights of an encoder in them.
 
 A checkpoint is a dict of tensors, numbers, strings, lists and dicts.
 """
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from common import DataError, whole_file
 
-FORMAT = "simclr-cxr encoder, version 1"    # of what encoder.pt and classifier.pt hold
+FORMAT = "simclr-cxr encoder, version 1"    # of encoder.pt and classifier.pt
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-PREPROCESSING = {"image_size", "normalize", "clahe"}    # what their config says of it
+PREPROCESSING = {"image_size", "normalize", "clahe"}    # entries of their config
 
 
 class CheckpointError(DataError):
@@ -31,7 +31,7 @@ class CheckpointError(DataError):
 
 
 def save_checkpoint(path: str | Path, state: dict) -> None:
-    """Write `state` so that `path` is a whole checkpoint at every moment, the old or the new."""
+    """Write `state` so that `path` is always a whole checkpoint, the old one or the new one."""
     try:
         with _interrupt_later(), whole_file(path) as file:
             torch.save(state, file)
@@ -42,7 +42,7 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
 
 @contextlib.contextmanager
 def _interrupt_later() -> Iterator[None]:
-    """Ctrl-C waits until the block has ended. PyTorch's writer would turn it into a
+    """Delay Ctrl-C until the block has ended, because PyTorch's writer would turn it into a
     RuntimeError, or abort the process."""
     signals = []
     before = signal.signal(signal.SIGINT, lambda number, frame: signals.append(number))
@@ -50,16 +50,16 @@ def _interrupt_later() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-        if signals:                     # also where the block has failed
+        if signals:                     # even if the block has failed
             signal.raise_signal(signal.SIGINT)
 
 
 def first_not_finite(net: nn.Module, optimizer: torch.optim.Optimizer) -> str:
-    """The name of a weight, or of what the optimizer remembers of one, that is not finite; or
-    nothing. Such a state must not replace the last good one.
+    """The name of a weight or of an optimizer's value that is not finite, or "". Such a state must
+    not replace the last good one.
 
-    The optimizer is asked as well, because a huge gradient leaves its weight as it was and
-    stops it for good: for Adam its square is infinite."""
+    The optimizer is checked as well, because a huge gradient does not change its weight, but stops
+    it forever: Adam keeps the gradient's square, which is infinite."""
     states = list(net.state_dict().items())
     states += [(f"the optimizer's {name}", torch.as_tensor(value))
                for state in optimizer.state.values() for name, value in state.items()]
@@ -69,7 +69,7 @@ def first_not_finite(net: nn.Module, optimizer: torch.optim.Optimizer) -> str:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, running no code from it; CheckpointError names the file.
 
-    The file is PyTorch's or, from another tool, safetensors, which is told by its first bytes."""
+    The file's first bytes tell whether it is PyTorch's or, from another tool, safetensors."""
     try:
         with open(path, "rb") as file:
             header_size = int.from_bytes(file.read(8), "little")
@@ -78,7 +78,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         if safetensors:
             state: Any = _read_safetensors(path, header_size)
         else:
-            # PyTorch writes a checksum of each tensor and does not look at it when it reads.
+            # PyTorch writes a checksum of each tensor, but does not check it when it reads.
             if zipfile.is_zipfile(path):
                 with zipfile.ZipFile(path) as archive:
                     damaged = archive.testzip()
@@ -96,7 +96,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
-# What keeps the tensors of a file, and their names: to be typed into a shell.
+# Python for a shell's command line, which saves only the tensors of a file, with their names.
 WEIGHTS_ALONE = (
     "import torch; f = lambda d: {{k: f(v) if isinstance(v, dict) else torch.as_tensor(v) "
     "for k, v in d.items() if isinstance(v, dict) or hasattr(v, 'shape')}}; "
@@ -104,14 +104,14 @@ WEIGHTS_ALONE = (
     "torch.save(f(getattr(c, 'state_dict', lambda: c)()), {})")
 
 
-# Modules of which no checkpoint holds an object, and a pickle that is to do harm has a function.
-# In pickles subprocess is called commands.
+# Modules that no weights need, but from which a harmful pickle calls functions. In pickles
+# subprocess is called commands.
 RUNNING = {"", "io", "os", "subprocess", "commands", "shutil", "runpy", "importlib", "ctypes"}
 
 
 def _why_not(path: str | Path, error: Exception) -> str:
-    """Why a file cannot be read as a checkpoint, and what to do, by its first bytes and by what
-    PyTorch raised."""
+    """Why a file cannot be read as a checkpoint, and what to do, from its first bytes and from the
+    error that PyTorch raised."""
     if os.path.isdir(path):
         return "is a folder, and no checkpoint"
     head = b""
@@ -125,7 +125,7 @@ def _why_not(path: str | Path, error: Exception) -> str:
         if head.startswith(start):
             return f"is no checkpoint but {what}"
     found = re.search(r"GLOBAL ([\w.]+)", str(error))
-    # Of what is built into Python it gives the name alone: getattr, eval.
+    # A name without a module is built into Python, as getattr and eval are.
     if found and ("blocked" in str(error) or found[1].rpartition(".")[0] in RUNNING):
         return f"is not a whole checkpoint: it would run {found[1]}, which no weights need"
     if found:
@@ -140,7 +140,7 @@ def _why_not(path: str | Path, error: Exception) -> str:
     return f"is not a whole checkpoint: {reason}"
 
 
-# What PyTorch raises where parts of a checkpoint have another shape or type than they should.
+# What PyTorch raises if parts of a checkpoint have a wrong shape or type.
 MALFORMED = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError)
 # The types of numbers in a .safetensors file, see below.
 SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
@@ -149,11 +149,11 @@ SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
 
 
 def _read_safetensors(path: str | Path, header_size: int) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file by name; any exception where it is broken.
+    """The tensors of a .safetensors file by name; any exception if it is broken.
 
-    The format is 8 bytes with the size of the header, the header in JSON, which says for each
-    tensor its type, its shape and where its bytes lie behind the header, and these bytes. To
-    read it takes these lines, for which a further package would be much."""
+    The file has 8 bytes with the size of the header, then the header, then the bytes of all
+    tensors. The header is JSON: the type, the shape and the place of each tensor's bytes. Reading
+    it takes so few lines that a further package is not worth while."""
     content = Path(path).read_bytes()
     header = json.loads(content[8:8 + header_size])
     data, state = bytearray(content[8 + header_size:]), {}
@@ -171,19 +171,19 @@ def _read_safetensors(path: str | Path, header_size: int) -> dict[str, Tensor]:
 
 
 def _damage(state: dict) -> str:
-    """What in one of our checkpoints is not what any stage writes there, or nothing."""
-    if not {"format", "scaler"} & state.keys():            # of another tool
+    """An entry of this project's checkpoint that no stage would have written so, or ""."""
+    if not {"format", "scaler"} & state.keys():            # from another tool
         return ""
     for name in ("config", "encoder", "projector", "classifier", "model"):
         entry = state.get(name, {})
         if not isinstance(entry, dict) or not all(isinstance(key, str) for key in entry):
             return f"its {name} is no table of names"
-        # PyTorch would begin a batch norm's counter anew where it is missing.
+        # If a batch norm's counter were missing, PyTorch would start it again from 0.
         counters = {key.replace("running_mean", "num_batches_tracked")
                     for key in entry if key.endswith("running_mean")}
         if lost := sorted(counters - entry.keys()):
             return f"its {name} has no {lost[0]}"
-    # Without these the defaults would be taken, and other features would come out.
+    # Without these entries, defaults would be used and the features would differ.
     missing = sorted(PREPROCESSING - state.get("config", {}).keys())
     if state.get("format") == FORMAT and missing:
         return f"its config has no {' and no '.join(missing)}"
@@ -202,16 +202,16 @@ def _damage(state: dict) -> str:
 # --------------------------------------------------------------------------------------------------
 # The weights of an encoder, from a checkpoint of this project or of another tool.
 
-# By which torchvision's weights expect the channels to be normalised.
+# torchvision's weights expect channels that are normalised by these.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def encoder_weights(init: str | Path, arch: str, expected: dict[str, Tensor],
                     say: Callable) -> dict[str, Tensor]:
-    """The state dict of a ResNet, of the keys and shapes of `expected`; its stem may have three
-    channels. init: `imagenet`, or the path of a checkpoint. say: is told what was taken of it.
+    """The state dict of a ResNet, with the keys and shapes of `expected`; its stem may have three
+    channels. init: `imagenet`, or the path of a checkpoint. say: reports what was taken from it.
 
-    CheckpointError where the weights cannot be had, do not fit or are not finite."""
+    CheckpointError if the weights cannot be read, do not fit or are not finite."""
     state = _imagenet_state(arch) if init == "imagenet" else _encoder_state(init, arch, say)
     try:
         reason = _mismatch(expected, state)
@@ -226,15 +226,15 @@ def encoder_weights(init: str | Path, arch: str, expected: dict[str, Tensor],
 
 
 def fold_rgb_stem(state: dict[str, Tensor], mean: float, std: float) -> dict[str, Tensor]:
-    """The one-channel network that computes what an RGB one does on a gray image repeated thrice.
+    """The one-channel network with the same output as an RGB one on a gray image repeated thrice.
 
-    mean, std: m and s, of the one-channel network's input, whose gray levels are in [0, 1].
+    mean, std: m and s, by which the one-channel input is normalised; gray levels are in [0, 1].
 
-    The RGB stem sees channel c as (x - mean_c) / std_c, ours sees y = (x - m) / s. Put x = m + s y
-    into the former: the weights become sum_c w_c s / std_c, and a constant remains, the sum of
-    w_c (m - mean_c) / std_c over channels and kernel. The batch norm behind the stem absorbs it
-    where its running mean is lowered by as much. Exact but for the outermost pixels, where the
-    zeros of the padding mean the gray level m here and mean_c there."""
+    The RGB stem sees channel c as (x - mean_c) / std_c, ours sees y = (x - m) / s. With x = m + s y
+    in the former, the weights become sum_c w_c s / std_c, and a constant remains: the sum of
+    w_c (m - mean_c) / std_c over channels and kernel. The running mean of the batch norm after the
+    stem is lowered by this constant. This is exact except for the outermost pixels: the zeros of
+    the padding mean gray level m for our stem, and mean_c for the RGB stem."""
     weight = state["conv1.weight"]                                              # (C, 3, 7, 7)
     rgb_mean = torch.tensor(IMAGENET_MEAN).view(3, 1, 1).to(weight)
     rgb_std = torch.tensor(IMAGENET_STD).view(3, 1, 1).to(weight)
@@ -245,7 +245,7 @@ def fold_rgb_stem(state: dict[str, Tensor], mean: float, std: float) -> dict[str
 
 
 def last_line(error: Exception) -> str:
-    """What is wrong, where PyTorch tells it after lines about where that was."""
+    """The last line of an error, because PyTorch's first lines say where it was and not what."""
     return (str(error) or repr(error)).splitlines()[-1].strip()
 
 
@@ -261,7 +261,7 @@ def _imagenet_state(arch: str) -> dict[str, Tensor]:
 
 
 def _encoder_state(path: str | Path, arch: str, say: Callable) -> dict[str, Tensor]:
-    """The encoder's weights in a checkpoint, by torchvision's own keys."""
+    """The encoder's weights in a checkpoint, by torchvision's keys."""
     state = load_checkpoint(path)
     if state.get("arch") in ARCHITECTURES and state["arch"] != arch:
         raise CheckpointError(f"{path} holds a {state['arch']}, not a {arch}")
@@ -272,14 +272,14 @@ def _encoder_state(path: str | Path, arch: str, say: Callable) -> dict[str, Tens
 
 
 def _mismatch(expected: dict[str, Tensor], state: dict[str, Tensor]) -> str:
-    """Which keys are missing, unexpected or of another shape, or nothing. The stem may have
-    three channels; batch norm's counters are of no use and may be missing."""
+    """Which keys are missing, unexpected, of another shape or quantised, or "". The stem may have
+    three channels. Batch norm's counters may be missing, because nothing uses them."""
     missing = [key for key in expected
                if key not in state and not key.endswith("num_batches_tracked")]
     shapes = {key: tuple(value.shape) for key, value in expected.items()}
     stem = shapes["conv1.weight"]
     allowed = {"conv1.weight": (stem, (stem[0], 3, *stem[2:]))}
-    # Without the scale that a quantised number had, it says nothing.
+    # A quantised number is useless without its scale.
     integers = [f"{key} ({state[key].dtype})" for key, value in expected.items() if key in state
                 and value.is_floating_point() and not (
                     state[key].is_floating_point() and state[key].itemsize > 1)]
@@ -298,8 +298,8 @@ def _by(shape: Iterable[int]) -> str:
 
 
 def settings_of(checkpoint: dict) -> dict[str, Any]:
-    """What a checkpoint says of its data folder, architecture and preprocessing, as far as that
-    can be meant here: another tool may have other things under the same names."""
+    """A checkpoint's data folder, architecture and preprocessing. Values that make no sense here
+    are left out, because another tool may use the same names for other things."""
     about = checkpoint | checkpoint.get("config", {})
     meant = {
         "data": checkpoint.get("format") == FORMAT and isinstance(about.get("data"), str),
@@ -310,27 +310,27 @@ def settings_of(checkpoint: dict) -> dict[str, Any]:
     return {name: about[name] for name in meant if meant[name]}
 
 
-# Parts of a network that stand on an encoder, and copies of it that trail behind: a checkpoint's
-# keys have such names before the first dot, or between two of them.
+# Heads after an encoder, and slowly updated copies of it, as other tools call them: parts of a
+# checkpoint's keys, between the dots.
 HEADS = {"fc", "head", "heads", "classifier", "linear", "proj", "projector", "projection",
          "projection_head", "predictor", "prediction_head", "mlp", "prototypes"}
 COPIES = {"encoder_k", "key_encoder", "momentum_encoder", "backbone_momentum", "encoder_momentum",
           "teacher", "target", "target_encoder", "target_network", "ema", "model_ema", "ema_model",
           "best"}
-# A ResNet's parts where a tool has made an nn.Sequential of them.
+# A ResNet's parts, if a tool has put them into an nn.Sequential.
 CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 FIRST_BLOCK = {"conv1.weight": "layer1.0.conv1.weight", "0.weight": "4.0.conv1.weight"}
 
 
 def find_encoder(checkpoint: dict, path: str) -> tuple[dict[str, Tensor], str]:
-    """The weights of the ResNet in a checkpoint of any tool, by torchvision's keys, and what
-    was taken and left out, in words; nothing where the file is the ResNet's state dict itself.
+    """The weights of the ResNet in a checkpoint of any tool, by torchvision's keys; and in words
+    what was taken and left out, "" if the file is the ResNet's state dict itself.
 
-    Dictionaries may lie in one another (`state_dict`, `model`), keys may begin with whatever a
-    tool puts there (`module.`, `backbone.`, `encoder_q.`) and hold torch.compile's `_orig_mod.`:
-    the encoder is what lies beside a `conv1.weight` and a `layer1.0.conv1.weight`. Heads on it
-    are left out, and a network's slow copies where there is a network. CheckpointError where
-    none is found, or more than one."""
+    Dictionaries may be nested (`state_dict`, `model`), and keys may have any prefix of a tool
+    (`module.`, `backbone.`, `encoder_q.`) and contain torch.compile's `_orig_mod.`. The encoder is
+    found by its keys `conv1.weight` and `layer1.0.conv1.weight` with the same prefix. Its heads
+    are left out, and so are slow copies if there is another network. CheckpointError if no
+    network is found, or more than one."""
     compiled = dict(_tensors(checkpoint))
     tensors = {key.replace("_orig_mod.", ""): value for key, value in compiled.items()}
     prefixes = [key.removesuffix(stem) for stem in ("conv1.weight", "0.weight") for key in tensors
@@ -362,8 +362,8 @@ def find_encoder(checkpoint: dict, path: str) -> tuple[dict[str, Tensor], str]:
 
 
 def _tensors(checkpoint: dict, depth: int = 5) -> Iterator[tuple[str, Tensor]]:
-    """All tensors in dictionaries within dictionaries, with their keys joined by dots. A file
-    may be hostile: other keys than strings are passed over, and depth has an end."""
+    """All tensors in nested dictionaries, with their keys joined by dots. Keys other than strings
+    are skipped and the depth is limited, because the file may be hostile."""
     for key, value in checkpoint.items():
         if isinstance(key, str) and isinstance(value, Tensor):
             yield key, value

@@ -1,7 +1,7 @@
-"""What fine-tuning makes of an encoder, and predict.py rebuilds: a classifier.
+"""The classifier that fine-tuning makes from an encoder, and that predict.py rebuilds.
 
-It may stand on the first layers of the projection head, which encoder.pt carries, instead of
-on the features themselves (SimCLR v2, Chen et al. 2020b).
+Its linear layer may follow the first layers of the projection head, which encoder.pt holds,
+instead of the features themselves (SimCLR v2, Chen et al. 2020b).
 """
 import json
 from pathlib import Path
@@ -15,8 +15,8 @@ from model import num_features
 
 
 class Classifier(nn.Module):
-    """Encoder, the first layers of its projection head, if any, and one linear layer:
-    (B, 1, S, S) -> logits (B, outputs)."""
+    """Encoder, first layers of its projection head, if any, and one linear layer: (B, 1, S, S) ->
+    logits (B, outputs)."""
 
     def __init__(self, encoder: torchvision.models.ResNet, outputs: int,
                  projector: nn.Sequential | None = None):
@@ -30,11 +30,11 @@ class Classifier(nn.Module):
 
 
 def rebuild_projector(weights: dict[str, Tensor], width: int) -> nn.Sequential:
-    """The layers of a projection head, (B, width) -> (B, C), whose state dict this is, or whose
-    first layers'; none where it is empty. One of MALFORMED where they do not fit."""
+    """A projection head, or its first layers, from their state dict: (B, width) -> (B, C). An empty
+    dict gives no layers. Raises one of MALFORMED if the weights do not fit."""
     layers = []
     for name, weight in weights.items():
-        if weight.ndim == 2:            # of a linear layer, (C, width)
+        if weight.ndim == 2:            # a linear layer's, (C, width)
             bias = name.replace("weight", "bias") in weights
             layers.append(nn.Linear(width, len(weight), bias))
             width = len(weight)
@@ -46,10 +46,10 @@ def rebuild_projector(weights: dict[str, Tensor], width: int) -> nn.Sequential:
 
 
 def first_layers(init: str, count: int, encoder: torchvision.models.ResNet) -> nn.Sequential:
-    """The projection head of a pre-training up to its `count`-th linear layer, with the batch norm
-    and the ReLU that follow this (Chen et al. 2020b): (B, D) -> (B, C). No layer for 0.
+    """The projection head of a pre-training up to its `count`-th linear layer and the batch norm
+    and ReLU after it (Chen et al. 2020b): (B, D) -> (B, C). For 0 there are no layers.
 
-    init: what the encoder was built from. CheckpointError where that has no such layer."""
+    init: what the encoder was built from. CheckpointError if that has no such layer."""
     if not count:
         return nn.Sequential()
     state = {} if init in ("random", "imagenet") else load_checkpoint(init)
@@ -75,8 +75,8 @@ def linear_layers(net: nn.Sequential) -> list[nn.Linear]:
 
 
 def image_flags(folder: str | Path) -> dict[str, Any]:
-    """The flags that shaped the images of a data folder, {name: value} as prepare.py wrote them;
-    {} where nothing says it: the folder was not made by prepare.py."""
+    """The flags by which prepare.py made the images of a data folder, {name: value}; {} if they
+    are not known, for example because prepare.py did not make the folder."""
     try:
         made = json.loads((Path(folder) / "prepare.json").read_text("utf-8"))
         return {name: made[name] for name in ("size", "quality", "stretch")}

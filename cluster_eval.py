@@ -1,17 +1,16 @@
-"""Stage 3: what structure features have, without labels in training. Encoder and
-data folder in, one table out.
+"""Stage 3: how well clusters of features agree with labels. Encoder and data folder in, table out.
 
     python cluster_eval.py                              runs/pretrain's encoder, and controls
     python cluster_eval.py --init imagenet runs/pretrain/encoder.pt runs/finetune/classifier.pt
     python cluster_eval.py --classes binary:Effusion    one finding against the rest
-    python cluster_eval.py --k sweep                    how many clusters do features suggest?
+    python cluster_eval.py --k sweep                    how many clusters do the features suggest?
     tensorboard --logdir runs                           table, figures, and the projector
 
-k-means never sees a label; labels only judge what it found. They have to be exclusive
-for that: --classes says which images take part, and as what. It is done on test, because
-an encoder may remember the images of train, and a classifier their labels too. The run
-folder (--out) gets results.json, results.md, and in cluster_figures/ a PNG for each row,
-one of the sweep, and TensorBoard's files; --export writes a file besides.
+k-means never sees a label; labels only judge the clusters. For that each image needs one
+class: --classes says which images take part, and in which class. The images are those of
+test by default, because an encoder may remember the images of train, and a classifier their
+labels too. The run folder (--out) gets results.json, results.md, and in cluster_figures/ a
+PNG for each row, one of the sweep, and TensorBoard's files. --export writes one more file.
 """
 import contextlib
 import dataclasses
@@ -51,7 +50,7 @@ from report import (
     sweep_figure, write_json)
 from run import Compute
 
-# By these a run is complete; the first comes last. cluster_figures/ goes with them, see `clear`.
+# A run is complete if these exist; the first is written last.
 RESULTS = ("results.json", "results.md")
 # The table's columns and the keys of results.json.
 SCORES = ("accuracy", "balanced_accuracy", "NMI", "ARI", "purity", "silhouette",
@@ -61,7 +60,7 @@ NO_CHECKPOINT = ("random", "pixels", "imagenet")
 
 # With more images than this, k-means works on batches of 4,096.
 MINIBATCH_ABOVE = 20_000
-# How many images at most: for silhouette, cosines and neighbours; on the map.
+# The most images for silhouette, cosines and neighbours; and on the map.
 SAMPLE, MAP = 5_000, 2_000
 # The row `pixels`: images of 32 x 32, reduced to 50 principal components.
 PIXELS, COMPONENTS = 32, 50
@@ -132,17 +131,17 @@ class Row:
 
 
 def read_checkpoints(inits: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """The checkpoint of each row, {} for those without one; DataError where a row cannot be had."""
+    """The checkpoint of each row, {} for rows that need none; DataError if one cannot be read."""
     inits = inits or ("random", "pixels", default_encoder())
     return {init: {} if init in NO_CHECKPOINT else load_checkpoint(init)
             for init in inits}
 
 
 def inherit(checkpoints: dict[str, dict[str, Any]]) -> tuple[list[Row], str]:
-    """The rows, and the data folder of the first training.
+    """The rows, and the data folder of the first checkpoint that has any settings.
 
-    Architecture and preprocessing are those that a row's checkpoint was trained with, and
-    what it does not say is as in the first one that says anything."""
+    A row's architecture and preprocessing are those of its checkpoint. What this lacks is
+    taken from the first checkpoint that has any settings."""
     first: dict[str, Any] = next(filter(None, map(settings_of, checkpoints.values())), {})
     names = [field.name for field in dataclasses.fields(Preprocessing)]
     rows = []
@@ -162,7 +161,7 @@ def inherit(checkpoints: dict[str, dict[str, Any]]) -> tuple[list[Row], str]:
 
 @dataclass(frozen=True)
 class Selection:
-    """The images of the split, and those of them that have a class."""
+    """The images of the split, and which of them have a class."""
     manifest: Manifest
     images: np.ndarray                  # (N,) image indices of the split
     chosen: np.ndarray                  # (n,) places in `images` of those with a class
@@ -170,7 +169,7 @@ class Selection:
     names: list[str]                    # C classes
     patients: np.ndarray                # (n,) int64: their patients
     k: int                              # clusters to look for
-    available: dict[str, int]           # images that other flags would choose
+    available: dict[str, int]           # how many images other flags would choose
     description: str                    # all this in one sentence
 
     @property
@@ -183,14 +182,14 @@ class Selection:
         return "MiniBatchKMeans" if len(self.chosen) > MINIBATCH_ABOVE else "KMeans"
 
     def subset(self, most: int) -> np.ndarray:
-        """(m,) places in `chosen`, rising: all, or `most` at random, always the same."""
+        """(m,) places in `chosen`, rising: all, or `most` at random, the same in every call."""
         return np.sort(np.random.default_rng(0).permutation(len(self.chosen))[:most])
 
 
 def select(config: Config, data: str) -> Selection:
-    """The images that --split, --classes and --no-finding ask for.
+    """The images that --split, --classes and --no-finding choose.
 
-    DataError where they are too few, or of one class or patient only."""
+    DataError if they are too few, or all of one class or patient."""
     manifest = read_manifest(data)
     if config.split == "all":
         images = np.arange(len(manifest.paths))
@@ -198,8 +197,8 @@ def select(config: Config, data: str) -> Selection:
         images = manifest.images(config.split)
     labels, label_names = manifest.labels[images], manifest.label_names
 
-    # How many images would other flags choose? It is printed before anything is refused
-    # because it helps to mend the flags.
+    # How many images would other flags choose? This is printed before anything is refused,
+    # because it helps to find better flags.
     available = {}
     for rule in ("single", "dominant", config.classes):
         for no_finding in ("drop", "keep"):
@@ -208,7 +207,7 @@ def select(config: Config, data: str) -> Selection:
     print(f"images kept by --classes and --no-finding: {available}", flush=True)
 
     # Only classes that occur count.
-    assert config.no_finding is not None                # Config sees to it
+    assert config.no_finding is not None                # set by __post_init__
     classes, names = choose_classes(labels, label_names, config.classes,
                                     config.no_finding)
     chosen = np.flatnonzero(classes >= 0)               # (n,)
@@ -236,11 +235,11 @@ def select(config: Config, data: str) -> Selection:
 # Features.
 
 def features_of(row: Row, selection: Selection, compute: Compute, folder: Path) -> np.ndarray:
-    """(N, D) float32: a row's features of the split, kept in `folder`;
-    DataError where some are not finite."""
+    """A row's features of the split, (N, D) float32, kept in `folder`. DataError if some are not
+    finite."""
     torch.manual_seed(0)
     if row.init == "pixels":
-        # Raw pixels pass through Flatten, so that the loader and the cache need no special case.
+        # Flatten returns the raw pixels, so loader and cache need no special case.
         encoder, width = nn.Flatten(), PIXELS ** 2
     else:
         encoder = compute.to_device(build_encoder(row.arch, row.init))
@@ -248,7 +247,7 @@ def features_of(row: Row, selection: Selection, compute: Compute, folder: Path) 
     loader = eval_loader(selection.manifest, selection.images, 128,
                          Preprocessing(**row.preprocessing), **compute.loader_arguments())
     features = cached_features(encoder, width, loader, folder, compute.dtype).numpy()
-    # Huge ones are refused because distances square them.
+    # Huge features are refused as well, because distances square them.
     bad = selection.images[~(np.abs(features) < 1e18).all(1)]
     if len(bad):
         raise DataError(f"{row.init}: features of {len(bad)} images are not finite, or "
@@ -260,7 +259,7 @@ def features_of(row: Row, selection: Selection, compute: Compute, folder: Path) 
 
 
 def export(file: str, features: np.ndarray, selection: Selection) -> None:
-    """Features (N, D) and what the manifest says of their images, for other programs."""
+    """Write features (N, D) and the manifest's entries of their images, for other programs."""
     manifest, images = selection.manifest, selection.images
     with whole_file(file) as output:
         np.savez(output, features=features, index=images,
@@ -275,11 +274,11 @@ def export(file: str, features: np.ndarray, selection: Selection) -> None:
 def agreement(truth: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
     """How well clusters (n,) fit classes (n,).
 
-    accuracy: share of the images in the cluster assigned to their class, one to one
-    (Kuhn 1955). balanced_accuracy: the same in each class, and the mean. NMI: mutual
-    information over the mean entropy. ARI: Hubert and Arabie 1985. purity: every
-    cluster takes its majority class; grows with k."""
-    # Classes and clusters that occur, (C, K).
+    accuracy: share of images whose cluster is assigned to their class, one to one (Kuhn
+    1955). balanced_accuracy: the mean of this share over the classes. NMI: mutual
+    information, divided by the mean entropy. ARI: Hubert and Arabie 1985. purity: share of
+    images in the majority class of their cluster; it grows with k."""
+    # (C, K), only classes and clusters that occur.
     counts: Any = metrics.cluster.contingency_matrix(truth, clusters)
     classes, assigned = linear_sum_assignment(counts, maximize=True)
     correct = np.zeros(len(counts))                     # images of each class
@@ -294,13 +293,13 @@ def agreement(truth: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
 class Clustering(NamedTuple):
     """The best of 10 initialisations of k-means."""
     fit: Any                            # a KMeans or MiniBatchKMeans
-    silhouette: float                   # NaN for one cluster, or one an image
+    silhouette: float                   # NaN for one cluster, or as many as images
 
 
 def k_means(features: np.ndarray, k: int, seed: int, sample: np.ndarray) -> Clustering:
     """Clusters of features (n, D), and their mean silhouette on `sample` (Rousseeuw 1987).
 
-    scikit-learn warns where equal images leave clusters empty."""
+    scikit-learn warns if equal images leave clusters empty."""
     method: Any = KMeans
     if len(features) > MINIBATCH_ABOVE:
         method = functools.partial(MiniBatchKMeans, batch_size=4096)
@@ -313,7 +312,7 @@ def k_means(features: np.ndarray, k: int, seed: int, sample: np.ndarray) -> Clus
 
 
 class Estimate(TypedDict):
-    """A score in results.json; NaN, there null, where there is none."""
+    """A score in results.json. NaN stands for a missing number, and becomes null there."""
     mean: float                         # over the seeds
     spread: float                       # standard deviation over the seeds
     low: float                          # 95 % interval of the mean over the patients
@@ -331,15 +330,15 @@ def evaluate(features: np.ndarray, truth: np.ndarray, patients: np.ndarray, k: i
     """All scores of features (n, D) float32.
 
     truth, patients (n,) int64; sample (m,) int64: images for silhouette, cosines and
-    nearest neighbours. The interval is a bootstrap over patients: the clusters stay,
-    and are assigned to classes anew in each draw."""
+    nearest neighbours. The interval is a bootstrap over patients: each draw keeps the
+    clusters, but assigns them to classes again."""
     clusterings = [k_means(features, k, seed, sample) for seed in range(seeds)]
     clusters = [clustering.fit.labels_ for clustering in clusterings]
     unit = np.asarray(normalize(features[sample]))      # (m, D)
     cosine = unit @ unit.T                              # (m, m)
     shares = knn_class_shares(cosine, truth[sample], patients[sample])      # (m, C)
 
-    # The images as they are. An image with itself is no pair.
+    # Scores of the images themselves. An image with itself is not a pair.
     once = np.ones(len(truth), int)
     values = resampled_scores(once, truth, clusters, sample, shares)
     same_class = truth[sample][:, None] == truth[sample]
@@ -349,7 +348,7 @@ def evaluate(features: np.ndarray, truth: np.ndarray, patients: np.ndarray, k: i
                "cosine_within": [within.mean() if len(within) else math.nan],
                "cosine_between": [between.mean() if len(between) else math.nan]}
 
-    # Patients drawn with replacement, in the same draws for every row.
+    # Draws of patients with replacement, the same for every row.
     rng, n = np.random.default_rng(0), patients.max() + 1
     draws = []
     for _ in range(bootstrap):
@@ -358,7 +357,7 @@ def evaluate(features: np.ndarray, truth: np.ndarray, patients: np.ndarray, k: i
 
     scores = {}
     for name in SCORES:
-        # Silhouette and cosines are no part of the draws: their replicates and intervals are NaN.
+        # Silhouette and cosines are not in the draws: their replicates and intervals are NaN.
         replicates = np.array([np.mean(draw.get(name, math.nan)) for draw in draws])
         lowest = -1 if name == "ARI" else 0
         scores[name] = estimate(values[name], replicates, lowest)
@@ -368,23 +367,23 @@ def evaluate(features: np.ndarray, truth: np.ndarray, patients: np.ndarray, k: i
 
 def resampled_scores(counts: np.ndarray, truth: np.ndarray, clusters: list[np.ndarray],
                      sample: np.ndarray, shares: np.ndarray) -> dict[str, list]:
-    """Scores where image i counts counts[i] times: {score: [a value for each seed]}; of the k-NN
-    scores [one value], since k-means plays no part in them.
+    """Scores if image i counts counts[i] times: {score: [a value for each seed]}. k-NN scores
+    have one value, because they do not depend on k-means.
 
-    counts, truth (n,); clusters: (n,) for each seed; sample (m,); shares (m, C) of
-    the classes among the neighbours of `sample`."""
+    counts, truth (n,); clusters: (n,) for each seed; sample (m,); shares (m, C) of the
+    classes among the neighbours of `sample`."""
     images = np.repeat(np.arange(len(truth)), counts)
     found = [agreement(truth[images], labels[images]) for labels in clusters]
     scores: dict[str, list] = {name: [one[name] for one in found] for name in found[0]}
 
-    # Without another patient nobody votes, and a draw may hold none of the sample's images.
+    # A draw may have no image of the sample. Votes are NaN if the sample has only one patient.
     queries = np.repeat(np.arange(len(sample)), counts[sample])     # rows of `shares`
     classes, votes = truth[sample][queries], shares[queries]
     if not len(votes) or np.isnan(votes).any():
         return scores | {"kNN_accuracy": [math.nan], "kNN_AUROC": [math.nan]}
     areas = [metrics.roc_auc_score(classes == c, votes[:, c])
              for c in np.unique(classes)
-             if (classes != c).any()]                   # a draw may hold one class only
+             if (classes != c).any()]                   # a draw may have one class only
     scores["kNN_accuracy"] = [np.mean(votes.argmax(1) == classes)]
     scores["kNN_AUROC"] = [np.mean(areas) if areas else math.nan]
     return scores
@@ -393,9 +392,9 @@ def resampled_scores(counts: np.ndarray, truth: np.ndarray, clusters: list[np.nd
 def estimate(values: list[float], replicates: np.ndarray, lowest: float) -> Estimate:
     """Mean and spread of a score's values over the seeds, and its interval from the draws.
 
-    A patient that is drawn twice agrees with itself, which lifts all agreement: the
-    draws are shifted so that they centre on the estimate (a percentile interval,
-    recentred). Scores lie in `lowest` to 1."""
+    A patient that is drawn twice agrees with itself, so agreement is too high in all draws.
+    They are therefore shifted until their mean is the estimate (a recentred percentile
+    interval). Scores lie in `lowest` to 1."""
     mean = np.mean(values)
     spread = np.std(values, ddof=1) if len(values) > 1 else math.nan
     finite = replicates[np.isfinite(replicates)]
@@ -407,7 +406,7 @@ def estimate(values: list[float], replicates: np.ndarray, lowest: float) -> Esti
 
 
 def majority_row(truth: np.ndarray) -> dict[str, Any]:
-    """The row of results.json for no features at all: every image in one cluster."""
+    """The row of results.json without any features: all images are in one cluster."""
     scores = agreement(truth, np.zeros_like(truth)) | {"kNN_AUROC": 0.5}
     scores["kNN_accuracy"] = scores["accuracy"]
     nothing = dict(spread=math.nan, low=math.nan, high=math.nan)
@@ -417,7 +416,7 @@ def majority_row(truth: np.ndarray) -> dict[str, Any]:
 
 
 def sweep(features: np.ndarray, selection: Selection) -> dict[str, list]:
-    """Silhouette and inertia for 2 to twice as many clusters as there are classes, at least 10."""
+    """Silhouette and inertia of 2 to 10 clusters, or to twice the number of classes if more."""
     most = min(max(10, 2 * selection.k), len(features))
     sizes = list(range(2, most + 1))
     sample = selection.subset(SAMPLE)
@@ -428,12 +427,12 @@ def sweep(features: np.ndarray, selection: Selection) -> dict[str, list]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Figures, made of the parts in report.py.
+# Figures, made from parts in report.py.
 
 def cluster_numbers(clusters: np.ndarray, k: int, truth: np.ndarray,
                     classes: int) -> np.ndarray:
-    """A number (k,) for each cluster, by which figures name it: that of the class which is
-    assigned to it. Clusters that got no class come after the classes.
+    """The number (k,) by which figures name each cluster: the number of the class to which it is
+    assigned. Clusters without a class have numbers after the classes.
 
     clusters (n,), below k; truth (n,), below `classes`."""
     counts = metrics.confusion_matrix(truth, clusters, labels=range(max(k, classes)))
@@ -449,24 +448,24 @@ def map_points(features: np.ndarray) -> np.ndarray:
 
 
 def thumbnails(manifest: Manifest, images: np.ndarray, size: int) -> Tensor:
-    """(m, 1, size, size) float32 in [0, 1] on the CPU."""
+    """Small pictures of images (m,): (m, 1, size, size) float32 in [0, 1] on the CPU."""
     loader = eval_loader(manifest, images, 64, Preprocessing(size), "cpu")
     return (torch.cat([x for x, _ in loader]) * STD + MEAN).clamp(0, 1)
 
 
 def tag_of(number: int, init: str) -> str:
-    """What a row's figure is called, as a file and in TensorBoard."""
-    # The end of a path is shown, as file systems take 255 bytes, and two rows may end alike, so
-    # that a number comes first.
+    """The name of a row's figure, as a file and in TensorBoard."""
+    # Only the end of a path, because file systems allow 255 bytes. A number comes first, because
+    # two paths may end alike.
     end = valid_unicode(init.replace("/", "_")).encode()[-200:]
     return f"{number}_{end.decode(errors='ignore')}"
 
 
 def figures(title: str, tag: str, features: np.ndarray, best: Any, selection: Selection,
             text: FigureText, writer: SummaryWriter) -> None:
-    """One row in four panels, as a PNG and in TensorBoard, and its features in the projector.
+    """Show one row in four panels, as a PNG and in TensorBoard, and its features in the projector.
 
-    tag: the name of the file; features (n, D); best: the row's k-means; text: of the classes."""
+    tag: the file's name; features (n, D); best: the row's k-means; text: the classes' names."""
     truth, images, classes = selection.truth, selection.index, len(selection.names)
     number = cluster_numbers(best.labels_, selection.k, truth, classes)     # (k,)
     clusters = number[best.labels_]                                         # (n,)
@@ -477,7 +476,7 @@ def figures(title: str, tag: str, features: np.ndarray, best: Any, selection: Se
     figure.suptitle(title)
     by_class, by_cluster, contingency, sheet = figure.subplots(2, 2).flat
 
-    # The map, twice.
+    # The map, coloured by class and by cluster.
     on_map = selection.subset(MAP)                      # (m,)
     points = map_points(features[on_map])
     draw_map(by_class, points, truth[on_map], legend, "class")
@@ -487,8 +486,8 @@ def figures(title: str, tag: str, features: np.ndarray, best: Any, selection: Se
     counts = metrics.confusion_matrix(truth, clusters, labels=range(columns))
     draw_table(contingency, counts[:classes], legend)
 
-    # What a cluster looks like: the eight images nearest to its centre, some of them twice
-    # if n < 8. Twelve clusters fit on the sheet.
+    # The eight images nearest to each cluster's centre; if there are fewer images, the last one is
+    # repeated. Twelve clusters fit on the sheet.
     centres = number.argsort()[:12]                                         # (R,)
     nearest = best.transform(features)[:, centres].argsort(0)               # (n, R)
     eight = np.arange(8).clip(max=len(nearest) - 1)
@@ -498,8 +497,8 @@ def figures(title: str, tag: str, features: np.ndarray, best: Any, selection: Se
     figure.savefig(f"{writer.log_dir}/{tag}.png")
     writer.add_figure(tag, figure)
 
-    # TensorBoard's projector turns the features themselves in three dimensions.
-    # Its table has a line for each image and tabs between the cells, whatever names hold.
+    # TensorBoard's projector shows the features themselves in three dimensions. Its table has a
+    # line for each image and tabs between cells, so names must not have line ends or tabs.
     manifest, mapped = selection.manifest, images[on_map]
     cells = (clusters[on_map], np.array(selection.names)[truth[on_map]],
              manifest.patients[mapped], np.array(manifest.paths)[mapped])
@@ -526,7 +525,7 @@ def cell(score: Estimate) -> str:
 
 
 def table(rows: dict[str, dict[str, Any]], selection: Selection) -> str:
-    """results.md: rows as in results.json, and a paragraph that says what the numbers are."""
+    """results.md: rows as in results.json, and a paragraph that explains the numbers."""
     lines = [["init", "labels required", *(name.replace("_", " ") for name in SCORES)]]
     for init, row in rows.items():
         lines.append([init, str(row["labels_required"]),
@@ -544,10 +543,10 @@ def table(rows: dict[str, dict[str, Any]], selection: Selection) -> str:
 
 def open_run_folder(config: Config, inits: list[str], data: str, selection: Selection,
                     resources: contextlib.ExitStack) -> None:
-    """Make the run folder this run's own, or recognise the run in it.
+    """Make the run folder, or recognise the run in it.
 
-    --init and --data are compared by what is in the files that they stand for: tomorrow the
-    same path may hold another training."""
+    --init and --data are compared by the content of the files that they name, because the same
+    path may hold another training tomorrow."""
     run_folder.open_run(
         config, "cluster_eval", RESULTS, resources,
         contents={"init": {init: run_folder.content_of_file(init) for init in inits},
@@ -556,7 +555,7 @@ def open_run_folder(config: Config, inits: list[str], data: str, selection: Sele
 
 
 def is_complete(config: Config) -> bool:
-    """Whether the run folder holds all that its run leaves."""
+    """Whether all results of the run are there."""
     files = [Path(config.out, name) for name in RESULTS]
     if config.export:
         files.append(Path(config.export))
@@ -564,7 +563,7 @@ def is_complete(config: Config) -> bool:
 
 
 def clear(out: Path) -> None:
-    """Delete the parts of a run that was interrupted or given up."""
+    """Delete what an interrupted or abandoned run left."""
     for name in RESULTS:
         (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / "cluster_figures", ignore_errors=True)
@@ -572,8 +571,8 @@ def clear(out: Path) -> None:
 
 def write_table(config: Config, results: dict[str, dict[str, Any]], curves: dict[str, dict],
                 selection: Selection, text: FigureText, writer: SummaryWriter) -> None:
-    """All rows together: the table, and the sweep's figure. results.json comes last: where it
-    is, everything is."""
+    """Write the table of all rows, and the sweep's figure. results.json comes last: if it is there,
+    everything is."""
     out = Path(config.out)
     if curves:
         figure = sweep_figure(curves, len(selection.names), text.written)
@@ -597,8 +596,8 @@ def cluster_eval(config: Config, compute: Compute, resources: contextlib.ExitSta
         raise DataError("this stage runs in one process: start it with python, not with "
                         "torchrun")
 
-    # What is compared, and on which images. Whatever cannot be built or does not fit is
-    # refused here, before any older result is given up.
+    # What is compared, and on which images. Checkpoints that do not fit and images that are too
+    # few are refused here, before any older result is deleted.
     checkpoints = read_checkpoints(config.init)
     rows, trained_on = inherit(checkpoints)
     for row in rows:

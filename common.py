@@ -1,7 +1,6 @@
-"""What all scripts share without PyTorch: errors in one sentence, torchrun's environment, files
-written whole.
+"""What all scripts share: errors in one sentence, torchrun's environment, files written as a whole.
 
-prepare.py, which needs no PyTorch, starts in half a second because of that.
+Nothing here imports PyTorch, so prepare.py, which does not need it, starts in half a second.
 """
 import codecs
 import contextlib
@@ -22,40 +21,40 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO, cast
 
 # --------------------------------------------------------------------------------------------------
-# Errors that a user can mend. Each is one sentence that names the file, the row or the flag.
+# Errors that a user can mend. Each is one sentence that names a file, a row or a flag.
 
 class DataError(Exception):
     """Input that cannot be used; its text is the whole message that the user sees."""
 
 
 class ImageError(DataError):
-    """An image that the manifest lists and that cannot be read. One process meets it, alone."""
+    """An image that the manifest lists but that cannot be read. Only one process meets it."""
 
 
 @contextlib.contextmanager
 def errors_in_one_sentence(script: str, out: str | Path, speaks: bool = True,
                            afterwards: str = "") -> Iterator[None]:
-    """End the script with one sentence and a non-zero exit code where its user can mend the error.
+    """If the user can mend an error, end the script with one sentence and a non-zero exit code.
 
-    out: the folder being written; it is named where the operating system names no file.
-    speaks: False on all processes of a machine but the first. The same input is wrong for all of
-    them and should be reported once. What one process may meet alone is always reported: an image,
-    the operating system. Ctrl-C exits with 130, as shells expect. FloatingPointError is a training
-    that diverges. Other exceptions pass through.
-    afterwards: what the same command does after Ctrl-C, where it does not go on."""
+    out: the folder that is written. It is named if the operating system names no file.
+    speaks: True for the first process of a machine. The same input is wrong for all processes and
+    should be reported once. Errors that one process may meet alone are always reported: those of
+    an image or of the operating system. Ctrl-C exits with 130, as shells expect.
+    FloatingPointError means that training diverges. Other exceptions pass through.
+    afterwards: what the same command does after Ctrl-C, if it does not resume."""
     try:
         os.getcwd()
     except FileNotFoundError:
         sys.exit(f"{script}: the folder that {script} was started in was deleted: go to another")
     try:
         yield
-        if sys.stdout:                  # None where a caller wants nothing printed
-            sys.stdout.flush()          # what is still to be printed may find a full disk
+        if sys.stdout:                  # None if a caller wants nothing printed
+            sys.stdout.flush()          # raises if the disk is full
     except (DataError, FloatingPointError) as error:
         sys.exit(f"{script}: {error}" if speaks or isinstance(error, ImageError) else 1)
     except OSError as error:            # a full disk, a folder without permission to write
         sys.exit(f"{script}: {error.strerror or error}: {error.filename or _blamed(error, out)}")
-    except UnicodeEncodeError as error:     # a file's name that this locale cannot spell
+    except UnicodeEncodeError as error:     # this locale cannot spell a file's name
         sys.exit(f"{script}: {error.object!a} cannot be spelled in {error.encoding}: rename it, or "
                  "try again after `export PYTHONUTF8=1`")
     except KeyboardInterrupt:
@@ -66,12 +65,12 @@ def errors_in_one_sentence(script: str, out: str | Path, speaks: bool = True,
 
 
 def _blamed(error: OSError, out: str | Path) -> str | Path:
-    """What an error of the operating system without a file's name is about: `out`, which is being
-    written, unless standard output fails, or it was raised where multiprocessing makes a lock."""
-    # Printing raises in the line that prints; only a stream has no file's name to give.
+    """What an error of the operating system is about if it names no file: standard output, the
+    locks of multiprocessing, or else `out`, which is being written."""
+    # An error of standard output is raised in a line that prints.
     line = traceback.extract_tb(error.__traceback__)[-1].line or ""
     if "print(" in line or "stdout" in line:
-        with contextlib.suppress(OSError):      # else Python would try once more when it ends
+        with contextlib.suppress(OSError):      # else Python would write again when it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return "standard output (the terminal, pipe or file that this prints to)"
     frame = error.__traceback__
@@ -86,10 +85,10 @@ def _blamed(error: OSError, out: str | Path) -> str | Path:
 def begin_script() -> None:
     """To be called first in a script's main().
 
-    No name ends a run because the terminal's encoding lacks a character of it: such a character
-    is printed as \\u80ba. A Ctrl-C that a library dropped while it was loaded is raised now."""
+    A character that the terminal's encoding lacks is printed as an escape, such as \\u80ba, so
+    that no name ends a run. A Ctrl-C that a library dropped while it was loaded is raised now."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):        # and not what a notebook put there
+        if isinstance(stream, io.TextIOWrapper):        # not a notebook's stream
             stream.reconfigure(errors="backslashreplace")
     if signal.getsignal(signal.SIGINT) is _interrupt_while_loading:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -107,7 +106,7 @@ def _interrupt_while_loading(number, frame) -> None:
 
 
 def _report_uncaught(kind, error, traceback) -> None:
-    """Python's answer to an uncaught exception, but for Ctrl-C no traceback."""
+    """Report an uncaught exception as Python does, but Ctrl-C without a traceback."""
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, traceback)
         return
@@ -117,8 +116,8 @@ def _report_uncaught(kind, error, traceback) -> None:
 
 
 def _interrupt_again(unraisable) -> None:
-    """Ctrl-C in a destructor or a weak reference's callback, where Python drops every exception:
-    once more, when that has returned."""
+    """Send Ctrl-C again, a little later, if it came in a destructor or a weak reference's callback:
+    Python drops every exception there."""
     if unraisable.exc_type is KeyboardInterrupt:
         main = threading.main_thread().ident or 0
         threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT)).start()
@@ -127,18 +126,18 @@ def _interrupt_again(unraisable) -> None:
 
 
 def _leave_with_torchrun() -> None:
-    """Have the kernel send SIGTERM to this process when the one that started it dies.
+    """Have the kernel send SIGTERM to this process when the process that started it dies.
 
-    A torchrun that is killed by SIGKILL passes nothing on. Its processes would go on unseen and
-    keep the run folder locked, or wait for it without end."""
+    If torchrun is killed by SIGKILL, it cannot stop its processes. They would run on unseen and
+    keep the run folder locked, or wait for torchrun forever."""
     PR_SET_PDEATHSIG = 1
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _open_streams() -> None:
-    """Open what a daemon or cron has closed of standard input, output and error as /dev/null. Else
-    the next file that is opened would get their number, and what is printed; and a progress bar
-    finds no stream."""
+    """If a daemon or cron has closed standard input, output or error, open it as /dev/null. Else
+    the next file that is opened would get its number and everything that is printed, and a
+    progress bar would find no stream."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -148,14 +147,14 @@ def _open_streams() -> None:
 
 
 # Nothing else in the project runs at import. A script loads PyTorch for seconds before its main()
-# is called, and nothing else can answer Ctrl-C until then; so this file is loaded first.
+# is called. This file is imported before that, because only these hooks answer Ctrl-C until then.
 sys.excepthook, sys.unraisablehook = _report_uncaught, _interrupt_again
 if (threading.current_thread() is threading.main_thread()
         and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
     signal.signal(signal.SIGINT, _interrupt_while_loading)
 _open_streams()
-# A notebook tells what it starts to draw into it, by a backend that need not be installed here.
-# Where the notebook itself imports this, the variable is its own.
+# A script that is started from a notebook inherits the notebook's MPLBACKEND, which may not be
+# installed here. If the notebook itself imports this file, it keeps its backend.
 if "ipykernel" not in sys.modules:
     os.environ["MPLBACKEND"] = "Agg"
 if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -163,10 +162,10 @@ if "TORCHELASTIC_RUN_ID" in os.environ:
 
 
 def restart_in_utf8() -> None:
-    """Start the script once more in Python's UTF-8 mode, where the locale asks for another one.
+    """If the locale's encoding is not UTF-8, restart the script in Python's UTF-8 mode.
 
-    Names of files are bytes. By a locale of Latin-1 they would be read, and written into the data
-    folder, as other text than the manifest has. To be called before anything is done."""
+    File names are bytes. A Latin-1 locale, for example, would read them, and write them into the
+    data folder, as another text than the manifest has. To be called before anything else."""
     if sys.getfilesystemencoding().lower() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
@@ -176,7 +175,7 @@ def restart_in_utf8() -> None:
 # The processes that torchrun started.
 
 class Place(NamedTuple):
-    """A process among those that torchrun started: of all machines, and of its own."""
+    """A process's number among those of torchrun, and how many: on all machines, on its own."""
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
@@ -184,18 +183,18 @@ class Place(NamedTuple):
 
 
 ALONE = Place()
-# What torchrun tells each process. The latter two say where the processes meet.
+# Environment variables that torchrun sets. The last two say where the processes meet.
 NUMBERS, MEETING_POINT = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("MASTER_ADDR", "MASTER_PORT")
 
 
 def read_place() -> Place:
-    """This process's place, from the environment; the only process's where that says nothing.
+    """This process's place, from the environment; ALONE if torchrun has set nothing.
 
-    DataError where it says only half: a variable that was left by something else would make
-    this process wait for others that never come, or be silent as though it were not the first."""
+    DataError if only some variables are set. Variables left from something else would make this
+    process wait for others that never come, or print nothing as though it were not the first."""
     variables = os.environ
     present = [name for name in NUMBERS if name in variables]
-    if not present:  # the meeting point alone is set for torchrun by many a job script
+    if not present:  # many job scripts set the meeting point, for a torchrun
         return ALONE
     advice = ("start the processes with torchrun, or this one alone after `unset "
               f"{' '.join(name for name in (*NUMBERS, *MEETING_POINT) if name in variables)}`")
@@ -220,11 +219,10 @@ def read_place() -> Place:
 
 @contextlib.contextmanager
 def whole_file(path: str | Path, sync: bool = True) -> Iterator[BinaryIO]:
-    """A file to write to, which gets its name `path` once everything is written.
+    """A file to write to, which is renamed to `path` after everything is written.
 
-    Whoever opens `path` finds the old content or the new content, never a part of it.
-    With `sync` that holds after a power cut too; without, it is faster by far for
-    thousands of small files."""
+    So `path` always has the whole old content or the whole new content. With `sync` that is
+    true even after a power cut; without it, thousands of small files are written much faster."""
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -234,7 +232,7 @@ def whole_file(path: str | Path, sync: bool = True) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)       # half a file on a full disk would keep it full
+        temporary.unlink(missing_ok=True)       # else a full disk would stay full
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -244,11 +242,11 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def open_text(path: str | Path) -> TextIO:
-    """A text file to read, whatever the locale: UTF-8, or UTF-16 where it begins with that mark.
+    """A text file to read, whatever the locale: UTF-8, or UTF-16 if its byte-order mark says so.
 
-    A byte-order mark is no part of the text, and line ends are left as they are. What is packed
-    by gzip, whatever its name, is decompressed. Reading raises UnicodeDecodeError for other text;
-    DataError for a pipe, which could be read only once, and without a writer never."""
+    The byte-order mark is not part of the text, and line ends stay as they are. A file packed by
+    gzip is decompressed, whatever its name. Reading raises UnicodeDecodeError for other
+    encodings. DataError for a pipe: it can be read only once, and without a writer never."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise DataError(f"{path} is no file, but a pipe or a device: save its text in a file")
@@ -262,9 +260,9 @@ def open_text(path: str | Path) -> TextIO:
 
 
 def read_text(path: str | Path) -> str:
-    """A whole text file, as open_text reads it. DataError names a file in another encoding.
+    """A whole text file, as open_text reads it. DataError if it has another encoding.
 
-    Where files were joined, the byte-order mark of the second begins a line."""
+    If files were joined, the second one's byte-order mark becomes a line end."""
     try:
         with open_text(path) as file:
             text = file.read()
@@ -276,11 +274,11 @@ def read_text(path: str | Path) -> str:
 
 
 def write_csv(path: str | Path, rows: Iterable[Iterable]) -> None:
-    """Replace a CSV file as a whole, in UTF-8, one row a line; csv.reader gives the rows back.
+    """Replace a CSV file as a whole, in UTF-8, one row a line; csv.reader reads the same rows.
 
-    Python's own csv.writer leaves a carriage return in a name unquoted in some versions, and its
-    reader ends the row there. Bytes of file names that are not in UTF-8 are escaped: the list of
-    what was rejected must be readable as text."""
+    Some versions of Python's csv.writer do not quote a carriage return in a name, and csv.reader
+    would end the row there. Bytes of file names that are not UTF-8 are escaped, because lists of
+    rejected files must be readable as text."""
     text = io.StringIO()
     for row in rows:
         text.write(",".join(csv_cell(str(cell)) for cell in row) + "\n")
@@ -289,39 +287,39 @@ def write_csv(path: str | Path, rows: Iterable[Iterable]) -> None:
 
 
 def csv_cell(text: str) -> str:
-    """A cell as it stands in a CSV file: quoted where its text could be taken for anything else."""
+    """The text of a CSV cell, in quotes if it has a comma, a quote or a line end."""
     if any(character in text for character in ',"\r\n'):
         return '"' + text.replace('"', '""') + '"'
     return text
 
 
 def plain_name(text: str, most: int = 200) -> str:
-    """Text as part of a file's name, the last `most` bytes of it: file systems take 255."""
+    """Text that can be part of a file's name: the last `most` bytes, as file systems allow 255."""
     plain = re.sub(r"[^\w.-]+", "-", text)
     return plain.encode()[-most:].decode(errors="ignore")
 
 
 def printable(text: str) -> str:
-    """Text in one line: what a terminal would take for a command is escaped, and blanks that look
-    like others are."""
+    """Text in one line, with characters escaped that are not printable: control characters, and
+    blanks other than the space."""
     return "".join(character if character.isprintable() else repr(character)[1:-1]
                    for character in text)
 
 
 def valid_unicode(text: str) -> str:
-    """Text for those who take no bytes of file names that are not UTF-8: they are escaped."""
+    """Text in which bytes of file names that are not UTF-8 are escaped."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def lock(file) -> bool:
-    """Whether this process holds an open file for itself from now on, until the file is closed.
+    """Try to lock an open file for this process until the file is closed; False if another has it.
 
     Some storage has no locks: Lustre mounted without them, NFS without its lock service, some
-    FUSE systems. There the answer is True, after a warning that names the folder."""
+    FUSE systems. Then the answer is True, after a warning that names the folder."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):        # somebody else has it
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):        # another process has it
             return False
         print(f"warning: the storage of {Path(file.name).parent} has no file locks "
               f"({error.strerror}): nothing stops a second run from writing there at the same "

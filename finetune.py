@@ -1,5 +1,5 @@
-"""Stage 2: what pre-training buys at 1 %, 10 % and all of the labels. Encoder and
-labels in, classifier and table out.
+"""Stage 2: what pre-training buys at 1 %, 10 % and all of the labels. Encoder and labels in,
+classifier and table out.
 
     python finetune.py --fraction 0.01              the encoder of pretrain.py, 1 % of the labels
     python finetune.py --init random runs/pretrain/encoder.pt --fraction 0.01 0.1 1 \\
@@ -9,14 +9,14 @@ labels in, classifier and table out.
     torchrun --nproc_per_node=8 finetune.py         eight GPUs: the same batches, faster
 
 `linear` fits a logistic regression to the features of the frozen encoder. `full` trains
-the encoder as well; one that was pre-trained starts from its linear probe. Epochs,
+the encoder as well, and begins with this regression if the encoder was pre-trained. Epochs,
 regularisation and thresholds are chosen on val. Test labels decide nothing.
 
-The run folder (--out) gets results.json, results.md and plots; classifier.pt, the best on
-val of all combinations, for predict.py; log.jsonl and tensorboard/, the curves of full
-training; and predictions.pt and last.pt, from which the same command goes on after an
+The run folder (--out) gets results.json, results.md and plots; classifier.pt, the
+combination that is best on val, for predict.py; log.jsonl and tensorboard/, the curves of
+full training; and predictions.pt and last.pt, from which the same command resumes after an
 interruption, at the last whole epoch. A command that asks for more fractions, seeds, modes
-or initialisations trains only what is missing.
+or initialisations trains only the missing combinations.
 """
 import contextlib
 import itertools
@@ -52,16 +52,16 @@ from scores import youden
 from study import Combination, Outcome, Study, key_in, read_study
 from views import Augmentation
 
-# Of full training: smaller crops than pre-training's, no blur, and brightness that varies less.
+# Full training changes images less than pre-training by default: larger crops, and no blur.
 AUGMENTATION = Augmentation(crop_area=(0.6, 1.0), blur=(0.0, 0.0), brightness=0.2, contrast=0.2)
-# What a run writes, and --overwrite deletes. The first of them is what a run goes on from.
+# The files that a run writes and --overwrite deletes. If the first one is there, a run resumes.
 RESULTS = ("predictions.pt", "last.pt", "last-*.pt", "classifier.pt", "log.jsonl", "results.*",
            "*.png", "tensorboard/*/events*")
 
 
 # --------------------------------------------------------------------------------------------------
-# Flags: name, type, default, what it means, and the range of a number. `may_differ` marks those
-# that only choose combinations: a later command may choose others in the same folder.
+# Flags: name, type, default, meaning, and for a number the smallest and largest value. A later
+# command in the same folder may change those that `may_differ`, to choose other combinations.
 
 @dataclass
 class Config:
@@ -115,8 +115,8 @@ class Config:
 
     def __post_init__(self):
         for name in ("init", "mode", "fraction", "seeds", "labels"):
-            setattr(self, name, tuple(dict.fromkeys(getattr(self, name))))  # the same twice is once
-        # 0 and "not given" are the same run, so that config.json has one value for both.
+            setattr(self, name, tuple(dict.fromkeys(getattr(self, name))))  # without repeats
+        # 0 means the same as no flag, so config.json gets the same value for both.
         self.from_head, self.folds = self.from_head or None, self.folds or None
         if self.peak and "full" not in self.mode:
             raise ValueError("--peak is over epochs and needs --mode full")
@@ -131,7 +131,7 @@ class Config:
 # What a combination leaves in the run folder when it has ended.
 
 def finish(study: Study, c: Combination, outcome: Outcome) -> None:
-    """Keep a combination's predictions and, if it is the best on val up to now, its classifier."""
+    """Keep a combination's predictions and, if it is the best on val so far, its classifier."""
     score = study.val_score(outcome.val)
     if score > max((entry["val_score"] for entry in study.predictions.values()), default=-math.inf):
         save_classifier(study, c, outcome)
@@ -140,7 +140,7 @@ def finish(study: Study, c: Combination, outcome: Outcome) -> None:
     of_its_mode = {"strength": outcome.strength, "epoch": outcome.epoch,
                    "history": outcome.history, "peaks": outcome.peaks}
     entry = {name: value for name, value in of_its_mode.items() if value is not None}
-    # A plain tuple: weights_only loading knows no class of ours. It equals, and hashes as, c.
+    # A plain tuple, because weights_only loading refuses our classes. It finds the same entry as c.
     study.predictions[tuple(c)] = entry | {
         "val": torch.from_numpy(outcome.val), "test": torch.from_numpy(outcome.test),
         "val_score": score, "n_train": (~np.isnan(labels)).sum(0).tolist(),
@@ -153,10 +153,10 @@ def finish(study: Study, c: Combination, outcome: Outcome) -> None:
 
 
 def save_classifier(study: Study, c: Combination, outcome: Outcome) -> None:
-    """Write classifier.pt: the network, and all that predict.py and cluster_eval.py ask of it."""
+    """Write classifier.pt: the network, and all else that predict.py and cluster_eval.py need."""
     init, val_truth = study.inits[c.init], study.truth("val")
-    # The labels that the encoder has learned from; the linear probe, which is epoch 0 of the full
-    # mode, leaves it as it came.
+    # How many labelled images trained the encoder. The linear probe, which is also epoch 0 of full
+    # training, does not change the encoder.
     n_train = len(study.sample(c)) if outcome.epoch else 0
     save_checkpoint(study.out / "classifier.pt", {
         "format": FORMAT, "arch": study.settings["arch"],
@@ -172,13 +172,13 @@ def save_classifier(study: Study, c: Combination, outcome: Outcome) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Linear: the encoder stays as it came. One process does it while the others wait.
+# Linear: the encoder is frozen. One process does the work while the others wait.
 
 def fit_probes(study: Study, missing: list[Combination]) -> dict[Combination, dict[str, Tensor]]:
     """Fit a probe for every missing linear combination, and for every full one that starts from a
-    probe and has no epoch yet. Finish the former; return the heads of the latter."""
+    probe and has no epoch yet. Finish the linear ones; return the heads of the full ones."""
     heads = {}
-    # What goes on from a checkpoint has its head from there.
+    # A full combination that resumes from a checkpoint gets its head from there.
     begun = {key_in(study.last), *(c for c in missing if key_in(study.waiting_file(c)) == c)}
     for init in study.inits.values():
         combinations = [c for c in missing if c.init == init.key and (
@@ -199,17 +199,17 @@ def fit_probes(study: Study, missing: list[Combination]) -> dict[Combination, di
 # Full: all processes train encoder and head.
 
 def freeze_batch_norm(net: nn.Module) -> None:
-    """Use the statistics that are there and leave them as they are, until net.train()."""
+    """Use the running statistics without updating them, until the next net.train()."""
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
 
 
 def probabilities(study: Study, net: nn.Module, split: str) -> np.ndarray:
-    """What a network says of the images of a split, (n, L); all processes share the work.
+    """The network's probabilities for the images of a split, (n, L); all processes share the work.
 
-    FloatingPointError where some of it is not finite. Refused, because sorting puts NaN
-    somewhere and an AUROC comes out all the same."""
+    FloatingPointError if a prediction is not finite, because an AUROC would not show it: NaN
+    is sorted like any other score."""
     compute = study.compute
     loader = eval_loader(study.manifest, study.splits[split], study.config.batch_size,
                          study.preprocessing, **compute.loader_arguments())
@@ -221,32 +221,32 @@ def probabilities(study: Study, net: nn.Module, split: str) -> np.ndarray:
 
 
 class FineTuning:
-    """A full combination in training: what its sample teaches, and all that an epoch changes,
-    which is all that last.pt keeps.
+    """The training of a full combination: the targets of its sample, and all that an epoch changes,
+    which last.pt keeps.
 
-    history: a line of log.jsonl for each epoch. best: the epoch that is best on val up to now.
-    peaks: with --peak, the probabilities (n_test, L) after each epoch."""
+    history: a line of log.jsonl for each epoch. best: the epoch that is best on val so far.
+    peaks: with --peak, the test probabilities (n_test, L) after each epoch."""
 
     def __init__(self, study: Study, c: Combination):
         self.study, self.combination = study, c
         config, compute, task = study.config, study.compute, study.task
 
-        # How much each label of the sample weighs, and 0 for all other images. Targets and weights
-        # live on the device, so that no step waits for them.
+        # The weight of each label of the sample; all other images weigh 0. Targets and weights are
+        # kept on the device, so that no step waits for them.
         sample = study.sample(c)
         weights = np.zeros(task.mask.shape, np.float32)
         weights[sample] = cell_weights(task.targets[sample], task.mask[sample], config.balance)
         self.targets = torch.from_numpy(task.targets).to(compute.device)    # (N, G, K)
         self.weights = torch.from_numpy(weights).to(compute.device)         # (N, G)
 
-        # Network and optimizer, as before the first step.
+        # Network and optimizer before the first step.
         torch.manual_seed(c.seed)
         self.net = compute.to_device(study.classifier(study.inits[c.init]))
         pretrained = [*self.net.encoder.parameters(), *self.net.projector.parameters()]
         groups = [dict(params=pretrained, peak=config.lr_encoder),
                   dict(params=self.net.head.parameters(), peak=config.lr_head)]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
-        # float16 underflows where gradients are small, so the loss is scaled up.
+        # Small gradients would underflow in float16, so the loss is scaled up.
         self.scaler = torch.amp.GradScaler(
             compute.device.type, enabled=compute.precision == "fp16")
         self.history: list[dict[str, Any]] = []
@@ -254,12 +254,12 @@ class FineTuning:
         self.peaks: list[Tensor] = []
 
     def load(self) -> None:
-        """Go on from last.pt, which must be this combination's."""
+        """Resume from this combination's last.pt; CheckpointError if it does not fit."""
         state = load_checkpoint(self.study.last)
         try:
             self.net.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            if state["scaler"]:         # empty where the precision was another one
+            if state["scaler"]:         # empty if the precision was not fp16
                 self.scaler.load_state_dict(state["scaler"])
             self.history, self.best, self.peaks = state["history"], state["best"], state["peaks"]
         except MALFORMED as error:
@@ -274,15 +274,15 @@ class FineTuning:
             "history": self.history, "best": self.best, "peaks": self.peaks})
 
     def loss(self, logits: Tensor, index: Tensor) -> Tensor:
-        """Of a network's logits (B, G * K) for the images `index` (B,), which the CPU has."""
+        """The loss of logits (B, G * K) for the images `index` (B,), which is on the CPU."""
         index = self.study.compute.send(index)
         targets, weights = self.targets[index], self.weights[index]
         return masked_cross_entropy(logits.view(targets.shape), targets, weights)
 
     def keep_best(self, epoch: int, val: np.ndarray) -> float:
-        """The score of the network as it is now, by its predictions for val (n_val, L).
+        """The network's score by its predictions for val (n_val, L).
 
-        The best epoch is remembered, weights and all."""
+        If it is the best so far, `best` keeps the epoch and a copy of the weights."""
         score = self.study.val_score(val)
         if score > self.best["val_score"]:
             weights = {name: value.cpu().clone() for name, value in self.net.state_dict().items()}
@@ -292,17 +292,17 @@ class FineTuning:
 
 
 class EpochLog:
-    """The curves of a full combination in TensorBoard, and log.jsonl: those of all that have
-    ended, and of this one. What another command began and has put aside comes back with it.
+    """Writes the curves of a full combination to TensorBoard, and those of it and all finished
+    ones to log.jsonl. The lines of a training that was put aside return when it is resumed.
 
-    Written by the first process."""
+    Only the first process writes."""
 
     def __init__(self, training: FineTuning):
         self.training, study = training, training.study
         folder = study.folder_name(training.combination)
         self.writer = None
         if study.compute.rank == 0:
-            # Points of an epoch that was not kept as a whole belong to one that is repeated.
+            # Hide points of an epoch that last.pt does not have: that epoch is repeated.
             self.writer = SummaryWriter(study.out / "tensorboard" / folder,
                                         purge_step=len(training.history) + 1)
 
@@ -317,15 +317,14 @@ class EpochLog:
 
     def close(self) -> None:
         if self.writer:
-            self.writer.flush()         # close() alone would not say that the disk is full
+            self.writer.flush()         # raises if the disk is full; close() alone does not
             self.writer.close()
 
 
 def claim_last(study: Study, c: Combination) -> None:
-    """See to it that last.pt is of the combination that is trained now.
+    """Put aside a last.pt of another combination, and bring back this combination's own.
 
-    What it holds of another one, which an earlier command has begun, is put aside until that
-    one is asked for again."""
+    The other one was begun by an earlier command, and waits until a command asks for it again."""
     key, waiting = key_in(study.last), study.waiting_file(c)
     if key is not None and key != c and key not in study.predictions:
         os.replace(study.last, study.waiting_file(key))
@@ -334,8 +333,8 @@ def claim_last(study: Study, c: Combination) -> None:
 
 
 def forget_damaged(study: Study) -> None:
-    """Delete what of a begun training cannot be read, and say so: it begins anew."""
-    # Checkpoints are replaced as a whole, so that only a power cut or a disk damages one.
+    """Delete checkpoints that cannot be read, and say so: their trainings begin anew."""
+    # Checkpoints are replaced as a whole, so a kill damages none; a faulty disk may.
     for file in sorted(study.out.glob("last*.pt")):
         if key_in(file) is None:
             study.compute.say(f"{file} is damaged: its epochs are lost, and that training begins "
@@ -344,14 +343,14 @@ def forget_damaged(study: Study) -> None:
 
 
 def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> Outcome:
-    """Train encoder and head on one draw; the epoch that is best on val counts.
+    """Train encoder and head on one draw, and return the epoch that is best on val.
 
-    head: weights that the linear layer starts from, on the first process; None for random
-    ones. Raises FloatingPointError where the loss diverges."""
+    head: initial weights of the linear layer, needed on the first process alone; None for
+    random ones. FloatingPointError if the training diverges."""
     config, compute, say = study.config, study.compute, study.compute.say
     sample, name = study.sample(c), study.name(c)
 
-    # Network and optimizer, new or as the last whole epoch left them.
+    # Network and optimizer: new, or as they were after the last whole epoch.
     training = FineTuning(study, c)
     net, optimizer, scaler = training.net, training.optimizer, training.scaler
     if compute.rank == 0:
@@ -363,9 +362,9 @@ def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> O
     elif head is not None:
         net.head.load_state_dict(head)
     first = len(training.history)
-    model = compute.data_parallel(net)          # gives the first process's weights to the others
+    model = compute.data_parallel(net)          # all processes get the first one's weights
 
-    # An epoch has ten steps at least, so that a small sample is shown several times in it.
+    # An epoch has at least ten steps, so it shows a small sample several times.
     epoch_steps = max(10, math.ceil(len(sample) / config.batch_size))
     steps = config.epochs * epoch_steps
     batches = iter(train_loader(
@@ -373,7 +372,7 @@ def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> O
         AUGMENTATION, study.preprocessing, c.seed, **compute.loader_arguments()))
     log = EpochLog(training)
 
-    # The linear probe is epoch 0, and the best one until training is better.
+    # The linear probe counts as epoch 0, which is the best one until training is better.
     if c.starts_from_probe and not first:
         score = training.keep_best(0, probabilities(study, net, "val"))
         say(f"{name} epoch 000/{config.epochs} | the linear probe | val {study.measure} "
@@ -385,17 +384,17 @@ def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> O
             freeze_batch_norm(net)
         loss_sum, clock = torch.zeros((), device=compute.device), time.perf_counter()
 
-        # A step. The learning rates depend on its number alone ...
+        # The steps of an epoch. The learning rates depend on the step's number alone.
         for step in range((epoch - 1) * epoch_steps, epoch * epoch_steps):
             for group in optimizer.param_groups:
                 group["lr"] = warmup_and_cosine(step, steps, steps // 10, group["peak"])
-            # ... the network sees one view of each image of the batch ...
+            # The network sees one view of each image of the batch.
             x, index = next(batches)                                        # (B, 1, S, S), (B,)
             if step == first * epoch_steps:
                 compute.rehearse(model, tuple(x.shape))
             with compute.autocast():
                 logits = model(x)
-            # ... and its answers are compared with the labels, as far as there are any.
+            # Its logits are compared with the labels; a missing label weighs 0.
             loss = training.loss(logits, index)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -403,7 +402,7 @@ def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> O
             optimizer.zero_grad(set_to_none=True)
             loss_sum += loss.detach()
 
-        # After an epoch: the mean loss.
+        # The mean loss of the epoch.
         mean_loss = compute.reduce(loss_sum).item() / epoch_steps / compute.world_size
         speed = epoch_steps * config.batch_size / (time.perf_counter() - clock)
         if not math.isfinite(mean_loss):
@@ -414,22 +413,22 @@ def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> O
             raise FloatingPointError(f"{what} is not finite after epoch {epoch} of {name}: lower "
                                      "--lr-encoder or --lr-head")
 
-        # Is it the best on val? Test decides nothing, and is predicted here for --peak alone.
+        # Is the epoch the best on val? Only --peak predicts test here, and test decides nothing.
         score = training.keep_best(epoch, probabilities(study, net, "val"))
         if config.peak:
             training.peaks.append(torch.from_numpy(probabilities(study, net, "test")).float())
 
-        # Keep all that the next epoch needs, so that a kill costs one epoch at most.
+        # Save all that the next epoch needs, so that a kill costs one epoch at most.
         scalars = {"loss": mean_loss, "lr_encoder": optimizer.param_groups[0]["lr"],
                    "lr_head": optimizer.param_groups[1]["lr"], "val_score": score}
         training.history.append({"combination": name, "epoch": epoch} | scalars)
-        log.add(epoch, scalars)         # first, as nobody would repeat the line of the last epoch
+        log.add(epoch, scalars)         # first: an epoch that is saved is not repeated
         if compute.rank == 0:
             training.save()
         say(f"{name} epoch {epoch:03d}/{config.epochs} | loss {mean_loss:.4f} | val "
             f"{study.measure} {score:.4f} | {speed:.0f} img/s")
 
-    # The best epoch's network meets the test images.
+    # The best epoch's network predicts the test images.
     log.close()
     best = training.best
     net.load_state_dict(best["model"])
@@ -442,7 +441,7 @@ def fine_tune(study: Study, c: Combination, head: dict[str, Tensor] | None) -> O
 # The stage.
 
 def draw_sentence(seed: int, sample: Draw) -> str:
-    """Who was drawn, for the report."""
+    """The size of a draw, for the report."""
     sentence = f"draw {seed}: {len(sample.rows)} images"
     if sample.extra_patients:
         sentence += (f", {sample.extra_patients} patients beyond the fraction for labels that "
@@ -451,7 +450,7 @@ def draw_sentence(seed: int, sample: Draw) -> str:
 
 
 def write_report(study: Study, combinations: list[Combination]) -> None:
-    """The table of what pre-training bought, in which the predictions meet the test labels."""
+    """The table of all combinations. Only here are predictions compared with the test labels."""
     config, out = study.config, study.out
     draws = {fraction: [draw_sentence(seed, study.draws[fraction, seed]) for seed in config.seeds]
              for fraction in config.fraction}
@@ -461,7 +460,7 @@ def write_report(study: Study, combinations: list[Combination]) -> None:
            study.truth("test"), study.manifest.patients[study.splits["test"]])
     files = [out / name for name in ("results.md", "results.json", "classifier.pt")]
     study.compute.say("done:", ", ".join(str(file) for file in files if file.exists()))
-    # Kept are predictions, which do not bring the best combination's network back.
+    # The folder keeps predictions of all combinations, but the network of the best one alone.
     if not files[-1].exists():
         study.compute.say(f"{files[-1]} was deleted, and only --overwrite makes it again")
 
@@ -492,8 +491,8 @@ def finetune(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     compute.barrier()
     study.predictions.update(load_checkpoint(file))
 
-    # Every combination that is missing: first the linear ones, which one process fits, and the
-    # heads that full ones start from; then the full ones, by all processes.
+    # Train the missing combinations. First one process fits the linear ones, and the heads from
+    # which full ones start; then all processes train the full ones.
     combinations = [Combination(*c) for c in itertools.product(
         config.mode, config.fraction, study.inits, config.seeds)]
     if config.folds:
@@ -509,10 +508,10 @@ def finetune(config: Config, compute: Compute, resources: contextlib.ExitStack) 
             if compute.rank == 0:
                 finish(study, c, outcome)
 
-    # All is trained and chosen, so that the test labels may come in.
+    # All is trained and chosen: from here on the test labels are used.
     if compute.rank == 0:
         key = key_in(study.last)
-        if key is None or key in study.predictions:     # and not begun by another command
+        if key is None or key in study.predictions:     # else another command began it
             study.last.unlink(missing_ok=True)
         write_report(study, combinations)
 

@@ -1,4 +1,4 @@
-"""Flags: a script declares each one once, as a field of a dataclass, and gets an instance of it.
+"""Flags: a script declares them as fields of a dataclass, and `parse` returns an instance of it.
 
     @dataclass
     class Config:
@@ -17,9 +17,9 @@ from typing import Any, ClassVar, Protocol
 
 from common import DataError
 
-# The first of these that exists is what the later stages start from by default.
+# By default the later stages start from the first of these that exists.
 ENCODERS = ("runs/pretrain/encoder.pt", "runs/demo/encoder.pt")
-# The same in every stage that trains or extracts features: `precision: str = flag(**PRECISION)`.
+# Flags of every stage that trains or extracts features: `precision: str = flag(**PRECISION)`.
 PRECISION: dict[str, Any] = dict(
     default="auto", choices=("auto", "bf16", "fp16", "fp32"), may_differ=True,
     help="auto: bf16 on a GPU that has it, and for pre-training on such a CPU; fp16 on other "
@@ -30,7 +30,7 @@ THREADS: dict[str, Any] = dict(
 
 
 def default_encoder() -> str:
-    """What a later stage starts from where --init is not given; DataError where there is none."""
+    """The encoder from which a later stage starts without --init; DataError if there is none."""
     for path in ENCODERS:
         if Path(path).exists():
             return path
@@ -39,7 +39,7 @@ def default_encoder() -> str:
 
 
 class RunConfig(Protocol):
-    """What this file asks of a stage's Config, beside being a dataclass of `flag` fields."""
+    """The fields that every stage's Config must have. It is also a dataclass of `flag` fields."""
     __dataclass_fields__: ClassVar[dict[str, Any]]
     out: str
     overwrite: bool
@@ -53,17 +53,17 @@ def flag(default: Any, help: str, low: float = -math.inf, high: float = math.inf
     """A dataclass field that is a flag of the command line.
 
     low, high: the range of a number, both ends allowed.
-    section: a heading of --help; it holds for this flag and those after it.
-    may_differ: True where the flag says how or how long a run computes and not what, so that a
-    run may go on with another value than it began with."""
+    section: a heading of --help, for this flag and those after it.
+    may_differ: True if a run may resume with another value than it began with, for example
+    because the flag says how or how long it computes and not what."""
     return dataclasses.field(default=default, metadata={
         "help": help, "low": low, "high": high, "section": section, "choices": choices,
         "metavar": metavar, "may_differ": may_differ})
 
 
 def positional(help: str, metavar: str) -> Any:
-    """A dataclass field that is an argument without a flag, or one or more of them where its type
-    is `tuple[str, ...]`; such fields come first."""
+    """A dataclass field that is an argument without a flag, or one or more arguments if its type is
+    `tuple[str, ...]`. Such fields come first."""
     return dataclasses.field(metadata={
         "help": help, "metavar": metavar, "positional": True, "may_differ": True})
 
@@ -71,12 +71,11 @@ def positional(help: str, metavar: str) -> Any:
 def parse(config_class: type, argv: list[str] | None) -> Any:
     """The command line as an instance of `config_class`.
 
-    A Config may define `presets(args) -> dict`: other defaults that one of its flags
-    asks for, as --demo does. A ValueError from its __post_init__ is reported as a wrong
-    flag is."""
+    A Config may define `presets(args) -> dict`: other defaults, which depend on a flag such as
+    --demo. A ValueError from its __post_init__ is reported like a wrong flag."""
     presets = {}
     if hasattr(config_class, "presets"):
-        # Without --help, which shall show the defaults that the other flags ask for.
+        # Ignore --help in this first look, because it should show the defaults from presets.
         first_look = _parser(config_class, presets, add_help=False)
         presets = config_class.presets(first_look.parse_known_args(argv)[0])
     parser = _parser(config_class, presets)
@@ -89,7 +88,7 @@ def parse(config_class: type, argv: list[str] | None) -> Any:
 
 
 def _parser(config_class: type, presets: dict, add_help: bool = True) -> argparse.ArgumentParser:
-    """The fields of a Config as flags, some with other defaults than their own."""
+    """A parser with the fields of a Config as flags; presets: {name: another default}."""
     parser = argparse.ArgumentParser(
         description=sys.modules[config_class.__module__].__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, add_help=add_help)
@@ -102,7 +101,7 @@ def _parser(config_class: type, presets: dict, add_help: bool = True) -> argpars
 
 
 def _add_argument(group, field: dataclasses.Field, default: Any) -> None:
-    """Make one field of a Config known to argparse, by its type and its metadata."""
+    """Add one field of a Config to argparse, by its type and its metadata."""
     about, name = field.metadata, f"--{field.name.replace('_', '-')}"
     if about.get("positional"):
         several = ... in typing.get_args(field.type)
@@ -112,12 +111,12 @@ def _add_argument(group, field: dataclasses.Field, default: Any) -> None:
     if field.type is bool:
         group.add_argument(name, action="store_true", default=default, help=about["help"])
         return
-    if field.type == bool | None:  # --clahe, --no-clahe, or neither: inherited
+    if field.type == bool | None:  # --clahe, --no-clahe, or None without either
         group.add_argument(name, action=argparse.BooleanOptionalAction, default=default,
                            help=about["help"])
         return
-    # The type is plain, as in `int`, or optional, as in `int | None`, or a tuple: of as many values
-    # as the default has, or of one or more where it is written `tuple[str, ...]`.
+    # The type is plain (`int`), optional (`int | None`) or a tuple. A tuple takes as many values as
+    # its default has, or one or more values if it is written `tuple[str, ...]`.
     kind: Any
     kind, *rest = typing.get_args(field.type) or (field.type,)
     count = len(field.default) if isinstance(field.default, tuple) else None
@@ -128,7 +127,7 @@ def _add_argument(group, field: dataclasses.Field, default: Any) -> None:
 
 
 def _default_text(default: Any) -> str:
-    """What --help says of a default, written as one would type it."""
+    """The part of --help that shows a default, as one would type it."""
     if default in (None, (), ""):
         return ""
     values = default if isinstance(default, tuple) else [default]
@@ -136,10 +135,10 @@ def _default_text(default: Any) -> str:
 
 
 def number_within(kind: Callable, low: float, high: float) -> Callable:
-    """A type for argparse: `kind` of the text, which if it is a number lies in `low` to `high`."""
+    """A type for argparse: `kind` of the text. Numbers must lie in `low` to `high`."""
     def convert(text):
         value = kind(text)
-        if kind is not str and not low <= value <= high:        # NaN lies nowhere
+        if kind is not str and not low <= value <= high:        # refuses NaN as well
             raise argparse.ArgumentTypeError(f"{text} does not lie in {low:g} to {high:g}")
         return value
 
@@ -148,7 +147,7 @@ def number_within(kind: Callable, low: float, high: float) -> Callable:
 
 
 def differing_flags(before: dict, now: dict) -> str:
-    """`--seed (0 there, 5 here), …` for all settings that two runs do not share, or nothing."""
+    """`--seed (0 there, 5 here), …` for all settings in which two runs differ, or ""."""
     def typed(value: Any) -> str:
         return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 

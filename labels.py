@@ -1,8 +1,8 @@
-"""What is asked of each image: labels read by a policy, a draw of the patients, weights, loss,
-and for clusters the class that it belongs to.
+"""What labels mean and how they are learned: policies, weights, loss, and draws of the patients;
+and the classes that clusters are compared with.
 
-Pure functions of arrays. A task asks G questions of K answers each about N images; L
-probabilities, one for each label, are read from a network's G * K logits.
+Pure functions of arrays. A task asks G questions about each of N images, with K answers each.
+A network has G * K logits, which give L probabilities, one for each label.
 """
 import math
 from dataclasses import dataclass
@@ -16,26 +16,26 @@ from torch import Tensor
 from common import DataError
 
 # --------------------------------------------------------------------------------------------------
-# Policies: what -1 and an empty cell mean in training. Neither changes what is scored, except that
-# an empty cell may count as absent.
+# Policies: what -1 and an empty cell mean in training. -1 is never scored; an empty cell is scored
+# only if it counts as absent.
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked of N images, and what their L labels are scored by.
+    """The questions about N images, and the L labels by which the answers are scored.
 
     binary: a sigmoid for each label, so that G = L and K = 1.
-    three-way: absent, present and uncertain are three classes of each label (Irvin et
-    al. 2019), so that G = L and K = 3.
+    three-way: a softmax over absent, present and uncertain for each label (Irvin et al. 2019),
+    so that G = L and K = 3.
     exclusive: one softmax over all labels, so that G = 1 and K = L."""
     kind: str                           # binary, three-way or exclusive
-    targets: np.ndarray                 # (N, G, K) float32, one-hot where K > 1
-    mask: np.ndarray                    # (N, G) bool: is there something to learn from?
-    truth: np.ndarray                   # (N, L) float32: 1, 0, or NaN: not scored
+    targets: np.ndarray                 # (N, G, K) float32, one-hot if K > 1
+    mask: np.ndarray                    # (N, G) bool: False where there is nothing to learn
+    truth: np.ndarray                   # (N, L) float32: 1, 0, or NaN, which is not scored
 
     @property
     def training_labels(self) -> np.ndarray:
-        """Each label as training sees it, (N, L): 1, 0, or NaN for nothing; of a three-way task
-        also -1, which is a class to be learned and neither a positive nor a negative."""
+        """Each label as training sees it, (N, L): 1, 0, or NaN if there is nothing to learn. A
+        three-way task also has -1, a class of its own that is neither positive nor negative."""
         if self.kind == "exclusive":
             values = self.targets[:, 0]
         elif self.kind == "three-way":
@@ -52,19 +52,19 @@ class Task:
 
 
 def make_task(labels: np.ndarray, train: np.ndarray, uncertain: str, blank: str) -> Task:
-    """The task that labels (N, L) of 1, 0, -1 and NaN ask.
+    """The task that labels (N, L) of 1, 0, -1 and NaN make.
 
-    train: rows of the train split. Where each of them has exactly one 1 and otherwise
-    0, the labels are exclusive.
-    uncertain: what -1 is in training: `ones`, `zeros`, `ignore`, or `multiclass`, a
-    class of its own. It is never scored.
-    blank: what NaN is: `zeros` or `ignore`."""
+    train: rows of the train split. The labels are exclusive if each of these rows has exactly
+    one 1 and is otherwise 0.
+    uncertain: what -1 means in training: `ones`, `zeros`, `ignore`, or `multiclass`, a class of
+    its own. It is never scored.
+    blank: what NaN means: `zeros` or `ignore`."""
     if blank == "zeros":
         labels = np.where(np.isnan(labels), 0, labels)
     labels = labels.astype(np.float32)
     truth = np.where(labels == -1, np.nan, labels)                          # (N, L)
 
-    # A sum with a NaN in it is not 1.
+    # A row with a NaN never counts as exclusive, because its sum is NaN.
     one_class_each = (truth[train].sum(1) == 1).all()
     if labels.shape[1] > 1 and one_class_each:
         one_class = (truth == 1).sum(1, keepdims=True) == 1                 # (N, 1)
@@ -82,7 +82,7 @@ def make_task(labels: np.ndarray, train: np.ndarray, uncertain: str, blank: str)
     return Task("binary", targets, ~np.isnan(labels), truth)
 
 
-# The same values of --uncertain and --blank in words.
+# The values of --uncertain and --blank in words.
 UNCERTAIN = {"ones": "counts as present", "zeros": "counts as absent", "ignore": "is left out",
              "multiclass": "is a class of its own"}
 BLANK = {"zeros": "counts as absent", "ignore": "is left out"}
@@ -99,10 +99,10 @@ def policy_sentence(kind: str, uncertain: str, blank: str, balance: bool) -> str
 
 
 def cell_weights(targets: np.ndarray, mask: np.ndarray, balance: bool) -> np.ndarray:
-    """Weights (n, G) of the loss, 0 where there is nothing to learn from, 1 on average.
+    """Weights (n, G) of the loss: 1 on average, and 0 where there is nothing to learn.
 
-    targets (n, G, K), mask (n, G): rows of a Task. balance: the answers of a question
-    get the same sum of weights, however rare some of them are."""
+    targets (n, G, K), mask (n, G): rows of a Task. balance: all answers to a question get the
+    same sum of weights, however rare some of them are."""
     one_hot = targets.shape[2] > 1
     answers = targets.argmax(2) if one_hot else targets[:, :, 0]            # (n, G)
     class_weight = "balanced" if balance else None
@@ -116,10 +116,11 @@ def image_weights(names: tuple[str, ...], patients: np.ndarray, labels: np.ndarr
                   label_names: list[str], rows: np.ndarray) -> np.ndarray:
     """How much each of N images counts in pre-training, (N,): 1 on average over `rows`, else 0.
 
-    names: `patient` gives every patient (N,) the same sum of weights. A label gives its
-    present and its absent cells (N, L) the same sum; an unknown one, -1 or empty, leaves
-    its image at 1. With several names an image has the mean of its weights. DataError
-    where a name is none of these, or where all known cells of a label say the same."""
+    names: `patient` gives all patients the same sum of weights. The name of a label gives its
+    present and its absent cells the same sum, and an image whose cell is -1 or empty weighs 1.
+    With several names an image has the mean of its weights. DataError if there is no such name,
+    or if all known cells of a label are the same.
+    patients (N,), labels (N, L)."""
     total = np.zeros(len(rows))
     for name in names:
         if name == "patient":
@@ -148,10 +149,10 @@ def image_weights(names: tuple[str, ...], patients: np.ndarray, labels: np.ndarr
 def masked_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """The loss of B images, for G questions of K answers each; scalar, float32.
 
-    logits, targets: (B, G, K). With K = 1 it is binary cross-entropy, one sigmoid a label;
-    otherwise the targets are one-hot and it is that of a softmax. weights: (B, G) of
-    cell_weights. The sum is divided by B * G and not by the weights, so that the mean over
-    processes is the loss of their common batch."""
+    logits, targets: (B, G, K). For K = 1 it is the binary cross-entropy of a sigmoid for each
+    label; otherwise it is the cross-entropy of a softmax, and targets are one-hot.
+    weights: (B, G) of cell_weights. The sum is divided by B * G and not by the weights, so that
+    the mean over processes is the loss of their common batch."""
     logits = logits.float()
     if logits.shape[2] == 1:
         cells = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")[:, :, 0]
@@ -163,7 +164,7 @@ def masked_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Te
 def to_probabilities(logits: Tensor, kind: str) -> np.ndarray:
     """Logits (n, G * K) -> probability of each label, (n, L) float64.
 
-    A three-way label's is that of present against absent, without the uncertain class."""
+    For a three-way label it is the probability of present against absent, without uncertain."""
     logits = logits.double().cpu()
     if kind == "exclusive":
         return logits.softmax(1).numpy()
@@ -174,23 +175,22 @@ def to_probabilities(logits: Tensor, kind: str) -> np.ndarray:
 
 
 # --------------------------------------------------------------------------------------------------
-# Draws of the training images. Small draws lie in larger ones, so that a curve over the fractions
-# shows what more labels bring and not what other patients bring.
+# Draws of the training images. A larger draw contains the smaller ones, so a curve over the
+# fractions shows the effect of more labels and not of other patients.
 
 class Draw(NamedTuple):
     """The images of some of the patients."""
-    rows: np.ndarray                    # (m,) of the n rows that were drawn from, rising
+    rows: np.ndarray                    # (m,) the rows that were drawn, of n; rising
     extra_patients: int                 # beyond the fraction, see `draw`
 
 
 def draw(patients: np.ndarray, labels: np.ndarray, fraction: float, seed: int) -> Draw:
     """Draw a fraction of the patients, with all of their images.
 
-    patients (n,), labels (n, L) of Task.training_labels. The seed puts the patients in an
-    order, and a fraction is the front of it, so that the smaller fraction lies in the
-    larger one. A label without a positive (or a negative) there gets the first
-    patient in that order who has one, which keeps the nesting. DataError where the
-    fraction comes to no patient."""
+    patients (n,), labels (n, L) of Task.training_labels. The seed puts the patients in an order,
+    and a fraction takes the first of them. If none of these has a positive (or a negative) of
+    some label, the first patient in the order who has one is added. So a larger fraction contains
+    the smaller ones. DataError if the fraction is less than half a patient."""
     names, patient = np.unique(patients, return_inverse=True)
     place = np.random.default_rng(seed).permutation(len(names))[patient]    # (n,) in the order
     count = math.floor(fraction * len(names) + 0.5)
@@ -206,9 +206,9 @@ def draw(patients: np.ndarray, labels: np.ndarray, fraction: float, seed: int) -
 
 
 def deal(patients: np.ndarray, folds: int, seed: int) -> np.ndarray:
-    """Deal the patients of n images to folds of equal size, (n,) of 0 to folds - 1.
+    """Each image's fold, (n,) of 0 to folds - 1. Folds differ by one patient at most.
 
-    patients (n,). DataError where a fold gets nobody."""
+    patients (n,). DataError if a fold would have none."""
     names, patient = np.unique(patients, return_inverse=True)
     if len(names) < folds:
         raise DataError(f"--folds {folds} are too many for {len(names)} labelled patients")
@@ -218,26 +218,26 @@ def deal(patients: np.ndarray, folds: int, seed: int) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------
 # Classes that exclude each other, with which clusters are compared.
 
-# What NIH and CheXpert call the column of images without any; VinBigData has "No finding".
+# The column for images without findings in NIH and CheXpert; VinBigData has "No finding".
 NO_FINDING = "No Finding"
 
 
 def choose_classes(labels: np.ndarray, names: list[str], rule: str,
                    no_finding: str) -> tuple[np.ndarray, list[str]]:
-    """Each image's class (n,) int64, -1 where it is left out, and the classes' names.
+    """Each image's class (n,) int64, -1 if it is left out, and the classes' names.
 
-    labels (n, L) as in the manifest. rule: `single` takes images with one positive
-    finding and no uncertain one; `dominant` every image with a positive one, as the
-    rarest where it has several; `binary:LABEL` all but those where LABEL is
-    uncertain. An empty cell counts as absent, but a row of nothing else is left out.
+    labels (n, L) as in the manifest. rule: `single` takes images with one positive finding and
+    no uncertain one. `dominant` takes every image with a positive finding; its class is the
+    rarest of them. `binary:LABEL` takes all images except those where LABEL is uncertain. An
+    empty cell counts as absent, but a row of empty cells is left out.
 
-    The label "No Finding" is not a finding: with no_finding `keep`, images without a
-    positive or uncertain finding are a class, or in `binary` belong to the rest.
-    DataError: no such LABEL."""
+    The label "No Finding" is not a finding. With no_finding `keep`, images without a positive
+    or uncertain finding are a class; in `binary` they belong to the rest.
+    DataError if there is no such LABEL."""
     findings = np.array([name.casefold() != NO_FINDING.casefold() for name in names], bool)
     present = (labels == 1)[:, findings]                # (n, F)
     uncertain = (labels == -1)[:, findings]             # (n, F)
-    # Healthy is who is said to be; where no column says so, who lacks some finding.
+    # Healthy images have No Finding or, without such a column, a finding that is marked absent.
     if not findings.all():
         healthy = (labels[:, ~findings] == 1).any(1)
     else:
@@ -255,7 +255,7 @@ def choose_classes(labels: np.ndarray, names: list[str], rule: str,
             excluded |= healthy & (column != 1)
         return np.where(excluded, -1, column == 1), [f"not {label}", label]
 
-    # The last column is No Finding, as one class more.
+    # No Finding is one more class, in the last column.
     present = np.c_[present, healthy & (no_finding == "keep")]      # (n, F + 1)
     rarest = np.where(present, present.sum(0), np.inf).argmin(1)
     if rule == "dominant":
@@ -267,23 +267,22 @@ def choose_classes(labels: np.ndarray, names: list[str], rule: str,
 
 
 # --------------------------------------------------------------------------------------------------
-# How many labelled images the training of an encoder has used, by which tables compare encoders.
+# How many labelled images the training of an encoder has used: a column of the tables.
 
-LABELLED = {"random": 0, "imagenet": 1_281_167}     # images behind the names that --init knows
+LABELLED = {"random": 0, "imagenet": 1_281_167}     # for names of --init
 
 
 def labels_required(init: str, checkpoint: dict) -> int | str:
-    """Images whose labels the trainings that led to an encoder used, or "unknown".
+    """How many images' labels were used to train an encoder, or "unknown".
 
-    init: a name in LABELLED, or the path of the checkpoint, which is {} for a name. The trainings
-    of a chain, each from the one before it, are added up: an image that two of them used counts
-    twice."""
+    init: a name in LABELLED, or a path. checkpoint: what the file at the path holds; {} for a name.
+    Trainings that follow each other are added up: an image that two of them used counts twice."""
     if init in LABELLED:
         return LABELLED[init]
     total = checkpoint.get("labels_required")
     if total is None:
-        # An encoder.pt, whose own training used none, or a classifier.pt that only tells of its
-        # own. What either started from is known by name, and not by a path.
+        # An encoder.pt, whose own training used no labels, or a classifier.pt that counts only its
+        # own. Labels behind its --init count too; they are known if that is a name and no path.
         config = checkpoint.get("config", {})
         own = checkpoint.get("n_train") if "classifier" in checkpoint else 0
         return add_labels(LABELLED.get(str(config.get("init"))), own)
@@ -291,7 +290,7 @@ def labels_required(init: str, checkpoint: dict) -> int | str:
 
 
 def add_labels(earlier: object, own: object) -> int | str:
-    """The sum of two such numbers of images; "unknown" where one is."""
+    """The sum of two numbers of images; "unknown" if one is not a number from 0 on."""
     if type(earlier) is int and type(own) is int and min(earlier, own) >= 0:
         return earlier + own
     return "unknown"

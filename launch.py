@@ -1,7 +1,7 @@
 """How the script of a stage begins and ends: its flags, its processes, its errors.
 
-A stage is a Config, a dataclass of its flags, and a function `stage(config, compute,
-resources)` that `main` calls.
+A stage is a Config, which is a dataclass of its flags, and a function `stage(config, compute,
+resources)`, which `main` calls.
 """
 import contextlib
 import os
@@ -27,12 +27,12 @@ MINUTES_30 = timedelta(minutes=30)
 
 def main(stage: Callable, config_class: type, argv: list[str] | None = None, *,
          bf16_on_cpu: bool = False, timeout: timedelta = MINUTES_30, afterwards: str = "") -> None:
-    """Run `stage(config, compute, resources)`. An error that its user can mend ends it in one
-    sentence.
+    """Run `stage(config, compute, resources)`. Errors that the user can mend end the script with
+    one sentence.
 
     resources: an ExitStack; what the stage enters there is closed however the run ends.
-    bf16_on_cpu: whether --precision auto may be bf16 on a CPU. Probabilities should not depend on
-        the machine.
+    bf16_on_cpu: whether --precision auto may be bf16 on a CPU. Stages that predict leave it False,
+        because probabilities should not depend on the machine.
     timeout: how long a process waits for another one in a collective call.
     afterwards: what the same command does after Ctrl-C, if it does not resume."""
     begin_script()
@@ -40,13 +40,12 @@ def main(stage: Callable, config_class: type, argv: list[str] | None = None, *,
     script = f"{stage.__name__}.py"
     if config.overwrite and not afterwards:
         afterwards = f"without --overwrite goes on from what is in {config.out}"
-    # What is wrong with torchrun's variables, each process says. From then on the first one of each
-    # machine speaks for all.
+    # Each process reports wrong variables of torchrun. Later a machine's first process speaks.
     with errors_in_one_sentence(script, config.out):
         place = read_place()
-    speaks = place.local_rank % place.local_world_size == 0  # all, where it has not been told
-    # A full disk is the main thread's to report, in a sentence: TensorBoard's thread meets it too,
-    # and would print a traceback.
+    speaks = place.local_rank % place.local_world_size == 0  # all, if LOCAL_WORLD_SIZE is not set
+    # The main thread reports a full disk in one sentence. TensorBoard's thread meets the same error
+    # and must not print a traceback.
     threading.excepthook = report_but_for_full_disk
     try:
         with (contextlib.ExitStack() as resources,
@@ -59,7 +58,7 @@ def main(stage: Callable, config_class: type, argv: list[str] | None = None, *,
     except RuntimeError as error:
         if "gloo/transport" not in str(error) and "closed by peer" not in str(error):
             raise
-        # A collective call of gloo's: another process hangs, or is gone, which said why.
+        # A collective call of gloo failed: another process hangs, or has ended and reported why.
         if "Timed out" in str(error):
             sys.exit(f"{script}: waited for another process in vain: {last_line(error)}")
         sys.exit(1)
@@ -71,10 +70,11 @@ def main(stage: Callable, config_class: type, argv: list[str] | None = None, *,
 
 def start(config: RunConfig, place: Place = ALONE, bf16_on_cpu: bool = False,
           timeout: timedelta = MINUTES_30) -> Compute:
-    """Join the processes that torchrun started, or be the only one."""
+    """Join the processes that torchrun started, or be the only process. DataError if there are
+    fewer GPUs than processes, or if the processes do not meet or differ in precision."""
     rank, world_size, local_rank, local_world_size = place
     cuda = torch.cuda.is_available()
-    gpus_needed = max(local_rank + 1, local_world_size)  # the latter may be missing
+    gpus_needed = max(local_rank + 1, local_world_size)  # the latter is 1 if not set
     if cuda and gpus_needed > torch.cuda.device_count():
         raise DataError(f"{gpus_needed} processes on this machine are too many for its "
                         f"{torch.cuda.device_count()} GPUs")
@@ -102,7 +102,7 @@ def start(config: RunConfig, place: Place = ALONE, bf16_on_cpu: bool = False,
 
 
 def _fastest_precision(cuda: bool, bf16_on_cpu: bool) -> str:
-    """bf16 where GPU or processor computes in it, and does not only imitate it."""
+    """bf16 if the GPU or the processor has it in hardware."""
     if cuda:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     instructions = Path("/proc/cpuinfo").read_text().split() if bf16_on_cpu else []

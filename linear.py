@@ -1,6 +1,6 @@
 """Linear classifiers on frozen features, for finetune.py: one process fits them while the others
-wait. Cross-validated ones (--folds) compare encoders where test shall not choose between them and
-val is too small to.
+wait. Cross-validation (--folds) compares encoders without a look at test, if val alone is too
+small for that.
 """
 import dataclasses
 import functools
@@ -21,20 +21,19 @@ from study import Combination, Init, Outcome, Study
 
 
 class Features(NamedTuple):
-    """What the linear layer of a classifier sees of the images."""
-    net: Classifier                     # as it came, with a linear layer that is not used
-    x: Tensor                           # (N, D) on the CPU; zeros of images in none of the splits
+    """The inputs of a classifier's linear layer."""
+    net: Classifier                     # frozen; its linear layer is not used
+    x: Tensor                           # (N, D) on the CPU; zeros for images in none of the splits
 
 
 def read_features(study: Study, init: Init) -> Features:
-    """Features of the images of the study's splits; FloatingPointError where some are not
-    finite."""
+    """Features of all images in the study's splits; FloatingPointError if some are not finite."""
     compute = study.compute.without_others()
-    torch.manual_seed(0)                # the same untrained encoder for every seed of the draw
+    torch.manual_seed(0)                # the same random encoder for every seed of the draw
     net = compute.to_device(study.classifier(init)).eval()
 
-    # The encoder's features of each split in a file of its own, as cluster_eval.py looks for them
-    # where every image of the split has a label.
+    # Each split's features are kept in a file of their own: cluster_eval.py can use that file too,
+    # if every image of the split has a label.
     folder = study.out.parent / "features"
     compute.say(f"{init.name}: features of {len(study.images)} images, kept in {folder}")
     loaders = [eval_loader(study.manifest, split, study.config.batch_size,
@@ -59,19 +58,19 @@ class LinearProbe:
     def __init__(self, study: Study, features: Features):
         self.study, self.features = study, features
         self.outcomes: dict[tuple, Outcome] = {}
-        # Standardise by the whole train split: in a small draw many features are constant.
+        # Standardise by the whole train split, because many features are constant in a small draw.
         train = features.x[study.splits["train"]]                           # (n, D)
         deviation, self.mean = torch.std_mean(train, 0)
         self.deviation = deviation.clamp(min=1e-6)                          # (D,)
 
     def _inputs(self, images: np.ndarray) -> Tensor:
-        """What the regressions see of some images, (n, D) float64."""
+        """The standardised features of some images, (n, D) float64."""
         x = self.features.x[images]
         return ((x - self.mean) / self.deviation).double()
 
     def fit(self, c: Combination) -> Outcome:
-        """The regression on one draw, of the strength of regularisation that val chooses."""
-        # At 100 % every seed draws the same images: fit once.
+        """The regression on one draw, with the strength of regularisation that val chooses."""
+        # At 100 % every seed draws the same images, so fit once.
         key = c.fraction, c.seed if c.fraction < 1 else None
         if key not in self.outcomes:
             self.outcomes[key] = self._fit(self.study.sample(c))
@@ -90,12 +89,13 @@ class LinearProbe:
         weight = weight.flatten(-2).cpu()                                   # (D, R, G * K)
         bias = bias.flatten(-2).cpu()                                       # (R, G * K)
 
-        # The strength that is best on val; of equally good ones the strongest.
+        # The strength that is best on val; the strongest of equally good ones.
         val = self._predict("val", weight, bias)
         _, best = max((study.val_score(p), r) for r, p in enumerate(val))
         test = self._predict("test", weight, bias)
 
-        # The regression saw standardised features; the classifier's head gets them as they are.
+        # The regression saw standardised features. The classifier's head sees raw features, so its
+        # weights include the standardisation.
         frozen = self.features.net
         net = Classifier(frozen.encoder, task.outputs, frozen.projector)
         head_weight = weight[:, best].T / self.deviation                    # (G * K, D)
@@ -112,13 +112,13 @@ class LinearProbe:
 
 
 # --------------------------------------------------------------------------------------------------
-# Cross-validation: the same on other splits, which are made of train and val.
+# Cross-validation: the same with other splits, which are made of train and val.
 
 def study_of_fold(study: Study, images: np.ndarray, fold: np.ndarray, k: int,
                   c: Combination) -> Study:
-    """Fold k of the images (n,) is predicted (in the place of test), fold k + 1 chooses the
-    regularisation (val), and c's draw comes from the others. DataError where these say nothing of
-    a label."""
+    """The study with the splits of fold k: test is fold k of the images (n,), val is fold k + 1,
+    and c's draw comes from the other folds. DataError if a label is never present or absent in
+    these."""
     test, val = fold == k, fold == (k + 1) % (fold.max() + 1)               # (n,) bool
     train = images[~(test | val)]                                           # (m,)
     labels = study.task.training_labels[train]                              # (m, L)
@@ -134,9 +134,8 @@ def study_of_fold(study: Study, images: np.ndarray, fold: np.ndarray, k: int,
 
 
 def cross_validate(study: Study, combinations: list[Combination]) -> None:
-    """Predict every image of train and val by a regression that knows nothing of its fold: neither
-    what it learned nor its regularisation was chosen there. Of these regressions no classifier is
-    kept."""
+    """Predict every image of train and val by a regression for which neither the weights nor the
+    regularisation were chosen on its fold. No classifier is kept."""
     folds, images = study.config.folds or 0, study.images                   # (n,)
     patients = study.manifest.patients[images]
     for init in study.inits.values():

@@ -5,19 +5,19 @@
     python predict.py runs/finetune/classifier.pt may/ june/ one.dcm        several at once
 
 DIR is a data folder made by prepare.py, any folder with images or DICOM files in it, at any
-depth, or one such file. Files are found, read and made smaller by the functions of prepare.py,
-written as the JPEGs that it would write, and only then given to the network, by the loader that
-stages 1 and 2 use: the network sees of a new image what it saw of those it learned from. How
-these were made (--size, --stretch, --quality of prepare.py) is in classifier.pt, if their data
-folder said it. The JPEGs need room in the output folder until the end; the images of a data
-folder are JPEGs already, and are taken as they are.
+depth, or one such file. The functions of prepare.py find the files, read them, make them smaller
+and write them as JPEGs; then the loader of stages 1 and 2 feeds these to the network. So new
+images are treated like those that the network learned from. How those were made (--size,
+--stretch and --quality of prepare.py) is in classifier.pt, if their data folder recorded it. The
+JPEGs need room in the output folder until the end. The images of a data folder are JPEGs already,
+and are taken as they are.
 
 The output folder (--out) gets predictions.csv, a row for each image and a column for each label;
-rejected.csv, a row for each file that could not be read, and the reason (its rows are in no other
-file, and the exit code is 1); and explained/, Grad-CAM overlays of the first images, each for the
-label that lies most above its threshold. Every DIR has an output folder of its own beside the
-classifier, so that the predictions of one do not replace those of another. Files that are no
-images are passed over and counted.
+rejected.csv, a row with the reason for each file that could not be read (these have no row in
+predictions.csv, and the exit code is 1); and explained/, Grad-CAM overlays of the first images,
+each for the label that lies most above its threshold. Every DIR has an output folder of its own,
+by default beside the classifier, so that predictions do not replace each other. Files that are
+not images are skipped and counted.
 """
 import contextlib
 import dataclasses
@@ -61,14 +61,14 @@ from radiograph import (
 from run import Compute
 from sources import Item
 
-# What a classifier.pt holds, at least.
+# What every classifier.pt holds.
 CLASSIFIER = {"arch", "encoder", "config", "classifier", "labels", "kind", "thresholds"}
 RESULTS = ("predictions.csv", "rejected.csv", "explained/*.png")
 
 
 @dataclass
 class Config:
-    """Which classifier looks at what, and where its answers go."""
+    """Which classifier predicts which images, and where the results go."""
 
     classifier: str = positional("made by finetune.py", "CLASSIFIER.pt")
     data: tuple[str, ...] = positional(
@@ -95,7 +95,7 @@ class Config:
     threads: int | None = flag(**THREADS)
 
     def __post_init__(self):
-        # An output folder is called as its DIR is. The same DIR twice is once.
+        # A DIR that is given twice counts once. Output folders have the names of their DIRs.
         self.data = tuple(dict.fromkeys(self.data))
         names = [Path(data).resolve().name for data in self.data]
         if twice := {name for name in names if names.count(name) > 1}:
@@ -122,8 +122,8 @@ class Config:
 def load_classifier(path: str | Path) -> tuple[Classifier, dict]:
     """The network of a classifier.pt, in evaluation mode, and the checkpoint.
 
-    CheckpointError where the file is no classifier.pt."""
-    # What it says must be there, and of a kind that can be meant: the file may be anybody's.
+    CheckpointError if the file is not a classifier.pt."""
+    # The file may come from anybody: check that every entry is there and makes sense.
     state = load_checkpoint(path)
     if not (CLASSIFIER <= state.keys() and PREPROCESSING <= state["config"].keys()):
         raise CheckpointError(f"{path} is not a classifier.pt of finetune.py")
@@ -138,7 +138,7 @@ def load_classifier(path: str | Path) -> tuple[Classifier, dict]:
     if not are_image_flags(state["config"].get("images", {})):
         raise CheckpointError(f"{path} says of no --size, --quality and --stretch that can be")
 
-    # The network itself. A three-way label has an output for absent, present and uncertain.
+    # The network itself. A three-way label has three outputs: absent, present and uncertain.
     try:
         encoder = build_encoder(state["arch"], str(path))
         outputs = len(labels) * {"binary": 1, "three-way": 3, "exclusive": 1}[state["kind"]]
@@ -152,7 +152,7 @@ def load_classifier(path: str | Path) -> tuple[Classifier, dict]:
 
 
 def are_image_flags(flags: Any) -> bool:
-    """Whether these can be flags of prepare.py as `image_flags` gives them, {} where unknown."""
+    """Whether these can come from `image_flags`, {} included, which means unknown."""
     if flags == {}:
         return True
     return (isinstance(flags, dict) and flags.keys() == {"size", "quality", "stretch"}
@@ -169,21 +169,21 @@ def is_stretch(percentiles: Any) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------
-# From files to the images that prepare.py would have made of them.
+# From files to the images that prepare.py would have made from them.
 
 class Inputs(NamedTuple):
-    """The files that are to be looked at."""
+    """The files of one DIR."""
     folder: Path
-    paths: list[str]                    # relative to the folder
+    paths: list[str]                    # the images, relative to the folder
     passed_over: list[str]              # the folder's other files
     listed: bool                        # by the manifest of a data folder
-    archive: Archive | None = None      # where that has an images.tar
-    hidden: int = 0                     # files and folders, which are passed over, too
+    archive: Archive | None = None      # the data folder's images.tar, if any
+    hidden: int = 0                     # hidden files and folders, which are passed over too
 
 
 def find_inputs(data: Path) -> Inputs:
-    """The images of a data folder, those of another folder, or the one file; DataError if none."""
-    # An image that the manifest lists and that is missing will cost one row, as a broken one does.
+    """The images of a data folder or another folder, or the one file; DataError if none."""
+    # If an image is missing that the manifest lists, only its row is lost, as for a broken image.
     if (data / "manifest.csv").exists():
         manifest = read_manifest(data, check_files=False)
         return Inputs(data, manifest.paths, [], True, manifest.archive)
@@ -191,7 +191,7 @@ def find_inputs(data: Path) -> Inputs:
         return Inputs(data.parent, [data.name], [], listed=False)
     if not data.is_dir():
         raise DataError(f"{data} is not a folder or a file")
-    # Whatever claims to be an image is looked at; the rest is passed over.
+    # Take every file that claims to be an image, and pass over the rest.
     found = find_files(data)
     paths = [path for path in found.files if is_input(data / path)]
     if not paths:
@@ -202,17 +202,17 @@ def find_inputs(data: Path) -> Inputs:
 
 
 def is_input(file: Path) -> bool:
-    """Whether a file of a folder claims to be an image. A DICOMDIR lists others."""
+    """Whether a file claims to be an image. A DICOMDIR is DICOM, but only lists other files."""
     return file.suffix.lower() in EXTENSIONS or file.name != "DICOMDIR" and is_dicom(file)
 
 
 def image_settings(config: Config, state: dict[str, Any]) -> ImageSettings:
-    """How files are read: by the flags, else as the images that the classifier learned from."""
+    """How files are read: by the flags, else like the images that the classifier learned from."""
     flags = state["config"].get("images", {})
     size = config.size or flags.get("size")
     stretch = config.stretch or flags.get("stretch")
     return ImageSettings(
-        # Where nothing is known, no smaller than the network's input.
+        # If nothing is known, no smaller than the network's input.
         size=size or max(ImageSettings.size, state["config"]["image_size"]),
         quality=flags.get("quality", ImageSettings.quality),
         stretch=(stretch[0], stretch[1]) if stretch else None)
@@ -220,10 +220,10 @@ def image_settings(config: Config, state: dict[str, Any]) -> ImageSettings:
 
 def say_how_read(config: Config, inputs: Inputs, settings: ImageSettings, state: dict[str, Any],
                  say: Callable) -> None:
-    """What is inherited from the classifier's own images, what differs from them, or what is a
-    guess because the classifier says nothing of them."""
+    """Say whether images are read like those that the classifier learned from, how they differ, or
+    that the classifier does not tell."""
     own, made = state["config"].get("images", {}), image_flags(inputs.folder)
-    # A data folder's images are JPEGs that prepare.py has made already.
+    # A data folder's images are JPEGs that prepare.py has already made.
     if inputs.listed:
         if config.size or config.stretch or config.modality != Config.modality:
             say(f"the images of {inputs.folder}, a data folder, are taken as they are: --size, "
@@ -232,7 +232,7 @@ def say_how_read(config: Config, inputs: Inputs, settings: ImageSettings, state:
             say("warning: the classifier's own images were made with other flags than those of "
                 f"{inputs.folder}, here: {difference}")
         return
-    # Other files become such JPEGs now: by the flags, else as the classifier's own were made.
+    # Other files will be made into such JPEGs.
     as_own = image_settings(dataclasses.replace(config, size=None, stretch=()), state)
     how = f"--size {settings.size}, --quality {settings.quality}"
     if settings.stretch:
@@ -247,15 +247,15 @@ def say_how_read(config: Config, inputs: Inputs, settings: ImageSettings, state:
 
 
 def read_any(file: Path, settings: ImageSettings, modalities: Sequence[str]) -> Reading:
-    """A file by prepare.py's reader for its kind."""
+    """Read a file by prepare.py's reader for its kind."""
     if is_dicom(file):
         return read_radiograph(file, settings, modalities)
     return read_image(file, settings)
 
 
 def make_ready(path: str, conversion: Conversion, listed: bool) -> str:
-    """Put the JPEG of an input, named by jpeg_name, into the conversion's folder: a link to an
-    input that need not be read anew, else a new file. "" or the reason why there is none."""
+    """Put the JPEG of an input, named by jpeg_name, into the conversion's folder: a link if the
+    input can be taken as it is, else a new file. Returns "", or the reason why this failed."""
     file, name = conversion.src / path, jpeg_name(path)
     try:
         ready = decodes(file) if listed else is_as_written(file, conversion.settings)
@@ -268,14 +268,14 @@ def make_ready(path: str, conversion: Conversion, listed: bool) -> str:
 
 
 def unpack(member: Member, target: Path) -> str:
-    """Write an image of an images.tar as a file, named by jpeg_name; "" or the reason why it is no
-    image."""
+    """Write an image of an images.tar as a file, named by jpeg_name. Returns "", or the reason why
+    this failed."""
     file = target / jpeg_name(member.path)
     try:
         content = member.read_bytes()
     except DataError as error:
         return str(error)
-    file.write_bytes(content)           # OSError of a full disk ends the run
+    file.write_bytes(content)           # if the disk is full, OSError ends the run
     try:
         return "" if decodes(file) else f"cannot identify the image: {what_it_is(file)}"
     except Exception as error:          # a decoder may raise anything on a broken file
@@ -283,22 +283,22 @@ def unpack(member: Member, target: Path) -> str:
 
 
 def jpeg_name(path: str) -> str:
-    """A name of its own for each path, whatever the path's length and letters. Its end is the
-    path's, for messages about the file."""
+    """A different file name for each path, whatever its length and letters. It ends like the path,
+    for messages about the file."""
     digest = blake2b(os.fsencode(path), digest_size=16).hexdigest()
     return f"{digest}-{plain_name(path, 100)}.jpg"
 
 
 def open_if_image(file: Path) -> Image.Image | None:
-    """None where its first bytes are those of no image; prepare.py's readers say what it is."""
+    """The opened image, or None if the first bytes are not an image's."""
     with contextlib.suppress(Image.UnidentifiedImageError):
         return Image.open(file, formats=FORMATS)
 
 
 def decodes(file: Path) -> bool:
-    """True where a file that a data folder lists can be decoded, and is taken as it is. False where
-    its first bytes are those of no image. DataError, or whatever a decoder raises, where it is
-    missing, broken, or of more than 8 bits: the loader shall not meet it."""
+    """Whether a file that a data folder lists can be decoded, and so be taken as it is. False if
+    its first bytes are not an image's. DataError, or whatever a decoder raises, if it is missing,
+    broken, or has more than 8 bits a pixel: the loader could not read it."""
     if not file.is_file():
         raise DataError("no file, but a folder, a named pipe, a socket or a device"
                         if file.exists() else "missing on disk")
@@ -313,15 +313,15 @@ def decodes(file: Path) -> bool:
 
 
 def is_as_written(file: Path, settings: ImageSettings) -> bool:
-    """True where a file is just what prepare.py would write, and is taken as it is: written again
-    it would differ in the last bit. False where prepare.py's readers must look at it. DataError,
-    or whatever a decoder raises, where it is such a JPEG and broken, a mask or blank."""
-    # An image does not say whether its gray levels were stretched.
+    """Whether a file is a JPEG as prepare.py would write it. It is then taken as it is, because
+    writing it again would change its pixels a little. Other files need prepare.py's readers.
+    DataError, or whatever a decoder raises, if it is such a JPEG but broken, a mask or blank."""
+    # With --stretch there is no such file: a JPEG does not tell whether it was stretched.
     is_jpeg = file.suffix.lower() in (".jpg", ".jpeg") and file.is_file()
     if settings.stretch or not is_jpeg or not (image := open_if_image(file)):
         return False
     with image:
-        # Its quality is not written in a JPEG, but follows from its tables.
+        # A JPEG does not record its quality, but its tables follow from it.
         as_written = (
             image.format == "JPEG" and image.mode == "L" and not image.getexif()
             and MIN_SIDE <= min(image.size) <= settings.size
@@ -329,7 +329,7 @@ def is_as_written(file: Path, settings: ImageSettings) -> bool:
         if as_written:
             image.load()
             refuse_mask(image)
-            # What is blank is no radiograph, in whatever format it comes.
+            # A blank image is not a radiograph, whatever its format.
             if why := blank_reason(image):
                 raise DataError(why)
     return as_written
@@ -342,7 +342,7 @@ def quantization(image: Any) -> dict[int, list[int]]:
 
 @functools.cache
 def tables_of(quality: int) -> dict[int, list[int]]:
-    """The tables of a gray JPEG of this quality."""
+    """The quantization tables of a gray JPEG of this quality."""
     jpeg = io.BytesIO()
     Image.new("L", (8, 8)).save(jpeg, "JPEG", quality=quality)
     return quantization(Image.open(jpeg))
@@ -350,7 +350,7 @@ def tables_of(quality: int) -> dict[int, list[int]]:
 
 def make_images(inputs: Inputs, config: Config, settings: ImageSettings, workers: int,
                 target: Path) -> dict[str, str]:
-    """Write the JPEGs of all inputs into the folder `target`; {path: reason} of those that fail."""
+    """Write the JPEGs of all inputs to the folder `target`; returns {path: reason} of failures."""
     read = functools.partial(read_any, modalities=config.modality)
     conversion = Conversion(read, inputs.folder, target, settings)
     make = functools.partial(make_ready, conversion=conversion, listed=inputs.listed)
@@ -363,7 +363,7 @@ def make_images(inputs: Inputs, config: Config, settings: ImageSettings, workers
 
 
 def images_folder(out: Path, resources: contextlib.ExitStack) -> Path:
-    """An empty folder in `out`, which goes when the run ends, or at latest when the next begins."""
+    """An empty folder in `out`. It is deleted when the run ends, or else when the next begins."""
     folder = out / ".images"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -373,7 +373,7 @@ def images_folder(out: Path, resources: contextlib.ExitStack) -> Path:
 
 def suffix_counts(paths: list[str]) -> str:
     """`3 files (2 .txt, 1 without a suffix)`."""
-    # A suffix may be in any letters, and a terminal in few.
+    # A suffix may have any letters, and some terminals print only ASCII.
     suffixes = [Path(path).suffix.lower() or "without a suffix" for path in paths]
     counts = Counter(suffix.encode("ascii", "backslashreplace").decode() for suffix in suffixes)
     return f"{len(paths):,} files ({', '.join(f'{n:,} {name}' for name, n in counts.items())})"
@@ -383,12 +383,12 @@ def suffix_counts(paths: list[str]) -> str:
 # Explanation of a prediction.
 
 def grad_cam(net: Classifier, x: Tensor, outputs: Tensor) -> Tensor:
-    """Where in the images x (B, 1, S, S) the outputs (B,) of a network
-    come from (Selvaraju et al. 2017).
+    """How much the regions of each image x (B, 1, S, S) contribute to one of the network's outputs
+    (Selvaraju et al. 2017). outputs (B,): the number of that output for each image.
 
-    Returns (B, S, S), 0 to 1. The map is made of cells of 32 x 32 pixels, so that it
-    is coarse below 224 pixels, and it is 0 where no cell speaks for the output."""
-    # The map is a mean of the last feature maps, each by the output's mean gradient for it.
+    Returns maps (B, S, S), 0 to 1. Their cells are 32 x 32 pixels, so a map is coarse below 224
+    pixels. It is 0 everywhere if no cell speaks for the output."""
+    # The map is a sum of the last feature maps, weighted by the output's mean gradient for each.
     maps = []
     hook = net.encoder.layer4.register_forward_hook(
         lambda module, inputs, output: maps.append(output))
@@ -403,7 +403,7 @@ def grad_cam(net: Classifier, x: Tensor, outputs: Tensor) -> Tensor:
 
 
 def overlay(x: Tensor, heat: Tensor) -> Image.Image:
-    """A network's input x (1, S, S) in gray, and over it heat (S, S), 0 to 1, in colour."""
+    """A network's input x (1, S, S) in gray, overlaid with heat (S, S), 0 to 1, in colour."""
     gray = (x[0] * STD + MEAN).clamp(0, 1).cpu().numpy()[..., None]         # (S, S, 1)
     opacity = 0.5 * heat.cpu().numpy()[..., None]                           # (S, S, 1)
     colour = colormaps["jet"](heat.cpu().numpy())[..., :3]                  # (S, S, 3)
@@ -413,11 +413,11 @@ def overlay(x: Tensor, heat: Tensor) -> Image.Image:
 
 def explain(net: Classifier, state: dict[str, Any], paths: list[str], probabilities: np.ndarray,
             loader: Loader, folder: Path) -> None:
-    """Write an overlay of each image of a loader of single images into `folder`.
+    """Write an overlay to `folder` for each image of the loader, whose batches have one image.
 
-    Its file's name says for which label it is, and that label's probability."""
+    The file's name has the label that is explained, and its probability."""
     folder.mkdir(exist_ok=True)
-    # Of a three-way label's outputs absent, present and uncertain, the second one is explained.
+    # A three-way label has outputs for absent, present and uncertain: explain the second one.
     width, present = (3, 1) if state["kind"] == "three-way" else (1, 0)
     for x, index in loader:
         # The label that lies most above its threshold, or least below it.
@@ -425,7 +425,7 @@ def explain(net: Classifier, state: dict[str, Any], paths: list[str], probabilit
         label = int((probabilities[i] - state["thresholds"]).argmax())
         output = torch.tensor([label * width + present], device=x.device)
         picture = overlay(x[0], grad_cam(net, x, output)[0])
-        # A label may be called anything, a file's name may not.
+        # A label may have letters that a file's name must not have.
         stem, probability = Path(paths[i]).stem, probabilities[i, label]
         name = plain_name(f"{stem}_{state['labels'][label]}_{probability:.2f}")
         with whole_file(folder / f"{i:06d}_{name}.png", sync=False) as file:
@@ -436,20 +436,20 @@ def explain(net: Classifier, state: dict[str, Any], paths: list[str], probabilit
 # The script.
 
 def predict(config: Config, compute: Compute, resources: contextlib.ExitStack) -> None:
-    """Probabilities of every image of each DIR. One process does it.
+    """Predict every image of each DIR, in one process.
 
-    DataError at the end where files could not be read; the others have their predictions."""
+    DataError at the end if files could not be read; the others have their predictions."""
     if compute.rank > 0:
         return
     compute = compute.without_others()
 
-    # The classifier and the files: whatever is wrong with all is found before anything is written.
+    # Read the classifier and find the files before anything is written.
     net, state = load_classifier(config.classifier)
     configs = config.for_each()
     inputs = [find_inputs(Path(data)) for data in config.data]
     check_outs(configs, inputs)
 
-    # One DIR after the other. What is wrong with one of them stops no other.
+    # One DIR after the other. An error in one does not stop the others.
     net, problems = compute.to_device(net), []
     for config_of_one, inputs_of_one in zip(configs, inputs):
         try:
@@ -462,8 +462,8 @@ def predict(config: Config, compute: Compute, resources: contextlib.ExitStack) -
 
 
 def check_outs(configs: list[Config], inputs: list[Inputs]) -> None:
-    """DataError where an output folder lies in a folder that is searched for images."""
-    # Each output folder against each DIR; in a data folder only what the manifest lists counts.
+    """DataError if an output folder lies in a folder that is searched for images."""
+    # Each output folder against each DIR. Data folders are not searched: they have a manifest.
     for config, (folder_config, searched) in itertools.product(configs, zip(configs, inputs)):
         out, data = Path(config.out), Path(folder_config.data[0])
         if not searched.listed and data.resolve() in (out.resolve(), *out.resolve().parents):
@@ -473,21 +473,25 @@ def check_outs(configs: list[Config], inputs: list[Inputs]) -> None:
 
 def predict_one(config: Config, inputs: Inputs, net: Classifier, state: dict[str, Any],
                 compute: Compute, resources: contextlib.ExitStack) -> None:
-    """Predictions and overlays of one DIR, in its output folder; DataError as of `predict`."""
+    """Write predictions and overlays of one DIR to its output folder; DataError as in `predict`."""
     data, out, labels = Path(config.data[0]), Path(config.out), state["labels"]
     settings = image_settings(config, state)
     preprocessing = Preprocessing(**{name: state["config"][name] for name in PREPROCESSING})
 
-    # The output folder remembers whose predictions it holds, and refuses those of others. Which
-    # --stretch was inherited is the classifier's matter.
+    # An output folder refuses predictions of another classifier or DIR. An inherited --stretch is
+    # not compared, because it comes with the classifier.
     run_folder.open_run(
         config, "predict", RESULTS, resources, classifier=str(Path(config.classifier).resolve()),
         data=str(data.resolve()), stretch=list(config.stretch) or None)
 
-    # The images as prepare.py makes them.
+    # Make the images as prepare.py does.
     say_how_read(config, inputs, settings, state, compute.say)
     target = images_folder(out, resources)
     rejected = make_images(inputs, config, settings, compute.threads, target)
+    # Delete earlier predictions first: they do not match the new list of rejected files, and may
+    # come from another training of the classifier.
+    for old in (*out.glob("predictions.csv"), *out.glob("explained/*.png")):
+        old.unlink()
     write_csv(out / "rejected.csv", [("file", "reason"), *rejected.items()])
     paths = [path for path in inputs.paths if path not in rejected]
     if inputs.passed_over:
@@ -495,17 +499,13 @@ def predict_one(config: Config, inputs: Inputs, net: Classifier, state: dict[str
     if inputs.hidden:
         compute.say(f"passed over, as hidden files or folders: {inputs.hidden:,}")
 
-    # Nothing stays of earlier predictions, perhaps by another training of the classifier, beside
-    # a new list of what was rejected.
-    for old in (*out.glob("predictions.csv"), *out.glob("explained/*.png")):
-        old.unlink()
     if not paths:
         raise DataError(f"no image of {data} can be read: {first_of(rejected)}")
     written = look_back_at([target / jpeg_name(path) for path in paths], compute.threads)
     for sentence in count_notes(written):
         compute.say(sentence)
 
-    # Predict, and write the table once all of it is there.
+    # Predict all images, then write the table.
     nothing, images = np.empty(0), np.arange(len(paths))
     manifest = Manifest(target, [jpeg_name(path) for path in paths], nothing, nothing, nothing, [],
                         listed=False)
@@ -533,7 +533,7 @@ def predict_one(config: Config, inputs: Inputs, net: Classifier, state: dict[str
 
 
 def first_of(rejected: dict[str, str]) -> str:
-    """The first file that was rejected and why, and where the others are."""
+    """The first rejected file and the reason, and where the others are listed."""
     path, why = next(iter(rejected.items()))
     return f"{path}: {why}" + (" (all in rejected.csv)" if len(rejected) > 1 else "")
 

@@ -1,7 +1,7 @@
-"""Frozen features judged by labels that training never saw.
+"""Frozen features, judged by labels that their training never saw.
 
-Pre-training asks nearest neighbours every few epochs, because they need no fitting;
-the cluster stage asks them once more, among test images; fine-tuning fits logistic
+Pre-training classifies by nearest neighbours every few epochs, because they need no
+fitting. The cluster stage does the same among test images. Fine-tuning fits logistic
 regressions, for all labels and all strengths of regularisation at once.
 """
 import contextlib
@@ -27,11 +27,11 @@ from model import num_features
 from run import Compute
 from run_folder import rows_digest, sizes_digest
 
-# Of the neighbours' votes.
+# Temperature of the neighbours' votes.
 TEMPERATURE = 0.07
-# Of the regularisation, see fit_logistic.
+# Strengths of the regularisation, see fit_logistic.
 STRENGTHS = 10.0 ** np.arange(-4, 3)
-# Bytes of kept features; NIH's 112,120 images of ResNet-50 take 0.9 GB.
+# The most bytes of kept features. ResNet-50's of NIH's 112,120 images take 0.9 GB.
 KEPT_FEATURES = 8 * 2**30
 
 
@@ -43,9 +43,9 @@ def extract_features(net: nn.Module, width: int, loader: Loader,
                      dtype: torch.dtype | None = None) -> Tensor:
     """Outputs (n, width) of a network for the loader's n images, float32 on the loader's device.
 
-    They are in the loader's order and the same on every process: process `rank` gets
-    images rank, rank + world_size, ... and fills their rows, and the sum over the
-    processes completes the others, exactly. dtype: autocast's, None for float32. The
+    They are in the loader's order, and the same on every process: process `rank` fills the
+    rows of its images rank, rank + world_size, ..., and a sum over the processes fills the
+    others, exactly, because it only adds zeros. dtype: for autocast, None for float32. The
     network's mode is restored."""
     training = net.training
     net.eval()
@@ -64,12 +64,12 @@ def extract_features(net: nn.Module, width: int, loader: Loader,
 
 
 # --------------------------------------------------------------------------------------------------
-# Nearest neighbours. A neighbour's vote weighs exp(cosine / 0.07) (Wu et al. 2018).
+# Nearest neighbours. A neighbour's vote has the weight exp(cosine / 0.07) (Wu et al. 2018).
 
 class Neighbours(NamedTuple):
-    """For each of M queries its k nearest in a bank, nearest first."""
+    """The k nearest rows of a bank for each of M queries, nearest first."""
     index: np.ndarray   # (M, k) rows of the bank
-    weight: np.ndarray  # (M, k) of their votes, 1 for the nearest
+    weight: np.ndarray  # (M, k) weights of their votes, 1 for the nearest
 
 
 def nearest(cosine: Tensor, k: int) -> Neighbours:
@@ -81,11 +81,11 @@ def nearest(cosine: Tensor, k: int) -> Neighbours:
 
 def knn_auroc(bank: Tensor, bank_labels: np.ndarray, queries: Tensor,
               query_labels: np.ndarray, k: int = 20) -> list[float]:
-    """AUROC of each of L labels on M queries, scored by their k nearest of N in the bank.
+    """AUROC of each of L labels on M queries, scored by each query's k nearest of N in the bank.
 
     bank (N, D), queries (M, D): features, of any norm. bank_labels (N, L), query_labels
     (M, L): 1, 0, NaN for not mentioned, which counts as absent, and -1 for uncertain,
-    which neither votes nor is scored. NaN where the queries have one class only."""
+    which neither votes nor is scored. The AUROC is NaN if the queries have one class only."""
     neighbours = nearest(F.normalize(queries) @ F.normalize(bank).T, k)
     votes = np.nan_to_num(bank_labels)[neighbours.index]                # (M, k, L)
     weights = neighbours.weight[:, :, None] * (votes >= 0)              # (M, k, L)
@@ -105,13 +105,12 @@ def knn_class_shares(cosine: np.ndarray, truth: np.ndarray, patients: np.ndarray
                      k: int = 20) -> np.ndarray:
     """Shares (m, C) of C exclusive classes in the votes of each image's k nearest.
 
-    cosine (m, m), truth (m,) and patients (m,) of the same images. Images of one
-    patient are nearly copies, so that an image's own patient does not vote. That makes
-    the image's own class rarer among the voters than it is, and features that say
-    nothing would fall below chance: votes are rescaled by how frequent their class is
-    with and without the patient. On average that repairs it; a class of very few
-    patients still starts from an AUROC below 0.5. NaN where all images are of one
-    patient, so that nobody votes."""
+    cosine (m, m), truth (m,) and patients (m,) of the same images. An image's own patient
+    does not vote, because images of one patient are nearly copies. That makes the image's
+    own class rarer among the voters, and uninformative features would score below chance.
+    So a class's votes are multiplied by how often the class occurs with the patient,
+    divided by how often without. On average that repairs it, but a class of very few
+    patients still starts from an AUROC below 0.5. NaN if all images are of one patient."""
     others = patients[:, None] != patients    # (m, m)
     if not others.any():
         return np.full((len(truth), truth.max() + 1), np.nan)
@@ -123,38 +122,38 @@ def knn_class_shares(cosine: np.ndarray, truth: np.ndarray, patients: np.ndarray
 
 
 # --------------------------------------------------------------------------------------------------
-# The probe of a pre-training that is under way.
+# The probe during pre-training.
 
-# A mean over labels leaves out those with fewer positives or negatives: an AUROC of one or two
-# images leaps about and would rule it.
+# A mean over labels leaves out those with fewer positives or negatives than this: the AUROC of one
+# or two images varies so much that it would dominate the mean.
 PROBE_CELLS = 10
 
 
 def counted_labels(truth: np.ndarray) -> np.ndarray:
-    """Which labels the mean is over, (L,) bool; truth (n, L) of 1, 0 and what is not scored.
+    """Which labels the mean includes, (L,) bool. truth (n, L): 1, 0, others are not scored.
 
-    Where all labels are rare, it is those that are the least so."""
+    If all labels are rare, it includes the least rare."""
     fewest = np.minimum((truth == 1).sum(0), (truth == 0).sum(0))           # (L,)
     return fewest >= min(PROBE_CELLS, fewest.max())
 
 
 class Probe:
-    """Labelled images by which features are judged while they are learned without labels."""
+    """Labelled images that judge features while these are learned without labels."""
 
     def __init__(self, manifest: Manifest, most: int, seed: int, preprocessing: Preprocessing):
-        """most: images of train, by which others are judged, and of val, which are."""
+        """most: how many images of train are the bank, and how many of val are the queries."""
         self.manifest, self.preprocessing = manifest, preprocessing
-        # The same random images every time, so that two points of the curve can be compared.
+        # The same random images every time, so that the points of the curve can be compared.
         self.bank, self.queries = (
             np.sort(np.random.default_rng(seed).permutation(manifest.images(split))[:most])
             for split in ("train", "val"))
         self.counted = counted_labels(np.nan_to_num(manifest.labels[self.queries]))     # (L,)
 
     def scores(self, encoder: ResNet, batch_size: int, compute: Compute) -> dict[str, float]:
-        """{name: AUROC} on val, or {} where a feature is not finite.
+        """{name: AUROC} on val, or {} if a feature is not finite.
 
-        Each label is predicted by the nearest neighbours in train, see `knn_auroc`; first
-        comes the mean over the labels that count, as `probe/auroc`."""
+        Each label is predicted by the nearest neighbours in train, see `knn_auroc`. The first
+        item is `probe/auroc`, the mean over the labels that count."""
         features = []
         for images in (self.bank, self.queries):
             loader = eval_loader(self.manifest, images, batch_size, self.preprocessing,
@@ -168,7 +167,7 @@ class Probe:
         known = auroc[self.counted & ~np.isnan(auroc)]
         mean = {"probe/auroc": float(known.mean()) if len(known) else math.nan}
         names = [f"probe/{name}" for name in self.manifest.label_names]
-        # The mean comes first, and last once more: a label may be called auroc, too.
+        # The mean is first in order, and given last again because a label may be called auroc.
         return mean | dict(zip(names, auroc.tolist())) | mean
 
     def __str__(self) -> str:
@@ -179,7 +178,7 @@ class Probe:
 
 
 def probe_sentence(scores: dict[str, float]) -> str:
-    """What the terminal shows of a probe: the mean, and the first labels."""
+    """A probe's scores for the terminal: the mean, and the first labels."""
     labels = [f"{name.removeprefix('probe/')} {value:.3f}" for name, value in scores.items()][1:]
     labels = labels[:15] + ["..."] * (len(labels) > 15)
     return f"probe AUROC {scores['probe/auroc']:.4f} ({', '.join(labels)})"
@@ -198,14 +197,14 @@ def fit_logistic(x: Tensor, targets: Tensor, weights: Tensor, strengths: Tensor,
     with C = 1 / (n * strength). Returns coefficients (D, R, G, K) and intercepts
     (R, G, K).
 
-    It stops when a step is no longer sure to lower any loss by `tolerance`; weakly
-    regularised ones on few rows may end about 1e-4 above their optimum.
+    It stops when no step is guaranteed to lower a loss by `tolerance`. With weak
+    regularisation and few rows a loss may end about 1e-4 above its optimum.
 
-    The method: in the rows' principal axes x'x is diagonal, and so is a bound of the
-    Hessian (Böhning 1992). The gradient divided by that bound is sure to descend;
-    Nesterov's momentum makes it fast, and a regression whose momentum points uphill
-    begins it anew (O'Donoghue and Candès 2015)."""
-    # Principal axes. With fewer rows than features those of the rows' span suffice,
+    The method: along the principal axes of the rows, x'x is diagonal, and so is an upper
+    bound of the Hessian (Böhning 1992). Gradient steps divided by that bound are guaranteed
+    to descend. Nesterov's momentum makes this fast; a regression whose momentum points
+    uphill resets it (O'Donoghue and Candès 2015)."""
+    # Principal axes. With fewer rows than features, the axes of the rows' span are enough,
     # because the optimum lies in it.
     center = x.mean(0)
     x = x - center
@@ -217,8 +216,8 @@ def fit_logistic(x: Tensor, targets: Tensor, weights: Tensor, strengths: Tensor,
         axes = x.T @ axes / squares.sqrt()                           # (D, d)
     x = torch.cat([x @ axes, torch.ones_like(x[:, :1])], dim=1)      # (n, d + 1)
 
-    # One problem for each strength, question and answer; the last row of a
-    # solution is the intercept, which is not regularised.
+    # One problem for each strength, question and answer. The last row of a solution is the
+    # intercept, which is not regularised.
     shape = x.shape[1], len(strengths), *targets.shape[1:]           # (d + 1, R, G, K)
     sigmoid = shape[3] == 1
     weights = (weights / weights.sum(0))[:, None, :, None]           # (n, 1, G, 1)
@@ -230,8 +229,8 @@ def fit_logistic(x: Tensor, targets: Tensor, weights: Tensor, strengths: Tensor,
     squares = torch.cat([squares, squares.new_tensor([len(x)])])
     bound = squares.view(-1, 1, 1, 1) * steepest + penalty           # (d + 1, R, G, 1)
 
-    # Accelerated descent. `ahead` is where momentum carries a solution; `age` grows with
-    # the steps since that solution's momentum was last reset.
+    # Accelerated descent. `ahead` is the point to which momentum carries a solution; `age`
+    # grows with the steps since the momentum of that regression was last reset.
     solution, ahead = x.new_zeros(shape), x.new_zeros(shape)
     age = x.new_ones(1)
     for _ in range(max_steps):
@@ -257,32 +256,31 @@ def fit_logistic(x: Tensor, targets: Tensor, weights: Tensor, strengths: Tensor,
 
 
 # --------------------------------------------------------------------------------------------------
-# Features that are kept on disk, because the later stages ask for the same ones again and again.
+# Features that are kept on disk, because the later stages need the same ones again and again.
 
 def cached_features(net: nn.Module, width: int, loader: Loader, folder: Path,
                     dtype: torch.dtype | None = None) -> Tensor:
-    """`extract_features` on the CPU, kept in `folder` and read from there the next time.
+    """The result of `extract_features` on the CPU, kept in `folder` and read from there next time.
 
-    A file's name is a digest of the weights, the preprocessing and the images. Where
-    the kept files exceed KEPT_FEATURES bytes, those that were not used for the longest
-    time are deleted."""
+    A file's name is a digest of the weights, the preprocessing and the images. If the kept
+    files exceed KEPT_FEATURES bytes, the least recently used are deleted."""
     digest = hashlib.sha256(f"{fingerprint(loader)} {dtype}".encode())
     for name, value in net.state_dict().items():
         digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
     file = folder / f"{digest.hexdigest()[:16]}.pt"
-    # Where it is not there, or was cut short, the features are extracted.
+    # If the file is missing or damaged, the features are extracted.
     with contextlib.suppress(CheckpointError):
         features = load_checkpoint(file)["features"]
         os.utime(file)                  # the time of the last use
         return features
     features = extract_features(net, width, loader, dtype).cpu()
     folder.mkdir(parents=True, exist_ok=True)
-    # Another run may be keeping the same features, so that each writes under a name of its own.
-    # What a killed one left half written is deleted by the next one on its machine.
+    # Another run may write the same features, so each run writes a file with a name of its own.
+    # If it is killed, the next run on the same machine deletes the unfinished file.
     host = platform.node()
     for part in folder.glob(f"{host}-*.part*"):
         process = part.name.removeprefix(f"{host}-").split(".")[0]
-        # Of `node` is node-1234.part, and node-2-1234.part is another machine's.
+        # node-1234.part belongs to the machine `node`, but node-2-1234.part to another one.
         if process.isdecimal() and not Path("/proc", process).exists():
             part.unlink(missing_ok=True)
     own = folder / f"{host}-{os.getpid()}.part"
@@ -293,14 +291,14 @@ def cached_features(net: nn.Module, width: int, loader: Loader, folder: Path,
 
 
 def fingerprint(loader: Loader) -> str:
-    """Changes where the images or their preprocessing change, and not with where they lie."""
+    """Changes if the images or their preprocessing do, but not if the folder is moved."""
     own = loader.images[loader.rank::loader.world_size]
     return (f"{rows_digest(loader.manifest)} {sizes_digest(loader.manifest, own)} "
             f"{loader.preprocessing} {own.tolist()}")
 
 
 def _delete_oldest(folder: Path, newest: Path) -> None:
-    """Keep the features in `folder` below KEPT_FEATURES bytes, but `newest` in any case."""
+    """Keep the features in `folder` below KEPT_FEATURES bytes. `newest` is never deleted."""
     # Another run may delete the same files.
     with contextlib.suppress(FileNotFoundError):
         files = sorted(folder.glob("*.pt"), key=lambda file: file.stat().st_mtime)

@@ -1,8 +1,8 @@
 """How results are shown: tables in Markdown, figures, and the files that hold them.
 
-scores.py has the numbers of stage 2, and cluster_eval.py those of stage 3, whose table and
-figures are made of parts from here. The test labels decide nothing: in `report`, where they
-are looked at, all is trained and chosen.
+scores.py computes the numbers of stage 2, cluster_eval.py those of stage 3, whose table and
+figures use parts from here. Test labels decide nothing: `report` sees them only after everything
+is trained and chosen.
 """
 import contextlib
 import functools
@@ -38,15 +38,15 @@ from scores import (
 
 def cells(values: np.ndarray, bold: bool = True) -> list[list[str]]:
     """values (I, S, C) -> I rows of C cells: mean ± deviation over the S draws, the best of
-    each column in bold, a dash where there is no value."""
+    each column in bold, a dash if there is no value."""
     mean = nan_mean(values, 1)                                              # (I, C)
     spread = values.std(1, ddof=min(1, values.shape[1] - 1))
-    best = np.fmax.reduce(mean)                                             # passes over NaN
+    best = np.fmax.reduce(mean)                                             # ignores NaN
     texts = np.full(mean.shape, "–", dtype=object)
     for where in zip(*np.nonzero(~np.isnan(mean))):
         text = f"{mean[where]:.3f}"
-        # Without a ± where nothing varies: at 100 % of the labels all draws are the same images,
-        # to which `linear` fits the same classifier.
+        # No ± if nothing varies: at 100 % of the labels all draws are the same images, and
+        # `linear` fits the same classifier to them.
         if spread[where] > 1e-9:
             text += f" ± {spread[where]:.3f}"
         if bold and len(mean) > 1 and mean[where] == best[where[1]]:
@@ -56,7 +56,8 @@ def cells(values: np.ndarray, bold: bool = True) -> list[list[str]]:
 
 
 def markdown_table(rows: Iterable[list[str]]) -> str:
-    """A table in Markdown, the header first. Names may hold what would end a cell or a line."""
+    """A table in Markdown, the header first. Characters that would end a cell or line are escaped
+    or replaced."""
     header, *others = ([" ".join(cell.replace("|", r"\|").split()) for cell in row]
                        for row in rows)
     lines = [header, ["---"] * len(header), *others]
@@ -78,8 +79,8 @@ def auroc_table(block: Block, names: list[str], heading: str) -> str:
 
 
 def differences(block: Block, names: list[str]) -> str:
-    """A line for each pair of initialisations: how their means differ."""
-    text, per_pair = "\n", len(names) + 1       # a record for each label, and the mean's last
+    """A line for each pair of initialisations: the difference of their means."""
+    text, per_pair = "\n", len(names) + 1       # one record for each label, the mean's is last
     for pair in comparisons(block, names)[per_pair - 1::per_pair]:
         text += f"{pair.init} − {pair.against}: mean AUROC {pair.difference:+.3f} "
         if math.isnan(pair.low):
@@ -90,7 +91,7 @@ def differences(block: Block, names: list[str]) -> str:
 
 
 def block_text(block: Block, draws: list[str], truth: GroundTruth) -> str:
-    """A block's tables and comparisons; draws: a sentence about each."""
+    """A block's tables and comparisons; draws: a sentence for each draw."""
     share = f"{100 * block.fraction:g} % of the labels"
     text = f"\n## {block.mode}, {share}\n\n{'; '.join(draws)}\n"
     text += auroc_table(block, truth.names, "AUROC on test")
@@ -112,18 +113,18 @@ def block_text(block: Block, draws: list[str], truth: GroundTruth) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# What stands above the tables.
+# The text above the tables.
 
 def preface(title: str, about: dict[str, Any], names: list[str], *sentences: str) -> str:
-    """Title and first paragraph: data, labels, and what the numbers below are."""
+    """Title and first paragraph: data, labels, and an explanation of the numbers below."""
     labels = f"{len(names)} labels: {about['labels']}; -1 is never scored."
     return f"# {title}: {about['data']}\n\n{' '.join([labels, *sentences])}\n"
 
 
 def intervals_sentence(blocks: list[Block], what: str = "test ") -> str:
-    """How the intervals came about."""
-    # Whether a replicate has a mean depends on the truth alone, and with folds on how the patients
-    # were dealt to them, which is the same in all rows: any row tells.
+    """How the intervals were computed."""
+    # Which replicates have a mean depends only on the truth, and with folds on which patients are
+    # in which fold. Both are the same for all rows, so look at the first one.
     mean = blocks[0].rows[0].pooled[-1]                                     # (1 + R,)
     if len(mean) == 1:
         return f"One {what}patient has no intervals and no p."
@@ -135,22 +136,22 @@ def intervals_sentence(blocks: list[Block], what: str = "test ") -> str:
 # --------------------------------------------------------------------------------------------------
 # Names as figures can write them.
 
-LONGEST = 50            # letters of a name: longer ones beside or below a panel would crush it
+LONGEST = 50            # letters of a name; longer ones would leave no room for the panel
 
 
 class FigureText(NamedTuple):
     """Names as figures can write them."""
     style: dict[Any, Any]               # for rc_context: fonts that have all their characters
-    written: dict[str, str]             # what stands in figures for each name
-    legend: str                         # the names behind numbers, for results.md, or nothing
+    written: dict[str, str]             # how figures write each name
+    legend: str                         # the names that became numbers, for results.md, or ""
 
 
 def figure_text(**names: list[str]) -> FigureText:
     """How figures write these names; the keyword says what they are: `label`, `row`.
 
-    The font that matplotlib brings has no Chinese, to name one. Where another font of this
-    system has the characters, it writes them; a name for which none has them would be a row of
-    empty boxes, and becomes a number, as does one that is longer than LONGEST letters."""
+    matplotlib's own font lacks Chinese, for example. Other fonts of this system are used for the
+    characters that it lacks. A name becomes a number if no font has all of its characters,
+    because it would be a row of empty boxes, or if it is longer than LONGEST letters."""
     families, drawable = list(rcParams["font.family"]), set()
     characters = {c for name in itertools.chain(*names.values()) for c in name}
     missing = {c for c in characters if not c.isspace()}
@@ -161,7 +162,7 @@ def figure_text(**names: list[str]) -> FigureText:
         if found and family:
             families.append(family)
         drawable, missing = drawable | found, missing - found
-    # Without a library for it, matplotlib would write Arabic and Hebrew from the left.
+    # Without a further library, matplotlib would write Arabic and Hebrew from left to right.
     drawable -= {c for c in drawable if unicodedata.bidirectional(c) in ("R", "AL")}
 
     written, numbers = {}, []
@@ -169,7 +170,7 @@ def figure_text(**names: list[str]) -> FigureText:
         for number, name in enumerate(group, 1):
             words = name.split()
             if len(name) <= LONGEST and drawable >= set("".join(words)):
-                # A dollar would begin a formula, and a legend leaves out what begins with _.
+                # A dollar would begin a formula, and legends omit names that begin with _.
                 text = " ".join(words).replace("$", r"\$")
                 written[name] = f" {text}" if text.startswith("_") else text
             else:
@@ -180,7 +181,7 @@ def figure_text(**names: list[str]) -> FigureText:
 
 
 def _other_fonts(characters: set[str]) -> Iterator[str]:
-    """Families of this system's fonts that have one of the characters, plain ones first."""
+    """Font families of this system that have one of the characters, plain fonts first."""
     default = _characters(None)
     if characters <= default:
         return
@@ -188,19 +189,19 @@ def _other_fonts(characters: set[str]) -> Iterator[str]:
     entries = sorted(font_manager.fontManager.ttflist,
                      key=lambda entry: (entry.style != "normal", entry.weight != 400))
     for entry in entries:
-        # The last resort is a font of boxes.
+        # Last Resort is a font of boxes.
         if not entry.name.startswith(("Last Resort", ".LastResort")):
-            with contextlib.suppress(RuntimeError, OSError):        # not a font that can be read
+            with contextlib.suppress(RuntimeError, OSError):        # a font that cannot be read
                 if codes & FT2Font(entry.fname).get_charmap().keys():
                     yield entry.name
 
 
 @functools.cache
 def _characters(family: str | None) -> set[str]:
-    """What the font has that matplotlib takes for a family, or by default."""
+    """The characters of the font that matplotlib uses for a family; None: by default."""
     properties = font_manager.FontProperties(family=family)
     logger = logging.getLogger("matplotlib.font_manager")
-    logger.disabled = True              # it would report that a family has no plain weight
+    logger.disabled = True              # it would warn if a family has no plain weight
     try:
         file = font_manager.findfont(properties, fallback_to_default=family is None)
     except ValueError:
@@ -213,13 +214,13 @@ def _characters(family: str | None) -> set[str]:
 # --------------------------------------------------------------------------------------------------
 # Figures of stage 2.
 
-# A panel of more lines has no legend: nobody could read it, and no picture is that high.
+# A panel with more lines has no legend: nobody could read it, and the picture would be too high.
 MOST_ENTRIES = 100
 
 
 def panels(rows: list[str], columns: list[str], entries: int,
            **style) -> tuple[Figure, np.ndarray]:
-    """A figure and its axes (rows, columns), in the one style of all figures.
+    """A figure and its axes (rows, columns), in the common style of these figures.
 
     entries: how many lines the legend below each panel will have."""
     height = 5 + 0.18 * min(entries, MOST_ENTRIES)                          # inches
@@ -232,7 +233,7 @@ def panels(rows: list[str], columns: list[str], entries: int,
 
 
 def legend_below(ax) -> None:
-    """Where it hides nothing, however long the names: under the label of the x axis."""
+    """Put the legend under the label of the x axis, where even long names hide nothing."""
     if 0 < len(ax.lines) <= MOST_ENTRIES:
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=5, fontsize=8,
                   frameon=False)
@@ -263,7 +264,7 @@ def efficiency_figure(blocks: list[Block], written: dict[str, str]) -> Figure:
 
 def calibration_figure(blocks: list[Block], truth: np.ndarray,
                        written: dict[str, str]) -> Figure:
-    """How often a label is present when it was given a probability: a panel for each block, a
+    """How often labels are present, against their predicted probability: a panel for each block, a
     line for each initialisation, all labels and draws together. truth (n, L)."""
     modes = list(dict.fromkeys(block.mode for block in blocks))
     fractions = list(dict.fromkeys(block.fraction for block in blocks))
@@ -285,7 +286,7 @@ def curves_figure(probabilities: np.ndarray, truth: np.ndarray, names: list[str]
                   seed: int) -> Figure:
     """ROC and precision-recall curves, a line for each of L labels that has both classes.
 
-    probabilities, truth (n, L); seed: of the draw that they are of, for the titles."""
+    probabilities, truth (n, L); seed: of the draw, for the title."""
     figure, axes = panels([f"draw {seed}:"], ["ROC", "precision-recall"], len(names))
     roc, precision_recall = axes[0]
     for p, y, name in zip(probabilities.T, truth.T, names):
@@ -305,19 +306,18 @@ def curves_figure(probabilities: np.ndarray, truth: np.ndarray, names: list[str]
 
 
 # --------------------------------------------------------------------------------------------------
-# Figures of stage 3. Clusters are numbered as the classes that were assigned to them, and those
-# that got no class come after.
+# Figures of stage 3. A cluster has the number of its class; clusters without a class come after.
 
 @dataclass(frozen=True)
 class Legend:
     """Names and colours of K clusters; the first C are those of the classes."""
     classes: int                        # C
-    names: list[str]                    # K of them
-    colours: list                       # K of them; clusters without a class are gray
+    names: list[str]                    # (K,)
+    colours: list                       # (K,); gray for clusters without a class
 
 
 def cluster_legend(names: list[str], clusters: int) -> Legend:
-    """names: of the C classes; clusters: K, at least C."""
+    """names: of the C classes; clusters: their number K, at least C."""
     # Ten strong colours, then ten pale ones.
     hues = [*color_sequences["tab10"], *color_sequences["tab20"][1::2]]
     classes = range(len(names))
@@ -328,7 +328,7 @@ def cluster_legend(names: list[str], clusters: int) -> Legend:
 
 def draw_map(axes: Axes, points: np.ndarray, values: np.ndarray, legend: Legend,
              what: str) -> None:
-    """Points (m, 2) in the colours of their classes or clusters (m,)."""
+    """Draw points (m, 2) in the colours of their classes or clusters `values` (m,)."""
     # Clusters without a class share one entry in the legend.
     without_class = values[values >= legend.classes].min(initial=len(legend.names))
     for c in np.unique(values):
@@ -345,10 +345,10 @@ def draw_map(axes: Axes, points: np.ndarray, values: np.ndarray, legend: Legend,
 
 
 def draw_table(axes: Axes, table: np.ndarray, legend: Legend) -> None:
-    """Contingency table (C, K), shaded by the share of the class."""
+    """Draw the contingency table (C, K), shaded by the share of the class."""
     axes.imshow(table / table.sum(1, keepdims=True), cmap="Blues", vmin=0, vmax=1.5,
                 aspect="auto")
-    # More columns have no room for numbers and names.
+    # With more columns there is no room for numbers and names.
     readable = table.shape[1] <= 30
     if readable:
         for (row, column), n in np.ndenumerate(table):
@@ -362,8 +362,8 @@ def draw_table(axes: Axes, table: np.ndarray, legend: Legend) -> None:
 
 def draw_sheet(axes: Axes, pictures: Tensor, classes: np.ndarray, numbers: np.ndarray,
                legend: Legend) -> None:
-    """A row of eight pictures for each of R clusters: pictures (8 R, 1, S, S) in [0,
-    1], their classes (8 R,), and the clusters' numbers (R,)."""
+    """Draw a row of eight pictures for each of R clusters: pictures (8 R, 1, S, S) in [0, 1], their
+    classes (8 R,), and the clusters' numbers (R,)."""
     size = pictures.shape[-1] + 2               # make_grid puts 2 pixels between them
     row, column = np.divmod(np.arange(len(pictures)), 8)
     axes.imshow(make_grid(pictures, nrow=8)[0].numpy(), cmap="gray", vmin=0, vmax=1)
@@ -376,14 +376,14 @@ def draw_sheet(axes: Axes, pictures: Tensor, classes: np.ndarray, numbers: np.nd
 
 def sweep_figure(curves: dict[str, dict[str, list]], classes: int,
                  written: dict[str, str]) -> Figure:
-    """Silhouette and inertia against k, a line for each row; written: the rows' names."""
+    """Silhouette and inertia against k, a line for each row; written: see FigureText."""
     figure = Figure(figsize=(11, 5), dpi=110, layout="constrained")
     for axes, score in zip(figure.subplots(1, 2), ("silhouette", "inertia")):
         for init, curve in curves.items():
             axes.plot(curve["k"], curve[score], "o-", label=written[init])
         axes.set(xlabel=f"k, clusters (there are {classes} classes)", title=score)
         if score == "inertia":
-            axes.set_yscale("log")              # the rows' inertias differ by far
+            axes.set_yscale("log")              # inertias of different rows differ a lot
         legend_below(axes)
     return figure
 
@@ -392,14 +392,14 @@ def sweep_figure(curves: dict[str, dict[str, list]], classes: int,
 # Files.
 
 def write_json(path: Path, results: dict) -> None:
-    """Replace a results.json as a whole. JSON has no NaN: a number that is none becomes null."""
+    """Replace a results.json as a whole. NaN becomes null, because JSON has no NaN."""
     results = json.loads(json.dumps(results), parse_constant=lambda constant: None)
     write_text(path, json.dumps(results, indent=1) + "\n")
 
 
 def write_results(out: Path, about: dict, text: str, blocks: list[Block],
                   names: list[str]) -> None:
-    """Print the table, which is in `text`, and write it to results.md, the numbers to
+    """Print `text`, which has the tables, and write it to results.md. Write the numbers to
     results.json."""
     print("\n" + text)
     write_text(out / "results.md", text)
@@ -414,9 +414,8 @@ def write_results(out: Path, about: dict, text: str, blocks: list[Block],
 
 def write_figures(out: Path, text: str, blocks: list[Block], truth: np.ndarray,
                   labels: list[str], for_figures: FigureText) -> None:
-    """PNG of the figures of all; in TensorBoard these, the table, and each row's curves.
-
-    truth (n, L); labels: L names as figures write them."""
+    """Write the figures of all combinations as PNG; and these, the text and each row's curves to
+    TensorBoard. truth (n, L); labels: L names as figures write them."""
     written = for_figures.written
     with (SummaryWriter(str(out / "tensorboard/table")) as writer,
           rc_context(for_figures.style)):
@@ -437,10 +436,10 @@ def report_folds(out: Path, about: dict, predictions: dict[tuple, dict], names: 
                  truth: np.ndarray, patients: np.ndarray) -> None:
     """Write results.json and results.md of a cross-validation, and print the table.
 
-    about: `data`, `labels` and the number of `folds`. predictions: for every combination
-    (mode, fraction, init, seed) the `predictions` (n, L) for all images, each by the
-    regression that has not seen its `fold` (n,). names: of the L labels. truth (n, L),
-    patients (n,)."""
+    about: `data`, `labels` and the number of `folds`. predictions: for every combination (mode,
+    fraction, init, seed) the `predictions` (n, L) and the `fold` (n,) of all images; each image
+    is predicted by the regression that has not seen its fold. names: of the L labels.
+    truth (n, L), patients (n,)."""
     counts = patient_counts(patients, REPLICATES)
     ground_truth = GroundTruth(names, False, truth, truth, counts)
     blocks = score_blocks(predictions, ground_truth, score_folds)
@@ -461,14 +460,14 @@ def report_folds(out: Path, about: dict, predictions: dict[tuple, dict], names: 
 
 def report(out: Path, about: dict, predictions: dict[tuple, dict], names: list[str],
            val_truth: np.ndarray, truth: np.ndarray, patients: np.ndarray) -> None:
-    """Write results.json, results.md and the figures, and print the table. The test labels come
-    in here, once all is trained and chosen, and nowhere earlier.
+    """Write results.json, results.md and the figures, and print the table. Only here, after all is
+    trained and chosen, are predictions compared with test labels.
 
-    about: what results.json says of the whole: `data`, `kind`, `labels`, and as `draws` for
-    each fraction a sentence about each draw.
+    about: results.json's facts about all combinations: `data`, `kind`, `labels`, and `draws`,
+    which has a sentence about each draw for each fraction.
     predictions: for every combination (mode, fraction, init, seed) the probabilities `val`
-    (n_val, L) and `test` (n, L); if there are any, `peaks` (E, n, L), those of test after
-    each epoch; and for each label `n_train` and `positives`, how many images it had.
+    (n_val, L) and `test` (n, L); with --peak also `peaks` (E, n, L), those of test after each
+    epoch; and for each label `n_train` and `positives`, how many training images it had.
     names: of the L labels. val_truth (n_val, L); truth (n, L) and patients (n,), of test."""
     counts = patient_counts(patients, REPLICATES)
     ground_truth = GroundTruth(names, about["kind"] == "exclusive", val_truth, truth, counts)

@@ -1,6 +1,7 @@
-"""The run folder (--out): which run it holds, its curves, and what goes onto them.
+"""The run folder (--out): which run it holds, its curves, and the measurements on them.
 
-config.json says which run that is. A run goes on in its own folder and is refused by another's.
+config.json says which run the folder holds. A run resumes in its own folder, and is refused in a
+folder that holds another run.
 """
 import contextlib
 import dataclasses
@@ -33,13 +34,13 @@ if TYPE_CHECKING:
 
 
 # --------------------------------------------------------------------------------------------------
-# Digests of what a run is made of: they change where it does, and not with where it lies.
+# Digests of a run's inputs. They change with the content, but not with its place.
 
 def content_of_data(manifest: Manifest, images: np.ndarray | None = None) -> str:
-    """Of a data folder, or of these images of it without their labels.
+    """A digest of a data folder, or of some of its images without their labels.
 
-    A folder of the same rows whose images were made with another --size differs by
-    their sizes in bytes."""
+    If the same images are made with another --size, the digest differs, because the sizes of the
+    files in bytes do."""
     if images is None:
         return f"{rows_digest(manifest)} {sizes_digest(manifest, np.arange(len(manifest.paths)))}"
     paths = _digest(*(manifest.paths[i].encode("utf-8", "surrogateescape") for i in images))
@@ -47,7 +48,7 @@ def content_of_data(manifest: Manifest, images: np.ndarray | None = None) -> str
 
 
 def rows_digest(manifest: Manifest) -> str:
-    """Of the whole table."""
+    """A digest of the manifest's whole table."""
     columns = [manifest.paths, manifest.patients, manifest.splits, manifest.label_names]
     more = manifest.studies, manifest.view_positions
     columns += [column for column in more if column is not None]
@@ -56,25 +57,25 @@ def rows_digest(manifest: Manifest) -> str:
 
 
 def sizes_digest(manifest: Manifest, images: np.ndarray) -> str:
-    """Of the sizes of some images' files; it misses rewrites of the same size."""
+    """A digest of some files' sizes. It does not notice a rewritten file of the same size."""
     return _digest(b"" if manifest.sizes is None else manifest.sizes[images].tobytes())
 
 
 def paths_digest(manifest: Manifest, images: np.ndarray) -> str:
-    """Of the paths of some images, by which a last.pt that was copied knows its own."""
+    """A digest of the paths of some images, by which a copied last.pt recognises its images."""
     paths = "\n".join(manifest.paths[i] for i in images)
     return hashlib.sha256(paths.encode(errors="surrogateescape")).hexdigest()
 
 
 def patients_digest(manifest: Manifest, images: np.ndarray) -> str:
-    """Of which of some images are of the same patient, whatever the patients are called."""
+    """A digest of which images belong to the same patient. Patients' names do not matter."""
     _, first, number = np.unique(
         manifest.patients[images], return_index=True, return_inverse=True)
     return _digest(first[number].tobytes())
 
 
 def _digest(*parts: bytes) -> str:
-    """16 hexadecimal digits that differ where the parts do."""
+    """16 hexadecimal digits that differ if the parts do."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part + b"\0")
@@ -82,7 +83,7 @@ def _digest(*parts: bytes) -> str:
 
 
 def content_of_file(path: str | Path) -> str:
-    """A digest of a checkpoint; a name that is no file, such as `random`, stands for itself."""
+    """A digest of a checkpoint; a name that is not a file, such as `random`, is returned itself."""
     if not os.path.isfile(path):
         return str(path)
     with open(path, "rb") as file:
@@ -97,15 +98,14 @@ def open_run(config: RunConfig, stage: str, results: tuple[str, ...],
              contents: dict[str, dict[str, str]] | None = None, **more) -> None:
     """Make the run folder, or recognise the run in it, and keep it locked until the run ends.
 
-    results: patterns of the files that the stage writes; a folder in which the first of
-    them exists holds something that could be lost. CheckpointError says which flags
-    differ from those of the run that made it, unless --overwrite is given, which
-    deletes the results. A folder that holds anything but a run of this stage is refused
-    in any case.
-    starts_from: a file that alone may lie in a new run folder, for the run to start from.
-    contents: for each flag that names files, {path: digest}. Such flags are compared by the
-    digests, so that files may be moved or named by another path.
-    more: compared as flags are."""
+    results: patterns of the files that the stage writes. If the first one exists, the folder
+    holds a run that could be lost: then CheckpointError names the flags that differ from that
+    run's. --overwrite deletes the results instead. A folder that is not empty and holds no run of
+    this stage is always refused.
+    starts_from: the only file that may lie in a new run folder; the run starts from it.
+    contents: for each flag that names files, {path: digest}. Such flags are compared by their
+    digests, so files may be moved or named by another path.
+    more: compared like flags."""
     out = Path(config.out)
     if valid_unicode(config.out) != config.out:
         raise CheckpointError(f"--out {out} is not in UTF-8, and TensorBoard cannot write there: "
@@ -124,7 +124,7 @@ def open_run(config: RunConfig, stage: str, results: tuple[str, ...],
                               "choose another --out")
     now = {"stage": stage} | fixed_flags(config) | more | {"contents": contents or {}}
     now = json.loads(json.dumps(now))  # tuples are lists in a file
-    # A run of an older version had no flag that came later: it ran with what is now its default.
+    # A run of an older version lacks flags that were added later. It ran as with their defaults.
     difference = _difference(_defaults(config) | before if before else {}, now)
     if config.overwrite:
         results_there = [file for pattern in results for file in out.glob(pattern)]
@@ -140,45 +140,45 @@ def open_run(config: RunConfig, stage: str, results: tuple[str, ...],
         raise CheckpointError(f"{out} holds a run {difference}; choose another --out, or give up "
                               "that run with --overwrite")
     if before != now and not goes_on:
-        # The file is rewritten in place because its lock would not follow a new one. Nothing is
-        # lost if that is cut short: the next run with the same flags writes it again.
+        # Rewrite the file in place, because a new file would not be locked. Nothing is lost if the
+        # run is killed here: the next one with the same flags writes the file again.
         file.truncate(0)
         file.write(json.dumps(now, indent=1) + "\n")
         file.flush()
 
 
 def fixed_flags(config: RunConfig) -> dict[str, Any]:
-    """The flags that must be the same when a run goes on, by name."""
+    """The flags that must be the same when a run resumes, by name."""
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)
             if not field.metadata["may_differ"]}
 
 
 def _defaults(config: RunConfig) -> dict[str, Any]:
-    """What the fixed flags are where nobody gives them, as json has it."""
+    """The defaults of the fixed flags, as JSON would return them."""
     defaults = {field.name: field.default for field in dataclasses.fields(config)
                 if not field.metadata["may_differ"]}
     return json.loads(json.dumps(defaults))
 
 
 def _difference(before: dict, now: dict) -> str:
-    """How two runs differ, or nothing: `with other flags: --epochs (2 there, 5 here)`."""
+    """How two runs differ, or "": `with other flags: --epochs (2 there, 5 here)`."""
     now, changed = dict(now), []
     for name, files in now["contents"].items():
         earlier = before.get("contents", {}).get(name)
-        if not isinstance(earlier, dict):  # of an older version, which compared the flags alone
+        if not isinstance(earlier, dict):  # from an older version, which compared flags alone
             continue
         digests = list(earlier.values())
-        if digests == list(files.values()):  # the same, wherever they lie
+        if digests == list(files.values()):  # the same content, even by other paths
             now[name] = before.get(name)
         changed += [path for path, digest in files.items() if digest not in digests]
-    now["contents"] = before.get("contents")  # a digest would say nothing to a user
+    now["contents"] = before.get("contents")  # users cannot read a digest
     if flags := differing_flags(before, now):
         return f"with other flags: {flags}"
     return f"on {' and '.join(changed)} as it was before it was changed" if changed else ""
 
 
 def _read_config(file) -> dict:
-    """What an open config.json says; {} for an empty file."""
+    """The content of an open config.json; {} for an empty file."""
     file.seek(0)
     try:
         config = json.loads(file.read() or "{}")
@@ -275,7 +275,7 @@ class Progress:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """For probes and checkpoints, which do not count: speed is the speed of training."""
+        """Stop the clock for probes and checkpoints: the speed is that of training alone."""
         if self.compute.cuda:  # the steps that are still queued do count
             torch.cuda.synchronize(self.compute.device)
         start = time.perf_counter()
@@ -291,7 +291,7 @@ class Progress:
         self.waits.append((start, self._now()))
 
     def _now(self) -> Any:
-        """The time; on a GPU an event that will have it, so that nobody waits for the GPU."""
+        """The time; on a GPU an event that will record it, so that nobody waits for the GPU."""
         if not self.compute.cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -304,8 +304,8 @@ class Progress:
         self.first_bad = self.first_bad.minimum(torch.where(loss.isfinite(), self.NEVER, step))
 
     def read(self, step: int, last: dict[str, Tensor]) -> dict[str, float]:
-        """The loss averaged since the last call, and `last`, which is of the last batch, both
-        averaged over the processes; and the speed of all processes. Then it begins anew.
+        """Averages over the processes of the mean loss since the last call and of `last`, which is
+        from the last batch; and the speed of all processes. Then the sums start again.
 
         FloatingPointError if a loss since the last call was not finite."""
         steps = step - self.step

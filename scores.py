@@ -1,14 +1,14 @@
-"""From predictions to numbers that can be trusted: scores of stage 2, their intervals and
-comparisons. report.py makes a table of them.
+"""Scores of the predictions of stage 2, their intervals and comparisons. report.py makes a table
+of them.
 
-A LabelScore is of one label, CombinationScores of one training's L labels and their mean. Row
-holds those of an initialisation's draws, Block the rows of one table; `means` and `comparisons`
-make Mean and Comparison of a block, which are the records of results.json.
+LabelScore has the scores of one label, CombinationScores those of one training's L labels and
+their mean. A Row holds the CombinationScores of all draws of an initialisation, a Block the rows
+of one table. `means` and `comparisons` turn a block into Mean and Comparison, the records of
+results.json.
 
-Test images are drawn anew by patient, the same draws for every row, so that a difference
-between two rows is a paired one. What is chosen (epochs, regularisation, thresholds) is
-chosen on val. Truth is 1, 0 or NaN, which is left out; a score that lacks the class it
-needs is NaN, too.
+The bootstrap draws test patients, the same ones for every row, so differences between rows are
+paired. Epochs, regularisation and thresholds are chosen on val. Truth is 1, 0 or NaN, which is
+left out. A score is NaN if the class that it needs is missing.
 """
 import functools
 import itertools
@@ -24,25 +24,25 @@ REPLICATES = 1000                       # of the bootstrap
 
 
 # --------------------------------------------------------------------------------------------------
-# One score of one label.
+# Scores of one label.
 
 def auroc(scores: np.ndarray, truth: np.ndarray, counts: np.ndarray | None = None) -> np.ndarray:
     """Area under the ROC curve in each of R replicates of the images, (R,).
 
     scores (n,); truth (n,): 1, 0, and NaN, which is left out. counts (R, n): how often each
-    image is in each replicate (default: once, in one). A tie counts half, as in Mann and
-    Whitney's statistic. NaN where a replicate has one class only."""
+    image is in each replicate (default: one replicate, each image once). A tie counts half, as
+    in Mann and Whitney's statistic. NaN if a replicate has one class only."""
     order = np.argsort(scores, kind="stable")
     order = order[~np.isnan(truth[order])]
     counts = np.ones((1, len(scores)), np.int16) if counts is None else counts
     if not 0 < truth[order].sum() < len(order):
         return np.full(len(counts), np.nan)
-    # From the lowest score to the highest, equal scores together: each positive beats the
-    # negatives below it and half of those beside it.
+    # From the lowest score to the highest, in groups of equal scores: each positive beats the
+    # negatives of lower groups, and half of those in its own.
     truth = truth[order]
-    starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))        # of equal scores
+    starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))        # of the groups
     areas = []
-    for batch in np.split(counts, range(100, len(counts), 100)):            # for memory's sake
+    for batch in np.split(counts, range(100, len(counts), 100)):            # to save memory
         counts_in_order = batch[:, order]
         positive = np.add.reduceat(counts_in_order * truth, starts, axis=1, dtype=np.float64)
         negative = np.add.reduceat(counts_in_order * (1 - truth), starts, axis=1,
@@ -55,11 +55,11 @@ def auroc(scores: np.ndarray, truth: np.ndarray, counts: np.ndarray | None = Non
 
 def auroc_in_folds(scores: np.ndarray, truth: np.ndarray, counts: np.ndarray,
                    fold: np.ndarray) -> np.ndarray:
-    """Area under the ROC curve in each of R replicates, (R,), where a positive is compared with
-    the negatives of its own fold alone. scores, truth, counts: as of `auroc`; fold (n,).
+    """Area under the ROC curve in each of R replicates, (R,). A positive is compared only with
+    negatives of its own fold. scores, truth, counts: see `auroc`; fold (n,).
 
-    Each fold is predicted by a regression of its own, and the scores of two regressions need not
-    be on one scale."""
+    Folds are not mixed, because each is predicted by a regression of its own, and the scores of
+    two regressions may differ in scale."""
     areas, pairs = [], []
     for k in np.unique(fold):
         y, counts_in_fold = truth[fold == k], counts[:, fold == k]
@@ -75,7 +75,7 @@ def patient_counts(patients: np.ndarray, replicates: int) -> np.ndarray:
     """How often each of n images counts in a bootstrap over patients, (1 + replicates, n).
 
     The first row is the test set itself, every image once; then come the replicates. A single
-    patient has none: its replicates would all be the test set, and their interval a point."""
+    patient has no replicates: all would equal the test set, and the interval would be a point."""
     names, patient = np.unique(patients, return_inverse=True)
     if len(names) < 2:
         return np.ones((1, len(patients)), np.int16)
@@ -86,19 +86,19 @@ def patient_counts(patients: np.ndarray, replicates: int) -> np.ndarray:
 
 
 def nan_mean(values: np.ndarray, axis: int = 0) -> np.ndarray:
-    """Mean of what is not NaN; NaN, without a warning, where everything is."""
+    """Mean without NaN values; NaN, without a warning, if all values are NaN."""
     count = (~np.isnan(values)).sum(axis)
     return np.nansum(values, axis) / np.where(count, count, np.nan)
 
 
 class Interval(NamedTuple):
-    """A 95 % interval; NaN and NaN where there is none."""
+    """A 95 % interval; both ends are NaN if there is none."""
     low: float
     high: float
 
 
 def interval(replicates: np.ndarray) -> Interval:
-    """The middle 95 % of a score's or a difference's replicates, those left out that are NaN."""
+    """The middle 95 % of the replicates of a score or a difference, without NaN."""
     finite = replicates[~np.isnan(replicates)]
     if not len(finite):
         return Interval(math.nan, math.nan)
@@ -106,17 +106,17 @@ def interval(replicates: np.ndarray) -> Interval:
 
 
 def p_value(differences: np.ndarray) -> float:
-    """Two-sided p of there being no difference, from the replicates (R,) of a paired difference.
+    """Two-sided p for no difference, from the replicates (R,) of a paired difference.
 
-    It is how often they lie on the other side of 0. NaN where there is no replicate."""
+    It is twice the share of replicates on the rarer side of 0. NaN if there are no replicates."""
     finite = differences[~np.isnan(differences)]
     tail = min((finite <= 0).sum(), (finite >= 0).sum()) + 1
     return min(1.0, 2 * float(tail) / (len(finite) + 1)) if len(finite) else math.nan
 
 
 def youden(scores: np.ndarray, truth: np.ndarray) -> float:
-    """The score from which on to call an image positive, so that sensitivity + specificity is
-    largest (Youden 1950); 0.5 where one class is missing.
+    """The threshold at which sensitivity + specificity is largest (Youden 1950): images are called
+    positive from this score on. 0.5 if one class is missing.
 
     scores (n,); truth (n,) of 1, 0 and NaN, which is left out."""
     scores, truth = scores[~np.isnan(truth)], truth[~np.isnan(truth)]
@@ -128,9 +128,8 @@ def youden(scores: np.ndarray, truth: np.ndarray) -> float:
 
 
 def calibration_error(probabilities: np.ndarray, truth: np.ndarray, bins: int = 15) -> float:
-    """Expected calibration error (Guo et al. 2017) of n images, truth (n,) of 1 and 0.
-
-    It is the mean distance of probability and frequency in bins of equal width."""
+    """Expected calibration error (Guo et al. 2017): the mean distance between probability and
+    frequency, in bins of equal width. probabilities (n,); truth (n,) of 1 and 0."""
     if not len(truth):
         return math.nan
     bin_of = np.minimum((probabilities * bins).astype(int), bins - 1)
@@ -138,11 +137,11 @@ def calibration_error(probabilities: np.ndarray, truth: np.ndarray, bins: int = 
 
 
 def val_score(probabilities: np.ndarray, truth: np.ndarray) -> float:
-    """What everything is chosen by, larger is better; probabilities and truth (n, L).
+    """The score by which everything is chosen, larger is better; probabilities and truth (n, L).
 
-    Mean AUROC over the labels; minus the Brier score where no label has both classes.
-    FloatingPointError where what is scored is not finite: sorting puts NaN somewhere, and an
-    AUROC comes out all the same."""
+    It is the mean AUROC over the labels, or minus the Brier score if no label has both classes.
+    FloatingPointError if a prediction that is scored is not finite, because an AUROC would not
+    show it: NaN is sorted like any other score."""
     if not np.isfinite(probabilities[~np.isnan(truth)]).all():
         raise FloatingPointError("some predictions for val are not finite; --precision fp32 may "
                                  "help")
@@ -153,14 +152,14 @@ def val_score(probabilities: np.ndarray, truth: np.ndarray) -> float:
 
 class LabelScore(NamedTuple):
     """How well one label was predicted."""
-    columns: dict[str, float]           # its part of a row of results.json
+    columns: dict[str, float]           # its columns in results.json
     areas: np.ndarray                   # (1 + R,) AUROC, in the test set and in each replicate
 
 
 def score(p: np.ndarray, y: np.ndarray, threshold: float, counts: np.ndarray) -> LabelScore:
-    """All scores of one label, NaN where one lacks the class it needs.
+    """All scores of one label; a score is NaN if the class that it needs is missing.
 
-    p, y: (n,), NaN in y left out; counts: (1 + R, n) of patient_counts."""
+    p, y: (n,), NaN in y left out; counts: (1 + R, n) from patient_counts."""
     areas = auroc(p, y, counts)
     low, high = interval(areas[1:])
     p, y = p[~np.isnan(y)], y[~np.isnan(y)]
@@ -180,8 +179,8 @@ def score(p: np.ndarray, y: np.ndarray, threshold: float, counts: np.ndarray) ->
 
 # --------------------------------------------------------------------------------------------------
 # Scores of a combination, of a row and of a block. A combination is a mode, a fraction, an
-# initialisation and a draw of the labelled images; a row of a table pools an initialisation's
-# draws; a block is a table: one mode at one fraction, all initialisations.
+# initialisation and a draw of the labelled images. A row of a table pools all draws of an
+# initialisation. A block is a table: one mode, one fraction, all initialisations.
 
 # The scores beside AUROC, in the order of the table's columns.
 OVERALL = ("average_precision", "accuracy", "majority", "sensitivity", "specificity",
@@ -192,7 +191,7 @@ OVERALL = ("average_precision", "accuracy", "majority", "sensitivity", "specific
 class GroundTruth:
     """What predictions are compared with."""
     names: list[str]                    # L labels
-    exclusive: bool                     # whether they exclude each other
+    exclusive: bool                     # whether the labels exclude each other
     val: np.ndarray                     # (n_val, L)
     test: np.ndarray                    # (n, L)
     counts: np.ndarray                  # (1 + R, n), see patient_counts
@@ -200,10 +199,10 @@ class GroundTruth:
 
 @dataclass(frozen=True)
 class CombinationScores:
-    """What one combination achieved on test, for L labels."""
+    """The scores of one combination on test, for L labels."""
     rows: list[dict[str, Any]]          # L rows of results.json
     areas: np.ndarray                   # (L + 1, 1 + R) AUROC of each label, and their mean
-    peaks: np.ndarray                   # (L + 1,) best accuracy of all epochs, and the mean
+    peaks: np.ndarray                   # (L + 1,) best accuracy over the epochs, and the mean
     overall: dict[str, float]           # one number for each name in OVERALL
     probabilities: np.ndarray           # (n, L)
 
@@ -212,7 +211,7 @@ def score_combination(about: dict[str, Any], predictions: dict[str, Any],
                       truth: GroundTruth) -> CombinationScores:
     """All scores of one combination on test.
 
-    about: its init, mode, fraction and seed; predictions: what `report` is given of it."""
+    about: its init, mode, fraction and seed; predictions: its entry in those of `report`."""
     val = predictions["val"].numpy()                                        # (n_val, L)
     test = predictions["test"].numpy()                                      # (n, L)
     epochs = None
@@ -229,8 +228,8 @@ def score_combination(about: dict[str, Any], predictions: dict[str, Any],
                     | result.columns | {"peak_accuracy": peak})
         areas.append(result.areas)
 
-    # Labels that exclude each other are also one question with one answer: where that has a
-    # score, it stands for the mean over the labels.
+    # Labels that exclude each other are also one question with one answer. The scores of that
+    # question replace the means over the labels.
     overall = {name: label_mean(rows, name) for name in (*OVERALL, "peak_accuracy")}
     if truth.exclusive:
         overall |= class_scores(test, epochs, truth.test)
@@ -240,10 +239,10 @@ def score_combination(about: dict[str, Any], predictions: dict[str, Any],
 
 def score_folds(about: dict[str, Any], predictions: dict[str, Any],
                 truth: GroundTruth) -> CombinationScores:
-    """AUROC of a combination that was cross-validated, and no other score.
+    """AUROC of a combination that was cross-validated; other scores are NaN.
 
-    about: as of `score_combination`. predictions: what `report_folds` is given of it;
-    `truth.test` is of the images that were predicted in turn."""
+    about: see `score_combination`. predictions: its entry in those of `report_folds`.
+    truth.test: of all images, because each of them was predicted in one fold."""
     p, fold = predictions["predictions"].numpy(), predictions["fold"].numpy()   # (n, L), (n,)
     areas = np.array([auroc_in_folds(p[:, i], truth.test[:, i], truth.counts, fold)
                       for i in range(len(truth.names))])                    # (L, 1 + R)
@@ -259,22 +258,21 @@ def score_folds(about: dict[str, Any], predictions: dict[str, Any],
 
 
 def peak_accuracy(epochs: np.ndarray, y: np.ndarray) -> float:
-    """The best of E epochs' accuracies: epochs (E, n) probabilities, y (n,) with NaN left out."""
+    """The best accuracy of E epochs: epochs (E, n) probabilities, y (n,) with NaN left out."""
     scored = ~np.isnan(y)
     return float(nan_mean((epochs[:, scored] >= 0.5) == y[scored], 1).max())
 
 
 def label_mean(rows: list[dict[str, Any]], name: str) -> float:
-    """A score's mean over the labels that have it."""
+    """The mean of a score over the labels that have it."""
     return float(nan_mean(np.array([row[name] for row in rows], float)))
 
 
 def class_scores(test: np.ndarray, epochs: np.ndarray | None,
                  truth: np.ndarray) -> dict[str, float]:
-    """Scores of C exclusive classes together, the most probable one called.
+    """Scores of C exclusive classes together; the prediction is the most probable class.
 
-    test, truth (n, C), epochs (E, n, C). Only images count that belong to one class for
-    certain."""
+    test, truth (n, C), epochs (E, n, C). Only images that certainly belong to one class count."""
     certain = np.nansum(truth, 1) == 1
     classes = np.nan_to_num(truth[certain]).argmax(1)
 
@@ -289,10 +287,10 @@ def class_scores(test: np.ndarray, epochs: np.ndarray | None,
 
 
 def with_mean(areas: np.ndarray) -> np.ndarray:
-    """AUROC of L labels, (L, 1 + R), and after them their mean, (L + 1, 1 + R).
+    """Append the mean to the AUROC of L labels: (L, 1 + R) -> (L + 1, 1 + R).
 
-    The mean is over the labels that the test set can score, the same ones in every replicate.
-    A replicate that lacks a class of any of them has no mean, and so no say in its interval."""
+    The mean is over the labels that the test set can score, the same ones in every replicate. If
+    a replicate lacks a class of one of them, its mean is NaN and the interval leaves it out."""
     scorable = ~np.isnan(areas[:, 0])
     mean = areas[scorable].mean(0) if scorable.any() else np.full(areas.shape[1], np.nan)
     return np.concatenate([areas, mean[None]])
@@ -300,23 +298,23 @@ def with_mean(areas: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Row:
-    """An initialisation in a block: S combinations, which differ in the draw alone."""
+    """An initialisation in a block: S combinations, which differ only in the draw."""
     init: str
     combinations: list[CombinationScores]
 
     @property
     def areas(self) -> np.ndarray:
-        """(S, L + 1) AUROC on the test set of each draw."""
+        """(S, L + 1) AUROC of each draw on the test set."""
         return np.array([scores.areas[:, 0] for scores in self.combinations])
 
     @property
     def peaks(self) -> np.ndarray:
-        """(S, L + 1) best accuracy of all epochs of each draw."""
+        """(S, L + 1) best accuracy of each draw over its epochs."""
         return np.array([scores.peaks for scores in self.combinations])
 
     @property
     def overall(self) -> np.ndarray:
-        """(S, 6) the scores OVERALL of each draw."""
+        """(S, 6) the scores in OVERALL of each draw."""
         return np.array([[scores.overall[name] for name in OVERALL]
                          for scores in self.combinations])
 
@@ -324,8 +322,8 @@ class Row:
     def pooled(self) -> np.ndarray:
         """(L + 1, 1 + R) AUROC in the test set and in each replicate, averaged over the draws.
 
-        The average comes before the interval, which therefore says what other test patients
-        would show, and not what other training images would."""
+        Because of this average the interval shows the effect of other test patients, and not of
+        other training images."""
         return np.stack([scores.areas for scores in self.combinations]).mean(0)
 
 
@@ -343,7 +341,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Mean:
-    """A row's means over labels and draws, as in results.json; the interval is AUROC's."""
+    """A row's means over labels and draws, as in results.json; the interval is that of AUROC."""
     mode: str
     fraction: float
     init: str

@@ -1,6 +1,6 @@
-"""What finetune.py compares, and on what: initialisations, labels, images, draws of the patients.
+"""What finetune.py compares, and on which images, labels and draws of the patients.
 
-All of it is read and checked before anything is written.
+Everything is read and checked before anything is written.
 """
 import contextlib
 import functools
@@ -30,16 +30,16 @@ from scores import val_score
 if TYPE_CHECKING:
     from finetune import Config
 
-# Initialisations that are no file, and their names in tables.
+# Initialisations that are not files, and their names in tables.
 NAMES = {"random": "Scratch", "imagenet": "ImageNet"}
-# What the first encoder decides, and what holds where neither it nor a flag does.
+# Settings that come from a flag, else from the first checkpoint that has any, else from here.
 INHERITED = {"data": "data/nih", "arch": "resnet50", "image_size": 224, "normalize": "fixed",
              "clahe": False}
 
 
 # --------------------------------------------------------------------------------------------------
-# Vocabulary: a study has combinations of initialisation, mode, fraction and seed, and each of these
-# has an outcome.
+# Vocabulary: a study has combinations of mode, fraction, initialisation and seed, and each
+# combination has an outcome.
 
 class Combination(NamedTuple):
     """One training, and the key of its predictions in predictions.pt."""
@@ -50,31 +50,31 @@ class Combination(NamedTuple):
 
     @property
     def starts_from_probe(self) -> bool:
-        """Whether training starts from the linear probe: a random head could distort what was
-        pre-trained in its first steps (Kumar et al. 2022)."""
+        """Whether training starts from the linear probe, because a random head would distort a
+        pre-trained encoder in the first steps (Kumar et al. 2022)."""
         return self.mode == "full" and self.init != "random"
 
 
 class Init(NamedTuple):
     """An initialisation of the encoder."""
     source: str                         # random, imagenet or the path of a checkpoint
-    # In predictions.pt: the source or, of a file, a digest of its content, because a path can be
-    # overwritten, and a file can be moved.
+    # Stands for it in predictions.pt: random, imagenet, or a digest of the file's content, because
+    # a file can be overwritten or moved.
     key: str
     name: str                           # in tables
-    settings: dict[str, Any]            # INHERITED, as far as the checkpoint names them
-    labels_required: int | str          # images whose labels it has used up to now, or "unknown"
+    settings: dict[str, Any]            # those of INHERITED that the checkpoint has
+    labels_required: int | str          # number of labelled images that trained it, or "unknown"
 
 
 class Outcome(NamedTuple):
-    """What a combination ends with; None is what its mode does not have."""
+    """The result of a combination; None for what its mode does not have."""
     net: Classifier
     val: np.ndarray                     # (n_val, L) probabilities
     test: np.ndarray                    # (n_test, L)
-    strength: float | None = None       # linear: of the regularisation that val chose
+    strength: float | None = None       # linear: the strength of regularisation that val chose
     epoch: int | None = None            # full: the best on val; 0 is the linear probe
     history: list[dict[str, Any]] | None = None     # full: its lines of log.jsonl
-    peaks: Tensor | None = None         # full, --peak: (epochs, n_test, L), test after each
+    peaks: Tensor | None = None         # full, --peak: (epochs, n_test, L) test after each epoch
 
 
 @dataclass(frozen=True)
@@ -83,16 +83,16 @@ class Study:
     config: "Config"
     compute: Compute
     manifest: Manifest
-    settings: dict[str, Any]            # all flags that say what is computed, also those inherited
+    settings: dict[str, Any]            # the flags that say what is computed, and those inherited
     inits: dict[str, Init]              # by key
     label_names: list[str]              # L
     task: Task
-    policy: str                         # how labels were read, in a sentence
+    policy: str                         # how labels were read, in words
     splits: dict[str, np.ndarray]       # the images of each split that have labels
-    # Of the train split, by fraction and seed. With --folds neither test nor a draw is there: each
-    # fold has splits and draws of its own.
+    # Draws from the train split, by fraction and seed. With --folds there is no test split and no
+    # draw here: each fold has splits and draws of its own.
     draws: dict[tuple[float, int], Draw]
-    # What predictions.pt holds, by Combination. It grows as the combinations are finished.
+    # The content of predictions.pt, by Combination. It grows as combinations are finished.
     predictions: dict[Any, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -103,12 +103,12 @@ class Study:
     def last(self) -> Path:
         return self.out / "last.pt"
 
-    # last.pt is of the full combination in training, as of its last whole epoch. A command that
-    # asks for others may find one that an earlier command has begun: this is renamed to
-    # last-FRACTION-INIT-SEED.pt, and back once a command asks for it again. At the end of a
-    # combination its predictions are in predictions.pt, and last.pt is the next one's.
+    # last.pt holds the full combination in training, as it was after its last whole epoch. A
+    # command that asks for other combinations renames a last.pt that an earlier command began to
+    # last-FRACTION-INIT-SEED.pt. A command that asks for it again renames it back. Once the
+    # predictions of a combination are in predictions.pt, last.pt is free for the next one.
     def waiting_file(self, key: tuple) -> Path:
-        """Where a combination's last.pt waits while others are trained."""
+        """The file in which a combination's last.pt waits while others are trained."""
         return self.out / f"last-{plain_name('-'.join(map(str, key[1:])))}.pt"
 
     @property
@@ -117,8 +117,8 @@ class Study:
                              self.settings["clahe"])
 
     def classifier(self, init: Init, say: Callable = lambda text: None) -> Classifier:
-        """The network that training starts from, with a new linear layer; CheckpointError where
-        the encoder does not fit. say: is told what of a file of another tool was taken."""
+        """The network that training starts from, with a new linear layer. CheckpointError if the
+        encoder does not fit. say: reports which weights were taken from another tool's file."""
         encoder = build_encoder(self.settings["arch"], init.source, say)
         projector = first_layers(init.source, self.config.from_head or 0, encoder)
         return Classifier(encoder, self.task.outputs, projector)
@@ -127,8 +127,8 @@ class Study:
         return f"{self.inits[c.init].name}, {c.mode}, {100 * c.fraction:g} %, seed {c.seed}"
 
     def folder_name(self, c: Combination) -> str:
-        """The name as a folder can have it; two initialisations may come to the same one, and
-        then their keys tell them apart."""
+        """The name in letters that a folder may have. If two initialisations get the same name,
+        their keys are added."""
         names = [plain_name(self.name(c._replace(init=key))) for key in self.inits]
         own = plain_name(self.name(c))
         return own if names.count(own) == 1 else f"{own}-{plain_name(c.init)}"
@@ -143,7 +143,7 @@ class Study:
         return np.concatenate(list(self.splits.values()))
 
     def by_name(self, combinations: list[Combination]) -> dict[tuple, dict[str, Any]]:
-        """Their predictions by (mode, fraction, name of the initialisation, seed)."""
+        """The predictions of these, by (mode, fraction, name of the initialisation, seed)."""
         return {(c.mode, c.fraction, self.inits[c.init].name, c.seed): self.predictions[c]
                 for c in combinations}
 
@@ -151,19 +151,18 @@ class Study:
         return self.task.truth[self.splits[split]]                          # (n, L)
 
     def val_score(self, probabilities: np.ndarray) -> float:
-        """What everything is chosen by, for probabilities (n_val, L)."""
+        """The score by which everything is chosen, from probabilities (n_val, L)."""
         return val_score(probabilities, self.truth("val"))
 
     @functools.cached_property
     def measure(self) -> str:
-        """What `val_score` measures here: a perfect answer scores 1 as AUROC, 0 as minus Brier."""
+        """The name of `val_score`'s measure here: perfect predictions score AUROC 1, or Brier 0."""
         perfect = self.val_score(self.truth("val"))
         return "AUROC" if perfect > 0 else "minus the Brier score"
 
 
 def key_in(file: Path) -> tuple | None:
-    """The combination that a last.pt is amid, from the disk; None where it is missing or
-    damaged."""
+    """The combination whose training a last.pt holds; None if the file is missing or damaged."""
     with contextlib.suppress(CheckpointError):
         key = load_checkpoint(file).get("key")
         return key if isinstance(key, tuple) else None
@@ -171,10 +170,10 @@ def key_in(file: Path) -> tuple | None:
 
 
 def read_inits(config: "Config", say: Callable) -> list[Init]:
-    """The initialisations of --init, each once. DataError where there is none, CheckpointError
-    where a file cannot be read."""
+    """The initialisations of --init, each once. DataError if there is none, CheckpointError if a
+    file cannot be read."""
     sources = config.init or (default_encoder(),)
-    # One file by two paths, or a copy of it, is the same initialisation.
+    # Two paths to one file, or to copies of it, are the same initialisation.
     source_of: dict[str, str] = {}      # by key
     for source in sources:
         key = source
@@ -192,7 +191,7 @@ def read_inits(config: "Config", say: Callable) -> list[Init]:
             name = "SimCLR" if len(files) == 1 else f"SimCLR ({source})"
         if config.from_head:
             name += f", head layer {config.from_head}"
-        # A file may be called ImageNet, and each name is a row of the table.
+        # Each row of the table needs a name of its own, even if a file is called ImageNet.
         if name in [init.name for init in inits]:
             name += f" ({key})"
         inits.append(Init(source, key, name, settings_of(state), labels_required(source, state)))
@@ -200,13 +199,13 @@ def read_inits(config: "Config", say: Callable) -> list[Init]:
 
 
 def inherit(config: "Config", inits: list[Init], say: Callable) -> dict[str, Any]:
-    """Data, architecture and preprocessing: as the flags say, else as the first checkpoint does
-    that says anything of them.
+    """Data, architecture and preprocessing: from the flags, else from the first checkpoint that
+    has any of them.
 
     They are the same for all initialisations, so that these can be compared."""
     flags = {name: getattr(config, name) for name in INHERITED
              if getattr(config, name) is not None}
-    # A file of another tool may say nothing of them; random and imagenet never do.
+    # Another tool's file may have none of them; random and imagenet never have any.
     first = next((init for init in inits if init.settings), None)
     inherited = INHERITED | (first.settings if first else {}) | flags
     if first:
@@ -222,9 +221,9 @@ def inherit(config: "Config", inits: list[Init], say: Callable) -> dict[str, Any
 
 
 def labelled_images(manifest: Manifest, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The images of these splits that have a label; DataError where a split has none.
+    """The images of these splits that have a label; DataError if a split has none.
 
-    A row of empty cells is an image without labels, whatever --blank says."""
+    An image whose cells are all empty has no labels, whatever --blank says."""
     table = manifest.folder / "manifest.csv"
     if not manifest.label_names:
         raise DataError(f"{table} has no label column: there is nothing to fine-tune on")
@@ -241,15 +240,15 @@ def labelled_images(manifest: Manifest, names: tuple[str, ...]) -> dict[str, np.
 
 def task_of(label_names: list[str], manifest: Manifest, train: np.ndarray,
             config: "Config") -> Task:
-    """What these labels ask of each image, by the policies of the flags."""
+    """The task that these labels make, read by the policies of the flags."""
     columns = [manifest.label_names.index(name) for name in label_names]
     return make_task(manifest.labels[:, columns], train, config.uncertain, config.blank)
 
 
 def teachable_labels(manifest: Manifest, train: np.ndarray, config: "Config",
                      say: Callable) -> list[str]:
-    """Those of --labels, or of all, that have a positive and a negative in train (with --folds:
-    in train and val); DataError where there is none."""
+    """The labels, all or those of --labels, that have a positive and a negative in train (with
+    --folds: in train and val). DataError if there is none."""
     table, where = manifest.folder / "manifest.csv", "train and val" if config.folds else "train"
     candidates = list(config.labels) or manifest.label_names
     if unknown := set(candidates) - set(manifest.label_names):
@@ -266,8 +265,8 @@ def teachable_labels(manifest: Manifest, train: np.ndarray, config: "Config",
 
 def frequent_labels(names: list[str], manifest: Manifest, images: np.ndarray, config: "Config",
                     say: Callable) -> list[str]:
-    """Those of the labels that a cross-validation over these images can score; DataError where
-    there is none."""
+    """The labels that a cross-validation over these images can score; DataError if there is
+    none."""
     truth = task_of(names, manifest, images, config).truth[images]          # (n, L)
     if not ((truth == 1).any(0) & (truth == 0).any(0)).any():
         raise DataError(f"{manifest.folder / 'manifest.csv'}: --folds can score no label, as none "
@@ -280,7 +279,7 @@ def frequent_labels(names: list[str], manifest: Manifest, images: np.ndarray, co
 
 def check_truth(task: Task, label_names: list[str], manifest: Manifest,
                 splits: dict[str, np.ndarray], say: Callable) -> None:
-    """DataError where val or test can score nothing; say which labels val cannot score."""
+    """DataError if val or test can score nothing; say which labels val cannot score."""
     for split in ("val", "test"):
         if np.isnan(task.truth[splits[split]]).all():
             raise DataError(f"{manifest.folder / 'manifest.csv'}: the {split} split has only "
@@ -292,17 +291,17 @@ def check_truth(task: Task, label_names: list[str], manifest: Manifest,
 
 
 def read_study(config: "Config", compute: Compute) -> Study:
-    """What is compared, on what, and who is drawn. Whatever is wrong is found here,
-    before anything is written."""
+    """Read what is compared, on which images, and draw the patients. Errors in the input are found
+    here, before anything is written."""
     say = compute.say
     inits = read_inits(config, say)
     inherited = inherit(config, inits, say)
 
-    # The labels that train can teach. Fewer labels may be exclusive where all of them were not.
+    # The labels that train can teach. These may be exclusive even if all labels together are not.
     manifest = read_manifest(inherited["data"])
     splits = labelled_images(manifest, ("train", "val") if config.folds else SPLITS)
     train = splits["train"]
-    if config.folds:                    # in turn, val teaches as well
+    if config.folds:                    # then val is trained on as well
         train = np.concatenate([train, splits["val"]])
     names = teachable_labels(manifest, train, config, say)
     if config.folds:
@@ -327,8 +326,8 @@ def read_study(config: "Config", compute: Compute) -> Study:
     settings = run_folder.fixed_flags(config) | inherited
     study = Study(config, compute, manifest, settings, {init.key: init for init in inits}, names,
                   task, policy, splits, draws)
-    # Each combination builds its own network. An encoder that does not fit is refused now, and
-    # not after hours of training another one.
+    # Each combination will build its own network. Try it now, so that an encoder that does not fit
+    # is refused before another one has been trained for hours.
     for init in inits:
         study.classifier(init, say)
     return study
