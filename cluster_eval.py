@@ -242,7 +242,7 @@ def features_of(row: Row, selection: Selection, compute: Compute, folder: Path) 
         # Flatten returns the raw pixels, so loader and cache need no special case.
         encoder, width = nn.Flatten(), PIXELS ** 2
     else:
-        encoder = compute.to_device(build_encoder(row.arch, row.init))
+        encoder = compute.prepare(build_encoder(row.arch, row.init))
         width = num_features(encoder)
     loader = eval_loader(selection.manifest, selection.images, 128,
                          Preprocessing(**row.preprocessing), **compute.loader_arguments())

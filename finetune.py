@@ -241,7 +241,7 @@ class FineTuning:
 
         # Network and optimizer before the first step.
         torch.manual_seed(c.seed)
-        self.net = compute.to_device(study.classifier(study.inits[c.init]))
+        self.net = compute.prepare(study.classifier(study.inits[c.init]))
         pretrained = [*self.net.encoder.parameters(), *self.net.projector.parameters()]
         groups = [dict(params=pretrained, peak=config.lr_encoder),
                   dict(params=self.net.head.parameters(), peak=config.lr_head)]

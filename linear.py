@@ -30,7 +30,7 @@ def read_features(study: Study, init: Init) -> Features:
     """Features of all images in the study's splits; FloatingPointError if some are not finite."""
     compute = study.compute.without_others()
     torch.manual_seed(0)                # the same random encoder for every seed of the draw
-    net = compute.to_device(study.classifier(init)).eval()
+    net = compute.prepare(study.classifier(init)).eval()
 
     # Each split's features are kept in a file of their own: cluster_eval.py can use that file too,
     # if every image of the split has a label.

@@ -2,9 +2,9 @@
 
 Each process has B images, two views of each. Their 2B projections are its anchors. They are
 compared with keys, the K = 2WB projections of all W processes, which negatives.py gathers.
-Gathered keys carry no gradient. Instead, the backward pass of `log_sum_exp` also gives each
-anchor the gradient that it has as a key of the other anchors, on all processes. A new term over
-the negatives must be built from `log_sum_exp`: built from the keys, it would lack that part.
+Gathered keys carry no gradient. Instead, the backward pass of `log_sum_over_negatives` also
+gives each anchor the gradient that it has as a key of the other anchors, on all processes. A new
+term over the negatives must be built from it: built from the keys, it would lack that part.
 """
 import math
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from negatives import (
-    ABSENT, Batch, count_negatives, gather_batch, log_sum_exp, nearest_negative)
+    ABSENT, Batch, count_negatives, gather_batch, log_sum_over_negatives, nearest_negative)
 
 
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float, patients: Tensor | None = None,
@@ -28,7 +28,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float, patients: Tensor | None 
         -l_ip + ln(exp(l_ip) + R),        R = sum over the negatives k of exp(l_ik)
 
     Returns a scalar in float32, computed outside autocast. Its average over the processes is
-    the mean over all 2WB anchors.
+    the mean over all 2WB anchors, weighted if there are `weights`.
 
     patients: (B,) integers. Keys of the anchor's own patient are no negatives; this also
         covers an image that is in the batch twice, at the seam of two epochs. An anchor
@@ -47,13 +47,13 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float, patients: Tensor | None 
         if hardness or prior:
             log_r = _log_reweighted_sum(batch, positive, temperature, hardness, prior)
         else:
-            log_r = log_sum_exp(batch, 1 / temperature)         # (2, B): ln R
+            log_r = log_sum_over_negatives(batch, 1 / temperature)         # (2, B): ln R
         excess = log_r - positive                               # (2, B)
         # -l_ip + ln(exp(l_ip) + R) = ln(1 + exp(ln R - l_ip)), which is softplus.
         loss = excess if decoupled else F.softplus(excess)
         # Without negatives, ln R is ABSENT, -1e30, and the anchor has nothing to be told from.
         loss = torch.where(log_r < ABSENT / 2, 0.0, loss)
-        # A mean: the weights are 1 / 2B for each anchor, unless others are given.
+        # An anchor weighs 1 / 2B; or `weights`, scaled so that all processes' add up to W.
         return (batch.weights * loss).sum()
 
 
@@ -62,19 +62,20 @@ def _log_reweighted_sum(batch: Batch, positive: Tensor, temperature: float, hard
     """ln R, (2, B), with hardness and prior; ABSENT where an anchor has no negatives."""
     n_negatives = count_negatives(batch)                        # (B,)
     log_n = n_negatives.clamp_min(1).log()
-    log_r = log_sum_exp(batch, (1 + hardness) / temperature)    # (2, B)
+    log_r = log_sum_over_negatives(batch, (1 + hardness) / temperature)    # (2, B)
     if hardness:
         # R becomes n times a mean of exp(l_ik), weighted by exp(hardness l_ik). The gradient
         # flows through these weights, too, as in the authors' code.
-        log_r = log_n + log_r - log_sum_exp(batch, hardness / temperature)
+        log_r = log_n + log_r - log_sum_over_negatives(batch, hardness / temperature)
     if prior:
-        # R becomes (R - prior n exp(l_ip)) / (1 - prior), but at least n exp(-1 / temperature).
-        # share is the part of R that is subtracted; from 1 on, only the floor is left. Then the
-        # gradient of `left` is multiplied by 0: clamp_max and clamp_min keep it finite for that.
-        floor = log_n - 1 / temperature
+        # R becomes (R - prior n exp(l_ip)) / (1 - prior) = R (1 - share) / (1 - prior), where
+        # share = prior n exp(l_ip) / R, but at least the floor n exp(-1 / temperature).
+        log_floor = log_n - 1 / temperature
         share = prior * (log_n + positive - log_r).clamp_max(60).exp()
-        left = log_r + (1 - share).clamp_min(1e-30).log() - math.log(1 - prior)
-        log_r = torch.where(share < 1, left, floor).maximum(floor)
+        log_rest = log_r + (1 - share).clamp_min(1e-30).log() - math.log(1 - prior)
+        # From a share of 1 on, nothing is left above the floor. torch.where multiplies the gradient
+        # of the branch not taken by 0, and the two clamps keep it finite: 0 * inf would be NaN.
+        log_r = torch.where(share < 1, log_rest, log_floor).maximum(log_floor)
     return torch.where(n_negatives > 0, log_r, ABSENT)
 
 
@@ -98,10 +99,10 @@ def diagnostics(z1: Tensor, z2: Tensor, patients: Tensor | None = None,
     with torch.autocast(z1.device.type, enabled=False):
         batch = gather_batch(z1, z2, patients, weights)
         anchors1, anchors2 = batch.anchors.unbind()             # (B, D) each, of length 1
-        positive = (anchors1 * anchors2).sum(1)                 # (B,)
+        cosine = (anchors1 * anchors2).sum(1)                   # (B,) of the positives
         n_negatives = count_negatives(batch)                    # (B,)
         # Nearer by more than float32's rounding.
-        is_nearest = positive > nearest_negative(batch) + 1e-6  # (2, B)
+        is_nearest = cosine > nearest_negative(batch) + 1e-6  # (2, B)
         hits = is_nearest & (n_negatives > 0)
         potentials = [torch.pdist(anchors).square().mul(-2).exp().mean().log()
                       for anchors in (anchors1, anchors2)]

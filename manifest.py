@@ -23,7 +23,7 @@ from manifest_csv import read_table
 
 @dataclass(frozen=True)
 class Manifest:
-    """The rows of a data folder's manifest.csv; row i is image index i everywhere in the project.
+    """The images of a data folder's manifest.csv, by image index i from 0, as in all the project.
 
     predict.py also makes one of a plain folder of images, with paths and nothing else."""
     folder: Path

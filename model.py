@@ -21,7 +21,7 @@ MEAN, STD = 0.5, 0.25
 
 def build_encoder(arch: str, init: str = "random",
                   say: Callable = lambda text: None) -> torchvision.models.ResNet:
-    """A ResNet (B, 1, S, S) -> (B, D); `num_features` tells D.
+    """A ResNet (B, 1, S, S) -> (B, D); num_features(encoder) tells D.
 
     init: `random`; `imagenet`, torchvision's weights; or the path of an encoder.pt or of another
     tool's checkpoint of a ResNet, with one channel or three (see checkpoint.py).

@@ -22,7 +22,7 @@ ROOM = 2**25
 MODERATE = 30.0
 
 
-def log_sum_exp(batch: "Batch", scale: float) -> Tensor:
+def log_sum_over_negatives(batch: "Batch", scale: float) -> Tensor:
     """ln of the sum over the negatives of exp(scale * cosine), for each anchor: (2, B).
 
     For an anchor without negatives it is ABSENT, up to rounding. The gradient counts an anchor
@@ -104,7 +104,7 @@ def similarities(batch: Batch, block: slice, scale: float) -> Tensor:
 # The sum and its gradient.
 
 class LogSumExp(torch.autograd.Function):
-    """`log_sum_exp` by blocks, without all similarities, (2B, 2WB), in memory at once.
+    """`log_sum_over_negatives` by blocks, without all similarities, (2B, 2WB), in memory at once.
 
     s_ik = scale * cosine of anchor i and key k if k is a negative of i, else ABSENT;
     r_i = ln of the sum over k of exp(s_ik), the result; g_i = d loss / d r_i. Keys are detached,

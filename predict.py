@@ -450,7 +450,7 @@ def predict(config: Config, compute: Compute, resources: contextlib.ExitStack) -
     check_outs(configs, inputs)
 
     # One DIR after the other. An error in one does not stop the others.
-    net, problems = compute.to_device(net), []
+    net, problems = compute.prepare(net), []
     for config_of_one, inputs_of_one in zip(configs, inputs):
         try:
             with contextlib.ExitStack() as until_next:

@@ -7,8 +7,8 @@
 
 The run folder (--out) gets encoder.pt, which is all that the later stages need; last.pt,
 from which the same command resumes after an interruption, as though there had been none; and
-log.jsonl, config.json and TensorBoard's event files. To resume with other flags, another
-learning rate for example, copy last.pt into a new run folder.
+log.jsonl, config.json and TensorBoard's event files. To go on with another learning rate, for
+example, copy last.pt into a new run folder; network, optimizer, batch size and images must stay.
 """
 import contextlib
 import dataclasses
@@ -45,13 +45,14 @@ AUGMENTATION = Augmentation()
 
 
 # --------------------------------------------------------------------------------------------------
-# Flags: name, type, default, meaning, and for a number the smallest and largest value. Those
-# that `may_differ` may be changed when a run is resumed.
+# Flags: name, type, default, meaning, and for a number the smallest and largest value. When a run
+# is resumed, only those that `may_differ` may have other values; folders may move.
 
 @dataclass
 class Config:
-    """The defaults are the published recipe for chest radiographs. Only crop, brightness,
-    contrast and temperature were chosen anew, see docs/results.md."""
+    """The defaults are the published recipe for chest radiographs, except that images of the same
+    patient are no negatives, and that crop, brightness, contrast and temperature were chosen anew
+    (docs/results.md)."""
 
     data: str = flag(
         "data/nih", "data folder, made by prepare.py", section="data and run folder")
@@ -127,9 +128,9 @@ class Config:
         None, "another data folder, with labels, to probe on (default: --data)")
     probe_images: int = flag(10_000, "images at most, of train and of val each", 1)
 
-    precision: str = flag(**PRECISION, section="how it computes")
+    precision: str = flag(**PRECISION, section="how it computes")  # auto, bf16, fp16 or fp32
     compile: bool = flag(False, "torch.compile the network", may_differ=True)
-    threads: int | None = flag(**THREADS)
+    threads: int | None = flag(**THREADS)  # of the loader
     log_every: int = flag(10, "steps from one log line to the next", 1, may_differ=True)
     save_every: int = flag(250, "steps from one checkpoint to the next", 1, may_differ=True)
 
@@ -199,7 +200,7 @@ def pretrain(config: Config, compute: Compute, resources: contextlib.ExitStack) 
     training = build(config, compute)
     training.begin_or_go_on(manifest, train, probe, resources)
     if training.step >= schedule.last_step:
-        training.end_at_once(schedule.total_steps)
+        training.already_done(schedule.total_steps)
         return
 
     # Two views of each image, and the training steps.
@@ -223,7 +224,7 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
     model.train()
     own_batch = config.batch_size // compute.world_size
     piece = piece_size(own_batch, config.micro_batch)  # images at once, two views each
-    # Without this, a resumed run would round differently from an uninterrupted one.
+    # DistributedDataParallel sums in another order in its first backward pass: take that pass now.
     compute.rehearse(model, (2 * piece, 1, config.image_size, config.image_size))
     start_step = training.step
     curves = Curves(config, compute.rank == 0, start_step, training.last_probe)
@@ -251,11 +252,11 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
             curves.add(step, schedule.epoch(step), scores)
             say(f"{schedule.position(step)} | {probe_sentence(scores)}")
 
-        # Save every few steps, after a probe, at a signal and at the end. The step at which this
-        # run started was saved before, unless its probe is new. New weights are never saved.
-        time_to_save = step % config.save_every == 0 or stop_signal or at_end
-        is_new = probed or (step > start_step and time_to_save)
-        if is_new and step > 0 and compute.rank == 0:
+        # Save every few steps, after a probe, at a signal and at the end. The state that this run
+        # started from is in last.pt already, unless its probe is new; new weights are not saved.
+        at_save = probed or at_end or stop_signal or step % config.save_every == 0
+        unsaved = step > 0 and (probed or step > start_step)
+        if at_save and unsaved and compute.rank == 0:
             with progress.pause():
                 training.save()
         if at_end:
@@ -273,7 +274,6 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
             view1, view2, index = next(batches)                         # (B, 1, S, S) each, (B,)
         if step == start_step:
             curves.add_views(view1, view2, step)
-        x = torch.cat([view1, view2])                                   # (2B, 1, S, S)
         patients = compute.send(sampling.patients[index])               # (B,)
         loss_weights = None                                             # (B,) with --weigh-loss
         if sampling.loss_weights is not None:
@@ -285,11 +285,12 @@ def train_steps(training: Training, schedule: "Schedule", batches: Iterator[list
         # Encode all views, compare each projection with those of all processes, and go back.
         if piece == own_batch:
             with compute.autocast():
-                z1, z2 = model(x).chunk(2)                              # (B, proj_dim) each
+                z1, z2 = model(torch.cat([view1, view2])).chunk(2)      # (B, proj_dim) each
             loss = loss_of(z1, z2)
             scaler.scale(loss).backward()
         else:  # --micro-batch: the whole batch's loss; batch norm sees one piece at a time
-            z1, z2, loss = backward_in_pieces(model, x, piece, loss_of, scaler, compute)
+            z1, z2, loss = backward_in_pieces(
+                model, view1, view2, piece, loss_of, scaler, compute)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -405,7 +406,7 @@ def build(config: Config, compute: Compute) -> Training:
     resumes = Path(config.out, "last.pt").exists() and not config.overwrite
     encoder = build_encoder(config.arch, "random" if resumes else config.init, compute.say)
     net = SimCLR(encoder, config.proj_layers, config.proj_width, config.proj_dim)
-    net = compute.to_device(net)
+    net = compute.prepare(net)
     # Each step sets the learning rate anew.
     optimizer = make_optimizer(net, config.optimizer, config.lr, config.weight_decay)
     # In float16 small gradients would become 0; the loss is scaled up to prevent that.

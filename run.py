@@ -75,7 +75,7 @@ class Compute:
         largest = self.reduce(checksum.clone(), dist.ReduceOp.MAX)
         return bool(smallest == largest)
 
-    def to_device(self, net: nn.Module) -> Any:
+    def prepare(self, net: nn.Module) -> Any:
         """Move a network to the device, channels-last, with batch norm over all processes' images.
 
         Images need no such call: with one channel, both memory formats are the same."""

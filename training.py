@@ -147,7 +147,7 @@ class Training:
                          f"{command} goes on")
         sys.exit(128 + stop_signal)
 
-    def end_at_once(self, total_steps: int) -> None:
+    def already_done(self, total_steps: int) -> None:
         """For a run that has taken its last step before. encoder.pt is written again: it is
         missing or old if the run was killed between last.pt and encoder.pt."""
         if self.compute.rank == 0:
@@ -213,28 +213,30 @@ def piece_size(own_batch: int, limit: int) -> int:
     return math.ceil(own_batch / pieces)
 
 
-def backward_in_pieces(model: Any, x: Tensor, piece: int, loss_of: Callable,
+def backward_in_pieces(model: Any, view1: Tensor, view2: Tensor, piece: int, loss_of: Callable,
                        scaler: torch.amp.GradScaler, compute: Compute,
                        ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient caching (Gao et al. 2021): the loss of a whole batch with memory for a
     piece of it.
 
-    x: (2B, 1, S, S), the two views of B images, encoded 2 * piece at a time, twice. The first
-    pass keeps no graph. From all its projections follow the loss and its gradient with respect
-    to each projection. The second pass encodes each piece again, with a graph, and sends its
-    rows of that gradient back. So the parameters' gradients add up to those of the whole batch;
-    only batch norm differs, whose statistics are those of one piece.
+    view1, view2: (B, 1, S, S), the views of B images. Both views of `piece` images are encoded
+    at a time, and all of them twice. The first pass keeps no graph. From all its projections
+    follow the loss and its gradient with respect to each projection. The second pass encodes
+    each piece again, with a graph, and sends its part of that gradient back. So the parameters'
+    gradients add up to those of the whole batch; only batch norm differs, whose statistics are
+    those of one piece.
 
-    Returns z1, z2 (B, D) and the loss."""
+    Returns the projections z1, z2 (B, D) and the loss."""
     is_parallel = isinstance(model, DistributedDataParallel)
     net = model.module if is_parallel else model
-    pieces = x.split(2 * piece)
+    pieces = [torch.cat(views) for views in zip(view1.split(piece), view2.split(piece))]
     # The first pass uses the network itself, because DistributedDataParallel would expect a
     # backward pass. Batch norm's running statistics must count an image once, not twice.
     with unchanged_statistics(net), torch.no_grad(), compute.autocast():
-        z = torch.cat([net(views) for views in pieces]).requires_grad_()    # (2B, D)
-    loss = loss_of(*z.chunk(2))
-    z_gradient, = torch.autograd.grad(scaler.scale(loss), z)                # (2B, D)
+        halves = [net(views).chunk(2) for views in pieces]
+    z1, z2 = (torch.cat(half).requires_grad_() for half in zip(*halves))    # (B, D) each
+    loss = loss_of(z1, z2)
+    gradients = torch.autograd.grad(scaler.scale(loss), (z1, z2))           # (B, D) each
 
     def second_pass(views: Tensor, gradient: Tensor) -> None:
         with compute.autocast():
@@ -242,10 +244,9 @@ def backward_in_pieces(model: Any, x: Tensor, piece: int, loss_of: Callable,
         z_piece.backward(gradient)
 
     # Gradients are summed over the processes once, with the last piece.
-    *but_last, last = zip(pieces, z_gradient.split(2 * piece))
+    *but_last, last = zip(pieces, map(torch.cat, zip(*(g.split(piece) for g in gradients))))
     with model.no_sync() if is_parallel else contextlib.nullcontext():
         for views, gradient in but_last:
             second_pass(views, gradient)
     second_pass(*last)
-    z1, z2 = z.detach().chunk(2)
-    return z1, z2, loss.detach()
+    return z1.detach(), z2.detach(), loss.detach()

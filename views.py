@@ -75,8 +75,8 @@ def view_parameters(augmentation: Augmentation, seed: int, positions: np.ndarray
 
     positions, images: (B,) each, from `batch_at`; images are image indices.
 
-    Returns arrays (V, B), named mostly as DALI's arguments. Those of an augmentation that is
-    switched off are missing.
+    Returns arrays (V, B), named mostly as DALI's arguments. angle, sigma, gamma and equalize
+    are missing if that augmentation is switched off.
     roi_start, roi_end, (V, B, 2): corners of the crop window, (y, x) as shares of the sides.
     angle: degrees, counter-clockwise.
     sigma: of the blur, in pixels of the view.

@@ -27,7 +27,7 @@ def train(compute, data, live, first=0, state=None):
     torch.manual_seed(0)
     encoder = build_encoder("resnet18")
     encoder.layer4, encoder.num_features = torch.nn.Identity(), 256     # a quarter of the weights
-    net = compute.to_device(SimCLR(encoder)).train(live)
+    net = compute.prepare(SimCLR(encoder)).train(live)
     precision, lr = torch.float64, 0.0 if live else 1e-3
     net.to(precision)
     if state:
@@ -42,12 +42,13 @@ def train(compute, data, live, first=0, state=None):
     for step, (view1, view2, index) in enumerate(loader, first):
         if step == RESUMED:
             state = {name: value.clone() for name, value in net.state_dict().items()}
-        x = torch.cat([view1, view2]).to(precision)
+        views = view1.to(precision), view2.to(precision)
+        x = torch.cat(views)
         if step == first:
             compute.rehearse(model, tuple(x.shape))
         in_pieces = {}
         if not live:                    # a piece has a batch norm of its own
-            backward_in_pieces(model, x, 2, loss_of, scaler, compute)
+            backward_in_pieces(model, *views, 2, loss_of, scaler, compute)
             in_pieces = {"gradient in pieces": gradient_of(net)}
             optimizer.zero_grad()
         z1, z2 = model(x).chunk(2)

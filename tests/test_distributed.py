@@ -195,7 +195,7 @@ def test_compiled_network_with_batch_norm_over_all_processes_is_one_graph(precis
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
         compute = Compute(0, 2, torch.device("cpu"), precision, 1)
-        net = compute.to_device(SimCLR(build_encoder("resnet18")))
+        net = compute.prepare(SimCLR(build_encoder("resnet18")))
 
         def project(x):
             with compute.autocast():

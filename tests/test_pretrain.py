@@ -1,5 +1,7 @@
 """The training script as a user meets it: runs, curves, interruption at any moment, wrong input."""
 import contextlib
+import copy
+import functools
 import io
 import json
 import math
@@ -261,6 +263,25 @@ def test_pieces_of_a_batch_are_equal_where_they_can_be(data, tmp_path, monkeypat
     pretrain.main([*SMALL, "--data", str(data), "--out", str(tmp_path), "--batch-size", "9",
                    "--micro-batch", "4", "--max-steps", "1"])
     assert views == [6] * 6     # three pieces of three images' views, each encoded twice
+
+
+def test_a_piece_holds_both_views_of_its_images():
+    """Live batch norm sees the two views together, as in a whole batch. The gradient is that of
+    the same pieces with a graph over all of them, and each image is counted once."""
+    torch.manual_seed(0)
+    net = pretrain.SimCLR(pretrain.build_encoder("resnet18")).double()
+    reference = copy.deepcopy(net)
+    view1, view2 = torch.randn(2, 6, 1, 32, 32, dtype=torch.double)
+    loss_of = functools.partial(pretrain.nt_xent, temperature=0.1)
+    pieces = [reference(torch.cat([view1[i:i + 3], view2[i:i + 3]])).chunk(2) for i in (0, 3)]
+    loss_of(*map(torch.cat, zip(*pieces))).backward()
+    pretrain.backward_in_pieces(
+        net, view1, view2, 3, loss_of, torch.amp.GradScaler(enabled=False),
+        Compute(0, 1, torch.device("cpu"), "fp32", 1))
+    for ours, theirs in zip(net.parameters(), reference.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-7)
+    for ours, theirs in zip(net.buffers(), reference.buffers()):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_full_disk_while_saving_is_told_and_leaves_the_old_checkpoint(data, tmp_path, capsys):
