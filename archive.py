@@ -1,17 +1,17 @@
 """images.tar: all images of a data folder in one file.
 
-`python prepare.py pack` writes it, and every stage reads it where it is there; images/ may be
-deleted then. It is a plain tar: each image is a member under the manifest's path, where `tar x`
-and WebDataset find it. A job that starts asks the file system for one file instead of a hundred
-thousand, a batch opens none, and one file is copied to a node's own disk.
+`python prepare.py pack` writes it. If it is there, every stage reads it, and images/ may be
+deleted. It is a plain tar: each image is a member under the manifest's path, where `tar x` and
+WebDataset find it. A job that starts asks the file system for one file instead of a hundred
+thousand, a batch opens none, and only one file is copied to a node's own disk.
 
-The first member, __index__, says where the others begin, so that nobody has to walk from header
-to header through the whole file. It lies in the tar and not beside it, because two files can be
-of two different times. (WebDataset passes over a name of this form.) It holds
+The first member, __index__, says where the others begin, so that nobody has to walk through the
+whole file from header to header. It is in the tar and not beside it, because two files may come
+from two different times. (WebDataset skips a name of this form.) It holds
 
     a line of JSON, 512 bytes: the number of members, the size of the whole tar, checksums
     a table of the members in the manifest's order: MEMBER for each
-    their paths, UTF-8, with a zero byte between two of them
+    their paths in UTF-8, separated by zero bytes
 """
 import functools
 import json
@@ -34,13 +34,13 @@ from common import DataError, whole_file
 
 NAME = "images.tar"
 INDEX = "__index__"
-BLOCK = 512                             # of a tar: all that is in it begins at a multiple of it
+BLOCK = 512                             # of a tar: everything in it begins at a multiple of it
 MEMBER = np.dtype([("start", "<i8"), ("size", "<i8"), ("checksum", "<u4")])
 REMEDY = "make it again with `python prepare.py pack`, or delete it"
 
 
 class Member(NamedTuple):
-    """Where the bytes of one image stand, for a process that has nothing else of the archive."""
+    """Where the bytes of one image are, for a process that has nothing else of the archive."""
     archive: Path
     path: str                           # in the manifest
     start: int                          # bytes from the beginning of the tar
@@ -48,7 +48,7 @@ class Member(NamedTuple):
     checksum: int                       # CRC-32
 
     def read_bytes(self) -> bytes:
-        """The image's file; DataError where it is not what was packed."""
+        """The image's file; DataError if its bytes are not those that were packed."""
         with open(self.archive, "rb") as tar:
             content = os.pread(tar.fileno(), self.size, self.start)
         if zlib.crc32(content) != self.checksum:
@@ -58,7 +58,7 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class Archive:
-    """An images.tar; its member i is the manifest's image i."""
+    """An images.tar. Its member i is the manifest's image i."""
     file: Path
     paths: list[str]                    # N of them
     table: np.ndarray                   # (N,) MEMBER
@@ -67,17 +67,17 @@ class Archive:
         return Member(self.file, self.paths[i], *self.table[i].tolist())
 
     def contents(self, images: np.ndarray) -> list[np.ndarray]:
-        """The files of some images, uint8, in the memory where the kernel keeps the tar.
+        """The files of some images, uint8, as views of the tar that is mapped into memory.
 
-        Nothing is copied, or read yet: whoever looks at the bytes waits for them, which are DALI's
-        threads. (Telling the kernel to fetch them took longer than all else here.)"""
+        Nothing is copied or read here: DALI's threads wait for the bytes when they use them. (To
+        tell the kernel to fetch them took longer than everything else here.)"""
         starts = self.table["start"][images]
         ends = starts + self.table["size"][images]
         return [self._bytes[start:end] for start, end in zip(starts.tolist(), ends.tolist())]
 
     @functools.cached_property
     def _bytes(self) -> np.ndarray:
-        """The whole tar, (its size,) uint8; the kernel reads what is looked at."""
+        """The whole tar, (its size,) uint8; the kernel reads a part when it is used."""
         with open(self.file, "rb") as opened:
             tar = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
         _say_when_lost(self.file)
@@ -85,13 +85,13 @@ class Archive:
 
 
 def _say_when_lost(file: Path) -> None:
-    """End the process with a sentence, should bytes that are mapped into memory be gone from disk.
+    """End the process with a sentence if bytes that are mapped into memory are gone from disk.
 
-    Whoever looks at them gets a SIGBUS, of which the process would die without a word: the file
-    was cut short, or its disk or server failed. Python does no more in that moment than to write
-    the signal's number into a pipe, and a thread waits at its end."""
+    Then the file was cut short, or its disk or server failed, and whoever uses the bytes gets a
+    SIGBUS, which would end the process without a word. All that Python does at that moment is to
+    write the signal's number into a pipe; a thread reads it there."""
     if threading.current_thread() is not threading.main_thread():
-        return                          # only there Python lets signals be arranged
+        return                          # Python sets signal handlers only there
     outlet, inlet = os.pipe()
     os.set_blocking(inlet, False)
     signal.signal(signal.SIGBUS, lambda number, frame: None)
@@ -99,7 +99,7 @@ def _say_when_lost(file: Path) -> None:
 
     def wait():
         while signal.SIGBUS not in os.read(outlet, 4096):
-            pass                        # another signal, which Python answers in its own way
+            pass                        # another signal: Python handles it as usual
         print(f"{Path(sys.argv[0]).name}: {file} can no longer be read: it was cut short, or its "
               "disk failed", file=sys.stderr, flush=True)
         os._exit(1)
@@ -111,15 +111,15 @@ def _say_when_lost(file: Path) -> None:
 # Writing.
 
 def write_archive(folder: Path, paths: list[str], names: list[bytes]) -> Path:
-    """Pack the images `paths` of a data folder, `names` for the operating system, as images.tar.
+    """Pack the images `paths` of a data folder as images.tar. names: their paths as bytes.
 
-    It gets its name when it is whole. The same images make the same tar, to the bit.
-    DataError where an image changes while it is packed."""
+    The file gets its name when it is complete. The same images make the same tar, to the bit.
+    DataError if an image changes while it is packed."""
     file, encoded = folder / NAME, b"\0".join(names)
     table = np.zeros(len(names), MEMBER)
     index_size = BLOCK + table.nbytes + len(encoded)
     with whole_file(file) as tar:
-        # Leave room for the index, whose size is known. What is in it is not, yet.
+        # Leave room for the index: its size is known, its content is not yet.
         _write_member(tar, INDEX, bytes(index_size))
         for i, name in enumerate(names):
             image = os.path.join(os.fsencode(folder), name)
@@ -141,7 +141,7 @@ def write_archive(folder: Path, paths: list[str], names: list[bytes]) -> Path:
 
 
 def _write_member(tar: BinaryIO, name: str, content: bytes) -> int:
-    """Write one file with its header, filled up to whole blocks; where its content starts."""
+    """Write one file with its header, padded to whole blocks. Returns where its content starts."""
     header = tarfile.TarInfo(name)
     header.size = len(content)
     tar.write(header.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape"))
@@ -154,15 +154,15 @@ def _write_member(tar: BinaryIO, name: str, content: bytes) -> int:
 # Reading.
 
 def open_archive(folder: Path, paths: list[str], names: list[bytes]) -> Archive | None:
-    """The images.tar of a data folder, for its images `paths`; None where there is none.
+    """The images.tar of a data folder, for its images `paths`; None if there is none.
 
-    DataError where it is damaged or cut short, or lacks one of the images."""
+    DataError if it is damaged or cut short, or lacks one of the images."""
     file = folder / NAME
     if not file.exists():
         return None
     table, encoded = _read_index(file)
     if encoded != b"\0".join(names) or len(table) != len(names):
-        # Rows were dropped or moved since. An image that came later is in no tar.
+        # Rows were removed or moved since. An image that was added later is not in the tar.
         place = {name: i for i, name in enumerate(encoded.split(b"\0"))}
         places = [place.get(name, -1) for name in names]
         if -1 in places:
@@ -174,7 +174,7 @@ def open_archive(folder: Path, paths: list[str], names: list[bytes]) -> Archive 
 
 
 def _read_index(file: Path) -> tuple[np.ndarray, bytes]:
-    """The table of all members and their joined names; DataError where the tar is not whole."""
+    """The table of all members and their joined names; DataError if the tar is not complete."""
     with open(file, "rb") as tar:
         tar.seek(BLOCK)
         try:
@@ -196,7 +196,7 @@ def _read_index(file: Path) -> tuple[np.ndarray, bytes]:
 
 def check_against_folder(archive: Archive, folder: Path, names: list[bytes],
                          images: np.ndarray) -> None:
-    """DataError where one of `images`, if it is still in the folder, has another size there."""
+    """DataError if one of `images` is still in the folder and has another size there."""
     others = [i for i, size in _sizes_in_folder(folder, names, images)
               if size != archive.table["size"][i]]
     if others:
@@ -207,7 +207,7 @@ def check_against_folder(archive: Archive, folder: Path, names: list[bytes],
 
 def _sizes_in_folder(folder: Path, names: list[bytes],
                      images: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Of the images that are there: (image, bytes)."""
+    """(image, bytes) for the images that are in the folder."""
     for i in images.tolist():
         try:
             yield i, os.stat(os.path.join(os.fsencode(folder), names[i])).st_size
@@ -219,10 +219,10 @@ def _sizes_in_folder(folder: Path, names: list[bytes],
 # Images in files of their own.
 
 def sizes_on_disk(folder: Path, paths: list[str], path_bytes: list[bytes]) -> np.ndarray:
-    """Bytes of each image's file, (N,) int64; DataError where one is missing or is no file."""
+    """Bytes of each image's file, (N,) int64; DataError if one is missing or is no regular file."""
     sizes, unusable = np.zeros(len(paths), np.int64), []
     for i, found in enumerate(_stats(folder, path_bytes)):
-        # A folder or a pipe in an image's place is no image: reading a pipe would wait for ever.
+        # A folder or a pipe in place of an image: to read a pipe might never end.
         if found is None:
             unusable.append((i, "is missing on disk"))
         elif stat.S_ISREG(found.st_mode):
@@ -240,10 +240,10 @@ def sizes_on_disk(folder: Path, paths: list[str], path_bytes: list[bytes]) -> np
 
 
 def _stats(data: Path, path_bytes: list[bytes]) -> Iterator[os.stat_result | None]:
-    """What the file system says of each image, or None where it says nothing.
+    """What the file system says of each image; None if that fails.
 
-    Consecutive images often lie in one folder. It is opened once, since to walk to
-    it from the root again for each image would take twice as long."""
+    Consecutive images are often in one folder. It is opened once, because looking it up from the
+    root again for each image would take twice as long."""
     current, opened = None, None
     try:
         for name in path_bytes:
@@ -256,7 +256,7 @@ def _stats(data: Path, path_bytes: list[bytes]) -> Iterator[os.stat_result | Non
                     opened = os.open(os.path.join(os.fsencode(data), folder), os.O_PATH)
                     current = folder
                 yield os.stat(file or b".", dir_fd=opened)
-            except (OSError, ValueError):               # a name may also hold a NUL
+            except (OSError, ValueError):               # ValueError: a name with a NUL
                 yield None
     finally:
         if opened is not None:

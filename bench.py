@@ -61,17 +61,17 @@ from views import Augmentation
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-GPU_PAIRS = 64, 256                     # of `step` on a GPU, whatever --batch-size is
-BATCHES = 8                             # that a loader delivers between two looks at the clock
+GPU_PAIRS = 64, 256                     # for `step` on a GPU, whatever --batch-size is
+BATCHES = 8                             # loaded between two looks at the clock
 TEMPERATURE = 0.07
 LINES: list[dict[str, Any]] = []        # every figure of this run
 
 
 # --------------------------------------------------------------------------------------------------
-# How time and memory are taken, and where the figures go.
+# Measuring time and memory, and collecting the figures.
 
 def seconds(work: Callable, clock: Callable = time.perf_counter) -> float:
-    """How long a call takes; the GPU's work is waited for."""
+    """How long a call takes, including the GPU's work."""
     start = clock()
     work()
     if CUDA:
@@ -80,32 +80,32 @@ def seconds(work: Callable, clock: Callable = time.perf_counter) -> float:
 
 
 def median_seconds(work: Callable, repeats: int, clock: Callable = time.perf_counter) -> float:
-    """Median of `repeats` calls, after one that warms up."""
+    """The median of `repeats` calls, after one call to warm up."""
     return float(np.median([seconds(work, clock) for _ in range(repeats + 1)][1:]))
 
 
 def peak_mib(work: Callable) -> float:
-    """The most memory that `work` needs at any moment, beyond what is in use before."""
+    """The peak memory that `work` needs, beyond what is in use before."""
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         work()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    ctypes.CDLL(None).malloc_trim(0)                    # what was freed goes back to Linux, ...
-    Path("/proc/self/clear_refs").write_text("5")       # ... which forgets the peak so far
+    ctypes.CDLL(None).malloc_trim(0)                    # return freed memory to Linux, ...
+    Path("/proc/self/clear_refs").write_text("5")       # ... and make it forget the peak so far
     before = resident_kib("VmRSS")
     work()
     return (resident_kib("VmHWM") - before) / 2**10
 
 
 def resident_kib(name: str) -> int:
-    """The process's memory by Linux: VmRSS is that of now, VmHWM the peak."""
+    """The process's memory as Linux counts it: VmRSS is the current amount, VmHWM the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def peak_gib() -> float:
-    """The most that PyTorch has had on the GPU since this was asked last; 0 without a GPU."""
+    """The peak of PyTorch's memory on the GPU since the last call; 0 without a GPU."""
     if not CUDA:
         return 0.0
     peak = torch.cuda.max_memory_allocated() / 2**30
@@ -114,7 +114,7 @@ def peak_gib() -> float:
 
 
 def report(part: str, unit: str, figures: dict[str, float]) -> None:
-    """Print a line for each contender; the first one is the project's own."""
+    """Print a line for each contender. The first one is the project's own."""
     own = next(iter(figures.values()))
     for name, figure in figures.items():
         print(f"{part:8s} {name:36s} {figure:10.2f} {unit}   {figure / own:6.2f} x ours",
@@ -124,7 +124,7 @@ def report(part: str, unit: str, figures: dict[str, float]) -> None:
 
 
 def machine() -> dict[str, str | int]:
-    """What a figure depends on beside the program's flags: hardware, versions, commit."""
+    """What a figure depends on besides the program's flags: hardware, versions, commit."""
     def answer(*command: str) -> str:
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
             return subprocess.check_output(command, cwd=Path(__file__).parent, text=True,
@@ -148,7 +148,7 @@ def machine() -> dict[str, str | int]:
 # Stage 0.
 
 def bench_prepare(args: argparse.Namespace, folder: Path) -> None:
-    """1024 x 1024 PNG -> 256-pixel JPEG: processor time of one core for an image."""
+    """1024 x 1024 PNG -> 256-pixel JPEG: processor time per image, on one core."""
     files = [folder / f"{patient}.png" for patient in range(8)]
     for patient, file in enumerate(files):
         Image.fromarray(phantom.phantom(0, patient, 0, 1024)).save(file)
@@ -187,7 +187,7 @@ def demo_folder(args: argparse.Namespace, folder: Path) -> Manifest:
 
 
 def dali_loader(args: argparse.Namespace, manifest: Manifest) -> Loader:
-    """An endless one, with the default views; float32, as in pre-training."""
+    """An endless loader with the default views; float32, as in pre-training."""
     return train_loader(
         manifest, np.arange(len(manifest.paths)), args.batch_size, steps=range(10**6), views=2,
         augmentation=Augmentation(), preprocessing=Preprocessing(args.size), seed=0,
@@ -195,9 +195,9 @@ def dali_loader(args: argparse.Namespace, manifest: Manifest) -> Loader:
 
 
 def written_well(args: argparse.Namespace, manifest: Manifest) -> DataLoader:
-    """The same views by torchvision, as well as one can: gray tensors, a short blur, and an
-    endless loader whose workers load where they would collate, so that the order of the images
-    is the whole data set."""
+    """The same views by torchvision, written as well as possible: gray tensors, a short blur, and
+    an endless loader. Its data set is only the order of the images; the workers load them in
+    collate_fn."""
     recipe = Augmentation()
     transform = v2.Compose([
         v2.RandomResizedCrop(args.size, recipe.crop_area, antialias=True),
@@ -243,7 +243,7 @@ def bench_loader(args: argparse.Namespace, folder: Path) -> None:
 # Loss.
 
 def with_patients(z1: Tensor, z2: Tensor) -> Tensor:
-    """Every patient has two images in the batch, and the other one is no negative."""
+    """Each patient has two images in the batch, which are not each other's negatives."""
     return nt_xent(z1, z2, TEMPERATURE, torch.arange(len(z1), device=z1.device) // 2)
 
 
@@ -255,7 +255,7 @@ def written_out(z1: Tensor, z2: Tensor) -> Tensor:
 
 
 def losses() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """The contenders. That of lightly is among them where lightly is installed."""
+    """The contenders, among them lightly's loss if lightly is installed."""
     contenders = {"loss.py": lambda z1, z2: nt_xent(z1, z2, TEMPERATURE),
                   "loss.py, with patients": with_patients,
                   "cross-entropy, written out": written_out}
@@ -266,8 +266,8 @@ def losses() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
 
 
 def bench_loss(args: argparse.Namespace, folder: Path) -> None:
-    """Forward and backward of NT-Xent, 128-d projections: time, on a CPU that of all its cores
-    together, and peak memory of the most pairs."""
+    """Forward and backward of NT-Xent on 128-d projections: time, on a CPU the sum over all cores,
+    and peak memory for the largest number of pairs."""
     contenders, order = losses(), np.random.default_rng(0)
     clock = time.perf_counter if CUDA else time.process_time
     for pairs in args.pairs:
@@ -277,9 +277,9 @@ def bench_loss(args: argparse.Namespace, folder: Path) -> None:
             z1.grad = z2.grad = None
             contenders[name](z1, z2).backward()
 
-        # The contenders take turns, in an order that is drawn anew each time: what comes before
-        # leaves its traces in the caches. A small batch gets more turns; the first one warms
-        # up. A CPU's own clock stands still while it works for others.
+        # The contenders take turns in a new random order each time, because each leaves its traces
+        # in the caches. A small batch gets more turns; the first turn warms up. On a CPU, the
+        # process's own clock does not count the time that other processes take.
         turns = {name: [] for name in contenders}
         for _ in range(1 + args.repeats * max(1, 2048 // pairs)):
             for name in order.permutation(list(contenders)):
@@ -305,16 +305,16 @@ class Way:
     stem: str = ""      # one of STEMS, or the encoder's own
 
 
-# Other ways to compute the stem, whose single channel may not suit a GPU's kernels.
+# Other ways to compute the stem: a GPU's kernels may not suit its single channel.
 STEMS = ("4 channels", "8 channels", "2 x 2 blocks")
 
 
 class Stem(nn.Module):
-    """The one-channel stem with the same weights and the same output, computed in another way.
+    """The one-channel stem with the same weights and output, computed in another way.
 
-    x (B, 1, S, S), S even, -> (B, C, S / 2, S / 2). With more channels, those are zeros. Of
-    2 x 2 blocks: each block of pixels becomes one pixel of four channels, and the kernel,
-    7 x 7 of stride 2, one of 4 x 4 blocks and stride 1."""
+    x (B, 1, S, S), S even, -> (B, C, S / 2, S / 2). Additional channels are zeros. With 2 x 2
+    blocks, each block of pixels becomes one pixel of four channels, and the 7 x 7 kernel of stride
+    2 becomes one of 4 x 4 blocks and stride 1."""
 
     def __init__(self, convolution: nn.Conv2d, form: str):
         super().__init__()
@@ -322,8 +322,8 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.form == "2 x 2 blocks":
-            # The kernel begins at an odd pixel, three before the first: a row and a column of
-            # zeros before it make it whole blocks, two before the first and one behind it.
+            # The kernel begins at an odd pixel, three before the centre. With a row and a column of
+            # zeros before it, it covers whole blocks: two before the centre's and one after it.
             weight = F.pixel_unshuffle(F.pad(self.weight, (1, 0, 1, 0)), 2)     # (C, 4, 4, 4)
             x = F.pad(F.pixel_unshuffle(x, 2), (2, 1, 2, 1))
             return F.conv2d(x.contiguous(memory_format=torch.channels_last), weight)
@@ -333,7 +333,7 @@ class Stem(nn.Module):
 
 
 def ways(args: argparse.Namespace) -> list[Way]:
-    """Those worth a comparison here; the first is pretrain.py's default."""
+    """The ways to compare on this machine; the first is pretrain.py's default."""
     default = launch.start(pretrain.Config(), bf16_on_cpu=True).precision
     other = [precision for precision in ("bf16", "fp16", "fp32")
              if precision != default and (CUDA or precision != "fp16")]     # no CPU trains in fp16
@@ -358,7 +358,7 @@ class Step:
         if way.stem:
             net.encoder.conv1 = Stem(net.encoder.conv1, way.stem)
         self.model = torch.compile(net) if way.compiled else net
-        self.patients = torch.arange(pairs, device=DEVICE)      # each has one image
+        self.patients = torch.arange(pairs, device=DEVICE)      # one image each
 
     def __call__(self, view1: Tensor, view2: Tensor) -> None:
         """view1, view2: (N, 1, S, S)."""
@@ -381,13 +381,13 @@ class Step:
 
 
 def noise(args: argparse.Namespace, pairs: int) -> tuple[Tensor, ...]:
-    """In place of both views of a batch, (N, 1, S, S) each."""
+    """Noise instead of both views of a batch, (N, 1, S, S) each."""
     return torch.randn(2 * pairs, 1, args.size, args.size, device=DEVICE).chunk(2)
 
 
 def pairs_per_second(args: argparse.Namespace, step: Callable, pairs: int,
                      batches: Iterator) -> float:
-    """Of a step of so many pairs; batches: two views each, without an end."""
+    """The speed of a step with `pairs` pairs. batches: two views each, endless."""
     steps = BATCHES if CUDA else 1          # a step takes seconds on a CPU
 
     def several():
@@ -398,8 +398,8 @@ def pairs_per_second(args: argparse.Namespace, step: Callable, pairs: int,
 
 
 def bench_step(args: argparse.Namespace, folder: Path) -> None:
-    """Whole steps on noise: precisions, compiled or not, optimizers, ways to compute the stem, the
-    bare encoder beside."""
+    """Whole steps on noise, with other precisions, optimizers, compilation and stems; and the bare
+    encoder for comparison."""
     for pairs in GPU_PAIRS if CUDA else (args.batch_size,):
         same, speeds, memory = itertools.repeat(noise(args, pairs)), {}, {}
         for way in ways(args):
@@ -411,16 +411,16 @@ def bench_step(args: argparse.Namespace, folder: Path) -> None:
                 peak_gib()
                 speeds[name] = pairs_per_second(args, work, pairs, same)
                 memory[name] = peak_gib()
-            del step, contenders, work      # or the next way's memory would count theirs
+            del step, contenders, work      # else the next way's memory would include theirs
         report("step", f"pairs/s, {args.arch}, {pairs} pairs", speeds)
         if CUDA:
             report("step", f"GiB, {args.arch}, {pairs} pairs", memory)
 
 
 def bench_fed(args: argparse.Namespace, folder: Path) -> None:
-    """Whole training steps, fed by the loader or by two views that are already there.
+    """Whole training steps, fed by the loader or with two views that are already on the device.
 
-    Where both are equally fast, the loader keeps up and costs nothing."""
+    If both are equally fast, the loader costs nothing."""
     step = Step(args, folder / "run", Way("default"), args.batch_size)
     batches = iter(dali_loader(args, demo_folder(args, folder / "data")))
     same = itertools.repeat(next(batches))
@@ -433,10 +433,10 @@ def bench_fed(args: argparse.Namespace, folder: Path) -> None:
 # GPU memory.
 
 def saved_bytes(net: nn.Module, x: Tensor) -> int:
-    """What a forward pass in bf16 keeps for its backward pass, parameters left out."""
+    """Bytes that a forward pass in bf16 keeps for its backward pass, without parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in net.parameters()}
-    # Several operations save the same storage. Holding on to each one makes sure that no
-    # address is used again for another.
+    # Several operations save the same storage. All storages are kept alive, so that no address is
+    # used twice.
     storages = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -454,9 +454,9 @@ def saved_bytes(net: nn.Module, x: Tensor) -> int:
 def computed_gib(args: argparse.Namespace) -> float:
     """GiB of a training step, from what the CPU's autograd saves for two and for four images.
 
-    The parameters stand there three times in float32, with gradients and LARS's momentum;
-    that autocast's bf16 copies of them do not depend on the batch falls out of the
-    difference. Left out: cuDNN's workspaces, DALI's buffers and CUDA itself."""
+    Parameters count three times in float32: themselves, gradients and LARS's momentum. Autocast's
+    bf16 copies of them do not depend on the batch and stay in the constant part. Left out: cuDNN's
+    workspaces, DALI's buffers and CUDA itself."""
     net = SimCLR(build_encoder(args.arch)).to(
         memory_format=torch.channels_last)      # pyright: ignore[reportCallIssue]
     two, four = (saved_bytes(net, torch.randn(n, 1, args.size, args.size).contiguous(
@@ -467,7 +467,7 @@ def computed_gib(args: argparse.Namespace) -> float:
 
 
 def bench_memory(args: argparse.Namespace, folder: Path) -> None:
-    """What --batch-size pairs need on one GPU, in bf16; measured as well where there is one."""
+    """GiB that --batch-size pairs need on one GPU, in bf16; also measured if there is a GPU."""
     figures = {f"{args.arch}, {args.batch_size} pairs, computed": computed_gib(args)}
     if CUDA:
         step = Step(args, folder, Way("default"), args.batch_size)
@@ -483,8 +483,8 @@ def bench_memory(args: argparse.Namespace, folder: Path) -> None:
 # Linear probe.
 
 def drawn_features(images: int, labels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Features (n, 2048) as an encoder's, correlated and not negative before they are
-    standardised, and labels (n, L) of 1 and 0, of which 1 to 32 % are positive."""
+    """Features (n, 2048) like an encoder's, correlated and (before they are standardised) not
+    negative; and labels (n, L) of 1 and 0, 1 to 32 % of them positive."""
     rng = np.random.default_rng(0)
     hidden = rng.standard_normal((images, 300)) * np.arange(1, 301) ** -0.5
     x = hidden @ rng.standard_normal((300, 2048))
@@ -499,14 +499,14 @@ def drawn_features(images: int, labels: int) -> tuple[np.ndarray, np.ndarray]:
 
 def bench_probe(args: argparse.Namespace, folder: Path) -> None:
     """Logistic regressions of 14 labels on ResNet-50 features, with all strengths of
-    regularisation, on five draws each of 1, 10 and 100 %: once, without repeats.
+    regularisation, on five draws each of 1, 10 and 100 %; measured once, without repeats.
 
-    probe.py fits the labels and strengths of a draw together. scikit-learn fits one by one,
-    and only two of the labels, times 7."""
+    probe.py fits all labels and strengths of a draw together. scikit-learn fits them one by one;
+    it is measured on two of the labels, and its time multiplied by 7."""
     labels, timed = 14, (3, 10)
     x, y = drawn_features(args.images, labels)
     patients = np.arange(args.images) // 3
-    # At 100 % the five draws are one.
+    # At 100 % the five draws are the same.
     draws = {rows.tobytes(): rows for rows in (
         draw(patients, y, fraction, seed).rows
         for fraction in (0.01, 0.1, 1.0) for seed in range(5))}.values()
@@ -533,7 +533,7 @@ def bench_probe(args: argparse.Namespace, folder: Path) -> None:
 def write_large_folder(folder: Path, rows: int) -> None:
     """A data folder of `rows` images, three of each patient and a thousand in each subfolder.
 
-    All are one JPEG: a file system allows tens of thousands of names for one file."""
+    Groups of 20,000 are hard links to one JPEG: a file system limits the links to a file."""
     jpeg = io.BytesIO()
     Image.fromarray(phantom.phantom(0, 1, 0, 64)).save(jpeg, "JPEG", quality=50)
     cells = np.random.default_rng(0).choice(["1", "0", "-1", ""], (997, 14))
@@ -554,14 +554,14 @@ def write_large_folder(folder: Path, rows: int) -> None:
 
 
 class Start(NamedTuple):
-    """What a process needs from its first line to its first batch."""
-    reading: float      # seconds of a core, of the manifest alone
-    batch: float        # seconds, with the first batch of 64 pairs
-    megabytes: float    # the most that the process held, with all libraries
+    """What a process takes from its first line to its first batch."""
+    reading: float      # seconds of a core, for the manifest alone
+    batch: float        # seconds, including the first batch of 64 pairs
+    megabytes: float    # the peak of the process, with all libraries
 
 
 def first_batch(folder: Path) -> Start:
-    """By the project's own functions, in a process of its own."""
+    """Measure the project's own functions, in a process of its own."""
     start, start_core = time.perf_counter(), time.process_time()
     manifest = read_manifest(folder)
     reading = time.process_time() - start_core
@@ -572,7 +572,7 @@ def first_batch(folder: Path) -> Start:
 
 
 def loop_over_rows(folder: Path) -> float:
-    """Seconds of a core of the loop that one would write to read and check the same table."""
+    """Seconds of a core for the obvious loop that reads and checks the same table."""
     start = time.process_time()
     paths, labels, split_of = set(), [], {}
     with open(folder / "manifest.csv", newline="") as table:
@@ -608,10 +608,10 @@ def bench_manifest(args: argparse.Namespace, folder: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Scaling: what the processes tell each other.
+# Scaling: the traffic between processes.
 
 class Traffic:
-    """Counts what PyTorch's collective calls move to each process, while it is entered."""
+    """A context that counts the bytes PyTorch's collective calls move to each process."""
 
     def __init__(self):
         self.calls, self.bytes = 0, 0.0
@@ -624,7 +624,7 @@ class Traffic:
             self.calls, self.bytes = self.calls + 1, self.bytes + others * own.nbytes
             return self.originals[0](tensors, own, *rest, **options)
 
-        def reduce(own, *rest, **options):      # around a ring, once to add and once to tell
+        def reduce(own, *rest, **options):      # a ring: once to add, once to distribute
             self.calls += 1
             self.bytes += 2 * others / (others + 1) * own.nbytes
             return self.originals[1](own, *rest, **options)
@@ -637,14 +637,14 @@ class Traffic:
 
 
 class Exchange(NamedTuple):
-    """What one step's loss, or its batch norm, costs a process."""
+    """The cost of one step's loss, or of its batch norm, for a process."""
     milliseconds: float
     kilobytes: float
     calls: int
 
 
 def exchanges(rank: int, processes: int, folder: Path, args: argparse.Namespace) -> None:
-    """Measure both as one of the processes, and leave the first one's figures in a file."""
+    """Measure loss and batch norm in one of the processes; the first one writes its figures."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet{processes}", rank=rank,
                             world_size=processes)
@@ -653,7 +653,7 @@ def exchanges(rank: int, processes: int, folder: Path, args: argparse.Namespace)
     def loss():
         nt_xent(z[0], z[1], TEMPERATURE).backward()
 
-    # All norms of the network, each on few pixels: what is left is the exchange.
+    # All norms of the network, each on few pixels, so that little but the exchange remains.
     encoder = build_encoder(args.arch)
     SyncBatchNorm.replace_in(encoder)
     norms = [module for module in encoder.modules() if isinstance(module, SyncBatchNorm)]
@@ -675,7 +675,7 @@ def exchanges(rank: int, processes: int, folder: Path, args: argparse.Namespace)
 
 
 def bench_scaling(args: argparse.Namespace, folder: Path) -> None:
-    """Time and traffic of a step's loss and batch norm on 1, 2 and 4 processes of this machine."""
+    """Time and traffic of a step's loss and batch norm with 1, 2 and 4 processes here."""
     measured = {}
     for processes in (1, 2, 4):
         spawn(exchanges, (processes, folder, args), processes)
@@ -692,8 +692,8 @@ def bench_scaling(args: argparse.Namespace, folder: Path) -> None:
         report("scaling", f"ms a step, {gpus} GPUs, on paper", on_paper(args, gpus))
 
 
-# Assumed, not measured: bytes a second that a GPU sends while it receives as many, and
-# seconds that a collective call takes beside.
+# Assumed, not measured: bytes per second that a GPU sends while it receives as many, and the
+# latency of a collective call in seconds.
 NVLINK, NVLINK_CALL = 300e9, 20e-6          # one machine of 8 GPUs
 INFINIBAND, INFINIBAND_CALL = 40e9, 60e-6   # a 400 Gbit/s adapter for each GPU
 
@@ -701,12 +701,12 @@ INFINIBAND, INFINIBAND_CALL = 40e9, 60e-6   # a 400 Gbit/s adapter for each GPU
 def on_paper(args: argparse.Namespace, gpus: int) -> dict[str, float]:
     """Milliseconds of a step and of its exchanges on so many GPUs with --batch-size pairs each.
 
-    Nobody computes during the exchanges of the loss and of batch norm. The gradients' overlap
-    with the backward pass, two thirds of a step, but for the last bucket of 25 MB."""
+    Nothing is computed during the exchanges of the loss and of batch norm. Those of the gradients,
+    except the last bucket of 25 MB, overlap with the backward pass, two thirds of a step."""
     speed, call = (NVLINK, NVLINK_CALL) if gpus <= 8 else (INFINIBAND, INFINIBAND_CALL)
     net = SimCLR(build_encoder(args.arch))
     share = (gpus - 1) / gpus
-    # Bytes of a process: its projections, its images' patients, two numbers of each anchor.
+    # Bytes of a process: its projections, its images' patients, two numbers per anchor.
     exchanged = args.batch_size * (2 * 128 * 4 + 8 + 2 * 2 * 4)
     channels = [m.num_features for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     loss = 3 * call + (gpus - 1) * exchanged / speed
@@ -723,7 +723,7 @@ def on_paper(args: argparse.Namespace, gpus: int) -> dict[str, float]:
 # The script.
 
 class Part(NamedTuple):
-    """What a name on the command line runs."""
+    """What a part's name on the command line runs."""
     run: Callable[[argparse.Namespace, Path], None]
     takes_minutes: bool = False
 
@@ -785,7 +785,7 @@ def main(argv: list[str] | None = None) -> None:
             PARTS[name].run(args, Path(folder))
         if args.json:                           # after each part: a later one may be interrupted
             flags = {key: str(value) for key, value in vars(args).items()}
-            # A figure of `step` names the pairs that it was measured with.
+            # `step` names its number of pairs in each figure.
             flags_of = {"step": {key: flags[key] for key in flags if key != "batch_size"}}
             lines = [line | about | {"flags": flags_of.get(line["part"], flags)}
                      for line in LINES]

@@ -1,7 +1,7 @@
 """Which image is to blame when a batch fails, or never comes.
 
-DALI ends the whole pipeline at one unreadable file, and its message often names none. A
-user needs the file's name, and within a bounded time.
+DALI ends the whole pipeline at one unreadable file, and its message often does not name the file.
+The user needs that name, and within a bounded time.
 """
 import contextlib
 import math
@@ -17,7 +17,7 @@ from PIL import Image
 from common import ImageError
 from manifest import Manifest
 
-# How long a batch may take, in seconds, before the run gives up on a file that cannot be read.
+# How long a batch may take, in seconds, before the run ends because a file cannot be read.
 PATIENCE = 600
 
 
@@ -38,7 +38,7 @@ def blame_image(manifest: Manifest, in_flight: list, error: RuntimeError,
         except Exception as reason:         # a decoder may raise anything on a broken file
             raise ImageError(f"{manifest.name_in_message(i)} cannot be read: {reason}") from error
 
-    # Pillow reads some damaged files that DALI does not: ask DALI for each of them alone.
+    # DALI fails on some damaged files that Pillow reads: give it each image alone.
     if "decoders.image" not in str(error) and "peek_image_shape" not in str(error):
         return
     if len(images) == 1:
@@ -49,16 +49,16 @@ def blame_image(manifest: Manifest, in_flight: list, error: RuntimeError,
 
 
 class Watch:
-    """Ends the process, and names the image, where a batch takes longer than PATIENCE.
+    """Ends the process, and names the image, if a batch takes longer than PATIENCE.
 
-    A read may never return, from a file server that is gone for example. DALI waits for
-    it, and in a process that waits no exception can be raised; the other processes wait
-    for this one. Each batch is loaded `with` the watch. Where DALI raises an error
-    instead, that becomes an ImageError; see blame_image for the arguments."""
+    A read may never return, for example if a file server is gone. Then DALI waits for it, no
+    exception can be raised in this process, and the other processes wait for this one. Each batch
+    is loaded `with` the watch. If DALI raises an error instead, it becomes an ImageError; see
+    blame_image for the arguments."""
 
     def __init__(self, manifest: Manifest, in_flight: list, load_alone: Callable[[int], object]):
         self.manifest, self.in_flight, self.load_alone = manifest, in_flight, load_alone
-        self.since = math.inf           # when DALI was asked for a batch, while it is
+        self.since = math.inf           # when DALI was asked for a batch; inf between batches
         self.closed = threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -76,7 +76,7 @@ class Watch:
     def _watch(self) -> None:
         since, looks = math.inf, 0
         while not self.closed.wait(PATIENCE / 10):
-            # Looks are counted, and not seconds: a process that is suspended does not look.
+            # Looks are counted instead of seconds, because a suspended process does not look.
             looks = looks + 1 if self.since == since < math.inf else 0
             since = self.since
             if looks >= 10:
@@ -91,7 +91,7 @@ class Watch:
 def _never_read(manifest: Manifest, i: int) -> bool:
     """Whether image i cannot be read within a few seconds. The thread that tries is left behind."""
     def read():
-        with contextlib.suppress(Exception):        # that it is broken is an answer, too
+        with contextlib.suppress(Exception):        # a broken file has been read, too
             Image.open(manifest.open(i)).load()
 
     reader = threading.Thread(target=read, daemon=True)

@@ -1,7 +1,8 @@
 """DICOM radiographs: which files are taken, who they are of, and how they are meant to be seen.
 
-Nothing of a header goes on into a data folder but the view, as one of a few words, and a keyed hash
-of who, which study and which image it is. All that touches an identity stands in this file.
+Only this of a header enters a data folder: the view, as one of a few words; keyed hashes of the
+patient, the study and the image; and counts of views and body parts, in DATA.md. All code that
+touches an identity is in this file.
 """
 import argparse
 import hashlib
@@ -37,41 +38,41 @@ from tables import FINDINGS, Table, read_labels, read_table, understand, value_o
 
 
 SUFFIXES = (".dcm", ".dicom", ".dic", ".ima")       # of DICOM files, if they have one
-NO_DICOM = "not a DICOM file"                       # the reason of most files that are not taken
+NO_DICOM = "not a DICOM file"                       # the commonest reason why a file is not taken
 BROKEN = "not a DICOM file, though it is called so"
 
-# ViewPosition goes on into the manifest as one of these; another text might name a person.
+# ViewPosition enters the manifest as one of these; any other text might name a person.
 VIEWS = {"AP", "PA", "LATERAL", "LL", "RL", "LLD", "RLD", "LLO", "RLO", "OBLIQUE"}
 SIDE_VIEWS = VIEWS - {"AP", "PA"}
-# BodyPartExamined is told as one of these, too. What has CHEST, THORA or LUNG in it is CHEST.
+# BodyPartExamined is reported as one of these. A text with CHEST, THORA or LUNG in it is CHEST.
 BODY_PARTS = {"CHEST", "ABDOMEN", "ANKLE", "ARM", "BREAST", "CSPINE", "ELBOW", "EXTREMITY", "FEMUR",
               "FINGER", "FOOT", "HAND", "HEAD", "HIP", "JAW", "KNEE", "LEG", "LSPINE", "NECK",
               "PELVIS", "SHOULDER", "SKULL", "SPINE", "TSPINE", "WRIST"}
 
-# Why a file is not taken whose image another file has.
+# Why a file is not taken if another file has its SOPInstanceUID.
 COPY = "SOPInstanceUID of an earlier file"
 DAMAGED_COPY = "damaged, and another file of its SOPInstanceUID is not"
 OTHER_IMAGE = "SOPInstanceUID of an earlier file, which shows another image"
 
 
 class Identity(NamedTuple):
-    """The elements that say who, which examination and which image, by their DICOM keywords."""
+    """The elements that identify patient, study and image, under their DICOM keywords."""
     PatientID: str
     StudyInstanceUID: str
     SOPInstanceUID: str
-    AccessionNumber: str = ""           # by which a hospital's tables may go
-    ViewPosition: str = ""              # no identity, but read with it, as is the next
+    AccessionNumber: str = ""           # a hospital's tables may use it
+    ViewPosition: str = ""              # this and the next are no identity, but read with it
     BodyPartExamined: str = ""
 
 
-KEYS = Identity._fields[:4]             # what --labels may go by
+KEYS = Identity._fields[:4]             # the elements that --labels may be keyed by
 
 
 # --------------------------------------------------------------------------------------------------
 # Headers.
 
-# What pixels cannot be read without. Some of it has likely values, but a guess that is wrong would
-# make a negative or noise of the radiograph, and nobody would notice.
+# Pixels cannot be read without these. Some have likely values, but a wrong guess would turn the
+# radiograph into a negative or into noise, and nobody would notice.
 NEEDED = ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "BitsStored",
           "PixelRepresentation", "PhotometricInterpretation")
 # PhotometricInterpretation of colours begins with one of these.
@@ -79,9 +80,9 @@ COLOURS = ("RGB", "YBR", "PALETTE", "HSV", "ARGB", "CMYK")
 
 
 def open_dicom(file: Path, pixels: bool = True) -> pydicom.FileDataset:
-    """A DICOM file, with its pixel data or without; InvalidDicomError where it is none.
+    """A DICOM file, with its pixel data or without. InvalidDicomError if it is none.
 
-    A file whose first 132 bytes (a blank and the word DICM) were lost is read nevertheless, if it
+    A file that has lost its first 132 bytes (a blank and the word DICM) is read all the same if it
     holds an image."""
     try:
         dataset = pydicom.dcmread(file, stop_before_pixels=not pixels)
@@ -89,17 +90,17 @@ def open_dicom(file: Path, pixels: bool = True) -> pydicom.FileDataset:
         try:
             dataset = pydicom.dcmread(file, stop_before_pixels=not pixels, force=True)
             is_image = "Rows" in dataset and "BitsAllocated" in dataset
-        except Exception:               # it was no DICOM file, and may have looked like anything
+        except Exception:               # not DICOM: it may have been read as anything
             is_image = False
         if not is_image:
             raise
-    # How the pixels are stored was lost with those bytes, but the elements are stored alike.
+    # The encoding of the pixels was lost with those bytes. The elements show it.
     if "TransferSyntaxUID" not in dataset.file_meta:
         implicit, little = dataset.original_encoding
         dataset.file_meta.TransferSyntaxUID = (
             ImplicitVRLittleEndian if implicit
             else ExplicitVRLittleEndian if little else ExplicitVRBigEndian)
-    # All that looks at this, pydicom as well, knows it in capital letters.
+    # pydicom and the code here compare it in capital letters.
     if isinstance(dataset.get("PhotometricInterpretation"), str):
         dataset.PhotometricInterpretation = dataset.PhotometricInterpretation.strip().upper()
     return dataset
@@ -110,8 +111,8 @@ def read_identity(file: Path, modalities: Sequence[str], max_megapixels: float,
     """The Identity of a radiograph, or the reason why the file is not taken.
 
     The pixels are not read. A reason is returned and not raised, because a folder of DICOM files
-    holds much that is no radiograph. Elements may be empty unless they are what tells the patient
-    (`patient_from` is header)."""
+    holds much that is no radiograph. Elements may be empty, except those that identify the patient
+    if `patient_from` is header."""
     try:
         header = open_dicom(file, pixels=False)
         check_header(header, modalities, max_megapixels)
@@ -131,8 +132,8 @@ def read_identity(file: Path, modalities: Sequence[str], max_megapixels: float,
 
 
 def is_dicom(file: Path) -> bool:
-    """Whether a file is to be read as DICOM, by its suffix or its first bytes. It is not opened
-    where it is no regular file."""
+    """Whether a file is to be read as DICOM, by its suffix or its first bytes. Only a regular file
+    is opened."""
     if file.suffix.lower() in SUFFIXES:
         return True
     if not file.is_file():
@@ -145,9 +146,9 @@ def is_dicom(file: Path) -> bool:
 
 
 def read_radiograph(file: Path, settings: ImageSettings, modalities: Sequence[str]) -> Reading:
-    """read_dicom, after the same checks as for a data folder; who it is of does not matter.
+    """read_dicom after the checks of a data folder, without an identity.
 
-    Notes say which images may be of another kind than the classifier's own."""
+    Notes say which images may be of another kind than those that a classifier was trained on."""
     try:
         header = open_dicom(file, pixels=False)
         check_header(header, modalities, settings.max_megapixels)
@@ -177,10 +178,10 @@ def body_part(text: object) -> str:
 
 
 def check_header(header, modalities: Sequence[str], max_megapixels: float) -> None:
-    """DataError for whatever is not one gray radiograph of moderate size, meant to be
-    seen, and without writing in it.
+    """DataError for anything but one gray radiograph of moderate size that is meant for viewing and
+    has no writing in it.
 
-    modalities: those to take; `none`, in any case, stands for a file that has no Modality."""
+    modalities: those to take; `none`, in any case, stands for a file without Modality."""
     if "Rows" not in header:
         kind = UID(str(header.file_meta.get("MediaStorageSOPClassUID") or "")).name
         raise DataError(f"not an image ({kind or 'of an unknown kind'})")
@@ -217,7 +218,7 @@ def check_header(header, modalities: Sequence[str], max_megapixels: float) -> No
 
 
 def check_shape(header) -> None:
-    """DataError where the header says of the pixels what no gray image has, by the element."""
+    """DataError for an element whose value no gray image can have."""
     side, allocated = range(1, 2**16), header.BitsAllocated
     possible = {"Rows": side, "Columns": side, "SamplesPerPixel": (1,),
                 "BitsAllocated": range(8, 65, 8), "PixelRepresentation": (0, 1),
@@ -232,9 +233,9 @@ def check_shape(header) -> None:
 # Numbers of a header.
 
 def number(dataset, keyword: str) -> float | None:
-    """The first number of an element; None where it is missing, empty, or holds no finite number.
+    """The first number of an element; None if it is missing, empty, or not a finite number.
 
-    A decimal comma is read as a point, as a machine with another locale wrote it."""
+    A decimal comma, from a machine with another locale, is read as a point."""
     try:
         value = dataset.get(keyword)
     except Exception:                   # pydicom could not convert the text
@@ -251,48 +252,48 @@ def number(dataset, keyword: str) -> float | None:
 
 
 def is_filled(dataset, keyword: str) -> bool:
-    """Whether an element is there and not empty, readable or not."""
+    """Whether an element is present and not empty, readable or not."""
     element = dataset.get_item(keyword)
     return element is not None and element.value not in (None, b"", "")
 
 
 # --------------------------------------------------------------------------------------------------
-# Pixels. What had to be decided about an image is appended to `notes`.
+# Pixels. The decisions about an image are appended to `notes`.
 
-# A window is not used where it would make more of the image white, black, or either, than this.
-# Pixels that are the image's darkest or brightest anyhow, and padding, do not count.
+# A window is not used if it would make more than these shares of the image white, black, or either.
+# Padding and the image's own darkest and brightest pixels do not count.
 MOST_WHITE, MOST_BLACK, MOST_EITHER = 0.4, 0.6, 0.8
 
 
 def read_dicom(file: Path, settings: ImageSettings) -> Reading:
     """A DICOM radiograph as it is meant to be seen, bone white.
 
-    Mode L where the file brings a window that can be used, else F. `settings` decides nothing
-    here; it is there because all readers are called alike. The rules, each with its note:
+    Mode L if the file has a window that can be used, else F. `settings` is not used; all readers
+    have this signature. The rules, each with its note:
 
-    - Bits above BitsStored are an overlay and removed. But where those below make up for their
-      changes, BitsStored is wrong, and they are part of the image.
-    - Pixels that PixelRepresentation calls signed are not where the image is smoother without.
-    - An empty RescaleSlope is 1 and an empty RescaleIntercept 0. One that is no number, or a slope
-      of 0, means that the pixels stay as they are stored.
-    - The first VOI LUT is applied; where there is none or it cannot be applied, the first window.
+    - Bits above BitsStored are an overlay and are removed. But if the lower bits compensate for
+      their changes, BitsStored is wrong, and they are part of the image.
+    - Pixels that PixelRepresentation calls signed are unsigned if the image is smoother so.
+    - An empty RescaleSlope is 1 and an empty RescaleIntercept 0. If one is no number, or the slope
+      is 0, the pixels stay as they are stored.
+    - The first VOI LUT is applied, or if there is none or it cannot be applied, the first window.
       A window needs a centre and a width of at least 1, or above 0 if its function is not LINEAR;
       an empty function is LINEAR.
-    - A VOI LUT or window is not used where it would make most of the image white or black
-      (MOST_WHITE and so on): it was made for other data.
+    - A VOI LUT or window is not used if it would make most of the image white or black (MOST_WHITE
+      and so on): it was made for other data.
     - MONOCHROME1 is stored bone black and is inverted. PresentationLUTShape does not count.
     - An image that PatientOrientation calls turned or mirrored is taken as it is stored.
-    - Pixels of PixelPaddingValue, or between it and PixelPaddingRangeLimit, become as black as the
-      darkest other pixel, unless they lie inside the image and not around it.
+    - Padding, which is PixelPaddingValue or lies between it and PixelPaddingRangeLimit, becomes as
+      black as the darkest other pixel, unless it lies inside the image and not around it.
 
-    DataError where all is padding, or the Modality LUT cannot be applied. Other exceptions where
-    the pixel data are damaged."""
+    DataError if everything is padding, or if the Modality LUT cannot be applied. Damaged pixel data
+    may raise other exceptions, too."""
     dataset = open_dicom(file)
     if not dataset.get("PixelData") and not dataset.get("FloatPixelData"):
         raise DataError("there is no pixel data in it")
     notes: list[str] = []
 
-    # The pixels of the radiograph, without what else may lie in them.
+    # The pixels of the radiograph, without overlays and padding.
     stored = stored_pixels(dataset)                                     # (H, W)
     stored = with_right_sign(stored, dataset, notes)                    # (H, W)
     raw = without_overlay(stored, dataset, notes)                       # (H, W)
@@ -300,19 +301,19 @@ def read_dicom(file: Path, settings: ImageSettings) -> Reading:
     if padding.all():
         raise DataError("all of it is padding")
 
-    # A chest is looked at with the patient's left on the right, or from the side, feet below.
+    # The usual view has the patient's left on the right or is from the side, with the feet below.
     ways = [str(way)[:1].upper() for way in dataset.get("PatientOrientation") or ()]
     if len(ways) == 2 and all(ways) and not (ways[0] in "LAP" and ways[1] == "F"):
         notes.append("PatientOrientation not used: the image is turned or mirrored by it")
 
-    # Which end is white. A file that says two things is believed where all programs look.
+    # Which end is white. If two elements contradict, take the one that all programs read.
     inverse = dataset.PhotometricInterpretation == "MONOCHROME1"
     if dataset.get("PresentationLUTShape") == ("IDENTITY" if inverse else "INVERSE"):
         notes.append("PresentationLUTShape not used: it contradicts PhotometricInterpretation")
     levels = rescaled(raw, dataset, notes)                              # (H, W) float32
     plain = as_seen(levels, inverse, padding)                           # (H, W) float32
 
-    # A table or a window, whichever can be used first; else radiograph.finish picks percentiles.
+    # The first of table and window that can be used; else radiograph.finish uses percentiles.
     for name, apply in (("VOI LUT", apply_table), ("window", apply_window)):
         try:
             windowed = apply(levels, dataset)
@@ -330,7 +331,7 @@ def read_dicom(file: Path, settings: ImageSettings) -> Reading:
 
 
 def stored_pixels(dataset) -> np.ndarray:
-    """The pixels (H, W) of a file as they are stored; DataError where they cannot be decoded."""
+    """The pixels (H, W) of a file as they are stored. DataError if they cannot be decoded."""
     there = len(dataset.get("PixelData") or b"")
     needed = dataset.Rows * dataset.Columns * dataset.BitsAllocated // 8
     try:
@@ -350,12 +351,12 @@ def stored_pixels(dataset) -> np.ndarray:
 
 
 def check_frame(frame: bytes, dataset) -> None:
-    """DataError where a compressed image says itself that it is in colour, or of another size than
-    the header says: it would become noise."""
+    """DataError if a compressed image itself says that it is in colour, or has another size than
+    the header says: it would be decoded to noise."""
     try:
         with Image.open(io.BytesIO(frame)) as image:
             size, bands = image.size, len(image.getbands())
-    except Image.UnidentifiedImageError:        # lossless JPEG, say, which Pillow does not know
+    except Image.UnidentifiedImageError:        # for example lossless JPEG, which Pillow lacks
         return
     if bands > 1:
         raise DataError("in colour, although its header says that it is gray")
@@ -365,13 +366,12 @@ def check_frame(frame: bytes, dataset) -> None:
 
 
 def with_right_sign(stored: np.ndarray, dataset, notes: list[str]) -> np.ndarray:
-    """Stored pixels (H, W) without a sign where PixelRepresentation claims one that they have not.
-
-    Their levels above the middle would be the darkest. `dataset` is set right, too."""
+    """Stored pixels (H, W), unsigned if PixelRepresentation wrongly calls them signed: the levels
+    above the middle would become the darkest. `dataset` is corrected, too."""
     if stored.dtype.kind != "i" or stored.min() >= 0:
         return stored
     unsigned = stored.view(stored.dtype.str.replace("i", "u"))
-    # A sign in fewer bits than are allocated is repeated above them, and tells nothing there.
+    # If BitsStored is less than the bits allocated, the sign fills the bits above: nothing to tell.
     if dataset.BitsStored < 8 * stored.itemsize or roughness(unsigned) >= roughness(stored):
         return stored
     notes.append("PixelRepresentation not believed: without a sign the image is smoother")
@@ -380,14 +380,14 @@ def with_right_sign(stored: np.ndarray, dataset, notes: list[str]) -> np.ndarray
 
 
 def without_overlay(stored: np.ndarray, dataset, notes: list[str]) -> np.ndarray:
-    """The stored pixels (H, W) without what lies in bits that are not theirs."""
+    """The stored pixels (H, W) without what is in bits that are not theirs."""
     bits, high = int(dataset.BitsStored), int(dataset.get("HighBit") or dataset.BitsStored - 1)
     if stored.dtype.kind not in "iu" or not 0 < bits <= high + 1 <= 8 * stored.itemsize:
         return stored
-    # Up to the highest bit of the type, and down again: a signed number keeps its sign.
+    # Shift up to the type's highest bit and down again, so that a signed number keeps its sign.
     total = 8 * stored.itemsize
     own = np.left_shift(stored, total - 1 - high) >> (total - bits)
-    # The bits are in their usual place: is there anything above them, and is it of the image?
+    # With the bits in their usual place, anything above them may belong to the image.
     if high == bits - 1:
         if np.array_equal(own, stored):
             return stored
@@ -399,9 +399,9 @@ def without_overlay(stored: np.ndarray, dataset, notes: list[str]) -> np.ndarray
 
 
 def belong_together(stored: np.ndarray, low: np.ndarray) -> bool:
-    """Whether the high bits of the stored pixels (H, W) are of the image that is in the low ones.
-    Where they change from a pixel to its neighbour, the low bits then make up for it, as from 255
-    to 256; with an overlay's graphics they know nothing of it."""
+    """Whether the high bits of the stored pixels (H, W) belong to the same image as the low bits.
+    If so, the low bits compensate for a change of the high bits between neighbours, as from 255 to
+    256. They do not for the graphics of an overlay."""
     both = stored.astype(np.float32)
     high = both - low
     steps_of_high = steps_of_both = 0.0
@@ -413,33 +413,33 @@ def belong_together(stored: np.ndarray, low: np.ndarray) -> bool:
 
 
 def roughness(levels: np.ndarray) -> float:
-    """The mean difference of neighbouring pixels, in a row and in a column."""
+    """The mean difference between neighbouring pixels in rows, plus that in columns."""
     levels = levels.astype(np.float32)
     return float(np.abs(np.diff(levels)).mean() + np.abs(np.diff(levels, axis=0)).mean())
 
 
 def padding_of(stored: np.ndarray, raw: np.ndarray, dataset, notes: list[str]) -> np.ndarray:
     """Which pixels (H, W) are padding around the radiograph, by the header."""
-    # One value, or all from one to another, whichever of them is written first.
+    # One value, or a range whose ends may be in either order.
     first = number(dataset, "PixelPaddingValue")
     if first is None:
         return np.zeros(raw.shape, bool)
     last = number(dataset, "PixelPaddingRangeLimit")
     low, high = sorted([first, first if last is None else last])
-    # A negative value may be written as a positive one of 16 bits, and the other way round.
+    # A negative value may be written as an unsigned one, and the other way round.
     bits = int(dataset.BitsAllocated)
     ends = np.array([low, high])
     if dataset.PixelRepresentation == 1:
         ends = np.where(ends >= 2 ** (bits - 1), ends - 2**bits, ends)
     else:
         ends = np.where(ends < 0, ends + 2**bits, ends)
-    # A value that BitsStored bits cannot hold is one of the pixels as they are stored.
+    # A value that does not fit into BitsStored bits is compared with the pixels as stored.
     pixels = raw if abs(ends).max() < 2 ** int(dataset.BitsStored) else stored
     padding = (pixels >= ends.min()) & (pixels <= ends.max())
     if padding.all() or not padding.any():
         return padding
-    # What surrounds a radiograph has a larger share of the outermost pixels than of the others. A
-    # single level below or above all others is believed wherever it lies.
+    # Real padding has a larger share of the outermost pixels than of the others. A single level
+    # below or above all others is believed wherever it is.
     outer = np.concatenate([padding[[0, -1]].ravel(), padding[:, [0, -1]].ravel()]).mean()
     inner = padding[1:-1, 1:-1].mean()
     others = pixels[~padding]
@@ -451,7 +451,7 @@ def padding_of(stored: np.ndarray, raw: np.ndarray, dataset, notes: list[str]) -
 
 
 def rescaled(raw: np.ndarray, dataset, notes: list[str]) -> np.ndarray:
-    """Stored pixels (H, W) by the Modality LUT or RescaleSlope and RescaleIntercept, float32."""
+    """Stored pixels (H, W) after the Modality LUT, or after slope and intercept, float32."""
     if dataset.get("ModalityLUTSequence"):
         try:
             return apply_modality_lut(raw, dataset).astype(np.float32)
@@ -469,17 +469,17 @@ def rescaled(raw: np.ndarray, dataset, notes: list[str]) -> np.ndarray:
 
 
 def as_seen(levels: np.ndarray, inverse: bool, padding: np.ndarray) -> np.ndarray:
-    """Gray levels (H, W), bone white, the padding as black as the darkest other pixel."""
+    """Gray levels (H, W) with bone white, and the padding as black as the darkest other pixel."""
     levels = levels.max() - levels if inverse else levels.copy()
     levels[padding] = levels[~padding].min()
     return levels
 
 
 def apply_table(levels: np.ndarray, dataset) -> np.ndarray | None:
-    """Levels (H, W) by the first VOI LUT, or None where there is none.
+    """Levels (H, W) after the first VOI LUT, or None if there is none.
 
-    DataError where it cannot be applied. Twice around pydicom 3.0: the index into a table of 8-bit
-    values would wrap at 256, and a level beyond the table's end at 65536."""
+    DataError if it cannot be applied. Two workarounds for pydicom 3.0: the index into a table of
+    8-bit values would wrap at 256, and a level beyond the table's end at 65536."""
     if not dataset.get("VOILUTSequence"):
         return None
     try:
@@ -492,13 +492,13 @@ def apply_table(levels: np.ndarray, dataset) -> np.ndarray | None:
 
 
 def apply_window(levels: np.ndarray, dataset) -> np.ndarray | None:
-    """Levels (H, W) by the first window, float64, or None where there is none.
+    """Levels (H, W) after the first window, float64, or None if there is none.
 
-    DataError where it cannot be applied."""
+    DataError if it cannot be applied."""
     keywords = ("WindowCenter", "WindowWidth")
     if not any(is_filled(dataset, keyword) for keyword in keywords):
         return None
-    # A centre without a width may belong to a width that was lost: better no window at all.
+    # Half a window is not used: the number that was lost may have been any.
     center, width = (number(dataset, keyword) for keyword in keywords)
     if center is None or width is None:
         raise DataError("its centre or width is missing or no number")
@@ -508,8 +508,8 @@ def apply_window(levels: np.ndarray, dataset) -> np.ndarray | None:
     if width < 1 if function == "LINEAR" else width <= 0:
         raise DataError("its width is too small")
 
-    # What pydicom's function asks for, and no more: a negative slope, by now applied, would turn
-    # the image into its negative once more.
+    # Only what pydicom's function needs. With a negative slope, which has been applied already, it
+    # would invert the image once more.
     window = pydicom.Dataset()
     window.WindowCenter, window.WindowWidth, window.VOILUTFunction = center, width, function
     window.PhotometricInterpretation = dataset.PhotometricInterpretation
@@ -521,10 +521,10 @@ def apply_window(levels: np.ndarray, dataset) -> np.ndarray | None:
 
 
 def check_saturation(image: np.ndarray, plain: np.ndarray, padding: np.ndarray) -> None:
-    """DataError where a window leaves most of an image (H, W) uint8 white or black.
+    """DataError if a window leaves most of an image (H, W) uint8 white or black.
 
-    plain: (H, W), its levels without the window."""
-    # The darkest and the brightest pixels would be black and white under any window.
+    plain: (H, W), the levels without the window."""
+    # The darkest and the brightest pixels may be black and white under any window.
     inner = ~padding & (plain > plain.min()) & (plain < plain.max())
     if not inner.any():
         return
@@ -541,19 +541,19 @@ def check_saturation(image: np.ndarray, plain: np.ndarray, padding: np.ndarray) 
 # De-identification.
 
 def coder(salt: Path) -> Callable[[str], str]:
-    """text -> 16 hex digits that tell nothing to anyone without the file `salt`.
+    """A function text -> 16 hex digits, which say nothing to anyone without the file `salt`.
 
-    A plain hash of a PatientID, a number of a few digits, is undone by trying them all. The secret
-    is a file and not a flag, so that no list of processes shows it. It lies beside the data folder,
-    so as not to be handed on with it. It is made where it is missing and has to stay: with another
-    one the same patient is another patient, and a run cannot be continued."""
+    A plain hash of a PatientID, a number of a few digits, is undone by trying all numbers. The
+    secret is a file and not a flag, so that no list of processes shows it. It lies beside the data
+    folder, so that it is not handed on with it. It is made if it is missing, and must be kept: with
+    another secret the same patient becomes another one, and a run cannot be continued."""
     if not salt.exists():
         with open(os.open(salt, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
             file.write(os.urandom(32))
-    if not salt.is_file():                  # a pipe would be waited for without end
+    if not salt.is_file():                  # to read a pipe might never end
         raise DataError(f"--salt {salt} is no file")
     secret = salt.read_bytes()
-    # A full disk may have left the file empty, and a hash without a secret is no secret.
+    # A full disk may have left the file empty, and without a secret the hash can be undone.
     if len(secret) < 16:
         raise DataError(f"{salt} holds no secret: restore it, or delete it where no data folder "
                         "was made with it")
@@ -592,19 +592,19 @@ def dicom_items(args: argparse.Namespace, files: list[str]) -> Source:
     source, code = Source([]), coder(args.salt)
     table = read_label_table(args) if args.labels else None
 
-    # The headers. A file that is not taken has a reason in place of an identity.
+    # The headers. A file that is not taken has a reason instead of an identity.
     identities = in_parallel(
         partial(read_identity, modalities=args.modality, max_megapixels=args.max_megapixels,
                 patient_from=args.patient_from),
         [args.src / file for file in files], args.workers, "headers")
-    # A study is of one person: what one of its images says holds for those that say nothing.
+    # A study is of one person: a PatientID in one of its images is valid for those without.
     person_of = {identity.StudyInstanceUID: identity.PatientID for identity in identities
                  if isinstance(identity, Identity) and identity.PatientID}
-    taken: dict[str, Identity] = {}                     # by the file
+    taken: dict[str, Identity] = {}                     # {file: its identity}
     rejected: dict[str, str] = {}                       # {file: reason}
     views, parts = Counter(), Counter()                 # of the images that are taken
     copies = reject_copies(dict(zip(files, identities, strict=True)), args)
-    source.asked_for |= {COPY, DAMAGED_COPY}            # the image is there
+    source.asked_for |= {COPY, DAMAGED_COPY}            # no image is lost
     for file, identity in zip(files, identities, strict=True):
         if isinstance(identity, str):
             rejected[file] = identity
@@ -639,7 +639,7 @@ def dicom_items(args: argparse.Namespace, files: list[str]) -> Source:
             source.notes.append(f"{what} by the headers: {', '.join(texts)}. --{flag_name} takes "
                                 "some of them.")
 
-    if table and taken:                                 # else check_source says why none is
+    if table and taken:                                 # without any, check_source says why
         label_items(source, args, table, taken, rejected)
     if args.patient_from == "header":
         source.doubts += similar_ids(taken, table if args.key == "PatientID" else None)
@@ -651,8 +651,8 @@ def dicom_items(args: argparse.Namespace, files: list[str]) -> Source:
 
 
 def doubt_folders(source: Source, args: argparse.Namespace) -> None:
-    """Add what the names of folders seem to say of splits, labels and patients, none of which is
-    read."""
+    """Add notes and doubts about folders whose names seem to say splits, labels or patients. They
+    are not read."""
     folders = {PurePosixPath(item.source).parent for item in source.items}
     words = {word for folder in folders for word in folder.parts}
     splits = sorted(word for word in words if split_name(word))
@@ -678,13 +678,13 @@ def doubt_folders(source: Source, args: argparse.Namespace) -> None:
 
 
 def folders_of_groups(items: list[Item]) -> int:
-    """How many names of folders may be classes: those of the first level that tells images apart,
-    below splits, if most hold several patients each and none is a portion such as part1."""
+    """How many names of folders may be classes: those of the first level, below splits, that tells
+    images apart, if most hold several patients each and none is a portion such as part1."""
     parents = [PurePosixPath(item.source).parts[:-1] for item in items]
     level = first_telling(parents, 0)
     if are_splits(names_at(parents, level)):
         level = first_telling(parents, level + 1)
-    patients_of: dict[tuple[str, ...], set[str]] = {}   # by the folder
+    patients_of: dict[tuple[str, ...], set[str]] = {}   # by folder
     for folders, item in zip(parents, items, strict=True):
         if len(folders) > level:
             patients_of.setdefault(folders[:level + 1], set()).add(item.patient)
@@ -704,23 +704,23 @@ def not_asked_for(view: str, part: str, args: argparse.Namespace) -> str:
 
 
 def is_no_radiograph(why: str) -> bool:
-    """Whether a file that is not taken for a reason is none of the images that were asked for."""
+    """Whether a reason to leave a file out means that it is not an image that was asked for."""
     return why == NO_DICOM or why.startswith(("modality ", "not an image", "FOR PROCESSING"))
 
 
 def reject_copies(identities: dict[str, Identity | str],
                   args: argparse.Namespace) -> dict[str, str]:
-    """{file: reason} of the files that are not taken because another has their SOPInstanceUID.
+    """{file: reason} of the files that are not taken because another file has their SOPInstanceUID.
 
-    The first one is taken whose pixels can be read."""
-    files_of: dict[str, list[str]] = {}                 # by the SOPInstanceUID
+    Of such files the first whose pixels can be read is taken."""
+    files_of: dict[str, list[str]] = {}                 # by SOPInstanceUID
     for file, identity in identities.items():
         if isinstance(identity, Identity) and identity.SOPInstanceUID:
             files_of.setdefault(identity.SOPInstanceUID, []).append(file)
     several = [files for files in files_of.values() if len(files) > 1]
     if not several:
         return {}
-    # Only these are decoded here, to see whether they are the same.
+    # Only these files are decoded here, to compare them.
     files = [file for files in several for file in files]
     settings = ImageSettings(stretch=args.stretch and tuple(args.stretch),
                              max_megapixels=args.max_megapixels, masks="masks" in args.allow)
@@ -738,7 +738,7 @@ def reject_copies(identities: dict[str, Identity | str],
 
 
 def pixel_digest(file: Path, settings: ImageSettings) -> bytes:
-    """What tells images apart; b"" where there is none. To be called in a process of a pool."""
+    """A digest of the image; b"" if it cannot be read. Runs in a process of a pool."""
     try:
         image = load_image(file, read_dicom, settings).image
     except DataError:
@@ -747,7 +747,7 @@ def pixel_digest(file: Path, settings: ImageSettings) -> bytes:
 
 
 def read_label_table(args: argparse.Namespace) -> Table:
-    """--labels by its column of keys."""
+    """--labels, its rows named by the column of keys."""
     columns = [*args.label_columns, *args.class_columns]
     if columns:
         columns += filter(None, [args.rater_column, args.split_column or "split"])
@@ -769,16 +769,16 @@ def label_items(source: Source, args: argparse.Namespace, table: Table,
                 taken: dict[str, Identity], rejected: dict[str, str]) -> None:
     """Give each item of the source the labels of its row in the table.
 
-    DataError where no row, or more than one file, is meant by a key."""
+    DataError if no row has the key of a file, or if a name for --key file fits several files."""
     if args.key == "file":
         key_of = keys_by_path(table, list(taken))
     else:
         key_of = {file: getattr(identity, args.key) for file, identity in taken.items()}
-    files_of: dict[str, list[str]] = {}                 # by the key
+    files_of: dict[str, list[str]] = {}                 # by key
     for file, key in key_of.items():
         files_of.setdefault(key, []).append(file)
 
-    # Labels of images that are not there. If that is all of them, the key is the wrong one.
+    # Rows without an image are rejected. If that is all rows, the key is the wrong one.
     found = [key for key in table.rows if key in files_of]
     if not found:
         alike = set(map(patient_key, table.rows)) & set(map(patient_key, files_of))
@@ -791,7 +791,7 @@ def label_items(source: Source, args: argparse.Namespace, table: Table,
     if args.key == "file":
         refuse_namesakes(args, found, files_of, rejected)
 
-    # Without a word of the user a column of words might be one of names.
+    # Unless the user names the column, words might be names of persons.
     columns, split_column = [*args.label_columns, *args.class_columns], args.split_column or "split"
     if columns:
         source.label_names, labels, notes = understand(table, columns, found, label_rules(args))
@@ -822,10 +822,10 @@ def label_items(source: Source, args: argparse.Namespace, table: Table,
 
 def refuse_namesakes(args: argparse.Namespace, found: list[str], files_of: dict[str, list[str]],
                      rejected: dict[str, str]) -> None:
-    """DataError where a row names two files by their name, as IM0001.dcm in every folder is.
+    """DataError if a row's file name fits two files, as IM0001.dcm may be in every folder.
 
-    files_of: those that are taken, by their name. Of the rejected ones those count that may be
-    meant as well: a CT of this name, say, or a damaged file, but no text file."""
+    files_of: the files that are taken, by key. A rejected file counts as well if it may be meant,
+    such as a CT or a damaged file of this name, but not a text file."""
     others = that_end_alike(found, {
         file: plain_name_of(file) for file, why in rejected.items() if why != NO_DICOM})
     for key in sorted(found):
@@ -841,10 +841,10 @@ def refuse_namesakes(args: argparse.Namespace, found: list[str], files_of: dict[
 
 def rows_note(taken: dict[str, Identity], key_of: dict[str, str], found: set[str],
               key: str) -> str:
-    """How many images have no row, and what rows label several images, for DATA.md."""
+    """How many images have no row, and which rows label several images, for DATA.md."""
     without = sum(key_of[file] not in found for file in taken)
     note = f"Images without a row of labels: {without:,}; nothing is mentioned for them."
-    studies_of: dict[str, list[str]] = {}               # of the images of each row
+    studies_of: dict[str, list[str]] = {}               # by row, the studies of its images
     for file, identity in taken.items():
         if key_of[file] in found:
             studies_of.setdefault(key_of[file], []).append(identity.StudyInstanceUID)
@@ -861,7 +861,7 @@ def rows_note(taken: dict[str, Identity], key_of: dict[str, str], found: set[str
 
 
 def say_unnamed(source: Source, taken: dict[str, Identity]) -> None:
-    """Add a note on images without a PatientID, and a doubt where others have one."""
+    """Add a note on images without a PatientID, and a doubt if other images have one."""
     unnamed = [file for file, identity in taken.items() if not identity.PatientID]
     if not unnamed:
         return
@@ -875,14 +875,14 @@ def say_unnamed(source: Source, taken: dict[str, Identity]) -> None:
 
 
 def similar_ids(taken: dict[str, Identity], table: Table | None) -> list[Doubt]:
-    """A doubt where PatientIDs, or those of a table of labels, differ in form only.
+    """A doubt if PatientIDs, or those of a table of labels, differ in form only.
 
-    It names files and rows: an identity is not for a log."""
-    places: dict[str, str] = {}                         # by the PatientID
+    It names files and rows, because an identity must not get into a log."""
+    places: dict[str, str] = {}                         # by PatientID
     for file, identity in taken.items():
         if identity.PatientID:
             places.setdefault(identity.PatientID, file)
-    # Of the table's only those that may be meant for one of the files.
+    # Of the table, only the PatientIDs that may be meant for one of the files.
     if table:
         forms = set(map(patient_key, places))
         for key, row in table.rows.items():
@@ -896,8 +896,8 @@ def similar_ids(taken: dict[str, Identity], table: Table | None) -> list[Doubt]:
 
 
 def keys_by_path(table: Table, files: list[str]) -> dict[str, str]:
-    """The key of --key file of each file: the row's, which may go on before the file's path or
-    begin within it, else its own. DataError where two rows may mean one file."""
+    """{file: its key} for --key file: the row's if one path ends with the other, else its own path.
+    DataError if two rows may mean one file."""
     path_of, key_of = {file: plain_name_of(file) for file in files}, {}
     keys_of = that_end_alike(path_of.values(), {key: key for key in table.rows})
     for file, path in path_of.items():
@@ -910,7 +910,7 @@ def keys_by_path(table: Table, files: list[str]) -> dict[str, str]:
 
 
 def plain_name_of(file: str) -> str:
-    """A path as --key file compares it: with slashes, without the suffix of an image."""
+    """A path in the form that --key file compares: with slashes, without the suffix of an image."""
     path = PurePosixPath(plain_path(file)) if file else PurePosixPath()
     return str(path.with_name(without_suffix(str(path)))) if path.name else ""
 
@@ -923,18 +923,18 @@ def without_suffix(file: str) -> str:
 
 
 def patient_text(identity: Identity, file: str, patient_from: str) -> str:
-    """What tells one patient from another, to be hashed. `file` is relative to --src."""
+    """The text that tells one patient from another, before hashing. file: relative to --src."""
     if patient_from == "folder":
         return f"folder {PurePosixPath(file).parent}"
     if patient_from == "file":
         return f"file {file}"
-    # A study is of one person. Where the PatientID was blanked that is all there is to go by.
+    # A study is of one person. It is all that is left if the PatientID was blanked.
     return identity.PatientID or identity.StudyInstanceUID
 
 
 def patient_note(taken: dict[str, Identity], patient_from: str) -> str:
     """What --patient-from did, for DATA.md."""
-    patients_of: dict[str, set[str]] = {}               # by the PatientID
+    patients_of: dict[str, set[str]] = {}               # by PatientID
     for file, identity in taken.items():
         patient = patient_text(identity, file, patient_from)
         patients_of.setdefault(identity.PatientID, set()).add(patient)

@@ -1,7 +1,7 @@
-"""What cannot be meant: counts and names that are almost always a mistake in the source.
+"""Counts and names that are almost always a mistake in the source.
 
-Each Doubt has a name, and `--allow NAME` is how a user says that it is meant. Splits and constant
-labels are not doubted where there are fewer than three images, which cannot fill three splits;
+Each Doubt has a name, and with `--allow NAME` a user says that it is meant. Empty splits and
+constant labels are not doubted with fewer than three images, which cannot fill three splits;
 prepare.py says so.
 """
 import os
@@ -39,21 +39,21 @@ ALLOW = {
     "odd-classes": "class folders are named images, part1, normal_train and the like, or lie one "
                    "in another"}
 FEW = 3                         # images; fewer are not doubted
-FEW_LOST = 5                    # images; so many may be lost of whatever number
-# Letters of Cyrillic and Greek that look like others.
+FEW_LOST = 5                    # images; this many may always be lost
+# Letters of Cyrillic and Greek that look like Latin ones.
 LOOKALIKES = str.maketrans("авекмнорстухіјѕαβεικνορτυχ", "abekmhopctyxijsabeikvoptux")
-MARKS = r"[\s_/\\|&,;.:()'?-]"     # that make no other label of one
+MARKS = r"[\s_/\\|&,;.:()'?-]"     # these do not make another label
 
 
 class Doubt(NamedTuple):
-    """Something in a source that its user has to say is meant."""
+    """Something in a source that may be a mistake, unless the user says that it is meant."""
     name: str                   # one of ALLOW
     sentence: str
 
 
 def refuse_doubts(doubts: Iterable[Doubt], allowed: list[str]) -> None:
-    """DataError for the doubts whose names are not among the allowed ones."""
-    # All of them at once: a user who mends one after the other waits for each.
+    """DataError for the doubts whose names are not allowed."""
+    # All of them at once: a user who mends one after the other would wait for each.
     open_doubts = [doubt for doubt in doubts if doubt.name not in allowed]
     if open_doubts:
         sentences = "; ".join(doubt.sentence for doubt in open_doubts)
@@ -68,14 +68,13 @@ def allow_flag(flag: Callable) -> None:
 
 
 def many_left_out(images: int, lost: list[tuple[str, str]]) -> list[Doubt]:
-    """A doubt where many images are lost: damaged, say, or in a table only,
-    by another name.
+    """A doubt if many images are lost, for example damaged, or named otherwise in a table.
 
-    images: how many are not. lost: the others, each with the reason."""
+    images: how many are not lost. lost: the others, (file, reason) each."""
     total = images + len(lost)
     if len(lost) <= max(FEW_LOST, total / 10):
         return []
-    # Reasons that differ in numbers only, as in `gray levels 0 to 9 only`, are one.
+    # Reasons that differ only in numbers, as in `gray levels 0 to 9 only`, count as one.
     files_of: dict[str, list[tuple[str, str]]] = {}
     for file, why in lost:
         files_of.setdefault(re.sub(r"\d+", "0", why), []).append((file, why))
@@ -91,10 +90,8 @@ def empty_splits(splits: list[str], patients: int, fractions: dict[str, float],
                  found: int = 0) -> list[Doubt]:
     """Doubts for splits that are empty although nobody asked for that.
 
-    splits: of all images. patients: how many there are. fractions: of val and
-    test, if they are to be carved where the source does not give them; a
-    fraction of 0 asks for an empty split. found: images before some were left
-    out."""
+    splits: of all images. patients: how many there are. fractions: of val and test, if they are to
+    be carved when the source does not give them. found: images before some were left out."""
     counts, doubts = Counter(splits), []
     # A fraction of 0 asks for an empty split, and says so in the command.
     for split in SPLITS if max(found, len(splits)) >= FEW else ():
@@ -108,17 +105,16 @@ def empty_splits(splits: list[str], patients: int, fractions: dict[str, float],
 
 def constant_labels(names: list[str], rows: list[tuple[str, ...]], classes: set[str],
                     found: int = 0) -> list[Doubt]:
-    """Doubts for labels that say the same of every image of which they say
-    anything.
+    """Doubts for labels that say the same about every image for which they say anything.
 
-    rows: the labels of each image. classes: those labels that are names of
-    classes. found: images before some were left out."""
+    rows: the labels of each image. classes: the labels that are classes. found: images before some
+    were left out."""
     doubts = []
     for place, name in enumerate(names) if max(found, len(rows)) >= FEW else ():
-        # A blank cell is no negative: x and blank, or positive and blank, teach nothing.
+        # A blank cell does not mean absent: x and blank, or positive and blank, teach nothing.
         counts = Counter(row[place] for row in rows)
         blank = counts.pop("", 0)
-        # Uncertain is neither: 1 and -1 are often meant for 1 and 0.
+        # Uncertain means neither. But 1 and -1 alone are often meant as 1 and 0.
         uncertain = counts.pop("-1", 0) if len(counts) > 1 else 0
         if len(counts) > 1:
             continue
@@ -137,12 +133,10 @@ def constant_labels(names: list[str], rows: list[tuple[str, ...]], classes: set[
 
 def untrained_classes(names: list[str], classes: set[str], splits: list[str],
                       rows: list[tuple[str, ...]]) -> list[Doubt]:
-    """A doubt for each class that stands in the val or test split of a
-    source, but not in train.
+    """A doubt for each class that a source has in val or test, but not in train.
 
-    classes: those labels that are names of classes. splits: as the source
-    gives them; "" may become train."""
-    places: dict[str, set[str]] = {}                    # the splits in which each class stands
+    classes: the labels that are classes. splits: from the source; "" may become train."""
+    places: dict[str, set[str]] = {}                    # the splits that have each class
     for split, row in zip(splits, rows):
         for name, value in zip(names, row):
             if value == "1" and name in classes:
@@ -155,8 +149,8 @@ def untrained_classes(names: list[str], classes: set[str], splits: list[str],
 
 
 def many_classes(names: list[str], images: int) -> list[Doubt]:
-    """A doubt where there are more class folders than images can teach, or
-    they seem to be of a person each. names: of the classes."""
+    """A doubt if there are more class folders than the images can teach, or if each seems to be of
+    one person. names: of the classes."""
     if seem_persons(names, images):
         return [Doubt("many-classes", f"the {len(names):,} class folders, such as {names[0]}, seem "
                       f"to be of one person each, with {images:,} images in all, which cannot "
@@ -169,8 +163,8 @@ def many_classes(names: list[str], images: int) -> list[Doubt]:
 
 
 def lone_images(classes: Iterable[str]) -> list[Doubt]:
-    """A doubt for a class folder of a single image where others have ten: the
-    image may be a figure of a text. classes: of each image."""
+    """A doubt for a class folder with a single image beside one with ten or more: the image may be
+    a figure from a text. classes: of each image."""
     counts = Counter(classes)
     lone = [name for name, count in sorted(counts.items()) if count == 1 and name]
     if not lone or max(counts.values()) < FEW_OF_A_PERSON:
@@ -181,11 +175,10 @@ def lone_images(classes: Iterable[str]) -> list[Doubt]:
 
 
 def similar_labels(names: list[str]) -> list[Doubt]:
-    """Doubts for labels of the same letters and numbers in the same order:
-    COVID19 and COVID-19, MassNodule and Mass/Nodule. Signs that mean
-    something by themselves, as + does, are left."""
+    """Doubts for labels with the same letters and numbers in the same order: COVID19 and COVID-19,
+    MassNodule and Mass/Nodule. Signs with a meaning of their own, such as +, still count."""
     def letters(name: str) -> str:
-        # Between two digits a mark is no form: 1.5 is not 15, but 1.0 is 1.
+        # Between digits a mark counts: 1.5 is not 15. But 1.0 is 1.
         name = re.sub(r"(\d)\.0+(?!\d)", r"\1", without_accents(name))
         return re.sub(rf"(?<!\d){MARKS}+|{MARKS}+(?!\d)", "", form_key(name)).translate(LOOKALIKES)
 
@@ -197,16 +190,15 @@ def similar_labels(names: list[str]) -> list[Doubt]:
 
 
 def pairs_misspelled(names: list[str]) -> list[tuple[str, str]]:
-    """Pairs of names that may be one: nodule and nodules, Pneumonia and
-    Pnuemonia, Mass and Mass.1, as pandas calls a second column Mass. One word
-    of them may differ."""
+    """Pairs of names that may be one: nodule and nodules, Pneumonia and Pnuemonia, Mass and Mass.1,
+    which pandas calls a second column Mass. Only one word may differ."""
     pairs = []
     groups: dict[tuple[str, ...], list[tuple[str, list[str], list[str]]]] = {}
     for name in names:
         second = re.fullmatch(r"(.+)\.\d+", name)
         if second and second[1] in names:
             pairs.append((second[1], name))
-        # Only those whose words begin alike need to be compared.
+        # Only names whose words begin with the same two letters are compared.
         words = form_key(name).split()
         plain = [plain_word(word) for word in words]
         group = groups.setdefault(tuple(word[:2] for word in plain), [])
@@ -219,9 +211,8 @@ def pairs_misspelled(names: list[str]) -> list[tuple[str, str]]:
 
 
 def are_one_word(one: str, other: str) -> bool:
-    """Whether two words that begin with the same two letters differ by a letter
-    that is missing, another, or in the wrong place, and are long enough for
-    that."""
+    """Whether two words that begin with the same two letters differ by one letter that is missing
+    or another, or by two that are swapped. Short words do not count."""
     short, long = sorted((one, other), key=len)
     if len(short) < 5 or not (one.isalpha() and other.isalpha()):
         return False
@@ -238,16 +229,16 @@ def are_one_word(one: str, other: str) -> bool:
 
 
 def plain_word(word: str) -> str:
-    """A word without the end of an English plural, oedema and haemo- as edema and hemo-."""
+    """A word without an English plural ending; with e for ae and oe, as in edema and hemo-."""
     plural = r"(?<=[sxz])es$|(?<=[cs]h)es$|(?<=[^\W\d_]{2}[^\W\d_siu])s$"
     word = re.sub(plural, "", word)
     return re.sub("[ao]e", "e", word)
 
 
 def similar_patients(patients: Iterable[str]) -> list[Doubt]:
-    """Doubts for patients that may be one, and come into different splits:
-    that differ in form only, or in an examination; and for numbers whose last
-    digits a spreadsheet has left out, so that several patients are one."""
+    """Doubts for patients that may be one and come into different splits: they differ in form only,
+    or by an examination. And for numbers whose last digits a spreadsheet has dropped, so that
+    several patients have become one."""
     names = list(dict.fromkeys(patients))
     doubts = []
     for alike, what, how in ((patients_alike(names), "differ in form only",
@@ -265,9 +256,8 @@ def similar_patients(patients: Iterable[str]) -> list[Doubt]:
 
 
 def large_patients(patients: list[str]) -> list[Doubt]:
-    """A doubt for a patient of a third of all images and five times as many
-    as any other has: a name such as 0 may stand for all that are not known.
-    patients: of all images."""
+    """A doubt for a patient with a third of all images and five times as many as any other: a name
+    such as 0 may stand for all unknown patients. patients: of all images."""
     counts = Counter(patients).most_common(2)
     if len(counts) < 2:
         return []
@@ -280,11 +270,11 @@ def large_patients(patients: list[str]) -> list[Doubt]:
 
 
 def patients_alike(patients: Iterable[str]) -> list[tuple[str, str]]:
-    """Pairs of patients that differ in form only: by patient_key, or in what is
-    between letters or digits, as 12-34-56 and 123456 do, DOE JOHN and DOEJOHN.
+    """Pairs of patients that differ in form only: by patient_key, or in the marks between letters
+    or digits, as 12-34-56 and 123456, or DOE JOHN and DOEJOHN.
 
-    1-12 and 11-2 are two: one of both has to be without marks. Nor is P1-2 taken
-    for P12, which are short."""
+    One of the two must be without marks: 1-12 and 11-2 are two patients. So are short ones such as
+    P1-2 and P12."""
     keys = {name: patient_key(name) for name in patients}
     marked = [name for name in keys if re.search(r"\w[\W_]+\w", name)]
     whole = {keys[name]: name for name in keys.keys() - {*marked}}
@@ -299,21 +289,21 @@ def patients_alike(patients: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def patient_key(patient: str) -> str:
-    """What is equal for 7, 007, 7. and 7.0, for 1000, 1e3, 1,000 and 1 000, for P7,
-    p07 and P 7, for '7, #7 and patient007, for 1/2 and 1-2, Müller and Muller."""
-    # Large numbers as spreadsheets write them; ١ is 1.
+    """Equal for 7, 007, 7. and 7.0; for 1000, 1e3, 1,000 and 1 000; for P7, p07 and P 7; for '7, #7
+    and patient007; for 1/2 and 1-2; for Müller and Muller."""
+    # Large numbers as spreadsheets write them; digits of other scripts, such as ١ for 1.
     if not patient.isascii():
         patient = re.sub(r"\d", lambda digit: str(decimal(digit[0])), patient)
     if re.fullmatch(r"\d+(\.\d+)?e\+?\d{1,3}", patient.casefold()):
         patient = f"{float(patient):.0f}"
     if re.fullmatch(r"\d{1,3}([,.'’\s]\d{3})+", patient) and not re.search(r"\.0+$", patient):
         patient = re.sub(r"\D", "", patient)
-    # Marks and accents, and letters that look like others. DOE^JANE^^ is Doe, Jane.
+    # Marks and accents do not count, lookalike letters are equal. DOE^JANE^^ is Doe, Jane.
     text = small(without_accents(patient)).translate(LOOKALIKES)
     text = "".join(" " if letter != "." and category(letter)[0] in "PS" else letter
                    for letter in text)
     text = form_key(re.sub(r"(?<!\d)\.|\.(?!\d)", " ", text))
-    # A blank between a letter and a number, ".0" as spreadsheets append it, leading zeros.
+    # Nor do a blank between a letter and a number, ".0" from a spreadsheet, and leading zeros.
     text = re.sub(r"(?<=[a-z]) (?=\d)", "", text)
     text = BEFORE_NUMBER.sub("", text)
     if not re.search(r"\d", text):                          # Jane Doe is Doe, Jane
@@ -328,9 +318,8 @@ def without_visit(patient: str) -> str:
 
 
 def pairs_alike(names: Iterable[str], key: Callable[[str], str]) -> list[tuple[str, str]]:
-    """(a name, a later one) for each different name whose key an earlier one
-    has."""
-    first: dict[str, str] = {}          # by the key, the first name that has it
+    """(the first name with the same key, a later one) for each name whose key is not new."""
+    first: dict[str, str] = {}          # the first name with each key
     pairs = []
     for name in dict.fromkeys(names):
         known = first.setdefault(key(name), name)
@@ -340,9 +329,9 @@ def pairs_alike(names: Iterable[str], key: Callable[[str], str]) -> list[tuple[s
 
 
 # --------------------------------------------------------------------------------------------------
-# Names of folders and columns: what they seem to be, and are not used for.
+# Names of folders and columns that seem to mean something for which they are not used.
 
-# Names of folders that hold drawings of radiographs, and names that are no class.
+# Names of folders with drawings of radiographs, and names that are no class.
 DRAWINGS = {"mask", "masks", "segmentation", "segmentations", "annotation",
             "annotations", "contour", "contours", "heatmap", "heatmaps", "overlay",
             "overlays", "groundtruth", "seg", "segs", "annot", "annots", "gt",
@@ -359,9 +348,9 @@ NO_CLASSES = {"image", "images", "img", "imgs", "png", "jpg", "jpeg", "dicom",
               "recyclebin", "lostfound", "trash", "tmp", "temp", "backup", "misc",
               "doc", "docs", "document", "documentation", "figure", "fig", "screenshot",
               "preview", "icon", "logo", "supplement", "readme",
-              # Views, which are no finding.
+              # Views are no findings.
               "pa", "ap", "lateral", "lat", "frontal", "ll", "view", "projection",
-              # What work on them leaves.
+              # Steps of work on the images.
               "error", "failed", "failure", "invalid", "damaged", "broken", "removed", "discard",
               "exclude", "skip", "skipped", "ignore", "ignored", "dup", "check", "result",
               "output", "prediction", "raw", "original", "processed", "preprocessing", "resized",
@@ -370,33 +359,33 @@ NO_CLASSES = {"image", "images", "img", "imgs", "png", "jpg", "jpeg", "dicom",
               "archive", "zip", "sample", "example", "demo", "final", "selected", "copy", "copie",
               "cache", "log", "report", "metadata", "csv", "xml", "json",
               "novapasta", "nieuwemap", "новаяпапка", "新建文件夹", "新しいフォルダー", "새폴더"}
-# Words any of which makes a name none of a class: New folder (2), to_review, Uncertain cases.
+# A name with any of these words is no class: New folder (2), to_review, Uncertain cases.
 NO_CLASS_WORDS = {"folder", "ordner", "dossier", "carpeta", "cartella", "untitled", "reject",
                   "rejects", "rejected", "excluded", "discarded", "deleted", "duplicate",
                   "duplicates", "duplicated", "dups", "review", "recheck", "todo", "unreadable",
                   "unusable", "corrupt", "corrupted", "quality", "preprocessed", "unlabeled",
                   "unlabelled", "unsorted", "uncertain", "unsure"}
-# What makes the class of its own that is left without it another one: A - Copy, A_augmented.
+# If a class is left when these are removed, the folder is a copy of it: A - Copy, A_augmented.
 COPIES = ("copy", "copie", "copia", "kopie", "augmented", "augmentation", "aug", "backup",
           "resized", "cropped", "new", "old")
 COPY_OF = ("copyof", "copiede", "copiade", "kopievon")
-# Stage 1-2 is none of Stage 1, nor SARS-CoV-2 of SARS-CoV.
+# A number that may mark a copy. Stage 1-2 is no copy of Stage 1, nor SARS-CoV-2 of SARS-CoV.
 NUMBERED_FOLDER = re.compile(r"(.+?) ?\(\d\)|(.+) \d|(.*(?:\D|\d\d)(?<!cov))[_-]0?\d")
-PERSONS = {"p", "s", "id", "pt", "pid", "mrn"}          # with a number after them
+PERSONS = {"p", "s", "id", "pt", "pid", "mrn"}          # before a number
 PERSON_WORDS = {"patient", "subject", "subj", "sub", "pat", "pt", "case", "person", "participant"}
-# What the number of a patient may follow without being another one: Patient No. 7.
+# Words before a patient's number that do not make it another patient: Patient No. 7.
 BEFORE_NUMBER = re.compile(
     rf"^(({'|'.join(sorted(PERSON_WORDS | PERSONS - {'p', 's'} | {'no', 'nr'}))}) ?)+(?=\d)")
 # Columns of a table that seem to tell one patient from another, or the splits.
 PATIENT_COLUMN = re.compile(
     r"(patient|subject|person|participant|pat|pt)( ?(id|nr|no|number|key|code))?|pid|mrn")
-# What a column says of a patient, and not who it is.
+# Words for properties of a patient, which do not identify one.
 ATTRIBUTES = {"age", "sex", "gender", "birth", "birthday", "birthdate", "dob",
               "year", "date", "weight", "height", "size", "bmi", "race",
               "ethnicity", "position", "orientation", "view", "type", "class",
               "status", "group", "control", "history", "smoker", "count", "comment",
               "comments", "diagnosis", "label", "outcome", "survival", "location"}
-# Columns that say who somebody is, if their cells repeat; and what a column of numbers may count.
+# Columns that identify somebody if their cells repeat; and columns that may number persons.
 NAME_COLUMN = re.compile(
     r"((full|last|first|family|given|sur|short) ?)?names?|last|first|initials|vorname|nachname"
     r"|nom|prenom|nombre|apellidos?|nome|cognome|id|identifier|identifiant|individual|client|hn"
@@ -410,7 +399,7 @@ VIEW_COLUMN = re.compile(r"(.* )?(view|projection|body ?part|anatomy)( .*)?|fron
 # A number as a spreadsheet shows it in a narrow column: 1.23457E+11.
 SHORTENED = re.compile(r"-?\d([.,]\d{1,4})?E\+(0[5-9]|[1-9]\d)"
                        r"|-?\d[.,]\d{5}E\+(0[6-9]|[1-9]\d)", re.ASCII | re.IGNORECASE)
-# What follows a patient's number in the name of an examination, or of an image.
+# The ending of a patient's number that names an examination or an image.
 VISIT = re.compile(
     r"(?<=\d)([\W_]*(visit|study|exam|examination|scan|image|img|view|series|session|ses|timepoint"
     r"|follow[ _-]?up|day|week|month|year)[\W_]*\d+"
@@ -430,34 +419,32 @@ OTHER_NUMBERS = {"time", "width", "pixel", "pixels", "columns", "rows", "area",
                  "protocol", "procedure", "cpt", "snomed", "modality", "department", "color",
                  "url", "doi", "license", "threshold",
                  "cost"}
-# Cells that number a person or an examination: P001, 20517, a UID, DOE^JANE; no day.
+# Cells that number a person or an examination: P001, 20517, a UID, DOE^JANE; but not a date.
 ID_CELL = re.compile(
     r"(?!(19|20)\d\d[01]\d[0-3]\d$)([a-z]{0,5}[ _-]?\d{5,}|[a-z]{1,7}[ _-]?\d{2,4}"
     r"|[12]\.[\d.]{10,}|[0-9a-f]{8}[0-9a-f-]*|[^\s^]+\^.*)", re.IGNORECASE)
 SPLIT_COLUMN = re.compile(r"(data ?)?(split|subset|partition|set)( ?name)?|phase|usage")
 FOLD_COLUMN = re.compile(r"((cv|k|val|test) ?)?folds?( ?(id|nr|no|number|index))?|cv")
 HELD_OUT = {"holdout", "eval", "evaluation"}
-# Words of which each suits train or test, where both are there.
+# Words that stand for train or test if both kinds are there.
 SPLIT_HINTS = {"derivation": "train", "development": "train", "discovery": "train",
                "internal": "test", "external": "test", "private": "test", "public": "test",
                **dict.fromkeys(HELD_OUT, "test")}
 SPLIT_FLAGS = {"is", "in", "for", "set", "flag", "data", "sample", "used", "use", "split"}
-MOST_OF_A_PATIENT = 20          # images, on average; folders of more are sites or kinds of disease
-MOST_COPIES = 50                # images whose names differ by CHANGED; more are numbered by it
-FEW_OF_A_PERSON = 10            # images, on average; folders of more teach a class
-MANY = 10                       # more folders of one name and a number are no grades of a disease
+MOST_OF_A_PATIENT = 20          # images, on average; folders with more are sites or diseases
+MOST_COPIES = 50                # images that share a name without CHANGED; more are just numbered
+FEW_OF_A_PERSON = 10            # images, on average; folders with more teach a class
+MANY = 10                       # more folders with one name and a number are no grades of a disease
 
 
 def drawings(images: list[str]) -> list[str]:
-    """Those images whose name, or a folder above them, says mask,
-    segmentation or the like.
+    """The images whose name, or a folder above them, says mask, segmentation or the like.
 
-    A folder that holds all images may have such a word among others, as
-    with_annotations does."""
+    A folder that holds all images may have such a word among others, as in with_annotations."""
     shared = os.path.commonprefix([PurePosixPath(image).parts[:-1] for image in images])
 
     def is_drawing(image: str) -> bool:
-        # masks2 is one of masks, but what stands between digits is a random name.
+        # masks2 counts as masks, but letters between digits are part of a random name.
         parts = PurePosixPath(image).with_suffix("").parts[len(shared):]
         words = {word.rstrip("0123456789") for part in parts
                  for word in re.split(r"[\W_]+", NUMBERED_LABEL.sub("", part.casefold()))}
@@ -468,11 +455,11 @@ def drawings(images: list[str]) -> list[str]:
 
 
 def names_without_meaning(classes: list[str]) -> list[str]:
-    """Those names of class folders that name a kind of file, a portion, a
-    person or a day, what was done to files, or, as cells do, nothing.
+    """The names of class folders that are no class: a kind of file, a portion, a person or a day,
+    a step of work on files, or a word for nothing.
 
-    images_001 does, and p017; so do 00017, 2020-01-31, JPCLN001 beside
-    JPCLN002, results_v2, To review, nan and Uncertain."""
+    Such as images_001, p017, 00017, 2020-01-31, JPCLN001 beside JPCLN002, results_v2, To review,
+    nan and Uncertain."""
     letters = {name: letters_of(name) for name in classes}
     known, codes = set(letters.values()), sum(map(bool, map(CODE.fullmatch, classes)))
     forms = set(map(form_key, classes))
@@ -488,13 +475,13 @@ def names_without_meaning(classes: list[str]) -> list[str]:
 
 
 def letters_of(name: str) -> str:
-    """Those of a name, small and without what stands between them."""
+    """The letters of a name, small and joined."""
     return "".join(re.findall(r"[^\W\d_]+", name.casefold()))
 
 
 def says_no_class(name: str) -> bool:
-    """Whether a folder's name says, as a cell does, that nothing is mentioned or
-    certain, or has a word of NO_CLASS_WORDS, or only such as NO_CLASSES."""
+    """Whether a folder's name means, as in a cell, "not mentioned" or "uncertain", or has a word of
+    NO_CLASS_WORDS, or only words of NO_CLASSES."""
     words = [word for word in words_of(name) if len(word) > 1]
     if {value_of(name.replace("_", mark)) for mark in " /_"} & {"", "-1"}:
         return len("".join(words_of(name))) > 1
@@ -504,11 +491,11 @@ def says_no_class(name: str) -> bool:
 
 
 def is_copy(name: str, letters: dict[str, str], known: set[str], forms: set[str]) -> bool:
-    """Whether a folder is a copy of another, as A - Copy, A (1), A 2, A_2,
-    A_CLAHE and Kopie von A are of A.
+    """Whether a folder is a copy of another, as A - Copy, A (1), A 2, A_2, A_CLAHE and Kopie von A
+    are of A.
 
-    letters: of all names, this one among them. known: the same without the
-    names. forms: the form_key of all names."""
+    letters: {name: its letters}, with this name. known: the values of it. forms: the form_key of
+    all names."""
     own = letters[name]
     rests = [*map(own.removesuffix, COPIES), *map(own.removeprefix, COPY_OF)]
     changed = letters_of(without_change(name))
@@ -519,11 +506,10 @@ def is_copy(name: str, letters: dict[str, str], known: set[str], forms: set[str]
 
 
 def seem_persons(names: list[str], images: int) -> bool:
-    """Whether class folders are of a person each: they hold under ten images
-    on average, and fewer than a quarter of the names say a finding, where
-    there are four or more names of three letters at least, or all are of two
-    such words, as Smith_John, or of two by a comma; or a name has the caret
-    of DOE^JANE."""
+    """Whether class folders seem to be of one person each. A name with a caret, as in DOE^JANE, is
+    enough. Else they hold under ten images on average, under a quarter of the names say a finding,
+    and all names have a comma, or a word of three letters or more if there are at least four names,
+    or two such words, as Smith_John."""
     if any("^" in name for name in names):
         return True
     findings = sum(bool(FINDINGS.search(name.casefold())) for name in names)
@@ -536,16 +522,15 @@ def seem_persons(names: list[str], images: int) -> bool:
 
 
 def say_no_finding(names: list[str]) -> bool:
-    """Whether class folders may be of persons or hospitals: no name says a
-    finding, is an answer, as pos is, or is as short as A and 0."""
+    """Whether class folders may be of persons or hospitals: no name says a finding, is an answer
+    such as pos, or has fewer than three letters, such as A."""
     return bool(names) and not any(
         FINDINGS.search(name.casefold()) or value_of(name) or len("".join(words_of(name))) < 3
         for name in names)
 
 
 def is_number_of(name: str, alike: int) -> bool:
-    """Whether a folder's name seems to be the number of a person, an
-    examination or a day.
+    """Whether a folder's name seems to be the number of a person, an examination or a day.
 
     alike: how many folders have the same letters and a number."""
     digits = len(re.findall(r"\d", name))
@@ -553,8 +538,8 @@ def is_number_of(name: str, alike: int) -> bool:
 
 
 def split_in_name(name: str) -> tuple[str, str]:
-    """(what is left of a name, train or val or test) for normal_train,
-    trainA; split "" for others."""
+    """(rest of a name, train, val or test) for names such as normal_train and trainA; else split
+    is ""."""
     text = form_key(name).replace(" ", "")
     for word in sorted(SPLIT_NAMES, key=len, reverse=True):
         if text.startswith(word):
@@ -565,16 +550,16 @@ def split_in_name(name: str) -> tuple[str, str]:
 
 
 def classes_of_splits(names: list[str]) -> tuple[str, str] | None:
-    """Two classes that differ by the name of a split only, as normal_train
-    and normal_test do, or normal and normal_test; or by that among other
-    things, where all classes have one. None where there are none."""
-    first: dict[str, tuple[str, str]] = {}              # by what is left of a name: name, split
+    """Two classes that differ only by a split's name, as normal_train and normal_test, or normal
+    and normal_test. If every class has such a word, they may differ otherwise, too. None if there
+    are no such two."""
+    first: dict[str, tuple[str, str]] = {}              # by the rest of a name: name, split
     found = {name: split_in_name(name) for name in names}
     for name, (rest, split) in found.items():
         other, known = first.setdefault(rest, (name, split))
         if known != split:
             return other, name
-    # By a word of its own: a device and a contest are of no split.
+    # Only whole words count here: "device" and "contest" contain dev and test.
     separate = [name for name in names if SPLIT_NAMES.keys() & set(words_of(name))]
     for name in separate if len(separate) == len(names) else ():
         if found[name][1] != found[names[0]][1]:
@@ -583,11 +568,11 @@ def classes_of_splits(names: list[str]) -> tuple[str, str] | None:
 
 
 def splits_in_names(images: list[str]) -> dict[str, list[str]]:
-    """{train, val or test: the images whose name says it} of files such as
-    train_1.png and 7_test_0_.png.
+    """{train, val or test: the images whose name says it}, for files such as train_1.png and
+    7_test_0_.png.
 
-    By one word of the name alone, which is not in all of the names; by short
-    words, as tr is one, where all names have one."""
+    Exactly one split must be in the name, by a word that is not in all names. Short words such as
+    tr count only if every name has one."""
     words = {image: {split_word(word) for word in words_of(PurePosixPath(image).stem)}
              for image in images}
     shared = set.intersection(*words.values()) if words else set()
@@ -603,8 +588,8 @@ def splits_in_names(images: list[str]) -> dict[str, list[str]]:
 
 
 VIEWS = {"frontal", "lateral", "lat", "pa", "ap", "left", "right"}
-# What programs append to the name of a changed copy, and the view that a name may say. A number
-# beside it may count the changes, or be the picture's own; so may one in brackets at the end.
+# What programs append to the name of a changed copy, or the view that a name gives. A number beside
+# it, also one in brackets at the end, may count the changes or belong to the picture.
 CHANGED = re.compile(
     r"[\W_]*(?<![^\W\d_])(?:(?:aug(?:mented|mentation)?|[hv]?flip(?:ped)?|flip_?(?:lr|ud|[hv])"
     r"|mirror(?:ed)?|rot(?:ate|ated|ation)?|crop(?:ped)?|zoom(?:ed)?|shift(?:ed)?|shear(?:ed)?"
@@ -612,9 +597,9 @@ CHANGED = re.compile(
     r"|equali[sz]ed|enhanced?|enhancement|sharp(?:en|ened)?|denoised|inverted|normali[sz]ed"
     r"|resized?|scaled|transform(?:ed)?|copy)(?:[\W_]*(\d{1,3}))?|rf\.[0-9a-f]{32}"
     r"|" + "|".join(sorted(VIEWS)) + r")(?![^\W_])[)\]]*")
-# Folders beside those of changed copies, TB/original beside TB/augmented.
+# Folders that may be beside those of changed copies: TB/original beside TB/augmented.
 ORIGINALS = {"original", "originals", "orig", "raw", "images", "image", "imgs", "img"}
-NUMBERED_COPY = re.compile(r"\s*\(\d{1,3}\)$")          # x (1), as browsers and Windows write
+NUMBERED_COPY = re.compile(r"\s*\(\d{1,3}\)$")          # x (1), from browsers and Windows
 
 
 def stem_of(image: str) -> str:
@@ -623,8 +608,8 @@ def stem_of(image: str) -> str:
 
 
 def base_of(name: str, known: Collection[str]) -> str:
-    """Which of the known names this one is made from: 7 of 7_hist_eq, as long as
-    7_hist is none; its own where there is none. Numbers alone, as in 7_001, count pictures."""
+    """The known name that this one extends: 7 for 7_hist_eq, if 7_hist is not known; else the name
+    itself. Numbers alone, as in 7_001, count pictures and extend nothing."""
     for mark in [*re.finditer(r"[\s._-]+", name)][::-1]:
         base, suffix = name[:mark.start()], name[mark.end():]
         if base in known and "/" not in suffix and re.search(r"[^\W\d_]", suffix):
@@ -634,8 +619,8 @@ def base_of(name: str, known: Collection[str]) -> str:
 
 @cache
 def without_change(folder: str) -> str:
-    """TB for the name TB_CLAHE, flipped-TB or TBAugmented2, "" for augmented. A
-    view or a side is no change."""
+    """TB for TB_CLAHE, flipped-TB or TBAugmented2; "" for augmented. A view or a side is no
+    change."""
     words = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z]{2})(?=[A-Z][a-z])", "\0", folder)
     rest = re.sub(CHANGED.pattern,
                   lambda found: found[0] if VIEWS & set(words_of(found[0])) else "", words,
@@ -645,8 +630,8 @@ def without_change(folder: str) -> str:
 
 @cache
 def picture_folder(folder: str) -> str:
-    """Where the pictures of a folder's images lie, as far as names of folders
-    tell: TB for TB/augmented, TB/TB_flip and TB/original, a/TB for a_flip/TB."""
+    """The folder of the unchanged pictures, by the names of folders: TB for TB/augmented,
+    TB/TB_flip and TB/original; a/TB for a_flip/TB."""
     kept: list[str] = []
     for part in PurePosixPath(folder).parts:
         rest = without_change(part)
@@ -656,21 +641,20 @@ def picture_folder(folder: str) -> str:
 
 
 def picture_names(images: list[str]) -> dict[str, str]:
-    """{image: the name of its picture} of images that lie together; for most
-    it is the file's own. Without a number no name tells a picture from
-    others: crop_1 and crop_2 may be of two.
+    """{image: the name of its picture}, for images that are together; usually the file's own name.
+    Names without a number are left out, as they tell no pictures apart: crop_1 and crop_2 may be of
+    two.
 
-    A number beside CHANGED counts the changes, or is the picture's own, as
-    the other files tell: aug_2_7 is of 7 or of 2, whichever there is. Where
-    neither is, a rest that is the same behind all numbers tells nothing. A
-    name that goes on behind another one, as base_of says, is of its picture."""
+    A number beside CHANGED counts the changes or names the picture: aug_2_7 is of 7 or of 2,
+    whichever is there. If neither is, the rest of the name counts, unless it is the same beside all
+    numbers. A name that extends another one (base_of) is of the same picture."""
     found = {image: CHANGED.search(stem_of(image)) for image in images}
     plain = {stem_of(image) for image in images if not found[image]}
     rests, numbers = {}, {}
     for image, change in found.items():
         rests[image] = (CHANGED if change else NUMBERED_COPY).sub("", stem_of(image)).strip(" ._-")
         numbers[image] = change[1] or "" if change else ""
-    # Whichever finds more pictures is the better reading of a name that has two.
+    # The better way to read a name with two numbers is the one that finds more pictures.
     both = [image for image in images if numbers[image]]
     ways = sorted((rests, numbers), key=lambda way: -len(plain & {way[image] for image in both}))
     behind = {rests[image] for image in both}
@@ -680,7 +664,7 @@ def picture_names(images: list[str]) -> dict[str, str]:
         rest_tells = found[image] and (len(behind) > 1 or not numbers[image])
         own = rests[image] if rest_tells else stem_of(image)
         names[image] = known[0] if known else own
-    # One name behind which too many go on, as of a cover, does not part other copies.
+    # A name that too many others extend, such as "cover", does not merge them.
     stems = {*names.values(), *map(stem_of, images)}
     bases = {image: base_of(name, stems) for image, name in names.items()}
     often = Counter(bases.values())
@@ -689,9 +673,9 @@ def picture_names(images: list[str]) -> dict[str, str]:
 
 
 def same_pictures(images: list[str]) -> dict[str, str]:
-    """{image: the name that it shares with others}, of images of one folder
-    that seem to be changed copies or further views of one another: x1.png,
-    x1_flip.png and aug_2_x1.png; x1.png, x1.jpg; x1.png, augmented/x1.png."""
+    """{image: the name it shares with others}, for images of one folder that seem to be changed
+    copies or further views of one another: x1.png, x1_flip.png and aug_2_x1.png; x1.png and x1.jpg;
+    x1.png and augmented/x1.png."""
     folders: dict[str, list[str]] = {}
     for image in images:
         folders.setdefault(picture_folder(str(PurePosixPath(image).parent)), []).append(image)
@@ -704,9 +688,8 @@ def same_pictures(images: list[str]) -> dict[str, str]:
 
 
 def copies_of_unknown(images: list[str], pictures: dict[str, str]) -> list[str]:
-    """Those images that by the name of their folder are changed copies of
-    others, and by their own of none that is there: TB/augmented/a.png beside
-    TB/1.png. pictures: of same_pictures."""
+    """The images that are changed copies by the name of their folder, without an original by their
+    own name: TB/augmented/a.png beside TB/1.png. pictures: from same_pictures."""
     folders = {image: str(PurePosixPath(image).parent) for image in images}
     changed = {image for image, folder in folders.items()
                if any(without_change(part) != part for part in PurePosixPath(folder).parts)}
@@ -717,16 +700,15 @@ def copies_of_unknown(images: list[str], pictures: dict[str, str]) -> list[str]:
 
 
 def strayed_copies(images: list[str], places: list[tuple[str, Hashable]]) -> list[str]:
-    """Those images whose names are of changed copies, and of which the
-    picture itself is in another split, as far as splits are given. places:
-    (split or "", class) of each image."""
-    kinds: dict[Hashable, dict[str, str]] = {}          # by the class: the split of each image
+    """The images whose names say that they are changed copies while the picture itself is in
+    another split. places: (split or "", class) of each image."""
+    kinds: dict[Hashable, dict[str, str]] = {}          # by class: the split of each image
     for image, (split, kind) in zip(images, places):
         if split:
             kinds.setdefault(kind, {})[image] = split
     strayed = []
     for split_of in kinds.values():
-        found: dict[str, dict[str, list[str]]] = {}     # by the name, by the split
+        found: dict[str, dict[str, list[str]]] = {}     # by name, by split
         for image, name in picture_names([*split_of]).items():
             found.setdefault(name, {}).setdefault(split_of[image], []).append(image)
         for name, by_split in found.items():
@@ -736,10 +718,9 @@ def strayed_copies(images: list[str], places: list[tuple[str, Hashable]]) -> lis
 
 
 def persons_in_names(images: Iterable[str]) -> str:
-    """The name of a file that seems to be one of several of a person, as
-    person1_virus_2.jpeg, TB_patient1_2.png or 00000013_005.png; "" where
-    there is none."""
-    first: dict[str, str] = {}      # by all up to the person's number, a file's name
+    """The name of a file that seems to be one of several of a person, such as person1_virus_2.jpeg,
+    TB_patient1_2.png or 00000013_005.png; "" if there is none."""
+    first: dict[str, str] = {}      # by the name up to the person's number: a file's name
     for image in images:
         name = PurePosixPath(image).stem
         found = re.search(r"^\d{5,8}[_-]|(?<![^\W_])(patient|person|subject|pat|pt|case)"
@@ -750,12 +731,11 @@ def persons_in_names(images: Iterable[str]) -> str:
 
 
 def parts_of_persons(patients: Iterable[str]) -> str:
-    """A patient that seems to be one of several parts of a person, as patient1_1,
-    101-1, 101.1 and 101a do where there are patient1_2, 101-2, 101.2 or 101b; ""
-    where there is none."""
+    """A patient that seems to be one of several parts of a person: patient1_1, 101-1, 101.1 or 101a
+    beside patient1_2, 101-2, 101.2 or 101b. "" if there is none."""
     names = list(dict.fromkeys(patients))
     person = persons_in_names(names)
-    # Letters alone are an examination's where no name is a pseudonym, such as 3fa8c1b.
+    # A letter alone may stand for an examination if no name is a pseudonym such as 3fa8c1b.
     letters = all(re.fullmatch(r"([a-z]{0,7}[ _-]?)\d+[ _-]?[a-z]?", name.casefold())
                   for name in names)
     last = re.compile(rf"([a-z]{{0,7}}[ _-]?\d+)({'[a-f]|' if letters else ''}[ ._-][0-9a-f])")
@@ -765,16 +745,15 @@ def parts_of_persons(patients: Iterable[str]) -> str:
 
 
 def words_of(name: str) -> list[str]:
-    """The words of a name in small letters: of patient_hash, MRN-anon,
-    PatientName, trainA."""
+    """The words of a name in small letters, for names such as patient_hash, MRN-anon, PatientName
+    or trainA."""
     words = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name))
     return [word.casefold() for word in words]
 
 
 def may_name_patients(column: str) -> bool:
-    """Whether a column's name has a word for a patient in it, and none for
-    what a patient has: PatientName, id_patient, Case ID and MRN_anon do,
-    Patient Age does not."""
+    """Whether a column's name has a word for a patient and none for a property: PatientName,
+    id_patient, Case ID and MRN_anon do, Patient Age does not."""
     words = words_of(column)
     words += [word.removeprefix("patient") for word in words]
     return not ATTRIBUTES & set(words) and any(
@@ -787,9 +766,8 @@ def may_name_patients(column: str) -> bool:
 def seem_patients(name: str, cells: list[str]) -> bool:
     """Whether a column of a table seems to tell one patient from another.
 
-    By its name; or by its name and as its cells repeat, fewer than there are
-    images and yet many; or as they do, and are numbers of persons by their
-    form. cells: those that are not blank."""
+    The name alone may be enough. Else the cells must repeat, and yet be many; then a less certain
+    name is enough, or cells that look like numbers of persons. cells: those that are not blank."""
     if PATIENT_COLUMN.fullmatch(form_key(name)):
         return True
     if not 2 <= len(set(cells)) < len(cells) <= 50 * len(set(cells)):
@@ -798,7 +776,7 @@ def seem_patients(name: str, cells: list[str]) -> bool:
         return True
     words = " ".join(words_of(without_accents(name)))
     if NAME_COLUMN.fullmatch(words):
-        # A column called Name may be of classes.
+        # A column "Name" may hold classes.
         return not any(FINDINGS.search(cell.casefold()) for cell in set(cells))
     of_persons = not (ATTRIBUTES | OTHER_NUMBERS) & set(words_of(name))
     named = NUMBER_COLUMN.fullmatch(words) and not STUDY_COLUMN.fullmatch(words)
@@ -807,8 +785,7 @@ def seem_patients(name: str, cells: list[str]) -> bool:
 
 
 def seem_studies(name: str, cells: list[str]) -> bool:
-    """Whether a column of a table seems to tell one examination from another,
-    of a few images each.
+    """Whether a column of a table seems to tell examinations of a few images each apart.
 
     cells: those that are not blank."""
     few = 2 <= len(set(cells)) < len(cells) <= MOST_OF_A_PATIENT * len(set(cells))
@@ -816,22 +793,20 @@ def seem_studies(name: str, cells: list[str]) -> bool:
 
 
 def seem_views(name: str, cells: list[str]) -> bool:
-    """Whether a column of a table says which part of the body an image shows,
-    or from where, and not the same of all of them. cells: those that are not
-    blank."""
+    """Whether a column of a table says which part of the body an image shows, or from where, and
+    not the same for all images. cells: those that are not blank."""
     return 2 <= len(set(cells)) <= MANY and bool(VIEW_COLUMN.fullmatch(" ".join(words_of(name))))
 
 
 def seem_splits(name: str, cells: list[str]) -> bool:
-    """Whether a column of a table seems to name train, val and test, or to
-    number them.
+    """Whether a column of a table seems to name train, val and test, or to number them.
 
-    By two of these words; by one, where its name says so as well; by 0 and 1
-    where it is called is_train or the like; by anything where it is called
-    fold. cells: those that are not blank."""
+    The cells hold two of these words, or one if the column's name says split; or 0 and 1 if it is
+    called is_train or the like; or few different values if it is called fold, or few numbers or
+    letters if its name says split. cells: those that are not blank."""
     said = SPLIT_COLUMN.fullmatch(form_key(name))
     different = set(cells)
-    # A cell of another word, such as extra, is refused once the column is used.
+    # A cell with another word, such as extra, is an error later, when the column is used.
     splits = {split_name(cell) or next(
         (SPLIT_HINTS[word] for word in words_of(cell) if word in SPLIT_HINTS), "")
         for cell in different}
@@ -848,12 +823,11 @@ def seem_splits(name: str, cells: list[str]) -> bool:
 
 
 def folders_of_persons(images: list[str], levels: list[str], by_word: bool = False) -> str:
-    """A folder of several images below those that `levels` tell of, whose
-    name is a person's by its form, or its place; "" where there is none. It
-    may be of one level only, as NORMAL/p17.
+    """A folder of several images, just below those of `levels`, that seems to be one person's by
+    its name, or by its place (small_folders); "" if there is none.
 
-    by_word: only those of a few images that have a word such as patient, or
-    p, and a number."""
+    by_word: only a name with a number and a word such as patient, or p, counts, and only if folders
+    hold few images."""
     inner: dict[str, set[str]] = {}         # name of the folder: names of its siblings
     counts: Counter[str] = Counter()
     for image in images:
@@ -876,13 +850,13 @@ def folders_of_persons(images: list[str], levels: list[str], by_word: bool = Fal
 
 
 def small_folders(images: list[str], levels: list[str]) -> str:
-    """A folder below the classes that is one patient's by its place: each
-    folder of that level lies in one class only, and they hold a few images
-    each; "" where there is none."""
+    """A folder below the classes that seems to be one patient's by its place; "" if there is none.
+
+    Each folder name of its level is in one class only, and the folders hold a few images each."""
     deepest = max((len(PurePosixPath(image).parts) - 1 for image in images), default=0)
     for depth in range(len(levels), deepest) if "class" in levels else ():
         counts: Counter[str] = Counter()
-        classes: dict[str, set[str]] = {}           # that a name lies in
+        classes: dict[str, set[str]] = {}           # the classes that each name is in
         for image in images:
             folders = PurePosixPath(image).parts[:-1]
             if len(folders) > depth:
@@ -891,7 +865,7 @@ def small_folders(images: list[str], levels: list[str]) -> str:
                     form_key(place_of(image, levels).class_name))
         own = all(len(names) == 1 for names in classes.values())
         few = counts.total() <= MOST_OF_A_PATIENT * len(counts)
-        # Names of findings are kinds of a class: non/Atelectasis.
+        # Findings are kinds of a class: non/Atelectasis.
         findings = sum(bool(FINDINGS.search(name)) for name in classes)
         few = few and 4 * findings < len(classes)
         if own and few and len(counts) > 2 and max(counts.values()) > 1:
@@ -900,15 +874,14 @@ def small_folders(images: list[str], levels: list[str]) -> str:
 
 
 def repeated_below(images: list[str], levels: list[str]) -> tuple[str, str, str] | None:
-    """A folder's name that is found below two classes, and these two; None
-    where there is none.
+    """A folder's name that is found below two classes, and these two; None if there is none.
 
-    siteA/NORMAL and siteB/NORMAL: the classes may be the inner folders."""
+    In siteA/NORMAL and siteB/NORMAL, the inner folders may be the classes."""
     if levels[-1:] != ["class"]:
         return None
-    # Folders for images and for drawings lie below each class, and are no classes.
+    # Below each class there may be folders for images and for drawings, which are no classes.
     level = len(levels) - 1
-    first: dict[str, tuple[str, str]] = {}          # inner name: key and name of the folder above
+    first: dict[str, tuple[str, str]] = {}          # by inner name: key, name of the folder above
     for image in images:
         folders = PurePosixPath(image).parts[:-1]
         if len(folders) > level + 1:

@@ -1,7 +1,7 @@
 """The source `folder`: images in folders of classes, a table of them, or both.
 
-What folders say is written in layout.py, what the cells of a table say in tables.py, and what
-cannot be meant in doubts.py.
+layout.py says what folders mean, tables.py what the cells of a table mean, and doubts.py what looks
+like a mistake.
 """
 import argparse
 import os
@@ -48,8 +48,7 @@ def folder_flags(flag: Callable) -> None:
 
 
 def condition(text: str) -> str:
-    """A --where as it was given. ValueError, as argparse wants it, for what
-    is none."""
+    """A --where, unchanged. ValueError, which argparse expects, if it is not valid."""
     column, _, values = text.partition("=")
     if not column or not values:
         raise ValueError(text)
@@ -57,15 +56,14 @@ def condition(text: str) -> str:
 
 
 def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
-    """Images in folders, a table of them, or both. Where they disagree, the
-    table wins."""
+    """Images in folders, a table of them, or both. If the two disagree, the table wins."""
     source, excluded = Source([]), excluder(args.exclude)
     images = [file for file in files
               if file.lower().endswith(EXTENSIONS) and not excluded(file)]
     others = Counter("excluded" if excluded(file) else suffix_of(file)
                      for file in set(files) - set(images))
 
-    # What the table says: of which images, of which patients, in which splits.
+    # The table says which images there are, their patients and their splits.
     patients, splits, table, key_of = {}, {}, None, {}
     if args.csv:
         table = read_image_table(args)
@@ -78,13 +76,13 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
             column = table.column(column)
             cells |= {file: column[key] for file, key in key_of.items() if column}
 
-    # What the folders say, as far as the table is silent.
+    # The folders say what the table does not.
     levels = find_layout(images) if args.layout is None else levels_of(args.layout)
     if splits:
         doubt_other_splits(source, splits, levels)
         levels = ["*" if level == "split" else level for level in levels]
     columns = [*args.label_columns, *args.class_columns]
-    named = levels                  # as the folders' names say, whether that is used or not
+    named = levels                  # what the folders' names say, even if it is not used
     if columns:
         levels = ["*" if level == "class" else level for level in levels]
     places = {file: place_of(file, levels) for file in images}
@@ -102,7 +100,7 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
     if table:
         doubt_unused_columns(source, args, table, levels, list(key_of.values()))
     for folder, count in outside_splits(images, levels).items():
-        # A folder that has the split folders in it cannot be excluded.
+        # A folder that contains the split folders cannot be excluded.
         beside = len(PurePosixPath(folder).parts) > levels.index("split")
         ask = f"rename it, or --exclude {text_of(folder)}" if beside else "move them into one"
         source.doubts.append(Doubt(
@@ -124,7 +122,7 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
         labels = class_folders(source, {file: place for file, place in places.items()
                                         if splits[file] is not None})
 
-    # One item an image. Where x.png lies beside x.jpg both keep their suffix, as x.png.jpg.
+    # One item per image. If x.png lies beside x.jpg, both keep their suffix, as x.png.jpg.
     sharing = Counter(map(jpeg_path, images))
     pictures = {} if patients else same_pictures(images)
     for file in images:
@@ -136,7 +134,7 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
             continue
         path = jpeg_path(file if sharing[jpeg_path(file)] == 1 else file + ".jpg")
         patient = patients.get(file, path)
-        if file in pictures:        # in one split, unless the source gives them several
+        if file in pictures:        # copies stay together, unless the source splits them
             patient = pictures[file] + (f" {split}" if split else "")
         if args.patients_per_split and split:
             patient = f"{split}-{patient}"
@@ -160,8 +158,7 @@ def folder_items(args: argparse.Namespace, files: list[str]) -> Source:
 # What the table says.
 
 def read_image_table(args: argparse.Namespace) -> Table:
-    """--csv by its column of paths, with the columns that the other flags
-    name."""
+    """--csv, its rows named by the column of paths, with the columns that other flags name."""
     labels = [*args.label_columns, *args.class_columns]
     columns = [args.patient_column, args.split_column, *labels,
                *(text.partition("=")[0] for text in args.where)]
@@ -177,15 +174,13 @@ def read_image_table(args: argparse.Namespace) -> Table:
 
 
 def rows_of_files(table: Table, images: list[str], src: Path, source: Source) -> dict[str, str]:
-    """{file: its key in the table} of those images that the table names.
+    """{file: its key in the table} for the images that the table names.
 
-    A row names a file by its path below --src, under any name that links give
-    it, and if it is the only one also in other case or blanks. Where no row does, all
-    rows are taken to end like their file's path, or to go on before it, and
-    then the same without suffixes; that is noted. What is only in one of the
-    two is rejected. DataError where two rows name one file or two files have
-    the name of one row."""
-    # By the path, or by what differs from it in case or blanks only, where that is one file.
+    A row names a file by its path below --src, under any name that links give it; case and blanks
+    may differ if only one file fits. If no row does so, paths count as equal if one ends with the
+    other, and if that finds nothing either, the same without suffixes; a note says so. What is in
+    only one of the two is rejected. DataError if two rows name one file, or one row two files."""
+    # By the path, or else by a path that differs only in case or blanks, if one file alone has it.
     by_path = unique(images, plain_path)
     file_of = {key: by_path[key] for key in table.rows if key in by_path}
     alike = Counter(map(loose_path, by_path))
@@ -194,7 +189,7 @@ def rows_of_files(table: Table, images: list[str], src: Path, source: Source) ->
     for key in table.rows:
         if key not in file_of and loose_path(key) in by_form:
             file_of[key] = by_form[loose_path(key)]
-    # By another name of the same file: below a link, find_files has only one of the two.
+    # By another name of the same file: if links give it several, find_files has only one of them.
     missing = [key for key in table.rows
                if key not in file_of and os.path.exists(src / key)]
     if missing:
@@ -205,7 +200,7 @@ def rows_of_files(table: Table, images: list[str], src: Path, source: Source) ->
 
     refuse_mixed_names(table, images, file_of)
 
-    # By the name alone, if no row was found at all. A path beside it must not contradict.
+    # By the end of the path, if no row was found at all. Folders, where given, must agree.
     for way, plain in (("name", str), ("name without suffix", without_suffix)):
         if file_of:
             break
@@ -222,7 +217,7 @@ def rows_of_files(table: Table, images: list[str], src: Path, source: Source) ->
         if file_of:
             source.notes.append(f"The rows of {table.file.name} name files by their {way}.")
 
-    # No file twice, and none in silence.
+    # No file may be named twice, and none is left out silently.
     key_of: dict[str, str] = {}
     for key, file in file_of.items():
         if key_of.setdefault(file, key) != key:
@@ -230,7 +225,7 @@ def rows_of_files(table: Table, images: list[str], src: Path, source: Source) ->
             raise DataError(f"{table.file}, rows {one} and {other}: both name {file}")
     source.rejected += [(key, f"named in {table.file.name}, missing on disk")
                         for key in table.rows if key not in file_of]
-    # The table may be of a part of the images; then all its rows are found.
+    # The table may cover only a part of the images. Then all its rows are found.
     other, missed = f"not in {table.file.name}", len(file_of) < len(table.rows)
     source.asked_for |= set() if missed else {other}
     source.rejected += [(file, other) for file in images if file not in key_of]
@@ -238,11 +233,9 @@ def rows_of_files(table: Table, images: list[str], src: Path, source: Source) ->
 
 
 def refuse_mixed_names(table: Table, images: list[str], file_of: dict[str, str]) -> None:
-    """DataError where a row names a file that is not there, and one of its
-    name has no row.
+    """DataError if a row names a file that is not there while a file of the same name has no row.
 
-    file_of: the rows that were found by their path. Where there are none,
-    names are as good."""
+    file_of: the rows that were found by their path. If there are none, names are good enough."""
     found = set(file_of.values())
     path_of = {key: loose_path(key) for key in table.rows if file_of and key not in file_of}
     files_of = that_end_alike(path_of.values(), {
@@ -257,20 +250,19 @@ def refuse_mixed_names(table: Table, images: list[str], file_of: dict[str, str])
 
 
 def loose_path(path: str) -> str:
-    """What is the same for paths that look alike: each run of blanks of any kind is one, and the
-    rest as `small` has it."""
+    """A path as `small` writes it, with each run of blanks as one: equal for paths that look
+    alike."""
     return " ".join(small(path).split())
 
 
 def take_where(table: Table, key_of: dict[str, str], conditions: list[str],
                source: Source) -> None:
-    """Keep only the rows that meet every condition, and reject the files that
-    have none left."""
+    """Keep only the rows that meet every condition, and reject files without any such row."""
     for text in conditions:         # COLUMN=VALUE,VALUE
         column, _, values = text.partition("=")
         values = [value.strip() for value in values.split(",")]
         place = table.columns.index(column)
-        # A row that is missing on disk is no loss if --where would not have taken it.
+        # A row whose file is missing is no loss if --where would not take the row.
         source.rejected = [
             (key, why) for key, why in source.rejected if key not in table.rows
             or any(row.cells[place] in values for row in table.all_rows(key))]
@@ -289,11 +281,9 @@ def take_where(table: Table, key_of: dict[str, str], conditions: list[str],
 
 def doubt_unused_columns(source: Source, args: argparse.Namespace, table: Table,
                          levels: list[str], keys: list[str]) -> None:
-    """Add doubts for columns that seem to name patients or splits, where none
-    is used for that.
+    """Add doubts for columns that seem to name patients or splits, if no column is used for that.
 
-    keys: the rows of the images. Columns are judged by their cells in
-    these."""
+    keys: the rows of the images. Only their cells are looked at."""
     used = {args.path_column, *args.label_columns, *args.class_columns, args.rater_column,
             *(text.partition("=")[0] for text in args.where)}
     names = [name for name in table.header if name and name not in used]
@@ -307,7 +297,7 @@ def doubt_unused_columns(source: Source, args: argparse.Namespace, table: Table,
         counts = [f"{cell} ({count:,})" for cell, count in Counter(columns[name]).most_common(8)]
         source.notes.append(f"Column {name} is not used and holds {', '.join(counts)}: --where "
                             f"{name}=VALUE,VALUE takes some of them.")
-    # A column that is called so by chance, of another patient in each row, is none.
+    # A column "patient" with another value in each row has this name by chance, and is none.
     patients = table.column(args.patient_column)
     by_chance = args.patient_column == "patient" and len(set(patients.values())) == len(patients)
     if (not patients or by_chance) and "patient" not in levels:
@@ -326,8 +316,9 @@ def doubt_unused_columns(source: Source, args: argparse.Namespace, table: Table,
 # What the folders say.
 
 def doubt_other_splits(source: Source, splits: dict[str, str], levels: list[str]) -> None:
-    """Add a doubt for files whose folder says another split than the table:
-    {file: its cell}."""
+    """Add a doubt for files whose folder says another split than the table.
+
+    splits: {file: its cell in the table}."""
     others = [file for file, cell in splits.items()
               if split_name(cell) and place_of(file, levels).split not in ("", None)
               and place_of(file, levels).split != split_name(cell)]
@@ -339,15 +330,15 @@ def doubt_other_splits(source: Source, splits: dict[str, str], levels: list[str]
 
 
 def doubt_folders(source: Source, images: list[str], levels: list[str], guessed: bool) -> None:
-    """Add the doubts that names of folders raise to the source."""
-    # A mask would teach the network outlines, and its label would be right all the same.
+    """Add the doubts that names of folders raise."""
+    # A network would learn the outlines of masks, and their labels would look right.
     masks = drawings(images)
     if masks:
         source.doubts.append(Doubt(
             "masks", f"{len(masks):,} of the images, such as {text_of(masks[0])}, seem to be masks "
             "or other drawings: --exclude, followed by the name of their folder or by '*_mask*', "
             "leaves them out"))
-    # A user who says what the levels are has looked at them.
+    # A user who gives the layout has looked at the folders.
     if not guessed:
         return
     slashes = [file for file in images if "\\" in file]
@@ -364,7 +355,7 @@ def doubt_folders(source: Source, images: list[str], levels: list[str], guessed:
     odd = names_without_meaning(sorted({*classes}))
     twice = repeated_below(images, levels)
     if odd:
-        own = next(PurePosixPath(file).parts[levels.index("class")]         # images.zip of images
+        own = next(PurePosixPath(file).parts[levels.index("class")]         # images.zip for images
                    for file, name in zip(images, classes) if name == odd[0])
         source.doubts.append(Doubt(
             "odd-classes", f"the folder {text_of(own)} does not look like a class: --exclude "
@@ -377,11 +368,10 @@ def doubt_folders(source: Source, images: list[str], levels: list[str], guessed:
 
 def doubt_unknown_patients(source: Source, images: list[str], levels: list[str],
                            labelled: bool) -> None:
-    """Add a doubt for folders that seem to be patients, where every image
-    would be one.
+    """Add a doubt for folders that seem to be patients while every image would count as one.
 
-    labelled: the labels come from a table, and what would be class folders
-    may be patients."""
+    labelled: whether the labels come from a table, so that folders taken for classes may be
+    patients."""
     folder = folders_of_persons(images, levels)
     if labelled and "class" in levels:
         above = levels[:levels.index("class")]
@@ -396,8 +386,8 @@ def doubt_unknown_patients(source: Source, images: list[str], levels: list[str],
 
 
 def doubt_splits_in_names(source: Source, images: list[str]) -> None:
-    """Say that names of files name splits, of images that have none, and
-    doubt it where two splits are named."""
+    """Note that names of files seem to name splits, which are not used; if two splits are named,
+    doubt it."""
     found = splits_in_names(images)
     count = sum(map(len, found.values()))
     says = (f"{count:,} names of files, such as "
@@ -413,8 +403,8 @@ def doubt_splits_in_names(source: Source, images: list[str]) -> None:
 
 def reject_unread(source: Source, files: list[str], places: dict[str, Place], levels: list[str],
                   excluded: Callable[[str], bool]) -> None:
-    """Reject pictures of kinds that are not read: they are lost, unless the same folder has an
-    image of their name. Doubt it where they are all that a class has. places: of the images."""
+    """Reject pictures in formats that are not read, unless the same folder has an image with that
+    name. Doubt it if a class has no other pictures. places: {image: its Place}."""
     stems = {os.path.splitext(image)[0] for image in places}
     lost = {file: place_of(file, levels) for file in files if unread_suffix(file)
             and file[:-len(unread_suffix(file))] not in stems and not excluded(file)}
@@ -433,18 +423,15 @@ def reject_unread(source: Source, files: list[str], places: dict[str, Place], le
 
 
 def suffix_of(file: str) -> str:
-    """The suffix of a file, in words if it has none: the last part of
-    1.2.840.17 is none."""
+    """The suffix of a file, or "without suffix". The last part of 1.2.840.17 is no suffix."""
     suffix = PurePosixPath(file).suffix
     return "without suffix" if not suffix or suffix[1:].isdigit() else suffix
 
 
 def class_folders(source: Source, places: dict[str, Place]) -> dict[str, tuple[str, ...]]:
-    """The labels of each file by the class folder it lies in; their names go
-    to the source.
+    """{file: its labels}, by the class folder it lies in. The labels' names go to the source.
 
-    Folders that differ in form only, as train/NORMAL and test/Normal do, are
-    one class."""
+    Folders that differ only in form, such as train/NORMAL and test/Normal, are one class."""
     names = {file: text_of(place.class_name) for file, place in places.items()}
     counts = Counter((name, name) for name in names.values() if name)
     spelling = spellings(counts)
@@ -475,16 +462,15 @@ def class_folders(source: Source, places: dict[str, Place]) -> dict[str, tuple[s
 
 
 def one_hot(word: str, words: list[str]) -> tuple[str, ...]:
-    """Present for the word, absent for all others; all open where there is no
-    word."""
+    """"1" for the word and "0" for all others; all "" if there is no word."""
     if not word:
         return ("",) * len(words)
     return tuple("1" if word == other else "0" for other in words)
 
 
 def say_no_patients(source: Source, images: list[str], pictures: dict[str, str]) -> None:
-    """Add notes for images of which no patient is known, and a doubt for
-    copies in folders of their own. pictures: those of same_pictures."""
+    """Add notes on images without known patients, and a doubt for copies in folders of their own.
+    pictures: from same_pictures."""
     source.notes.append("No patient is known: every image counts as a patient of its own.")
     if pictures:
         first, count = min(pictures.values()), len(set(pictures.values()))
@@ -492,7 +478,7 @@ def say_no_patients(source: Source, images: list[str], pictures: dict[str, str])
         source.notes.append(
             f"By their names {len(pictures):,} images, such as {one} and {other}, are changed "
             f"copies or views of one another: they count as {count:,} patients.")
-    # val and test are carved from these, unless both are given.
+    # The splits from which val and test are carved; "" alone if the source gives both.
     given = {item.split for item in source.items}
     carved = {"", "train"} if not {"val", "test"} <= given else {""}
     copies = copies_of_unknown(

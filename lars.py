@@ -1,6 +1,6 @@
-"""Optimizers and their learning rate; LARS, the published one, as a dozen launches on a GPU."""
+"""Optimizers and their learning rate; LARS, which the SimCLR paper uses, in a dozen launches."""
 # pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportArgumentType=false
-# The type stubs of PyTorch do not know its operations on lists of tensors, torch._foreach_*.
+# PyTorch's type stubs lack its operations on lists of tensors, torch._foreach_*.
 import math
 
 import torch
@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 def make_optimizer(net: nn.Module, name: str, lr: float,
                    weight_decay: float) -> torch.optim.Optimizer:
-    """`lars`, `adam` or `adamw` over a network's parameters, without decay of biases and of batch
-    norm."""
+    """`lars`, `adam` or `adamw` over a network's parameters. Biases and batch norm do not decay."""
     weights = [p for p in net.parameters() if p.ndim > 1]
-    biases = [p for p in net.parameters() if p.ndim <= 1]  # and batch norm
+    biases = [p for p in net.parameters() if p.ndim <= 1]  # and batch norm's parameters
     groups = [dict(params=weights, weight_decay=weight_decay),
               dict(params=biases, weight_decay=0.0)]
     if name == "lars":
@@ -32,25 +31,25 @@ def warmup_and_cosine(step: int, total_steps: int, warmup_steps: float, peak: fl
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017) with momentum, as SimCLR uses it.
 
-    A weight's step is scaled by trust |w| / |g|, so that layers learn at the same
-    relative pace however large the batch. Biases and batch norm, which are
-    one-dimensional, get neither that nor weight decay."""
+    A weight's step is scaled by trust |w| / |g|, so that all layers learn at the same relative pace
+    for any batch size. Biases and batch norm, which are one-dimensional, get neither this scale nor
+    weight decay."""
 
     def __init__(self, parameters, lr: float, weight_decay: float = 0.0, momentum: float = 0.9,
                  trust: float = 0.001):
         super().__init__(parameters, dict(
             lr=lr, weight_decay=weight_decay, momentum=momentum, trust=trust))
 
-    # Tells PyTorch's GradScaler that a step unscales its gradients and skips itself where one of
-    # them overflowed. Left to the scaler, the host would wait in every step to know.
+    # Tells PyTorch's GradScaler that a step unscales its gradients itself, and skips itself if one
+    # of them overflowed. If the scaler did so, the host would wait for the GPU in every step.
     _step_supports_amp_scaling = True
     grad_scale: Tensor  # these two exist only while the scaler makes a step
-    found_inf: Tensor   # 1 where the step is to be skipped
+    found_inf: Tensor   # 1 if the step is to be skipped
 
     @torch.no_grad()
     def step(self):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One step of all parameters, by operations on lists of tensors: on a GPU
-        that is a dozen launches instead of six for each parameter."""
+        """One step of all parameters, by operations on lists of tensors: a dozen launches on a GPU
+        instead of six for each parameter."""
         for group in self.param_groups:
             trained = [p for p in group["params"] if p.grad is not None]
             for p in trained:
@@ -71,7 +70,7 @@ class LARS(torch.optim.Optimizer):
             [p.grad for p in weights], weights, alpha=group["weight_decay"])
         weight_norms = torch.stack(torch._foreach_norm(weights))
         gradient_norms = torch.stack(torch._foreach_norm(gradients))
-        # A weight or gradient of zero has no proportion: its gradient stays as it is.
+        # If the weight or the gradient is zero, the ratio means nothing, and the gradient stays.
         scales = torch.where((weight_norms > 0) & (gradient_norms > 0),
                              group["trust"] * weight_norms / gradient_norms, 1.0)
         torch._foreach_mul_(gradients, list(scales.unbind()))
@@ -81,7 +80,7 @@ class LARS(torch.optim.Optimizer):
         momenta = [self.state[p]["momentum_buffer"] for p in parameters]
         decay, lr = group["momentum"], group["lr"]
         if hasattr(self, "found_inf"):
-            # A step to be skipped leaves momenta and parameters as they are.
+            # A skipped step leaves momenta and parameters as they are.
             skip = self.found_inf > 0
             decay, lr = torch.where(skip, 1.0, decay), torch.where(skip, 0.0, lr)
             gradients = [torch.where(skip, 0.0, gradient) for gradient in gradients]

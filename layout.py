@@ -1,4 +1,4 @@
-"""What the folders above an image say of it: its split, its class, its patient.
+"""What the folders above an image say about it: its split, its class, its patient.
 
 A layout is written as a path of words, one for each level of folders from --src down:
 
@@ -8,9 +8,9 @@ A layout is written as a path of words, one for each level of folders from --src
     class/patient       NORMAL/p17/1.png
     none                no folder says anything
 
-`*` is a level that says nothing. find_layout recognises the layout by the folders'
-names: a folder that holds all images says nothing, as what is the same for all of them
-teaches nothing. Where the names can be read in two ways it refuses to guess.
+`*` is a level that says nothing. find_layout recognises the layout by the folders' names: a folder
+that holds all images says nothing, as it tells no image from another. If the names can be read in
+two ways, it refuses to guess.
 """
 import fnmatch
 import glob
@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from common import DataError
 
-SPLIT_NAMES = {             # names of folders and cells of tables -> the manifest's
+SPLIT_NAMES = {             # names of folders, and cells of tables -> the manifest's
     "train": "train", "training": "train",
     "val": "val", "valid": "val", "validate": "val", "validation": "val", "dev": "val",
     "test": "test", "tests": "test", "testing": "test",
@@ -31,7 +31,7 @@ SPLIT_NAMES = {             # names of folders and cells of tables -> the manife
     "apprentissage": "train", "addestramento": "train",
     "validacion": "val", "validacao": "val", "validierung": "val", "validazione": "val",
     "prueba": "test", "pruebas": "test", "teste": "test"}
-# Short ones may as well be classes: folders are called so where all of their level are splits.
+# Short names may also be classes: they are splits only if all folders of their level are.
 SHORT_SPLITS = {"tr": "train", "trn": "train", "va": "val", "te": "test", "ts": "test",
                 "tst": "test"}
 PACKED = re.compile(r"(\.tar)?\.(zip|tar|gz|tgz|bz2|xz|rar|7z)$", re.IGNORECASE)    # NORMAL.zip/
@@ -39,24 +39,22 @@ LEVELS = ("split", "class", "patient", "*")
 
 
 class Place(NamedTuple):
-    """What the folders around a file say of it."""
-    split: str | None           # "" where no level is split; None for a file beside those folders
-    class_name: str             # without .zip; "" for a file that is in no class folder
-    patient: str                # "" where no level is patient
+    """What the folders above a file say about it."""
+    split: str | None           # "" if no level is split; None for a file beside the split folders
+    class_name: str             # without .zip; "" if the file is in no class folder
+    patient: str                # "" if no level is patient
 
 
 def split_name(name: str) -> str:
-    """train, val or test, whichever a folder's or a cell's name says; "" if it says none.
+    """train, val or test, as the name of a folder or a cell says; "" if it says none of them.
 
-    Case, digits, punctuation and a word such as "set" after it do not matter."""
+    Case, digits, punctuation and a word such as "set" at the end do not matter."""
     word = split_word(name)
     return SPLIT_NAMES.get(word) or SHORT_SPLITS.get(word, "")
 
 
 def split_word(name: str) -> str:
-    """What split_name looks up: `train` for train_set, trainset or Train images.
-
-    Letters count without their accents."""
+    """The key for split_name: `train` for train_set, trainset or Train images; without accents."""
     name = PACKED.sub("", name)
     words = re.sub(r"[\W\d_]+", " ", without_accents(name.casefold())).split()
     if len(words) > 1 and words[-1] in ("set", "data", "split", "images"):
@@ -65,12 +63,12 @@ def split_word(name: str) -> str:
 
 
 def without_accents(text: str) -> str:
-    """Validacion for Validación: letters without the signs above and below them."""
+    """Letters without the signs above and below them: Validacion for Validación."""
     return re.sub(r"[\u0300-\u036f]", "", unicodedata.normalize("NFKD", text))
 
 
 def layout_text(text: str) -> str:
-    """A --layout as it was given. ValueError, as argparse wants it, for what is none."""
+    """A --layout, unchanged. ValueError, which argparse expects, if it is not valid."""
     levels = levels_of(text)
     names = [level for level in levels if level != "*"]
     if not set(levels) <= set(LEVELS) or len(set(names)) < len(names):
@@ -87,21 +85,21 @@ def levels_of(text: str) -> list[str]:
 
 
 def find_layout(images: list[str]) -> list[str]:
-    """The levels of the folders above these images. DataError where they can mean two things."""
+    """The levels of the folders above these images. DataError if they are ambiguous."""
     parents = [PurePosixPath(image).parts[:-1] for image in images]
     start = first_telling(parents, 0)
     levels = ["*"] * start
     if not names_at(parents, start):
         return levels
 
-    # train, val and test at the top, the classes below; any other folder beside them is left out.
+    # Splits at the top, classes below them. Any other folder beside the splits is left out.
     if are_splits(names_at(parents, start)):
         inside = [folders for folders in parents if split_name("".join(folders[start:start + 1]))]
         below = first_telling(inside, start + 1)
         levels += ["split", *["*"] * (below - start - 1)]
         return [*levels, "class"] if names_at(inside, below) else levels
 
-    # train, val and test inside each class, or nowhere.
+    # Splits inside each class, or none at all.
     depths = {depth for depth in range(start + 1, max(map(len, parents)))
               if are_splits(names_at(parents, depth))}
     if not depths:
@@ -121,7 +119,7 @@ def find_layout(images: list[str]) -> list[str]:
 def first_telling(parents: list[tuple[str, ...]], level: int) -> int:
     """The first level from `level` on that tells images apart, or that is a split.
 
-    A single folder that holds all images is passed through."""
+    A single folder that holds all images is skipped."""
     while True:
         names = names_at(parents, level)
         if len(names) != 1 or any(len(folders) <= level for folders in parents):
@@ -132,7 +130,8 @@ def first_telling(parents: list[tuple[str, ...]], level: int) -> int:
 
 
 def are_splits(names: set[str]) -> bool:
-    """Whether folders of one level are splits: any by a full name, or all by short ones."""
+    """Whether folders of one level are splits: one has a full name, or all have short names, which
+    stand for train and another split."""
     splits = {split_name(name) for name in names}
     by_full_name = any(split_word(name) in SPLIT_NAMES for name in names)
     return by_full_name or len(splits) > 1 and "train" in splits and "" not in splits
@@ -144,7 +143,7 @@ def names_at(parents: list[tuple[str, ...]], level: int) -> set[str]:
 
 
 def place_of(image: str, levels: list[str]) -> Place:
-    """What the folders above an image say where the levels mean this."""
+    """What the folders above an image say, if the levels mean this."""
     folders = PurePosixPath(image).parts[:-1]
     at = dict(zip(levels, folders))
     split = "" if "split" not in levels else split_name(at.get("split", "")) or None
@@ -152,8 +151,8 @@ def place_of(image: str, levels: list[str]) -> Place:
 
 
 def outside_splits(images: list[str], levels: list[str]) -> dict[str, int]:
-    """{folder beside the split folders, or above them, as a path: how many images of no split
-    lie in it}."""
+    """{folder: how many images in it are in no split}, for folders beside the split folders or
+    above them, as paths."""
     counts: dict[str, int] = {}
     if "split" not in levels:
         return counts
@@ -167,10 +166,10 @@ def outside_splits(images: list[str], levels: list[str]) -> dict[str, int]:
 
 
 def excluder(patterns: list[str]) -> Callable[[str], bool]:
-    """Whether a file is below a folder, or has a name, that one of the patterns matches.
+    """A function excluded(file): whether a pattern matches the file, or a folder above it.
 
-    A pattern is the name of a file or folder at any depth, or a path from --src down. One that is
-    the name, letter by letter, matches it, whatever its wildcards would mean."""
+    A pattern is the name of a file or folder at any depth, or a path below --src. A name that is
+    equal to a pattern matches, whatever its wildcards would mean."""
     plain = [unicodedata.normalize("NFC", pattern) for pattern in patterns]
 
     def excluded(file: str) -> bool:
@@ -182,8 +181,8 @@ def excluder(patterns: list[str]) -> Callable[[str], bool]:
 
 
 def pattern_below(src: Path, pattern: str) -> str:
-    """A pattern as `excluder` takes it: without ./ and a last slash, and without --src where it is
-    a path that begins with that, as the shell completes it, and is not there below --src."""
+    """A pattern as `excluder` takes it: without ./ and a last slash. If it is a path that begins
+    with --src, as the shell completes it, and is not found below --src, then without --src, too."""
     plain = os.path.normpath(pattern)
     there = "/" not in plain or glob.glob(plain, root_dir=src) or (src / plain).exists()
     if there and not os.path.isabs(plain):

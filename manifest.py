@@ -18,7 +18,7 @@ import numpy as np
 
 from archive import Archive, check_against_folder, open_archive, sizes_on_disk
 from common import DataError
-from manifest_csv import read_table
+from manifest_csv import manifest_table
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def read_manifest(folder: str | Path, use_tar: bool = True, check_files: bool = 
         raise DataError(f"{folder} is not a data folder: {file} is missing "
                         "(`python prepare.py nih --src DIR --out DIR`, or another source, makes "
                         "one; --data names another; `python pretrain.py --demo` brings its own)")
-    table = read_table(file, folder)
+    table = manifest_table(file, folder)
     path_bytes, sizes = as_bytes(table.paths), None
     archive = open_archive(file.parent, table.paths, path_bytes) if use_tar else None
     if archive:

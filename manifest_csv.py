@@ -1,5 +1,4 @@
-"""manifest.csv, read in two ways: by arrays in seconds where nothing is wrong, or row by row.
-"""
+"""manifest.csv, read in two ways: with arrays, in seconds, if nothing is unusual; or row by row."""
 import csv
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -10,7 +9,7 @@ from common import DataError, open_text
 
 SPLITS = ("train", "val", "test")
 FIRST_COLUMNS = ["path", "patient", "split"]
-OPTIONAL_COLUMNS = ["study", "view"]    # they follow in this order, each or none, before the labels
+OPTIONAL_COLUMNS = ["study", "view"]    # each may be missing; in this order, before the labels
 LABEL_VALUES = {
     "1": 1.0, "1.0": 1.0,
     "0": 0.0, "0.0": 0.0,
@@ -20,7 +19,7 @@ LABEL_VALUES = {
 
 
 class Table(NamedTuple):
-    """The columns of a manifest.csv; a Manifest explains them."""
+    """The columns of a manifest.csv; see Manifest."""
     paths: list[str]
     patients: np.ndarray
     splits: np.ndarray
@@ -31,22 +30,22 @@ class Table(NamedTuple):
 
 
 def optional_columns(header: list[str]) -> list[str]:
-    """Which of the optional columns stand in their place after the first three."""
+    """The optional columns that follow the first three, each in its place."""
     choices = OPTIONAL_COLUMNS, OPTIONAL_COLUMNS[:1], OPTIONAL_COLUMNS[1:]
     return next((found for found in choices if header[3:3 + len(found)] == found), [])
 
 
-def read_table(file: Path, folder: str | Path) -> Table:
-    """The fast way gives nothing where anything is unusual. The slow one reads that, too, or says
+def manifest_table(file: Path, folder: str | Path) -> Table:
+    """The fast way returns None if anything is unusual. Then the slow one reads the file, or says
     which row and column is wrong."""
     return table_at_once(file) or table_by_rows(file, folder)
 
 
 def table_at_once(file: Path) -> Table | None:
-    """A million rows in three seconds; None where anything may be wrong, or is out of the ordinary.
+    """A million rows in three seconds; None if anything is unusual or may be wrong.
 
-    A text without quotes or carriage returns is a table where every line has as many
-    commas as the first one. All of them are found in one array."""
+    A text without quotes or carriage returns is a table if every line has as many commas as the
+    first one. All commas are found in one array."""
     try:
         with open_text(file) as f:
             text = f.read().replace("\r\n", "\n").removesuffix("\n") + "\n"
@@ -62,7 +61,7 @@ def table_at_once(file: Path) -> Table | None:
             or len(set(names)) < len(names) or not all(names) or max(map(len, lines)) > 10**5:
         return None
 
-    # The places of all commas and line ends, (rows, columns): where each cell ends.
+    # The positions of all commas and line ends, (rows, columns): where each cell ends.
     characters = np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
     ends = np.flatnonzero((characters == ord(",")) | (characters == ord("\n")))
     if len(ends) != len(lines) * len(names):
@@ -71,7 +70,7 @@ def table_at_once(file: Path) -> Table | None:
     if (characters[ends[:, -1]] != ord("\n")).any():
         return None
 
-    # The columns of text, and what has to hold of them.
+    # The columns of text, and what must be true of them.
     # A list of lists would keep Python's garbage collector busy for seconds.
     paths, patients, splits, *texts = (
         [line.split(",", column + 1)[column] for line in lines[1:]]
@@ -84,7 +83,7 @@ def table_at_once(file: Path) -> Table | None:
             and list(map(split_of.get, patients)) == splits):
         return None
 
-    # The labels, column by column: what stands between two commas is one of LABEL_VALUES.
+    # The labels, column by column: each cell must be one of LABEL_VALUES.
     labels = np.full((len(paths), len(names) - first_label), np.nan, np.float32)
     for column in range(first_label, len(names)):
         starts = ends[1:, column - 1] + 1
@@ -106,7 +105,7 @@ def table_at_once(file: Path) -> Table | None:
 
 
 def table_by_rows(file: Path, folder: str | Path) -> Table:
-    """The same for every CSV file; DataError names the first row and column that is wrong."""
+    """The same for any CSV file; DataError names the first row and column that is wrong."""
     header, rows = _read_rows(file)
     optional = optional_columns(header)
     first_label = 3 + len(optional)
@@ -148,7 +147,7 @@ def _read_rows(file: Path) -> tuple[list[str], list[list[str]]]:
     try:
         with open_text(file) as f:
             header, *rows = [*csv.reader(f, strict=True)] or [[]]
-    except (ValueError, csv.Error) as error:        # no text, an open quote
+    except (ValueError, csv.Error) as error:        # not UTF-8, or an open quote
         raise DataError(f"{file} is empty or not a CSV file ({error})") from None
     if not header and not any(rows):
         raise DataError(f"{file} is empty")

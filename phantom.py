@@ -1,8 +1,8 @@
 """Synthetic chest radiographs with a known truth.
 
-Each is made of a patient's anatomy, the day's findings, an x-ray beam and a film. They are the
-built-in demo's data (`prepare.py demo`). What differs most between two images is the pose and
-the exposure, which the views of contrastive learning undo; what is left is mostly the findings.
+Each is computed from a patient's anatomy, the day's findings, an x-ray beam and a film. They are
+the data of the built-in demo (`prepare.py demo`). Two images differ most in pose and exposure,
+which the views of contrastive learning undo; what remains is mostly the findings.
 """
 import math
 from typing import Any
@@ -16,15 +16,15 @@ def stream(seed, patient, page=0):
     """Random numbers for one purpose.
 
     Page 0 is a patient's anatomy, 1 + 2i the findings of image i, 2 + 2i its pose and exposure.
-    Each page is the same whichever others were drawn."""
+    A page does not depend on which others were drawn."""
     philox = np.random.Philox(key=[seed, patient], counter=[0, 0, 0, page])
     return np.random.Generator(philox)
 
 
 def inside(distance, soft=0.012):
-    """1 inside (distance > 0), 0 outside, and a linear edge: the penumbra of the beam.
+    """1 inside (distance > 0), 0 outside, with a linear edge, the penumbra of the beam.
 
-    distance, soft: to the edge and the edge's width, in thorax widths."""
+    distance: to the edge; soft: the edge's width; both in thorax widths."""
     return np.clip(distance / soft + 0.5, 0, 1)
 
 
@@ -36,12 +36,12 @@ def dome(radius2):
 
 
 def patient_anatomy(seed, patient) -> dict[str, Any]:
-    """What stays with a patient. Lengths are in thorax widths (about 30 cm), tilt in degrees.
+    """What stays the same for a patient. Lengths in thorax widths (about 30 cm), tilt in degrees.
 
     Returns a dict of floats and `prone`, 4 booleans: the findings this patient is subject to."""
     rng = stream(seed, patient)
     return dict(
-        # Half of the days on which a finding could be there, it is: prevalence 0.22.
+        # A finding that a patient is prone to is there on half of the days: prevalence 0.22.
         prone=rng.random(4) < 0.45,
         height=rng.uniform(0.76, 0.82),         # lung apex to the widest level of the cage
         base=rng.uniform(0.36, 0.40),           # v of the costophrenic angles
@@ -56,7 +56,7 @@ def patient_anatomy(seed, patient) -> dict[str, Any]:
 
 
 def findings(seed, patient, image):
-    """What is to be seen in an image: 4 booleans as in FINDINGS.
+    """What an image shows: 4 booleans as in FINDINGS.
 
     Findings come and go between a patient's images."""
     today = stream(seed, patient, 1 + 2 * image).random(4) < 0.5
@@ -66,8 +66,8 @@ def findings(seed, patient, image):
 def phantom(seed, patient, image, size=256, found=None):
     """One frontal radiograph: (size, size) uint8, bright where the beam was stopped.
 
-    `found`, 4 booleans, shows other findings than its own: their places are drawn whether they are
-    shown or not, and nothing else in the image changes."""
+    `found`, 4 booleans, shows other findings than the image's own. Nothing else in the image
+    changes, because the places of all findings are drawn, shown or not."""
     anatomy = patient_anatomy(seed, patient)
     rng = stream(seed, patient, 2 + 2 * image)
     u, v = pose(rng, size)
@@ -80,7 +80,7 @@ def pose(rng, size):
     """How the patient stands before the detector: where each pixel lies in the patient's frame.
 
     u, v, both (size, size): u runs to the image's right (the patient's left), v down, both in
-    thorax widths from the middle of the thorax. Pixels are looked up there, none is resampled."""
+    thorax widths from the middle of the thorax. Pixels are computed there; none is resampled."""
     width = rng.uniform(0.55, 0.95)             # of the thorax, in image sides
     turn = math.radians(rng.uniform(-25, 25))
     centres = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
@@ -93,15 +93,15 @@ def pose(rng, size):
 
 
 def matter(anatomy, rng, u, v, found):
-    """What stands in the beam's way at each point (u, v) of the chest.
+    """How much matter the beam meets at each point (u, v) of the chest.
 
     The torso, wider than the cage, with shoulders and a neck, less the air in the lungs, plus
-    fluid and bones. Everything that could be found takes its random numbers, found or not."""
+    fluid and bones. Every possible finding draws its random numbers, present or not."""
     cardiomegaly, opacity, effusion, widened = found
     side = np.abs(u)
 
-    # Thorax: an egg, at its widest from v = 0.2 down, round at the apices. Lungs fill it down to
-    # the diaphragm's domes, of which the liver lifts the right one.
+    # Thorax: an egg, widest from v = 0.2 down, round at the apices. The lungs fill it down to the
+    # domes of the diaphragm; the liver lifts the right one.
     above = np.minimum(v - 0.2, 0) / anatomy["height"]
     cage = 0.5 * dome(above ** 2) ** 1.2 + 1e-3
     depth = dome((side / cage) ** 2)
@@ -133,7 +133,7 @@ def matter(anatomy, rng, u, v, found):
     # Hila: the vessels' roots in either lung.
     air *= 1 - 0.3 * np.exp(-((side - 0.13) / 0.06) ** 2 - ((v + 0.03) / 0.1) ** 2)
 
-    # Lung opacity: a few soft puffs about one place in a lung.
+    # Lung opacity: a few soft puffs around one place in a lung.
     at_u = rng.choice([-1, 1]) * rng.uniform(0.2, 0.36)
     at_v = rng.uniform(-0.25, 0.15)
     reach = 0.6 * rng.uniform(0.08, 0.15)
@@ -145,16 +145,16 @@ def matter(anatomy, rng, u, v, found):
             puffs = puffs + np.exp(-distance2 / (2 * reach ** 2))
         air *= 0.15 + 0.85 * np.exp(-1.5 * puffs)
 
-    # Pleural effusion: fluid above the diaphragm; its surface, a meniscus, climbs the chest wall
-    # and blunts the angle. It is on both sides, or more often on one.
+    # Pleural effusion: fluid above the diaphragm. Its surface, a meniscus, climbs the chest wall
+    # and blunts the angle. It is on one side, or less often on both.
     level = base - anatomy["dome"] - rng.uniform(0.02, 0.26)
     climb = rng.uniform(0.1, 0.18) * (side / cage) ** 4
     wet = u * rng.choice([-1, 1]) > rng.choice([-1, 0, 0])
     fluid = effusion * lungs * wet * inside(v - level + climb, 0.04)
     air *= 1 - fluid
 
-    # Bones: ribs fall away from the spine; at the rim, where the beam runs
-    # along them, they are densest.
+    # Bones: ribs slope down from the spine. They are densest at the rim, where the beam runs along
+    # them.
     turns = (v - 0.9 * side ** 2) / anatomy["rib_gap"] + anatomy["rib_phase"]
     ribs = np.cos(2 * np.pi * turns)
     ribs = np.clip(ribs + 0.2, 0, 1) * inside(cage + 0.03 - side) * inside(0.45 - v, 0.1)
@@ -162,28 +162,28 @@ def matter(anatomy, rng, u, v, found):
     clavicles = inside(0.016 - np.abs(v + 0.42 - 0.2 * side), 0.02)
     clavicles = clavicles * inside(0.2 - np.abs(side - 0.25), 0.04)
 
-    # All of it together.
+    # The sum.
     levels, widths = [-0.75, -0.62, -0.5, -0.3, 0.1], [0.17, 0.2, 0.6, 0.68, 0.6]
     torso = np.interp(v, levels, widths).astype(np.float32)     # half its width at each level
     flesh = 1.5 * anatomy["habitus"] * dome((side / torso) ** 2) ** 0.7
     total = flesh - 1.15 * air
-    total += 0.15 * fluid               # water stops more than the abdomen's fat and bowel
+    total += 0.15 * fluid               # water stops more than fat and bowel
     bones = anatomy["bone"] * (1.2 - 0.7 * depth) * ribs + 0.25 * spine + 0.3 * clavicles
     total += bones
     return total
 
 
 def film(rng, total):
-    """Matter in the beam's way, (H, W) -> the image, (H, W) uint8."""
-    # Beam: the photons that come through (Beer and Lambert), a little scatter, and noise
-    # as the root of their number.
+    """(H, W) of matter in the beam's way -> the image, (H, W) uint8."""
+    # Beam: the photons that come through (Beer and Lambert), a little scatter, and noise that grows
+    # with the square root of their number.
     photons = np.exp(-1.8 * total) + 0.01
     grain = rng.uniform(0.005, 0.02)
     noise = rng.standard_normal(total.shape, dtype=np.float32)
     photons += grain * np.sqrt(photons) * noise
 
-    # Film: it darkens with the logarithm of the photons, by how much and from where is up
-    # to the exposure and the film.
+    # Film: it darkens with the logarithm of the photons. Exposure and film decide from where and
+    # how fast.
     brightness = rng.uniform(0.45, 0.75)
     contrast = rng.uniform(0.12, 0.26)
     gray = brightness - contrast * (np.log(np.maximum(photons, 1e-3)) + 1.7)

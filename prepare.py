@@ -10,14 +10,14 @@
     python prepare.py verify   data/nih                             # decode all of it once more
 
 A source says which image becomes which row of the manifest: patient, split and labels (sources.py,
-folders.py, dicom.py). From there on all sources are alike. What was understood is printed first:
-the layout, the counts of each label in each split, some rows. What cannot be meant is refused,
-unless --allow names it (doubts.py). Then a pool of processes decodes every image once and makes it
-an 8-bit gray JPEG whose shorter side is --size (radiograph.py). What cannot be decoded, or has no
-sure label, is left out and listed in rejected.csv with the reason. manifest.csv is written last: a
-folder that has one is complete. An interrupted run is continued by the same command, which makes an
-image again where its file has another name, size or time than the one that it was made of
-(sources.csv); --overwrite starts over.
+folders.py, dicom.py). From there on all sources are treated alike. First, what was understood is
+printed: the layout, the counts of each label in each split, some rows. Doubtful input is refused,
+unless --allow names the doubt (doubts.py). Then a pool of processes decodes every image once and
+makes it an 8-bit gray JPEG whose shorter side is --size (radiograph.py). An image that cannot be
+decoded, or has no sure label, is left out and listed in rejected.csv with the reason. manifest.csv
+is written last: a folder that has one is complete. The same command continues an interrupted run.
+It makes an image again if the file it was made of (sources.csv) has changed its name, size or time;
+--overwrite starts over.
 """
 import argparse
 import csv
@@ -68,13 +68,13 @@ from tables import CELL_WORDS, form_key, plain_cell, read_table
 
 @dataclass(frozen=True)
 class SourceKind:
-    """What the command line and the pool of processes need to know of a source."""
+    """What the command line and the pool of processes need to know about a source."""
     help: str
     items: Callable[[argparse.Namespace, list[str]], Source]
     read: Reader                                        # makes an image of what Item.source names
-    src_help: str = ""                                  # of --src; "": the source reads no files
-    flags: Callable[[Callable], None] | None = None     # declares those that it alone has
-    carves_test: bool = True                            # where the source gives no test split
+    src_help: str = ""                                  # help of --src; "": reads no files
+    flags: Callable[[Callable], None] | None = None     # declares the flags of this source alone
+    carves_test: bool = True                            # False: the source has its own test split
 
 
 SOURCES = {
@@ -109,11 +109,10 @@ SOURCES = {
 def assign_splits(source: Source, args: argparse.Namespace) -> None:
     """Fill in the splits that the source does not give, by patient; those it gives stay.
 
-    A missing test or val split is carved from the patients in train or in none. They are ordered by
-    a hash, so that in a folder that grows nearly all stay where they were. DataError for a patient
-    in two given splits: what is learned from one image would be tested on another of the same
-    chest."""
-    # The splits that the source gives; a patient without one may go to any.
+    A missing test or val split is carved from the patients in train or in no split. They are
+    ordered by a hash, so that nearly all patients keep their split when the folder grows. DataError
+    for a patient in two given splits: a network would be tested on a chest that it learned from."""
+    # The splits that the source gives. A patient without one may go to any.
     first = {}                                  # item of each patient
     for item in source.items:
         other = first.setdefault(item.patient, item)
@@ -132,7 +131,7 @@ def assign_splits(source: Source, args: argparse.Namespace) -> None:
         source.notes.append("Images to which the source gives no split, though it gives one to "
                             f"others: {without:,}; they count as train.")
 
-    # The missing ones, each from what the one before it left.
+    # The missing splits: first test, then val from the remaining patients.
     pool = [patient for patient, split in split_of.items() if split == "train"]
     pool.sort(key=lambda patient: hashlib.sha256(f"{args.seed} {patient}".encode()).digest())
     total = len(pool)
@@ -153,30 +152,30 @@ def assign_splits(source: Source, args: argparse.Namespace) -> None:
 # --------------------------------------------------------------------------------------------------
 # Images: read, finished and written by a pool of processes.
 
-# Bytes of a file's name: file systems take 255, of which `.tmp` is needed while it is written.
+# Bytes of a file's name: file systems take 255, and `.tmp` is appended while it is written.
 LONGEST_NAME = 251
-# Of which file each image was made, in --out: a run that goes on must not take it for another's.
+# In --out: the file that each image was made of. A continued run compares it with the file there.
 RECORD = "sources.csv"
-# Labels that say that there is none.
+# Labels that say that there is no finding.
 NO_FINDING = re.compile(r"no (finding|abnormality|disease)s?|normal|healthy|negative")
-# Begins a line of a JPEG's comment that says what was decided about the image.
+# In a JPEG's comment, the start of a line that says what was decided about the image.
 NOTE = "prepare.py: "
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """From where to where, and how, the images of a run are converted."""
+    """How the images of a run are converted, from where and to where."""
     read: Reader
-    src: Path                       # above Item.source
-    out: Path                       # above Item.path
+    src: Path                       # the folder that Item.source is below
+    out: Path                       # the folder that Item.path is below
     settings: ImageSettings
 
 
 def convert(item: Item, conversion: Conversion) -> str:
-    """Read one item and write its JPEG; "" or the reason why there is none.
+    """Read one item and write its JPEG; returns "", or the reason why there is none.
 
-    What its reader had to decide becomes the JPEG's comment: there a run that is continued finds
-    it. OSError where --out cannot be written: that ends the run."""
+    What the reader had to decide becomes the JPEG's comment, where a continued run finds it.
+    OSError if --out cannot be written: that ends the run."""
     target = conversion.out / item.path
     if len(os.fsencode(target.name)) > LONGEST_NAME:
         return f"its name would be longer than {LONGEST_NAME} bytes"
@@ -185,8 +184,8 @@ def convert(item: Item, conversion: Conversion) -> str:
             conversion.src / item.source, conversion.read, conversion.settings)
     except DataError as error:
         return str(error)
-    image.info.clear()              # or Pillow copies the source's comment and resolution
-    jpeg = io.BytesIO()             # whole in memory before the first byte is written to disk
+    image.info.clear()              # else Pillow copies the source's comment and resolution
+    jpeg = io.BytesIO()             # complete before the first byte is written to disk
     comment = {"comment": "".join(f"{NOTE}{note}\n" for note in notes)} if notes else {}
     image.save(jpeg, "JPEG", quality=conversion.settings.quality, **comment)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -196,13 +195,13 @@ def convert(item: Item, conversion: Conversion) -> str:
 
 
 class Written(NamedTuple):
-    """What an image that convert wrote says of itself."""
+    """What look_back finds in an image that convert wrote."""
     notes: list[str]                # what was decided about it
-    digest: bytes                   # the same for the same picture
+    digest: bytes                   # the same for identical files
 
 
 def look_back(file: Path) -> Written:
-    """Read an image that convert wrote once more. To be called in a process of a pool."""
+    """Read an image that convert wrote. Runs in a process of a pool."""
     content = file.read_bytes()
     with Image.open(io.BytesIO(content)) as image:
         lines = image.info.get("comment", b"").decode(errors="replace").splitlines()
@@ -211,14 +210,14 @@ def look_back(file: Path) -> Written:
 
 
 def look_back_at(files: list[Path], workers: int) -> list[Written]:
-    """The same of many images."""
+    """look_back for many images, in parallel."""
     return in_parallel(look_back, files, workers, "notes")
 
 
 def count_notes(written: list[Written]) -> list[str]:
-    """Sentences on what was decided about images, and how often:
+    """Sentences that count what was decided about images:
     `Window not used: 12, it would have made most of the image white.`"""
-    # `what was done: why`, the same words for all images of which they are true.
+    # A note is `what was done: why`, in the same words for every image.
     sentences = []
     notes = Counter(note for image in written for note in image.notes)
     for note, count in sorted(notes.items()):
@@ -228,9 +227,9 @@ def count_notes(written: list[Written]) -> list[str]:
 
 
 def twins_note(items: list[Item], written: list[Written]) -> list[str]:
-    """A sentence on pictures that several images show, or none: copies are no further patients."""
-    first: dict[bytes, Item] = {}               # by the digest
-    # How many images show what an earlier one shows, how many of them in another split.
+    """A sentence on images that show the same picture, if there are any."""
+    first: dict[bytes, Item] = {}               # the first item with each digest
+    # How many images repeat an earlier one, and how many of these are in another split.
     twins, apart, example = 0, 0, ""
     for item, image in zip(items, written, strict=True):
         other = first.setdefault(image.digest, item)
@@ -247,12 +246,12 @@ def twins_note(items: list[Item], written: list[Written]) -> list[str]:
 def write_images(source: Source, args: argparse.Namespace) -> None:
     """Write the images that are not there yet, and the list of what was rejected.
 
-    What cannot be converted leaves source.items. DataError where nothing is left."""
-    # An earlier run of the same command may have written a part of them. What it made of another
-    # file, or of one that has changed since, goes before the new record says what it is made of.
+    Images that cannot be converted leave source.items. DataError if none is left."""
+    # An earlier run of the same command may have written some images. Those made of another file,
+    # or of one that has changed since, are deleted before the new record vouches for them.
     made_from, now = read_record(args.out / RECORD), fingerprints(source, args)
     changed = [path for path, print_now in now.items() if made_from.get(path) != print_now]
-    # And before it all that speaks of the old pictures, should this run not come to its end.
+    # The manifest and the archive describe the old pictures, and go first: this run may be killed.
     for path in ("manifest.csv", archive.NAME, *changed) if changed else ():
         if size_of(args.out / path):
             (args.out / path).unlink()
@@ -272,12 +271,12 @@ def write_images(source: Source, args: argparse.Namespace) -> None:
     reasons = in_parallel(partial(convert, conversion=conversion), todo, args.workers,
                           f"{args.source} -> {args.out}")
 
-    # What could not be converted joins what the source had rejected.
+    # Items that could not be converted join those that the source had rejected.
     failed = {item.source: why for item, why in zip(todo, reasons, strict=True) if why}
     source.items = [item for item in source.items if item.source not in failed]
     source.rejected = sorted([*source.rejected, *failed.items()])
 
-    # What had to be decided about images.
+    # What was decided about images becomes notes.
     if args.source != "demo":
         written = look_back_at([args.out / item.path for item in source.items], args.workers)
         source.notes += [*count_notes(written), *twins_note(source.items, written)]
@@ -286,8 +285,8 @@ def write_images(source: Source, args: argparse.Namespace) -> None:
         source.notes.append(f"Left out as masks or drawings, by their few gray levels: "
                             f"{len(masks):,} (--allow masks takes them).")
 
-    # The names of a hospital's files are for the hospital only: there the list lies beside the
-    # data folder, which may be handed on.
+    # Names of a hospital's files are for the hospital only, and the data folder may be handed on:
+    # the list then lies beside it.
     file = args.out / "rejected.csv"
     if args.source == "dicom":
         file = Path(f"{os.path.abspath(args.out)}.rejected.csv")        # --out may be a dot
@@ -301,7 +300,7 @@ def write_images(source: Source, args: argparse.Namespace) -> None:
 
 
 def size_of(file: Path) -> int:
-    """Bytes of a file; 0 where it is missing, or its name is longer than names can be."""
+    """Bytes of a file; 0 if it is missing, or if its name is too long for the file system."""
     try:
         return file.stat().st_size
     except OSError:
@@ -309,26 +308,26 @@ def size_of(file: Path) -> int:
 
 
 def is_whole(file: Path) -> bool:
-    """Whether an image of an earlier run has all its bytes, which a power cut or a copy may have
-    cut off or left as zeros: convert waits for no disk. To decode it would take twenty times as
-    long and find no more of that: the end mark can stand nowhere else, and no JPEG has so many
-    zeros in a row. To be called in a process of a pool."""
+    """Whether an image of an earlier run has all its bytes. convert does not wait for the disk, so
+    that a power cut, or a copy, may have cut the file off or left zeros in it. Decoding would take
+    twenty times as long and find no more of such damage: only the end of a JPEG has the end mark,
+    and no JPEG has so many zeros in a row. Runs in a process of a pool."""
     content = file.read_bytes()
     return (content.startswith(b"\xff\xd8") and content.endswith(b"\xff\xd9")
             and bytes(64) not in content)
 
 
 def fingerprints(source: Source, args: argparse.Namespace) -> dict[str, str]:
-    """{path of each image: what changes where its file has another name, size or time of change}.
+    """{path of each image: a hash that changes with the name, size or time of its source file}.
 
-    Of DICOM files it is keyed by the secret, as their names may name a person."""
+    For DICOM files the hash is keyed with the secret, because their names may name a person."""
     key = args.salt.read_bytes()[:64] if args.source == "dicom" else b""
     prints = {}
     for item in source.items:
         try:
             found = os.stat(src_folder(args) / item.source)
             state = f"{found.st_size} {found.st_mtime_ns}"
-        except OSError:             # a phantom has no file, and a link to nowhere will be told
+        except OSError:             # a phantom has no file; a broken link is reported later
             state = ""
         text = os.fsencode(f"{item.source}\0{state}")
         prints[item.path] = hashlib.blake2b(text, digest_size=8, key=key).hexdigest()
@@ -336,8 +335,8 @@ def fingerprints(source: Source, args: argparse.Namespace) -> dict[str, str]:
 
 
 def read_record(file: Path) -> dict[str, str]:
-    """The fingerprints that an earlier run wrote; none where they cannot be read, after which
-    all images are made again."""
+    """The fingerprints that an earlier run wrote; {} if they cannot be read, so that all images
+    are made again."""
     try:
         with open_text(file) as f:
             return {row[0]: row[1] for row in csv.reader(f)}
@@ -349,10 +348,10 @@ def read_record(file: Path) -> dict[str, str]:
 # The data folder: consistent whenever the run ends.
 
 def prepare(args: argparse.Namespace) -> None:
-    """Make the data folder --out of a source, or finish it where an earlier run was interrupted.
+    """Make the data folder --out from a source, or finish it if an earlier run was interrupted.
 
-    Whatever is wrong with the source is found first. Before the images, only .lock and the secret
-    of DICOM are written."""
+    Faults of the source are found first: before the images, only .lock and DICOM's secret are
+    written."""
     if "exclude" in args:
         args.exclude = [pattern_below(args.src, pattern) for pattern in args.exclude]
     check_out(args)
@@ -364,7 +363,7 @@ def prepare(args: argparse.Namespace) -> None:
         source.rejected += [(path, special) for path in below.special]
         source.asked_for.add(special)
         if below.hidden:
-            # A name of a hospital's is not for a data folder.
+            # The data folder must not show names of a hospital's files.
             example = "" if args.source == "dicom" else f", such as {text_of(below.hidden[0])}"
             source.notes.append("Hidden files and folders, which are passed over: "
                                 f"{len(below.hidden):,}{example}.")
@@ -375,14 +374,14 @@ def prepare(args: argparse.Namespace) -> None:
             source.notes.append(f"Fewer than {FEW} images: empty splits and labels that are the "
                                 "same for all were not refused.")
 
-        # Say what was understood before any of it is refused: it shows best what went wrong.
+        # Print what was understood before refusing: it shows best what went wrong.
         source.notes += contradictions(source)
         print_notes(source)
         assign_splits(source, args)
         print_rows(source, args)
         refuse_doubts([*source.doubts, *doubts_of(source, args, found)], args.allow)
 
-        # Remove what another run made, its manifest first: a folder that has one is complete.
+        # Remove what another run made, its manifest first: a folder with a manifest is complete.
         if args.overwrite:
             images = args.out / "images"
             if images.is_symlink():
@@ -408,10 +407,10 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def refuse_idle_patterns(args: argparse.Namespace, below: Found) -> None:
-    """DataError for an --exclude that passes nothing over: what it was meant for would be taken.
+    """DataError for an --exclude that matches nothing: what it was meant for would be taken.
 
-    Links to folders may be named, and what does not count anyhow, as __MACOSX; and so may a kind
-    of file, as *.gz, of which there is none."""
+    It is enough if it matches links to folders, or what is passed over anyway, such as __MACOSX.
+    A kind of file, such as *.gz, need not exist at all."""
     names = [*below.files, *below.special, *below.hidden, *(link for link, _ in below.links)]
     for pattern in getattr(args, "exclude", []):
         if any(map(excluder([pattern]), names)):
@@ -427,8 +426,8 @@ def refuse_idle_patterns(args: argparse.Namespace, below: Found) -> None:
 
 
 def say_links(source: Source, args: argparse.Namespace, below: Found) -> None:
-    """Say which folders have their files under another name, by which they are taken; doubt it
-    where folders are all that says what an image is."""
+    """Note which folders are links to others, whose files are taken by one name only. This is a
+    doubt if nothing but folders says what an image is."""
     excluded = excluder(getattr(args, "exclude", []))
     links = [(link, name) for link, name in below.links if not excluded(f"{link}/x")
              and any(file.startswith(f"{name}/") for file in below.files)]
@@ -445,9 +444,9 @@ def say_links(source: Source, args: argparse.Namespace, below: Found) -> None:
 
 
 def contradictions(source: Source) -> list[str]:
-    """A sentence on images that have a finding, and at the same time none; or nothing."""
+    """Sentences on images that have a finding and are also labelled as having none."""
     sentences = []
-    # Support devices are no finding: CheXpert's labels have them beside it.
+    # Support devices are no finding: CheXpert labels them beside No Finding.
     others = [i for i, name in enumerate(source.label_names) if form_key(name) != "support devices"]
     for place in others:
         name = source.label_names[place]
@@ -462,19 +461,19 @@ def contradictions(source: Source) -> list[str]:
 
 
 def print_notes(source: Source) -> None:
-    """Say what the source has understood, and why it leaves files out."""
+    """Print what the source has understood, and why it leaves files out."""
     reasons = Counter(why for _, why in source.rejected).most_common(5)
     left_out = [f"Left out: {count:,}, {why}." for why, count in reasons]
     print(*map(printable, [*source.notes, *left_out]), "", sep="\n")
 
 
 def print_rows(source: Source, args: argparse.Namespace) -> None:
-    """Print the labels' counts in each split, and a few rows as they will be in the manifest."""
+    """Print the counts of labels in each split, and a few rows as the manifest will have them."""
     print(*count_table(source), "", sep="\n")
     for split in SPLITS:
-        # The first two of each split: enough to see a label that went to the wrong image.
+        # The first two of each split: enough to notice that labels went to the wrong images.
         for item in [item for item in source.items if item.split == split][:2]:
-            # The names of a hospital's files stay in the hospital: there, the coded path is shown.
+            # Names of a hospital's files stay in the hospital: the coded path is shown instead.
             name = item.path if args.source == "dicom" else item.source
             labels = [f"{label} {cell}" for label, cell in zip(source.label_names, item.labels)
                       if cell not in ("", "0")]
@@ -492,35 +491,34 @@ def split_doubts(source: Source, args: argparse.Namespace, found: int) -> list[D
 
 
 def lost_images(source: Source) -> list[tuple[str, str]]:
-    """What was rejected, as far as nobody asked for that: (file, reason)."""
+    """What was rejected although nobody asked for it: (file, reason)."""
     return [(file, why) for file, why in source.rejected if why not in source.asked_for]
 
 
 def takes_masks(reasons: Iterable[str]) -> str:
-    """What a message about rejected images says of masks, if there are any."""
+    """The end of a message about rejected images, if masks are among them."""
     return "; --allow masks takes the masks" if MASK in reasons else ""
 
 
 def doubts_of(source: Source, args: argparse.Namespace, found: int) -> list[Doubt]:
-    """Doubts that counting raises, of whatever source. found: images before any was decoded."""
-    # Images that nobody asked to leave out.
+    """Doubts that follow from counts, for any source. found: images before any was decoded."""
     lost = lost_images(source)
     masks = takes_masks(why for _, why in lost)
     doubts = [doubt._replace(sentence=printable(doubt.sentence) + masks)
               for doubt in many_left_out(len(source.items), lost)]
     doubts += split_doubts(source, args, found)
-    # A DICOM file's patient is a hash by now, which shows nothing of the identity's form.
+    # A patient of the dicom source is a hash by now, which hides the form of the identity.
     if source.patients_known and args.source != "dicom":
         doubts += similar_patients(item.patient for item in source.items)
-    # A stand-in such as 0 or ANON would put strangers into one split as one person.
+    # A stand-in such as 0 or ANON would make one person of many, all in one split.
     if source.patients_known and not source.official_labels:
         doubts += large_patients([item.patient for item in source.items])
-    # Of the findings of an official list a few may be missing in a part of its images.
+    # Official labels are not in doubt: a part of the images may lack a rare finding.
     if not source.official_labels:
-        # Of thousands of folders that are no classes, each would be compared with each.
+        # Each label is compared with each: too slow for thousands of folders that are no classes.
         if "many-classes" in {*args.allow} or "many-classes" not in {*dict(source.doubts)}:
             doubts += similar_labels(source.label_names)
-        # Class folders need not be classes: there another layout may be the way out.
+        # Class folders may be no classes: then another layout may be the solution.
         constant = constant_labels(source.label_names, [item.labels for item in source.items],
                                    source.classes, found)
         if constant and args.source == "folder" and not (args.label_columns or args.class_columns):
@@ -532,11 +530,11 @@ def doubts_of(source: Source, args: argparse.Namespace, found: int) -> list[Doub
 
 
 def check_out(args: argparse.Namespace) -> None:
-    """DataError where --out may not be written.
+    """DataError if --out may not be written.
 
-    It may be where it is empty, or holds an earlier part of this very run, or of another one that
-    --overwrite gives up."""
-    # Images that are written into the source would be found there by the next run.
+    It may be if it is empty, or holds a part of this very run, or another run that --overwrite
+    gives up."""
+    # --out must not lie inside --src: the next run would find its images there.
     if "src" in args:
         src, out = args.src.resolve(), args.out.resolve()
         if not src.is_dir():
@@ -545,7 +543,7 @@ def check_out(args: argparse.Namespace) -> None:
             raise DataError(f"--src {args.src} and --out {args.out} must not lie one inside "
                             "the other")
 
-    # Whose folder is it? A run that was killed early may have left no more than these two.
+    # Was it made by prepare.py? A run that was killed early may have left only these two.
     names = {path.name for path in args.out.glob("*")} - {".lock", "prepare.json.tmp"}
     if not names:
         return
@@ -553,9 +551,9 @@ def check_out(args: argparse.Namespace) -> None:
         raise DataError(f"{args.out} is not empty and was not made by prepare.py")
     if not args.overwrite:
         before = read_settings(args.out / "prepare.json")
-        now = json.loads(json.dumps(settings_of(args)))         # as if it had been read, too
-        # What was refused once its images were made may be allowed without making them again.
-        # Only masks that were allowed are there, and would stay.
+        now = json.loads(json.dumps(settings_of(args)))         # as read from a file
+        # --allow may differ: what was refused after its images were made need not be made again.
+        # But masks that were allowed before are there, and would stay.
         lost = "masks" in set(before.get("allow", [])) - set(args.allow)
         for settings in () if lost else (before, now):
             settings.pop("allow", None)
@@ -566,9 +564,9 @@ def check_out(args: argparse.Namespace) -> None:
 
 
 def lock_folder(folder: Path) -> TextIO:
-    """Lock a folder, which is made where it is missing, until the returned file is closed.
+    """Lock a folder until the returned file is closed. The folder is made if it is missing.
 
-    DataError where another run has it."""
+    DataError if another run holds the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "w")
     if not lock(file):
@@ -578,16 +576,16 @@ def lock_folder(folder: Path) -> TextIO:
 
 
 def check_source(source: Source, args: argparse.Namespace, files: list[str]) -> None:
-    """DataError where a source has no image, a label without a proper name, or a path twice.
+    """DataError if a source has no image, a label without a proper name, or one path twice.
 
     files: all of them below --src."""
-    # Most often the wrong --src was given, and the commonest reasons say so.
+    # The usual cause is a wrong --src, which the commonest reasons show.
     if not source.items:
         reasons = Counter(why for _, why in source.rejected).most_common(3)
-        # An example shows how the names of two lists differ. A key of DICOM may be a person's.
+        # An example shows how two lists of names differ. A key of DICOM may name a person.
         examples = {why: f", such as {file}" for file, why in reversed(source.rejected)
                     if args.source != "dicom"}
-        # Or the files are of another kind, or of views that were not asked for.
+        # The files may be of another kind, or of views that were not asked for.
         says = [f"{count:,} files: {why}{examples.get(why, '')}" for why, count in reasons]
         says += [source.passed_over.rstrip(".")] if source.passed_over else []
         if args.source != "dicom" and any(is_dicom(args.src / file) for file in files[:100]):
@@ -598,7 +596,7 @@ def check_source(source: Source, args: argparse.Namespace, files: list[str]) -> 
         taken = name in FIRST_COLUMNS + OPTIONAL_COLUMNS or source.label_names.count(name) > 1
         if not name or taken:
             raise DataError(f"{name!r} cannot be the name of a label, or is that of two")
-    # x.png, x.jpg and x.png.jpg in one folder: one image would replace another.
+    # x.png, x.jpg and x.png.jpg in one folder could become one file.
     for path, count in Counter(item.path for item in source.items).items():
         if count > 1:
             raise DataError(f"two files of {args.src} would both become {path}: "
@@ -608,8 +606,8 @@ def check_source(source: Source, args: argparse.Namespace, files: list[str]) -> 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that shape the data folder, for prepare.json and DATA.md.
 
-    Those of DICOM that may hold names are left out."""
-    left_out = {"out", "workers", "overwrite"}      # the same images, whatever these are
+    The paths of DICOM sources are left out, as they may contain names."""
+    left_out = {"out", "workers", "overwrite"}      # they do not change the images
     if args.source == "dicom":
         left_out |= {"src", "labels", "salt"}
     return {name: from_out(value, args.out) if isinstance(value, Path) else value
@@ -617,12 +615,12 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def from_out(path: Path, out: Path) -> str:
-    """The way from --out to a path, which is the same on every machine that both are moved to."""
+    """The path relative to --out, which stays true on a machine that both are moved to."""
     return text_of(os.path.relpath(path.resolve(), out.resolve()))
 
 
 def read_settings(file: Path) -> dict[str, Any]:
-    """What settings_of gave the run that wrote a prepare.json."""
+    """What settings_of gave for the run that wrote this prepare.json."""
     try:
         return dict(json.loads(read_text(file)))
     except (ValueError, TypeError, DataError):
@@ -631,8 +629,8 @@ def read_settings(file: Path) -> dict[str, Any]:
 
 def data_card(source: Source, args: argparse.Namespace) -> str:
     """DATA.md: the command that made the folder, and what is in it, counted."""
-    # The command. Flags without a value are left out; 0 is a value. A path is told by its last
-    # name: the folder may go to other machines.
+    # The command. Flags without a value are left out; 0 is a value. Of a path only the last name is
+    # given, because the folder may go to other machines.
     command = ["python", "prepare.py", args.source, "--out", args.out.resolve().name]
     for name, value in settings_of(args).items():
         if name == "source" or value is None or value is False or value == "" or (
@@ -649,7 +647,7 @@ def data_card(source: Source, args: argparse.Namespace) -> str:
 
 
 def count_table(source: Source) -> list[str]:
-    """The lines of a table in Markdown: images, patients and each label, counted in each split."""
+    """The lines of a Markdown table: images, patients and each label, counted in each split."""
     splits = [[item for item in source.items if item.split == split] for split in SPLITS]
     rows = [("images", [f"{len(items):,}" for items in splits]),
             ("patients", [f"{len({item.patient for item in items}):,}" for items in splits])]
@@ -661,7 +659,7 @@ def count_table(source: Source) -> list[str]:
 
 
 def label_cell(counts: Counter) -> str:
-    """`present of present and absent`, and the uncertain ones."""
+    """`present of present and absent`, and how many are uncertain."""
     text = f"{counts['1']:,} of {counts['1'] + counts['0']:,}"
     return text + (f", {counts['-1']:,} uncertain" if counts["-1"] else "")
 
@@ -673,7 +671,7 @@ def pack(args: argparse.Namespace) -> int:
     """Write images.tar, from which the later stages read instead of images/; see archive.py.
 
     DataError names an image that cannot be decoded: it would be packed for good."""
-    if not args.folder.is_dir():            # it would be made, for its lock
+    if not args.folder.is_dir():            # lock_folder would make it
         raise DataError(f"{args.folder} is not a folder")
     with lock_folder(args.folder):
         manifest = read_manifest(args.folder, use_tar=False)
@@ -685,7 +683,7 @@ def pack(args: argparse.Namespace) -> int:
             raise DataError(f"{args.folder} has {len(broken):,} images that cannot be packed, "
                             f"first {broken[0]}; `verify --drop` takes them out of the manifest")
         file = archive.write_archive(args.folder, manifest.paths, manifest.path_bytes)
-        # What was written is read once more, from the file and by its index.
+        # Read back what was written, through the archive's index.
         packed = read_manifest(args.folder).archive
         assert packed is not None
         for i in range(len(packed.paths)):
@@ -698,7 +696,7 @@ def pack(args: argparse.Namespace) -> int:
 def verify(args: argparse.Namespace) -> int:
     """Decode every image of a data folder and print what is wrong.
 
-    The exit code is 1 where something is wrong and stays so; 0 where nothing is, or --drop."""
+    The exit code is 1 if something is wrong and --drop does not remove it, else 0."""
     table = read_table(args.folder / "manifest.csv", "path", ["split"])
     problems = find_problems(args.folder, table.column("split"), args.workers)
     for path, problem in problems.items():
@@ -721,12 +719,12 @@ def verify(args: argparse.Namespace) -> int:
 
 
 def find_problems(folder: Path, split_of: dict[str, str], workers: int) -> dict[str, str]:
-    """{path: what is wrong with it} of the images {path: split} of a data folder."""
-    made = folder / "prepare.json"      # not there in a folder that someone made by hand
+    """{path: what is wrong with it} for the images {path: split} of a data folder."""
+    made = folder / "prepare.json"      # missing in a folder that was made by hand
     size = read_settings(made).get("size") if made.exists() else None
-    size = size if isinstance(size, int) else None      # which a damaged file does not say
+    size = size if isinstance(size, int) else None      # a damaged file has none
 
-    # Of two identical images keep test's, then val's: the test set must not shrink.
+    # Of identical images, keep the one in test, or else in val: the test set must not shrink.
     order = {"test": 0, "val": 1}
     paths = sorted(split_of, key=lambda path: order.get(split_of[path], 2))
     rows = {path: i for i, path in enumerate(split_of)}
@@ -736,9 +734,9 @@ def find_problems(folder: Path, split_of: dict[str, str], workers: int) -> dict[
     files = [packed.member(rows[path]) if packed else folder / path for path in paths]
     looks = in_parallel(partial(look_at, size=size), files, workers, "verify")
 
-    problems, first = {}, {}            # first: the path with which each digest was met first
+    problems, first = {}, {}            # the first path with each digest
     for path, look in zip(paths, looks, strict=True):
-        problem = look.problem          # or, where it is good by itself, that it is there twice
+        problem = look.problem          # if the image itself is good, it may be there twice
         twin = first.setdefault(look.digest, path) if look.digest else path
         if twin != path:
             problem = f"duplicate of {twin}"
@@ -750,15 +748,15 @@ def find_problems(folder: Path, split_of: dict[str, str], workers: int) -> dict[
 
 
 class Look(NamedTuple):
-    """What was seen of an image."""
-    problem: str                        # "" where nothing is wrong
-    digest: bytes = b""                 # of its pixels; b"" where something is wrong
+    """The result of decoding an image."""
+    problem: str                        # "" if nothing is wrong
+    digest: bytes = b""                 # of its pixels; b"" if something is wrong
 
 
 def look_at(file: Path | archive.Member, size: int | None) -> Look:
-    """Decode an image of a data folder whose images were made with --size, if that is known."""
+    """Decode an image of a data folder. size: the --size it was made with, if known."""
     packed = isinstance(file, archive.Member)
-    if not packed and file.exists() and not file.is_file():     # a pipe would never answer
+    if not packed and file.exists() and not file.is_file():     # a pipe would block
         return Look("unreadable: a folder, a named pipe, a socket or a device")
     try:
         with Image.open(io.BytesIO(file.read_bytes()) if packed else file) as image:
@@ -768,14 +766,14 @@ def look_at(file: Path | archive.Member, size: int | None) -> Look:
     except Exception as error:          # a decoder may raise anything
         return Look(f"unreadable: {reason(error, file.archive if packed else file)}")
 
-    # Whatever prepare.py wrote is gray, of the right size, and shows something.
+    # Every image that prepare.py wrote is gray, of the right size, and not blank.
     blank = blank_reason(image.convert("L"))
     if blank:
         return Look(blank)
     side = min(image.size)
     if image.mode != "L" or side < MIN_SIDE or size and side > size:
         return Look(f"unexpected size or mode: {image.width} x {image.height} {image.mode}")
-    pixels = image.tobytes() + repr(image.size).encode()        # 2 x 8 pixels are not 4 x 4
+    pixels = image.tobytes() + repr(image.size).encode()        # 2 x 8 pixels differ from 4 x 4
     return Look("", hashlib.blake2b(pixels).digest())
 
 
@@ -784,10 +782,10 @@ def drop(folder: Path, paths: set[str]) -> None:
     file = folder / "manifest.csv"
     with lock_folder(folder):
         with open_text(file) as f:
-            header, *rows = (row for row in csv.reader(f) if row)       # without blank lines
+            header, *rows = (row for row in csv.reader(f) if row)       # skips blank lines
         remaining = [row for row in rows if plain_cell(row[0]) not in paths]
 
-        # The first free number: no manifest that was put away is ever overwritten.
+        # The first free number: no earlier manifest is overwritten.
         number = 1
         while (folder / f"manifest.{number}.csv").exists():
             number += 1
@@ -803,7 +801,7 @@ def drop(folder: Path, paths: set[str]) -> None:
 # The command line.
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags of one source, whose name is args.source, or of pack or verify."""
+    """The flags of one source, named by args.source, or of pack or verify."""
     parser = argparse.ArgumentParser(
         description="Any source of radiographs -> one data folder.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
@@ -823,13 +821,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                                   allow_abbrev=False)
     verify_flags(command.add_argument)
 
-    # What no single flag can know.
+    # Defaults and checks that depend on several flags.
     args = parser.parse_args(argv)
     if args.source == "dicom" and not args.salt:
         args.salt = Path(f"{os.path.abspath(args.out)}.salt")
     if "out" in args:
         check_flags(args, commands.choices[args.source].error)
-    # What a table's columns are usually called. Without a table nobody may name them.
+    # The usual names of a table's columns. Without a table, no column may be named.
     usual = {"key": "PatientID"} if getattr(args, "labels", None) else {}
     if getattr(args, "csv", None):
         usual = {"path_column": "path", "patient_column": "patient", "split_column": "split"}
@@ -839,14 +837,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 class HelpWithTable(argparse.HelpFormatter):
-    """Help whose last paragraph, a table, keeps its lines."""
+    """A help formatter that keeps the lines of the last paragraph, which is a table."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if "\n" in text else super()._fill_text(text, width, indent)
 
 
 def cells_help() -> str:
-    """What the cells of label columns mean, as text."""
+    """The meanings of cells in label columns, as text."""
     meanings = {"1": "present", "0": "absent", "-1": "uncertain", "": "not mentioned"}
     lines = [f"  {meanings[value]:14s} {value or '(blank)'}, {', '.join(filter(None, words))}"
              for value, words in CELL_WORDS.items()]
@@ -857,7 +855,7 @@ def cells_help() -> str:
 
 
 def source_flags(flag: Callable, kind: SourceKind) -> None:
-    """The flags that all sources have."""
+    """Declare the flags that all sources have."""
     flag("--out", type=Path, required=True, help="the data folder to make")
     if kind.src_help:
         flag("--src", type=Path, required=True, help=kind.src_help)
@@ -895,8 +893,8 @@ def verify_flags(flag: Callable) -> None:
 
 
 def check_flags(args: argparse.Namespace, error: Callable[[str], Any]) -> None:
-    """Report flags of a source that do not go together by `error`, which ends the script."""
-    # The nih and chexpert sources bring their test split.
+    """Report conflicting flags of a source by `error`, which ends the script."""
+    # Sources with their own test split have no --test-fraction.
     fractions = args.val_fraction, getattr(args, "test_fraction", 0)
     if not (min(fractions) >= 0 and sum(fractions) < 1):
         error("--val-fraction and --test-fraction must leave something for train")
@@ -911,7 +909,7 @@ def check_flags(args: argparse.Namespace, error: Callable[[str], Any]) -> None:
                  "key", "key_column"):
         if table and getattr(args, name, None) and not getattr(args, table):
             error(f"--{name.replace('_', '-')} is about columns of --{table}, which is missing")
-    # A column that is read twice would give two labels of one name.
+    # A column that is read twice would give two labels with one name.
     if table:
         named = Counter([*args.label_columns, *args.class_columns])
         for name in [name for name, count in named.items() if count > 1]:
@@ -923,18 +921,18 @@ def check_flags(args: argparse.Namespace, error: Callable[[str], Any]) -> None:
 
 
 def image_settings(args: argparse.Namespace) -> ImageSettings:
-    """How a source's flags ask for its images."""
+    """The image settings that a source's flags ask for."""
     return ImageSettings(args.size, args.quality, args.stretch and tuple(args.stretch),
                          args.max_megapixels, "masks" in args.allow)
 
 
 def src_folder(args: argparse.Namespace) -> Path:
-    """--src; for a source that reads no files the path that changes nothing when joined."""
+    """--src, or for a source that reads no files the empty path, which joining leaves out."""
     return args.src if "src" in args else Path()
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code, where no error ends the script with a sentence."""
+    """Returns the exit code, unless an error ends the script with a sentence."""
     if argv is None:
         restart_in_utf8()
     begin_script()

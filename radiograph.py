@@ -3,11 +3,11 @@
     found = find_files(folder)
     reading = load_image(folder / found.files[0], read_image, ImageSettings(size=256))
 
-load_image gives an image, and notes on what had to be decided about it, or a DataError whose one
-sentence says why there is none. read_image
-reads the common image formats; dicom.read_dicom, for DICOM files, is called in the same way.
-Whatever the format, an image ends as Pillow's mode L, (H, W) of 0 to 255, whose shorter side is
-`size` pixels at most. A smaller image keeps its size: enlarging adds bytes and no information.
+load_image gives an image and notes on what had to be decided about it, or a DataError that says in
+one sentence why there is none. read_image reads the common image formats. dicom.read_dicom, for
+DICOM files, is called in the same way. For every format the result is Pillow's mode L, (H, W) of 0
+to 255, whose shorter side is at most `size` pixels. A smaller image keeps its size: enlarging it
+would add bytes and no information.
 """
 import ctypes
 import errno
@@ -29,11 +29,11 @@ from tqdm import tqdm
 
 from common import DataError
 
-# The formats that Pillow may try to open, and the suffixes by which their files are found.
+# The formats that Pillow may try to open, and the suffixes of their files.
 FORMATS = ("PNG", "JPEG", "JPEG2000", "TIFF", "BMP", "PPM", "WEBP")
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k", ".tif", ".tiff", ".bmp",
               ".pgm", ".ppm", ".pnm", ".webp")
-# What else pictures and radiographs are kept in, and what files are packed by.
+# Other suffixes of pictures and radiographs, and suffixes of packed files.
 UNREAD = (".gif", ".heic", ".heif", ".avif", ".jxl", ".tga", ".psd", ".dcm", ".dicom", ".nii",
           ".nrrd", ".mha", ".mhd", ".img", ".npy")
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
@@ -45,26 +45,26 @@ SAMPLE_FORMATS = {2: "signed", 3: "of floating point", 5: "of complex integers",
 MIN_SIDE = 32           # pixels; anything smaller is an icon
 MIN_RANGE = 16          # gray levels; an image with fewer is blank, or 12-bit data taken for 16
 
-# Errors of the operating system that say nothing against the file that was read.
+# Errors of the operating system that are not the file's fault.
 MACHINE_ERRORS = {
     errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EBUSY, errno.EINTR,
     errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNABORTED, errno.ECONNREFUSED,
     errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
     errno.ENOLINK, errno.EREMOTEIO, errno.ESHUTDOWN}
 
-# A mask or a map of labels: so few gray levels make up so much of it. A radiograph has hundreds.
-# The rest is for the blurred edges of a JPEG.
+# A mask or a map of labels has very few gray levels in most of it, while a radiograph has hundreds.
+# The other 5 % are for edges that JPEG has blurred.
 MASK_LEVELS, MASK_SHARE = 8, 0.95
-MASK_FLAT = 0.8         # of neighbouring pixels, so many are equal
-# Or so much of it lies near two levels, a sixteenth of its range to both sides, and most of that
-# at these levels: so a small JPEG of a mask looks, whose edges ring in most of its blocks.
+MASK_FLAT = 0.8         # share of neighbouring pixels that are equal
+# A small JPEG of a mask, with ringing in most of its blocks: this share of it lies near two levels
+# (within a sixteenth of its range), and most of that share almost at these levels.
 TWO_LEVELS_SHARE, TWO_LEVELS_CORE = 0.93, 0.75
 
-# Most pixels (5th to 95th percentile) of an image share fewer of its 256 gray levels: a marker, or
-# the border, has the others.
+# An image has little contrast if its 5th and 95th percentile are fewer of the 256 gray levels
+# apart. A marker or the border then takes up the others.
 NARROW = 48
 
-# A pixel whose Cb or Cr is so far from gray is in a strong colour; a blue or brown film's is not.
+# A colour is strong if Cb or Cr is further from gray. Blue or brown film stays below.
 STRONG_COLOUR = 48
 COLOUR_NOTE = "strong colours not kept: of most of the image only the brightness was taken"
 
@@ -72,11 +72,11 @@ MASK = f"a mask or a drawing: {MASK_LEVELS} gray levels or fewer make up {MASK_S
 NARROW_NOTE = ("little contrast: a marker, a border or a few other pixels take most of the gray "
                "levels (--stretch may take them away)")
 
-# Percentiles that become black and white where 9 to 16 bits come without a window.
+# Percentiles that become black and white in images of more than 8 bits without a window.
 DEEP_PERCENTILES = (0.5, 99.5)
 BORDER_NOTE = ("one level at an end of the range cut off: as a border, a marker or NoData it would "
                "have taken most of the gray levels")
-BORDER_SHARE = 0.05     # of the pixels; so many of 8 bits at one end are a border
+BORDER_SHARE = 0.05     # of the pixels; that many of one level at an end are a border
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ Reader = Callable[[Path, ImageSettings], Reading]
 # --------------------------------------------------------------------------------------------------
 # Files.
 
-# Folders of these names are hidden, of macOS, or of a NAS: its thumbnails, bins and snapshots.
+# Prefixes of folders that are hidden, or made by macOS or a NAS (thumbnails, bins, snapshots).
 SYSTEM_FOLDERS = (".", "__MACOSX", "@eaDir", "@Recycle", "@Recently-Snapshot", "#recycle",
                   "#snapshot", "@tmp")
 
@@ -112,22 +112,22 @@ class Found(NamedTuple):
     """The files below a folder as sorted relative paths."""
     files: list[str]
     special: list[str]              # named pipes, sockets and devices, which are never opened
-    links: list[tuple[str, str]]    # a folder that has its files under another name, and that
-    hidden: list[str] = []          # files and folders that do not count, by their names
+    links: list[tuple[str, str]]    # a folder whose files are also found elsewhere, and where
+    hidden: list[str] = []          # files and folders that are passed over, by their names
 
 
 def find_files(folder: Path) -> Found:
     """All files below a folder.
 
-    Hidden files and folders (.DS_Store, ._x.png) and those of SYSTEM_FOLDERS do not count. Links
-    are followed; a link to nowhere counts as a file, so that it is missed. OSError where a folder
-    cannot be read."""
+    Hidden files and folders (.DS_Store, ._x.png) and SYSTEM_FOLDERS are passed over. Links are
+    followed; a broken link counts as a file, so that reading it fails and is reported. OSError if a
+    folder cannot be read."""
     files, special, links, hidden = [], [], [], []
-    seen: dict[str, str] = {}       # by its real path, the name of each folder that was read
-    folders = [""]                  # those still to be read, relative to `folder`
+    seen: dict[str, str] = {}       # {real path: name} of the folders that were read
+    folders = [""]                  # still to be read, relative to `folder`
     while folders:
         parent = folders.pop()
-        # A link back to a folder above would give the same files other names.
+        # Without this, a link to a folder above would repeat its files under other names.
         real = os.path.realpath(os.path.join(folder, parent))
         if real in seen:
             if not f"{parent}/".startswith(os.path.join(seen[real], "")):
@@ -150,14 +150,14 @@ def find_files(folder: Path) -> Found:
 
 
 def unread_suffix(file: str) -> str:
-    """The suffix, .gif or .png.gz, of a picture that is not read by its name; "" for others."""
+    """The suffix of a picture whose format is not read, such as .gif or .png.gz; else ""."""
     stem, suffix = os.path.splitext(file.lower())
     inner = os.path.splitext(stem)[1] if suffix in PACKED else ""
     return inner + suffix if suffix in UNREAD or inner in (*EXTENSIONS, *UNREAD) else ""
 
 
 def leads_to_folder(entry: os.DirEntry) -> bool:
-    """Whether an entry is a folder, or a link to one. A link to itself is none."""
+    """Whether an entry is a folder, or a link to one. A link to itself is not."""
     try:
         return entry.is_dir()
     except OSError as error:
@@ -167,11 +167,11 @@ def leads_to_folder(entry: os.DirEntry) -> bool:
 
 
 def read_image(file: Path, settings: ImageSettings) -> Reading:
-    """An image file of any common format: mode L, or F where it has more than 8 bits.
+    """An image file of any common format: mode L, or F if it has more than 8 bits.
 
-    Alpha is dropped where all of it is opaque. A TIFF whose white is 0 is inverted. DataError where
-    the image is of another format, has several frames, is transparent in part, or does not say
-    which end of its gray levels is white."""
+    A fully opaque alpha channel is dropped. A TIFF in which 0 is white is inverted. DataError if
+    the image is of another format, has several frames, is partly transparent, or does not say which
+    end of its gray levels is white."""
     if not file.is_file() and file.exists():
         raise DataError("no file, but a named pipe, a socket, a device or a folder")
     try:
@@ -185,10 +185,10 @@ def read_image(file: Path, settings: ImageSettings) -> Reading:
         white_is_zero = image.format == "TIFF" and is_white_zero(image)
         is_unsigned = image.format == "TIFF" and tiff_values(image, "SampleFormat") in ((), (1,))
 
-        # Of colours of 16 bits Pillow reads the upper 8.
+        # Pillow reads only the upper 8 of 16 bits per colour.
         is_cut = ";16" in str(image.tile) and not image.mode.startswith("I")
-        # A JPEG is decoded at 1/2, 1/4 or 1/8 where that is still twice the size wanted, to luma
-        # and colour, of which the luma is taken. Other formats ignore this.
+        # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that is still twice the size wanted,
+        # and without conversion to RGB, as only the luma is used. Other formats ignore this.
         luma = "YCbCr" if image.mode == "RGB" else "L"
         image.draft(luma, (2 * settings.size, 2 * settings.size))
         ImageOps.exif_transpose(image, in_place=True)
@@ -197,11 +197,11 @@ def read_image(file: Path, settings: ImageSettings) -> Reading:
         if image.mode.startswith(("I", "F")):
             pixels = np.asarray(image)                                  # (H, W)
             if image.mode == "I" and is_unsigned:
-                pixels = pixels.view(np.uint32)     # of 32 bits, which Pillow takes for signed
+                pixels = pixels.view(np.uint32)     # Pillow reads 32 unsigned bits as signed
             levels = pixels.astype(np.float32)
             if not np.isfinite(levels).all():
                 raise DataError("some of its gray levels are infinite or no number")
-            # Pillow inverts such an image of 8 bits, and no other.
+            # Pillow itself inverts only images of 8 bits.
             return Reading(Image.fromarray(levels.max() - levels if white_is_zero else levels))
         if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or (
                 image.mode == "P" and "transparency" in image.info):
@@ -214,14 +214,14 @@ def read_image(file: Path, settings: ImageSettings) -> Reading:
             gray = image.getchannel("Y")
         else:
             gray = image if image.mode == "L" else image.convert("L")
-        if is_cut and np.asarray(gray).max() < 128:       # 12 bits in 16, say
+        if is_cut and np.asarray(gray).max() < 128:       # for example 12 bits stored in 16
             raise DataError("colours or transparency of 16 bits, of which only the upper 8 can be "
                             "read, and they hold next to nothing: save it in gray")
         return Reading(gray, (COLOUR_NOTE,) if is_colourful(image) else ())
 
 
 def is_colourful(image: Image.Image) -> bool:
-    """Whether most of an image is in strong colours, as no radiograph is, on tinted film or not."""
+    """Whether most of an image is in strong colours. No radiograph is, even on tinted film."""
     if image.mode in ("L", "LA", "1"):
         return False
     small = image.resize((64, 64), Image.Resampling.NEAREST)
@@ -230,24 +230,24 @@ def is_colourful(image: Image.Image) -> bool:
 
 
 def is_white_zero(image) -> bool:
-    """Whether the gray levels of a TIFF run from white to black; DataError where it is unknown."""
+    """Whether 0 is white in a TIFF. DataError if that is unknown."""
     photometric = tiff_values(image, "PhotometricInterpretation")
     if not photometric:
         raise DataError("PhotometricInterpretation is missing: white may be 0 or the highest level")
-    # Pillow would take -1 for 255.
+    # Pillow would read -1 as 255.
     if 2 in tiff_values(image, "SampleFormat") and 8 in tiff_values(image, "BitsPerSample"):
         raise DataError("signed gray levels of 8 bits")
     return photometric == (0,)
 
 
 def tiff_values(image, name: str) -> tuple:
-    """The values of a TIFF's tag; () where it is missing."""
+    """The values of a TIFF's tag; () if it is missing."""
     value = image.tag_v2.get(TIFF_TAGS[name], ())
     return value if isinstance(value, tuple) else (value,)
 
 
 def what_it_is(file: Path) -> str:
-    """Why Pillow does not know a file that has the suffix of an image, by its first bytes."""
+    """Why Pillow does not recognise a file with the suffix of an image, by its first bytes."""
     with open(file, "rb") as stream:
         head = stream.read(132)
     if not head:
@@ -264,8 +264,8 @@ def what_it_is(file: Path) -> str:
 
 
 def kind_of_tiff(file: Path) -> str:
-    """What a TIFF says of its pixels, for a message: ` (16 bits signed, white is 0)`; "" where it
-    cannot be told."""
+    """What a TIFF says about its pixels, for a message: ` (16 bits signed, white is 0)`; "" if it
+    cannot be read."""
     try:
         with open(file, "rb") as stream:
             head = stream.read(8)
@@ -274,7 +274,7 @@ def kind_of_tiff(file: Path) -> str:
             stream.seek(tags.next)
             tags.load(stream)
             bits, packed, photometric, samples, form = map(tags.get, TIFF_TAGS.values())
-    except Exception:                   # a damaged one may raise anything
+    except Exception:                   # a damaged file may raise anything
         return ""
     bits, form = (value[0] if isinstance(value, tuple) else value for value in (bits, form))
     words = ["" if samples in (None, 1) else f"{samples} samples a pixel",
@@ -290,19 +290,19 @@ def kind_of_tiff(file: Path) -> str:
 # Size and gray levels.
 
 def eight_bits(levels: np.ndarray, percentiles: tuple[float, float]) -> Image.Image:
-    """(H, W) of any numbers -> mode L, where the two percentiles are 0 and 255."""
+    """(H, W) of any numbers -> mode L; the two percentiles become 0 and 255."""
     low, high = np.percentile(levels, percentiles)
-    if not low < high:              # also where the levels are NaN
+    if not low < high:              # true for NaN, too
         raise DataError(f"blank: gray levels {low:g} to {high:g} only")
     scaled = (levels - low).clip(0, high - low) * (255 / (high - low))
     return Image.fromarray(np.rint(scaled).astype(np.uint8))
 
 
 def without_border(levels: np.ndarray) -> np.ndarray:
-    """(H, W) of any numbers without one level far from all others at an end of their range, as a
-    border or NoData has: it becomes as dark or bright as what is next to it. The same array where
-    the others have half of the range, as a radiograph's do that is black beside the body."""
-    step = max(1, min(levels.shape) // 256)         # some 256 rows tell, and 256 columns
+    """Cut off one level at an end of the range that is far from all others, such as a border or
+    NoData: it becomes as dark or bright as the next level. levels: (H, W) of any numbers. Returned
+    as it is if the others span half of the range, as in a radiograph with black beside the body."""
+    step = max(1, min(levels.shape) // 256)         # about 256 rows and columns are enough
     seen = levels[::step, ::step].ravel()
     low, high = whole = np.percentile(seen, DEEP_PERCENTILES)
     for end in (np.min, np.max, np.min, np.max):    # NoData may lie beside a border
@@ -316,11 +316,11 @@ def without_border(levels: np.ndarray) -> np.ndarray:
 def finish(image: Image.Image, settings: ImageSettings) -> Image.Image:
     """Mode L or F of any size -> mode L, shorter side at most settings.size.
 
-    DataError where the image is an icon or shows nothing."""
+    DataError if the image is an icon or is blank."""
     if min(image.size) < MIN_SIDE:
         raise DataError(f"{image.width} x {image.height} pixels are too small")
 
-    # Made smaller with antialiasing; first by a whole factor to twice the size, which is fast.
+    # Shrink with antialiasing. A first reduction to twice the size, by a whole factor, saves time.
     scale = settings.size / min(image.size)
     if scale < 1:
         width, height = (round(scale * side) for side in image.size)
@@ -335,18 +335,18 @@ def finish(image: Image.Image, settings: ImageSettings) -> Image.Image:
 
 
 def refuse_mask(image: Image.Image) -> None:
-    """DataError where an image of mode L or F seems to be a mask or a map of labels."""
-    step = max(1, min(image.size) // 512)           # some 512 rows tell, and 512 columns
+    """DataError if an image of mode L or F seems to be a mask or a map of labels."""
+    step = max(1, min(image.size) // 512)           # about 512 rows and columns are enough
     rows = np.asarray(image)[::step]                                    # (H / step, W)
-    if image.mode == "L":                           # without sorting, which would take longest
+    if image.mode == "L":                           # faster, because it does not sort
         counts = np.bincount(rows[:, ::step].ravel(), minlength=256)
         levels, counts = np.flatnonzero(counts), counts[counts > 0]
     else:
         levels, counts = np.unique(rows[:, ::step], return_counts=True)
     share = np.sort(counts)[::-1].cumsum() / counts.sum()
     few = int(np.searchsorted(share, MASK_SHARE)) + 1
-    # What has hardly any range is blank, and will be called that. Two levels may be dithering: then
-    # they are not flat.
+    # An image with hardly any range is reported as blank, later. An image of two levels that is not
+    # flat may be dithered.
     is_flat = (rows[:, 1:] == rows[:, :-1]).mean() > MASK_FLAT
     is_mask = few <= MASK_LEVELS and is_flat or image.mode == "L" and has_two_levels(rows)
     if is_mask and levels[-1] - levels[0] >= MIN_RANGE:
@@ -354,10 +354,10 @@ def refuse_mask(image: Image.Image) -> None:
 
 
 def has_two_levels(levels: np.ndarray) -> bool:
-    """Whether (H, W) uint8 are two levels, as a mask has, and what JPEG made of its edges.
+    """Whether (H, W) uint8 has the two levels of a mask, and near them what JPEG made of its edges.
 
-    A narrow radiograph inside a black border has such a share, too, but is spread around its own
-    commonest level."""
+    In a narrow radiograph inside a black border, as many pixels lie near two levels, but they are
+    spread around the second level."""
     counts = np.bincount(levels.ravel(), minlength=256)
     low, high = np.searchsorted(counts.cumsum(), (0.01 * levels.size, 0.99 * levels.size))
     reach, near = max(2, round((high - low) / 16)), 0
@@ -368,15 +368,15 @@ def has_two_levels(levels: np.ndarray) -> bool:
         if core.sum() < TWO_LEVELS_CORE * around.sum():
             return False
         near += around.sum()
-        around[:] = 0                           # in counts, too
+        around[:] = 0                           # a view: sets counts to 0
     if near < TWO_LEVELS_SHARE * levels.size:
         return False
     steps = np.abs(np.diff(levels.astype(np.int16)))                    # (H, W - 1)
-    return bool((steps <= 2 * reach).mean() > MASK_FLAT)                # else it is dithering
+    return bool((steps <= 2 * reach).mean() > MASK_FLAT)                # else dithered
 
 
 def narrow_note(image: Image.Image) -> tuple[str, ...]:
-    """A note where few pixels or the border of an image of mode L take most of its gray levels."""
+    """A note if few pixels, or the border, take most gray levels of an image of mode L."""
     levels = np.asarray(image)                      # (H, W) uint8
     for end, border in ((levels.min(), levels <= int(levels.min()) + 8),
                         (levels.max(), levels >= int(levels.max()) - 8)):
@@ -388,7 +388,7 @@ def narrow_note(image: Image.Image) -> tuple[str, ...]:
 
 
 def blank_reason(image: Image.Image) -> str:
-    """Why an image of mode L shows nothing, or "" where it shows something."""
+    """Why an image of mode L is blank, or "" if it is not."""
     levels = np.asarray(image)                      # (H, W) uint8
     low, high = int(levels.min()), int(levels.max())
     return f"blank: gray levels {low} to {high} only" if high - low < MIN_RANGE else ""
@@ -400,13 +400,13 @@ def blank_reason(image: Image.Image) -> str:
 def load_image(file: Path, read: Reader, settings: ImageSettings) -> Reading:
     """Read a file by `read` and finish its image. DataError says why a file cannot be used.
 
-    A decoder may raise anything on a broken file, and must not stop a run over 100,000 others.
-    OSError where the machine failed and not the file."""
+    A decoder may raise anything on a broken file; that must not stop a run over 100,000 others.
+    OSError if the machine failed, and not the file."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # A header that claims more pixels than this is a decompression bomb: Pillow warns
-            # before it decodes, and the warning is made an exception.
+            # Decompression bombs: Pillow warns before it decodes more pixels than this, and the
+            # warning becomes an exception.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             Image.MAX_IMAGE_PIXELS = int(settings.max_megapixels * 1e6)
             image, notes = read(file, settings)
@@ -426,9 +426,8 @@ def load_image(file: Path, read: Reader, settings: ImageSettings) -> Reading:
 def reason(error: Exception, file: Path | None = None) -> str:
     """Why a file cannot be used, in one line, from the exception that it raised.
 
-    OSError, with the file's name, where the machine failed: for want of memory, or because
-    storage does not answer. The file may be good, and without it the data would be fewer for no
-    reason."""
+    OSError, with the file's name, if the machine failed: it lacks memory, or its storage does not
+    answer. The file may be good, and must not be left out for that."""
     is_machine = isinstance(error, OSError) and error.errno in MACHINE_ERRORS
     if is_machine or isinstance(error, MemoryError):
         number = error.errno if isinstance(error, OSError) else errno.ENOMEM
@@ -436,7 +435,7 @@ def reason(error: Exception, file: Path | None = None) -> str:
                       "goes on)", str(file) if file else None) from error
     if isinstance(error, DataError):
         return plain_words(error)
-    if isinstance(error, OSError) and error.strerror:       # without the path on this machine
+    if isinstance(error, OSError) and error.strerror:       # leaves out the path on this machine
         return error.strerror
     if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
         pixels = re.search(r"\d+ pixels", str(error))
@@ -445,7 +444,7 @@ def reason(error: Exception, file: Path | None = None) -> str:
 
 
 def plain_words(error: Exception) -> str:
-    """What an exception says, in one line. One that says nothing is named."""
+    """The message of an exception in one line, or else its type."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -453,12 +452,12 @@ def plain_words(error: Exception) -> str:
 # Many files: a pool of processes.
 
 def in_parallel(function: Callable, items: list, workers: int, title: str) -> list:
-    """function(item) of all items, in their order, by `workers` processes under a progress bar.
+    """[function(item) for item in items], computed by `workers` processes, with a progress bar.
 
-    An exception in a worker is raised here, after the images in work. DataError where a worker
-    dies. The function and the results are pickled. Where a pool cannot have its locks, one worker
-    is this process."""
-    tqdm.monitor_interval = 0       # no thread: fork, which shares what is imported, wants none
+    An exception in a worker is raised here, once the images in work are done. DataError if a worker
+    dies. The function and the results are pickled. If the system denies a pool its locks, a single
+    worker is replaced by this process."""
+    tqdm.monitor_interval = 0       # no monitor thread: forking with threads is not safe
     try:
         pool = ProcessPoolExecutor(workers, get_context("fork"), die_with_parent)
     except OSError:
@@ -467,12 +466,12 @@ def in_parallel(function: Callable, items: list, workers: int, title: str) -> li
         return [function(item) for item in tqdm(items, title, unit=" images")]
     pieces, results = [items[i:i + 8] for i in range(0, len(items), 8)], []
     try:
-        # Ctrl-C reaches all processes of a terminal and is for this one only. A signal that is
-        # blocked here when the workers are started stays blocked in them.
+        # Ctrl-C reaches all processes of a terminal, but only this one must act on it. The workers
+        # inherit that the signal is blocked.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         with tqdm(None, title, len(items), unit=" images", dynamic_ncols=True) as bar:
-            # Not pool.map, which cancels what waits where a worker has died. That may stop the
-            # thread by which Python 3.11 then ends the other workers.
+            # pool.map would cancel the pieces that wait when a worker dies. That may stop the very
+            # thread by which Python 3.11 ends the other workers.
             futures = [pool.submit(_of_each, function, piece) for piece in pieces]
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             for future in futures:
@@ -481,7 +480,7 @@ def in_parallel(function: Callable, items: list, workers: int, title: str) -> li
                 bar.update(len(of_piece))
         return results
     except BrokenProcessPool:
-        for worker in active_children():        # nothing waits for those that are left
+        for worker in active_children():        # the pool does not wait for them
             worker.kill()
             worker.join()
         raise DataError("a worker process died, most likely for want of memory; the same command "
@@ -498,19 +497,19 @@ def _of_each(function: Callable, items: list) -> list:
 
 
 def _result(future: Future, workers: int) -> list:
-    """Of a piece; BrokenProcessPool where a worker has died, also where Python 3.11 misses it: its
-    thread that would see that stops where pieces are added at this moment."""
+    """The result of a piece. BrokenProcessPool if a worker has died, even if Python 3.11 misses it:
+    its thread that watches the workers may stop if pieces are added at that moment."""
     while True:
         try:
             return future.result(timeout=1)
         except TimeoutError:
-            if future.done():               # or storage that timed out has raised it in the worker
+            if future.done():               # it may be the worker's TimeoutError
                 return future.result()
             if len(active_children()) < workers:
                 raise BrokenProcessPool from None
 
 
 def die_with_parent() -> None:
-    """Called in a worker: let it not outlive its parent, or it would keep the folder locked."""
+    """Called in a worker: makes it end with its parent. Else it would keep the folder locked."""
     PR_SET_PDEATHSIG = 1
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,11 +1,10 @@
 """Sources: which image becomes which row of the manifest.
 
-A source is a function `…_items(args, files)`: the files below --src in, a
-Source out, which holds patient, split and labels of each image. Beside it
-stands `…_flags(flag)` where it has flags of its own. From there on all sources
-are alike (prepare.py). This file has what sources have in common, the demo, NIH,
-CheXpert and MIMIC; folders.py and dicom.py have one source each. What the cells of
-a table say is written in tables.py.
+A source is a function `…_items(args, files)`: it gets the files below --src and returns a Source,
+which holds patient, split and labels of each image. A source with flags of its own has a function
+`…_flags(flag)` as well. From there on all sources are treated alike (prepare.py). This file has
+what sources have in common, and the demo, NIH, CheXpert and MIMIC; folders.py and dicom.py have one
+source each. tables.py says what the cells of a table mean.
 """
 import argparse
 import os
@@ -32,7 +31,7 @@ NIH_FINDINGS = [
     "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
     "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening",
     "Hernia", "No Finding"]
-NIH_NAME = re.compile(r"(\d{8})_\d{3}\b")      # the patient and the follow-up, of an image
+NIH_NAME = re.compile(r"(\d{8})_\d{3}\b")      # patient and follow-up number, in an image's name
 CHEXPERT_OBSERVATIONS = [
     "No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion",
     "Edema", "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion",
@@ -44,30 +43,28 @@ CHEXPERT_OBSERVATIONS = [
 
 @dataclass(slots=True)
 class Item:
-    """One image on its way into the data folder, and its row of the
-    manifest."""
-    source: str                     # the file, below --src; of a phantom, what it is made from
+    """One image on its way into the data folder, and its row of the manifest."""
+    source: str                     # the file, below --src; for a phantom, its seed and numbers
     path: str                       # images/….jpg, below --out
-    patient: str                    # whatever tells one patient from another
-    split: str                      # train, val, test, or "" where the source does not say
+    patient: str                    # any text that tells patients apart
+    split: str                      # train, val, test, or "" if the source does not say
     labels: tuple[str, ...]         # "1", "0", "-1" or "", one for each of Source.label_names
-    study: str = ""                 # which of the patient's examinations it is of, if known
+    study: str = ""                 # the patient's examination that the image is from, if known
     view: str = ""                  # PA, AP, Lateral or another word, if known
 
 
 @dataclass
 class Source:
-    """The images that a source offers, those that it does not, and what its
-    user has to know."""
+    """The images that a source offers, those that it does not, and what the user has to know."""
     label_names: list[str]                                              # as in the manifest
     items: list[Item] = field(default_factory=list)
     rejected: list[tuple[str, str]] = field(default_factory=list)       # file, reason
     notes: list[str] = field(default_factory=list)                      # sentences for DATA.md
-    passed_over: str = ""               # of the notes, the one on files that are not asked for
+    passed_over: str = ""               # one of the notes: files that were not asked for
     doubts: list[Doubt] = field(default_factory=list)                   # what may not be meant
-    asked_for: set[str] = field(default_factory=set)    # reasons by which no image is lost
-    official_labels: bool = False       # the same for all who use this source, rare ones included
-    classes: set[str] = field(default_factory=set)      # labels of classes, by folder or by cell
+    asked_for: set[str] = field(default_factory=set)    # reasons that lose no image
+    official_labels: bool = False       # the same for all users of this source, rare ones included
+    classes: set[str] = field(default_factory=set)      # labels that are classes
     patients_known: bool = True         # False: every image counts as a patient of its own
 
 
@@ -75,8 +72,7 @@ class Source:
 # What sources have in common.
 
 def label_flags(flag: Callable, default: str) -> None:
-    """The flags on the labels of a table. default: what the labels are
-    without any."""
+    """Declare the flags on a table's labels. default: what the labels are without these flags."""
     flag("--label-columns", nargs="+", default=[], metavar="COLUMN",
          help="its columns of values as listed below, or of class names "
               f"(default: {default})")
@@ -96,7 +92,7 @@ def label_flags(flag: Callable, default: str) -> None:
 
 
 def label_rules(args: argparse.Namespace) -> LabelRules:
-    """What label_flags and --allow say of the labels of a table."""
+    """The rules that label_flags and --allow give for the labels of a table."""
     words = None if args.not_mentioned is None else tuple(args.not_mentioned)
     return LabelRules(tuple(args.class_columns), words, args.label_separator, args.several_rows,
                       args.rater_column, "many-classes" in args.allow,
@@ -104,13 +100,13 @@ def label_rules(args: argparse.Namespace) -> LabelRules:
 
 
 def jpeg_path(file: str) -> str:
-    """Where a source's file goes in the data folder."""
+    """The path of a source's file in the data folder."""
     return "images/" + text_of(str(PurePosixPath(file).with_suffix(".jpg")))
 
 
 def text_of(name: str) -> str:
-    """A name as text. What is not in UTF-8 in it becomes replacement
-    characters, as the manifest is in UTF-8."""
+    """A name as UTF-8 text, as the manifest needs it. Bytes that are not UTF-8 become replacement
+    characters."""
     return os.fsencode(name).decode(errors="replace")
 
 
@@ -118,8 +114,7 @@ def in_table_and_on_disk(table: Table, files: dict[str, str], source: Source,
                          wanted: Callable[[str], bool] = lambda key: True) -> Iterator[str]:
     """Yield the keys of a table's rows that are also in {key: file on disk}.
 
-    What is in only one of the two is rejected; rows that are not wanted are
-    not missed."""
+    What is in only one of the two is rejected, except rows that are not wanted."""
     for key in table.rows:
         if key in files:
             yield key
@@ -130,13 +125,13 @@ def in_table_and_on_disk(table: Table, files: dict[str, str], source: Source,
 
 
 def plain_path(path: str) -> str:
-    """A path as it is compared: with slashes, without ./, accented letters as
+    """A path in the form in which paths are compared: with slashes, without ./, accented letters as
     one character."""
     return unicodedata.normalize("NFC", os.path.normpath(path.replace("\\", "/")))
 
 
 def unique(images: list[str], plain: Callable[[str], str]) -> dict[str, str]:
-    """{plain(image): image}. DataError where two images become one."""
+    """{plain(image): image}. DataError if two images have the same plain form."""
     found: dict[str, str] = {}
     for image in images:
         if found.setdefault(plain(image), image) != image:
@@ -148,19 +143,17 @@ def unique(images: list[str], plain: Callable[[str], str]) -> dict[str, str]:
 
 
 def without_suffix(path: str) -> str:
-    """A path without the suffix of an image file. Other dots belong to the
-    name."""
+    """A path without the suffix of an image file. Any other dot belongs to the name."""
     stem, suffix = os.path.splitext(path)
     return stem if suffix.lower() in (*EXTENSIONS, ".dcm", ".dicom") else path
 
 
 def that_end_alike(paths: Iterable[str], others: dict[str, str]) -> dict[str, list[str]]:
-    """{path: those of `others` whose path ends with the whole of it, or it
-    with theirs}.
+    """{path: the names of those `others` whose path ends with it, or with which it ends}.
 
-    others: {name: its path}."""
+    others: {name: its path}. Only whole folders and file names count."""
     found: dict[str, list[str]] = {path: [] for path in paths}
-    named: dict[str, list[str]] = {}                    # by the whole path
+    named: dict[str, list[str]] = {}                    # the names by whole path
     for name, other in others.items():
         named.setdefault(other, []).append(name)
         for end in ends(other):
@@ -173,18 +166,15 @@ def that_end_alike(paths: Iterable[str], others: dict[str, str]) -> dict[str, li
 
 
 def ends(path: str) -> list[str]:
-    """A path, and what is left of it without its first folder, its first two
-    and so on."""
+    """A path, and what is left of it without its first folder, its first two and so on."""
     parts = path.split("/")
     return ["/".join(parts[start:]) for start in range(len(parts))]
 
 
 def check_patients_and_splits(table: Table, keys: list[str], patients: str, splits: str) -> None:
-    """DataError for the first row of `keys` whose patient is missing or whose
-    split is unknown.
+    """DataError for the first row of `keys` whose patient is missing or whose split is unknown.
 
-    patients, splits: the columns of them. The rows of one image must agree in
-    both."""
+    patients, splits: their columns. The rows of one image must agree in both."""
     for name in (patients, splits):
         if name not in table.columns:
             continue
@@ -202,8 +192,7 @@ def check_patients_and_splits(table: Table, keys: list[str], patients: str, spli
 
 
 def check_patient(cell: str, where: str) -> None:
-    """DataError where a cell names no patient: all images without one would
-    be of one person.
+    """DataError if a cell names no patient: all such images would count as one person's.
 
     where: file, row and column of the cell."""
     if value_of(cell) == "":
@@ -211,8 +200,7 @@ def check_patient(cell: str, where: str) -> None:
 
 
 def doubt_classes(source: Source, said: bool) -> None:
-    """Add doubts for splits in the names of classes, and for classes that no
-    image of train shows.
+    """Add doubts for splits in the names of classes, and for classes without an image in train.
 
     said: whether the user has said which folders are the classes."""
     if not source.classes:
@@ -231,8 +219,8 @@ def doubt_classes(source: Source, said: bool) -> None:
 
 def doubt_unused_splits(source: Source, table: Table, key: str, names: list[str],
                         keys: list[str], normalise: Callable[[str], str]) -> None:
-    """Say which columns `names` of a table by `key` are not used, and doubt
-    those of splits."""
+    """Note the columns `names` of a table by `key`, which are not used, and doubt those that seem
+    to name splits."""
     if names:
         source.notes.append(unused_note(table, names))
     further = read_table(table.file, key, names, normalise=normalise, several=True)
@@ -243,8 +231,7 @@ def doubt_unused_splits(source: Source, table: Table, key: str, names: list[str]
 
 
 def unused_splits(table: Table, columns: dict[str, list[str]]) -> list[Doubt]:
-    """A doubt for each column, {name: its cells}, that seems to name the
-    splits."""
+    """A doubt for each column of {name: its cells} that seems to name the splits."""
     doubts = []
     for name in [name for name, cells in columns.items() if seem_splits(name, cells)]:
         words = any(map(split_name, columns[name]))
@@ -256,7 +243,7 @@ def unused_splits(table: Table, columns: dict[str, list[str]]) -> list[Doubt]:
 
 
 def unused_note(table: Table, names: list[str]) -> str:
-    """A sentence on the columns of a table that are used for nothing."""
+    """A sentence on columns of a table that are not used."""
     more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
     return f"Columns of {table.file.name} that are not used: {', '.join(names[:10])}{more}."
 
@@ -269,7 +256,7 @@ def passed_over(others: Counter) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# The demo: phantoms, which are computed and not read.
+# The demo: phantoms, which are computed.
 
 def demo_flags(flag: Callable) -> None:
     flag("--patients", type=number_within(int, 3, 99_999), default=500, help="(default: 500)")
@@ -277,8 +264,7 @@ def demo_flags(flag: Callable) -> None:
 
 
 def demo_items(args: argparse.Namespace, files: list[str]) -> Source:
-    """Phantoms: --patients people, --images-per-patient radiographs of each,
-    and the truth."""
+    """Phantoms of --patients people, --images-per-patient each, with their true findings."""
     source = Source([*phantom.FINDINGS, "No Finding"], official_labels=True)
     for patient in range(args.patients):
         for image in range(args.images_per_patient):
@@ -292,8 +278,7 @@ def demo_items(args: argparse.Namespace, files: list[str]) -> Source:
 
 
 def read_phantom(file: Path, settings: ImageSettings) -> Reading:
-    """The phantom that seed/patient/image names. There is no such file: it is
-    computed."""
+    """Compute the phantom named by seed/patient/image. No such file exists."""
     seed, patient, image = map(int, file.parts)
     return Reading(Image.fromarray(phantom.phantom(seed, patient, image, settings.size)))
 
@@ -302,21 +287,22 @@ def read_phantom(file: Path, settings: ImageSettings) -> Reading:
 # NIH ChestX-ray14.
 
 def nih_items(args: argparse.Namespace, files: list[str]) -> Source:
-    """ChestX-ray14: Data_Entry_2017*.csv and the two official lists; the
-    images in any folder below, PNG as they are distributed or of another
+    """ChestX-ray14, by Data_Entry_2017*.csv and the two official lists.
+
+    The images may be in any folder below, as the PNG files that are distributed, or in another
     format under the same names."""
     tables = list(args.src.glob("Data_Entry_2017*.csv"))
     if len(tables) != 1:
         raise DataError(f"{args.src} must hold one Data_Entry_2017*.csv, it holds {len(tables)}")
 
-    # Official lists of the images to train on and to test on.
+    # The official lists of images for training and for testing.
     train = set(read_text(args.src / "train_val_list.txt").split())
     test = set(read_text(args.src / "test_list.txt").split())
     if train & test:
         raise DataError(f"{min(train & test)} is in both train_val_list.txt and test_list.txt "
                         f"of {args.src}")
 
-    # The table and the lists go by an image's name, whichever folder it was unpacked into.
+    # The table and the lists name an image without its folder.
     images = {}
     for file in files:
         path = PurePosixPath(file)
@@ -334,7 +320,7 @@ def nih_items(args: argparse.Namespace, files: list[str]) -> Source:
         where = f"{table.file}, row {number}, column Patient ID"
         check_patient(patient, where)
         named = NIH_NAME.match(image)
-        # patient_key takes long for a hundred thousand, nearly all of which are as they should be.
+        # patient_key is slow, and nearly all of a hundred thousand names agree as they are.
         if named and patient not in (named[1], named[1].lstrip("0")) and (
                 patient_key(patient) != patient_key(named[1])):
             raise DataError(f"{where}: {patient!r}, and the name of {image} says {named[1]}: a "
@@ -363,10 +349,10 @@ def chexpert_flags(flag: Callable) -> None:
 
 
 def chexpert_items(args: argparse.Namespace, files: list[str]) -> Source:
-    """CheXpert-v1.0, as it is unpacked or as -small is, or CheXphoto: train.csv,
-    and valid.csv as the test split; -1 stays -1.
+    """CheXpert-v1.0, with the folders of the full size or of -small, or CheXphoto: train.csv, and
+    valid.csv as the test split; -1 stays -1.
 
-    A patient's folder is the one called so, whatever is above it, or else the first."""
+    The patient's folder is called patient…, at any depth; or it is the first below `part`."""
     source, laterals = Source(CHEXPERT_OBSERVATIONS, official_labels=True), 0
     used: set[str] = set()
     for part, split in (("train", "train"), ("valid", "test")):
@@ -402,8 +388,8 @@ def chexpert_items(args: argparse.Namespace, files: list[str]) -> Source:
 
 
 def chexpert_table(src: Path, name: str, files: list[str]) -> Path:
-    """train.csv or valid.csv, in --src or in a folder below. DataError where there is none, or
-    more."""
+    """train.csv or valid.csv in --src, or else the only one in a folder below. DataError if there
+    is none, or if there are several below."""
     found = [src / file for file in files if PurePosixPath(file).name == name]
     if (src / name).exists() or len(found) == 1:
         return src / name if (src / name).exists() else found[0]
@@ -411,7 +397,7 @@ def chexpert_table(src: Path, name: str, files: list[str]) -> Path:
 
 
 def chexpert_view(table: Table, image: str) -> str:
-    """Frontal or Lateral, however it is written. DataError for anything else."""
+    """Frontal or Lateral, in whatever case it is written. DataError for anything else."""
     cell = table.rows[image].cells[table.columns.index("Frontal/Lateral")]
     if cell.capitalize() not in ("Frontal", "Lateral"):
         raise DataError(f"{table.file}, row {table.rows[image].number}, column Frontal/Lateral: "
@@ -420,19 +406,18 @@ def chexpert_view(table: Table, image: str) -> str:
 
 
 def path_from(part: str, path: str) -> str:
-    """The path of an image from the folder `part` on; what is before it is
-    --src, wherever it was:
+    """An image's path from the folder `part` on: train/patient00001/study1/view1_frontal.jpg for
     CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg.
 
-    The full size comes in folders such as "CheXpert-v1.0 batch 2 (train 1)"."""
+    The full size comes in folders such as "CheXpert-v1.0 batch 2 (train 1)", which count as
+    `part`."""
     path = re.sub(rf"[^/]*\({part} \d+\)/", f"{part}/", path.replace("\\", "/"))
     start = f"/{path}".rfind(f"/{part}/")
     return path[start:] if start >= 0 else path
 
 
 def observations(table: Table) -> dict[str, tuple[str, ...]]:
-    """The 14 observations by a table's key. DataError where a column of them
-    holds words."""
+    """The 14 observations, by the table's key. DataError if one of their columns holds words."""
     return read_labels(table, CHEXPERT_OBSERVATIONS).cells
 
 
@@ -440,11 +425,9 @@ def observations(table: Table) -> dict[str, tuple[str, ...]]:
 # MIMIC-CXR-JPG.
 
 def mimic_items(args: argparse.Namespace, files: list[str]) -> Source:
-    """MIMIC-CXR-JPG: the CheXpert labels of each study, the official splits,
-    frontal views.
+    """MIMIC-CXR-JPG: the CheXpert labels of each study, the official splits, frontal views.
 
-    Its three tables are those of MIMIC-CXR-JPG, packed or not; the images lie
-    at any depth."""
+    The three tables are those of MIMIC-CXR-JPG, as .csv or .csv.gz; the images lie at any depth."""
     split_file = one_file(args.src, "mimic-cxr-*-split.csv*")
     label_file = one_file(args.src, "mimic-cxr-*-chexpert.csv*")
     view_file = one_file(args.src, "mimic-cxr-*-metadata.csv*")
@@ -484,10 +467,10 @@ def mimic_items(args: argparse.Namespace, files: list[str]) -> Source:
 
 def check_shared(rows: Table, ours: Collection[str], theirs: Collection[str], column: str,
                  file: Path) -> None:
-    """DataError where another table has none of the ids of our images.
+    """DataError if another table has none of the ids of our images.
 
-    rows: the table that has both kinds of ids. ours: ids of the images on
-    disk."""
+    rows: the table that has both kinds of ids. ours: the ids of the images on disk. theirs: the ids
+    in `column` of the other table, `file`."""
     ids = sorted(ours)
     if ids and not any(id_ in theirs for id_ in ids):
         raise DataError(f"{file}, column {column}: none of the {len(ids):,} ids of the images "
@@ -495,8 +478,7 @@ def check_shared(rows: Table, ours: Collection[str], theirs: Collection[str], co
 
 
 def one_file(folder: Path, pattern: str) -> Path:
-    """The one file of a folder that a pattern matches. DataError where there
-    is none, or more."""
+    """The one file of a folder that matches a pattern. DataError if there is none, or several."""
     found = sorted(folder.glob(pattern))
     if len(found) != 1:
         raise DataError(f"{folder} must hold one {pattern}, it holds {len(found)}")

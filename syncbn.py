@@ -1,9 +1,8 @@
-"""Batch norm over the images of all processes, so that their number changes nothing.
+"""Batch norm over the images of all processes, so that the number of processes changes nothing.
 
-PyTorch's nn.SyncBatchNorm exists for GPUs only, makes the host wait for the GPU
-three times a layer, and breaks the graph of torch.compile. This one exchanges
-its statistics by one collective call in each direction, never looks at a
-tensor's values on the host, and is the same on gloo and NCCL.
+PyTorch's nn.SyncBatchNorm exists for GPUs only, makes the host wait for the GPU three times a
+layer, and breaks the graph of torch.compile. This one exchanges its statistics by one collective
+call in each direction, never looks at a tensor's values on the host, and works with gloo and NCCL.
 """
 import contextlib
 from collections.abc import Iterator
@@ -18,11 +17,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 class Normalise(torch.autograd.Function):
     """Batch norm of a process's images by the statistics of all processes' images.
 
-    x (B, C, ...), the same B on every process; weight and bias (C,). Returns
-    the output and, for the running statistics, mean (C,) and biased variance
-    (C,) of all processes' images. The equations are those of Ioffe and Szegedy
-    (2015), section 3. Between forward and backward only the input is kept, in
-    its own precision."""
+    x (B, C, ...), the same B on every process; weight and bias (C,). Returns the output and, for
+    the running statistics, mean (C,) and biased variance (C,) of all processes' images. Equations:
+    Ioffe and Szegedy (2015), section 3. Of the tensors of x's size only x itself is kept for
+    backward, in its own precision."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float):
@@ -84,7 +82,7 @@ class SyncBatchNorm(_BatchNorm):
 
     @staticmethod
     def replace_in(module: nn.Module) -> None:
-        """Put it in place of every batch norm of a network, with the same parameters."""
+        """Replace every batch norm of a network by one of these, with the same parameters."""
         for name, child in module.named_children():
             if isinstance(child, _BatchNorm):
                 synchronised = SyncBatchNorm(child.num_features, child.eps, child.momentum)

@@ -1,7 +1,7 @@
 """Tables of labels as they are handed around: CSV files -> the cells of the manifest.
 
-docs/sources.md says what a cell means, and what a column; CELL_WORDS has all words. Everything
-else is a DataError that names file, row and column.
+docs/sources.md says what cells and columns mean, and CELL_WORDS lists the words. Anything else is
+a DataError that names file, row and column.
 """
 import csv
 import re
@@ -18,14 +18,14 @@ from unicodedata import category, normalize
 
 from common import DataError, open_text
 
-# What a cell says -> as the manifest has it; as `bare` writes it. Numbers are not listed.
+# What the manifest has -> what a cell says, in the form of `bare`. Numbers are not listed.
 CELL_WORDS = {
     "1": ("yes", "y", "true", "t", "positive", "pos", "present", "detected", "seen", "found",
           "checked", "+", "(+)", "+ve", "✓", "✔", "☑", "✅", "ja", "oui", "si", "sí", "sim",
           "tak", "ano", "evet", "kyllä", "jah", "taip", "igen", "da", "ya", "ναι", "wahr", "vrai",
           "verdadero", "verdadeiro", "vero", "waar", "positiv", "positif", "positivo", "да", "是",
           "有", "阳性", "陽性", "はい", "あり",
-          # In more scripts, and present in all these languages.
+          # Words in other scripts, and "present" in all these languages.
           *("áno jā так có exists confirmed reactive presente presentes presenti présent présente "
             "prezent prezentă vorhanden nachgewiesen aanwezig obecny obecna obecne přítomen "
             "přítomna přítomno přítomný var mevcut pozitif pozitív pozitivní pozytywny van ada "
@@ -50,14 +50,14 @@ CELL_WORDS = {
     "": ("", "nan", "nat", "none", "nil", "null", "n/a", "na", "n.a", "n.d", "n/r", "n.r", "nr",
          "#n/a", "<na>", r"\n", "-", "--", ".", "..", "...", "missing", "empty", "blank",
          "undefined", "pending", "tbd", "unk", "unknown", "?")}
-# More of the last ones: not available, no data.
+# Phrases that also mean "": not available, no data.
 NOTHING = re.compile(
     "(not|no) (answer|applicable|assessed|available|data|done|evaluated|given|info|information"
     "|known|mentioned|performed|record|recorded|reported|result|specified|stated|tested|value)")
-# Of the last ones, those that programs write for a cell without content. The others may be a class
-# in a column of classes: none, mild, severe.
+# The words for "" that programs write for an empty cell. In a column of classes the others may be
+# classes: none, mild, severe.
 OPEN = ("", "nan", "nat", "null", "#n/a", "<na>", r"\n")
-# Of the values, one that is also an English prefix: a value only in a column of nothing else.
+# A value that is also an English prefix. It is a value only in a column without other words.
 PREFIX = "non"
 VALUES = {normalize("NFKC", word): value for value, words in CELL_WORDS.items() for word in words}
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII)
@@ -66,21 +66,21 @@ QUOTES = "'\"`«»‘’‚‛“”„‟‹›"
 # A number and what it means, in either order: 1 (yes), 1=y, 1 - present, yes (1).
 MEANING = re.compile(r"([+-]?[0-9]|99)(?:[ :.,)-]+(?=\w\w)|\s*[=:(]\s*)([^\W\d].*?)\)?"
                      r"|([^\W\d].*?)\s*[=:(]\s*([+-]?[01])\)?")
-# Labels that carry an answer, a sign, a number: Mass (yes), Mass:0.9, Mass+ Nodule-, 1. Mass.
+# Labels with an answer, a sign or a number: Mass (yes), Mass:0.9, Mass+ Nodule-, 1. Mass.
 ANSWER = re.compile(r".*[^\s-]\s*([:=(\[{@→]| - (?=\D))\s*(?P<answer>.+?)[)\]}]?")
 SHARE = re.compile(r"[+-]?(\d*\.\d+%?|\d+%)")
 SIGN = re.compile(r"\w([+-](?=[\s,;|]|$)| [+-](?=\s*([,;|]|$)))")
 SIGN_BEFORE = re.compile(r"(\([-+¬!~]\)|[-+¬!~])\s*[^\W\d].*", re.DOTALL)      # -Nodule, (-) Mass
 NUMBERED = re.compile(r"\(?(\d+[.)]|[a-z]\)|[ivx]{2,}[.)])\s*[^\W\d].*", re.IGNORECASE)
-# What makes a finding of a class an uncertain one: suspected Mass, r/o Mass, Mass (possible).
+# Words that make a finding uncertain: suspected Mass, r/o Mass, Mass (possible).
 DOUBTED = re.compile(
     r"[\s(,:]*(?<!\w)(r/o|rule out|possibl[ey]|probabl[ey]|likely|suspect(ed)?|suspicio(n|us)"
     r"|suggestive|questionable|questioned|query|presum(ed|ptive)|uncertain|unsure|maybe|equivocal"
     r"|indeterminate|doubtful|potential|(cannot|can't) exclude|(v\.? ?a\.?|verdacht auf|fraglich)"
     r"|posible|poss[ií]vel|prov[aá]vel|suspeita|sospecha)(?!\w)( (of|for|de))?[\s),:]*")
 LONGEST_ANSWER = 100            # characters; a longer cell is a report
-LONGEST_LIST = 2_000            # of findings and answers
-# What has letters and yet names no class, and what to call it.
+LONGEST_LIST = 2_000            # a longer list of findings and answers is a report
+# Cells that have letters but are no class, by what to call them.
 MONTH = "(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]{0,6}"
 NO_CLASS = {
     "a date": re.compile(r"\d{1,4}[-/. ]?[a-z]{3,9}[-/. ,]*\d{2,4}"
@@ -92,26 +92,26 @@ NO_CLASS = {
     "HTML": re.compile(r".*(&#?\w{2,6};|<\w+>).*", re.DOTALL)}
 DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
 
-# Lists: what separates their words, and what may stand around them.
+# Lists: what separates their words, and what may surround them.
 SEPARATORS = "|;"
 LINE_ENDS = "\n\t\r\v\f\x85\u2028\u2029"
-# Commas and the like of all scripts, bars, and lines; or what is between two words in quotes.
+# Commas and the like of all scripts, bars, line ends; or the gap between two words in quotes.
 LIST_MARKS = re.compile("[,|;\uff0c\uff1b\uff5c\u3001\u060c\u061b\u055d\u07f8\u1363\u1364\u1802"
                         "\u1808\ua4fe\ua60d\ua6f5\ufe50\ufe51\ufe54\uff64\u30fb\uff65\u00a6\u2016"
                         "\u2223\u2502\u01c0"
                         rf"{LINE_ENDS}]|[\"'”’»]\s+[\"'“‘«]")
-GAP = re.compile(r"\w(\s{2,}|[\u2001\u2003\u3000])\w")      # more between two words than a blank
+GAP = re.compile(r"\w(\s{2,}|[\u2001\u2003\u3000])\w")      # more than one blank between two words
 COMBINED = re.compile(r"[^\W\d]\s*([&+/]|\b(and|und|et|y|e|with)\b)\s*[^\W\d]", re.IGNORECASE)
-MARKS = {"Po", "Ps", "Pe", "Sm", "Sc", "Sk", "So"}      # categories of Unicode that may separate
-NO_MARKS = {*QUOTES, *"().%_"}      # separate nothing, as no dash does
-LONGEST_RUN = 5                 # words; longer names of classes are not searched for in others
+MARKS = {"Po", "Ps", "Pe", "Sm", "Sc", "Sk", "So"}      # Unicode categories that may separate
+NO_MARKS = {*QUOTES, *"().%_"}      # these never separate, and neither do dashes
+LONGEST_RUN = 5                 # words; in other names, no longer ones are searched for
 ICD = re.compile(r"[A-Za-z]\d\d(\.\d+)?")
 BRACKETS = {"[": "]", "(": ")", "{": "}"}
 QUOTED = re.compile(r"(?<!\w)b?'([^']*)'|(?<!\w)b?\"([^\"]*)\"")
-# As NumPy's bytes are written: b'Mass'.
+# Bytes as NumPy writes them: b'Mass'.
 BYTES = re.compile(r"b('[^']*'|\"[^\"]*\")")
 
-# Words by which a name is one of findings, and not of a person, or an answer.
+# Words that show that a name is a finding, and not a person or an answer.
 FINDINGS = re.compile(
     "normal|healthy|finding|disease|covid|pneumo|bacteri|vir(al|us)|tubercul|tumou?r|cancer|malign"
     "|benign|nodul|mass|effusion|edema|oedema|fibro|emphysem|atelecta|cardi|consolid|infiltr|opaci"
@@ -122,12 +122,12 @@ FINDINGS = re.compile(
     "|정상|이상|악성|[폐암염]|결핵|종양|질환|طبيع|طبیع|سليم|سالم|سل|كتل|عقد|التهاب|ورم|حميد|خبيث"
     "|مرض|بیمار|תקי|בריא|חולה|דלקת|שחפת|גידול|שפיר|ממאיר|सामान्य|रोग|क्षय|ปกติ|โรค|ปอด|มะเร็ง")
 VOWELS = "aeiouyáéíóúàèìòùâêîôûãõäöüåıаеёиоуыэюяіїәөүαεηιουωάέήίόύώ"
-SPOKEN = re.compile(                # var and yok, but neither tb nor copd
+SPOKEN = re.compile(                # matches var and yok, but not tb or copd
     rf"(?=.*[{VOWELS}])[^{VOWELS}]?([{VOWELS}]+[^{VOWELS}])*[{VOWELS}]*")
 
-MOST_CELLS = 100_000_000        # images times labels: what a machine can hold
+MOST_CELLS = 100_000_000        # images times labels that fit into memory
 
-# A line that Excel writes and reads before the header, and what is no CSV file by its first bytes.
+# The line that Excel puts before the header; and first bytes of files that are no CSV.
 SEP_LINE = re.compile(r'"?sep=.?"?\s*', re.IGNORECASE)
 OTHER_TABLES = {b"PK\3\4": "an Excel workbook or a zip file",
                 b"\xd0\xcf\x11\xe0": "an Excel workbook", b"PAR1": "a Parquet file",
@@ -137,13 +137,13 @@ OTHER_TABLES = {b"PK\3\4": "an Excel workbook or a zip file",
                 b"{\\rtf": "an RTF document", b"\x89PNG": "an image", b"\xff\xd8": "an image",
                 b"BZh9": "packed by bzip2", b"\xfd7zXZ": "packed by xz", b"7z\xbc\xaf": "a 7z file",
                 b"(\xb5/\xfd": "packed by zstd", b"Rar!": "a RAR file"}
-# The same by how their text begins.
+# Other files, by the start of their text.
 OTHER_TEXTS = {"JSON": re.compile(r"\s*[\[{]\s*([\[{]|\"[^\"]*\"\s*[:,\]])"),
                "a page of HTML or XML": re.compile(
                    r"\s*<(!|\?xml|html|head|body|meta|style|table|div|script)", re.IGNORECASE),
                "a web archive": re.compile(r"MIME-Version:", re.IGNORECASE),
                "a tar file": re.compile(r".{257}ustar", re.DOTALL)}
-# Of English in UTF-16 every other byte is zero.
+# In English text as UTF-16, every other byte is zero.
 WIDE_TEXT = re.compile(r"(\0{1,3}[^\0]){2}|([^\0]\0{1,3}){2}")
 SAVE_AS_CSV = ": save its table as CSV in UTF-8"
 
@@ -159,18 +159,17 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """The columns of a CSV file that were asked for, and its rows by their
-    key."""
+    """The requested columns of a CSV file, and its rows by their key."""
     file: Path
-    columns: list[str]              # without the key's
+    columns: list[str]              # without the key's column
     rows: dict[str, Row]            # by the cell of the key's column
     header: list[str]               # all columns of the file
-    further: dict[str, list[Row]] = field(default_factory=dict)     # after a key's first
+    further: dict[str, list[Row]] = field(default_factory=dict)     # the rows after a key's first
 
     def column(self, name: str) -> dict[str, str]:
-        """{key: cell} of one column, of each key's first row.
+        """{key: cell} of one column, from each key's first row.
 
-        Nothing where the column was optional and is not there."""
+        {} if the column was optional and is missing."""
         if name not in self.columns:
             return {}
         place = self.columns.index(name)
@@ -184,31 +183,31 @@ class Table:
 def read_table(file: Path, key: str, columns: list[str] | None = None,
                optional: Collection[str] = (), normalise: Callable[[str], str] = str,
                several: bool = False, hint: str = "", flag: str = "") -> Table:
-    """A CSV file, which may be compressed by gzip, by its column `key`.
+    """Read a CSV file, which may be compressed by gzip; its rows are named by the column `key`.
 
-    columns: those to read; None for all but `key` and one without a name, which
-    counts the rows. One that is `optional` may be missing. flag: names another
-    key. normalise: what a key passes through. A key comes once, or
-    with `several` as often as it likes; `hint` is added to the message where
-    it may not. Commas, semicolons, tabs or | may stand between the cells. A
-    byte-order mark, CRLF, blanks around a cell and what spreadsheets write
-    for themselves, a first line `sep=;` and cells such as ="007", do not
-    matter. DataError names the file, the row and the column where a column is
-    missing, a row is short, or a key comes twice."""
+    columns: those to read. None reads all but `key` and the column without a name, in which
+    programs number the rows. `optional` columns may be missing. normalise: applied to each key.
+    several: whether a key may have several rows. hint: ends the message if a key must not. flag:
+    the flag that names another key.
+
+    Commas, semicolons, tabs or | separate the cells. A byte-order mark, CRLF, blanks around a cell,
+    and what spreadsheets add (a first line `sep=;`, cells such as ="007") do not matter. DataError
+    names file, row and column if a column is missing, a row has another length than the header, or
+    a key comes twice."""
     rows, further, number, first = {}, {}, 0, 1
     csv.field_size_limit(2**31 - 1)     # a cell may hold a report, or the outline of a mask
     try:
         with open_text(file) as f:
             refuse_other_files(file, f)
-            # A byte-order mark in the middle, as where files were joined, is no text either.
+            # Byte-order marks also come in the middle, where files were joined.
             texts = (line.lstrip("\ufeff") for line in f)
             head = next(texts, "")
             if SEP_LINE.fullmatch(head):
                 first, head = 2, next(texts, "")
-            # A quote that is never closed is an error.
+            # strict: a quote that is never closed is an error.
             lines = csv.reader(chain([head], texts), strict=True, delimiter=delimiter_of(head, key))
 
-            # The header: where is each of the columns?
+            # The header gives the place of each column.
             header = [name.strip() for name in next(lines, [])]
             twice = next((name for name in header if name and header.count(name) > 1), "")
             if twice:
@@ -227,12 +226,12 @@ def read_table(file: Path, key: str, columns: list[str] | None = None,
 
             # The rows, by their keys.
             for number, line in enumerate(lines, first + 1):
-                if not any(map(str.strip, line)):       # a blank line, or commas alone
+                if not any(map(str.strip, line)):       # a blank line, or only commas
                     continue
                 if len(line) != len(header):
                     raise DataError(f"{file}, row {number}: {len(line)} cells where the header "
                                     f"has {len(header)}")
-                # The same few words fill most columns: interned, each is in memory once.
+                # Most columns repeat a few words: interning keeps each in memory once.
                 value, *cells = [sys.intern(plain_cell(line[place])) for place in places]
                 if not value:
                     raise DataError(f"{file}, row {number}: its key is empty (column {key})")
@@ -245,7 +244,7 @@ def read_table(file: Path, key: str, columns: list[str] | None = None,
                                     f"row {rows[value].number}{hint}")
                 further.setdefault(value, []).append(row)
     except (UnicodeError, EOFError, OSError, csv.Error) as error:
-        if isinstance(error, OSError) and error.filename:               # it is not there
+        if isinstance(error, OSError) and error.filename:               # it cannot be opened
             raise
         raise DataError(f"{file} is not a CSV file in UTF-8 ({csv_fault(number, error)})"
                         f"{SAVE_AS_CSV if isinstance(error, UnicodeError) else ''}") from None
@@ -253,7 +252,7 @@ def read_table(file: Path, key: str, columns: list[str] | None = None,
 
 
 def refuse_other_files(file: Path, f: TextIO) -> None:
-    """DataError for what is a table, but no CSV file, by how it begins. f: it is not read on."""
+    """DataError if f begins like a table that is no CSV file. f stays where it is."""
     head = cast(BufferedReader, f.buffer).peek(600)[:600]
     text = head.decode(f.encoding, "ignore").lstrip("\ufeff")
     kinds = [kind for start, kind in OTHER_TABLES.items() if head.startswith(start)]
@@ -266,8 +265,8 @@ def refuse_other_files(file: Path, f: TextIO) -> None:
 
 
 def plain_cell(text: str) -> str:
-    """A cell without the blanks around it, and without ="…", by which a
-    spreadsheet is told that 007 is no number, or NumPy's b'…'."""
+    """A cell without the blanks around it, without the ="…" that tells a spreadsheet that 007 is
+    text, and without NumPy's b'…'."""
     text = text.strip()
     if BYTES.fullmatch(text):
         return text[2:-1].strip()
@@ -275,8 +274,7 @@ def plain_cell(text: str) -> str:
 
 
 def csv_fault(number: int, error: Exception) -> str:
-    """What is wrong with a table of which row `number` was the last that
-    could be read."""
+    """What is wrong with a table. number: the last row that could be read."""
     if not isinstance(error, csv.Error):
         return str(error)
     quote = ", as a quote that opens there is never closed"
@@ -284,8 +282,7 @@ def csv_fault(number: int, error: Exception) -> str:
 
 
 def delimiter_of(first_line: str, key: str) -> str:
-    """What stands between the cells of a table in whose first line the column
-    `key` must be."""
+    """The separator of a table's cells. first_line: the header, which must have the name `key`."""
     for mark in ",;\t|":
         if key in [name.strip() for name in next(csv.reader([first_line], delimiter=mark), [])]:
             return mark
@@ -297,39 +294,38 @@ def delimiter_of(first_line: str, key: str) -> str:
 
 @dataclass(frozen=True)
 class LabelRules:
-    """How the label columns of a table are to be understood, where its user
-    has a say."""
-    class_columns: tuple[str, ...] = ()     # whose cells are names, whatever they look like
-    not_mentioned: tuple[str, ...] | None = None    # their words that say nothing; None: see OPEN
-    separator: str = ""             # of lists; "" finds it, "none" takes each cell whole
-    several_rows: str = ""          # any or majority: how rows of one key become one
-    rater_column: str = ""          # rows of one key and rater are one opinion
-    many_classes: bool = False      # may a column hold more than images can teach?
-    letters: bool = False           # may y or n stand beside t or f?
+    """What the user has decided about the label columns of a table."""
+    class_columns: tuple[str, ...] = ()     # their cells name classes, whatever they look like
+    not_mentioned: tuple[str, ...] | None = None    # their words for "not mentioned"; None: OPEN
+    separator: str = ""             # of lists; "": found by itself; "none": no cell is a list
+    several_rows: str = ""          # any or majority: how the rows of one key become one
+    rater_column: str = ""          # rows with equal key and rater are one opinion
+    many_classes: bool = False      # may a column have more than the images can teach?
+    letters: bool = False           # may y or n be in a column with t or f?
     flags: bool = True              # may messages name the flags for all this?
 
 
 class Labels(NamedTuple):
     """What the label columns of a table say."""
     names: list[str]                            # L label names of the manifest
-    cells: dict[str, tuple[str, ...]]           # L cells of the manifest by the key
+    cells: dict[str, tuple[str, ...]]           # L cells of the manifest, by key
     notes: list[str]                            # sentences for the user
 
 
 class Column(NamedTuple):
-    """One column, understood."""
+    """What one column means."""
     names: list[str]                            # of its labels
-    cells: dict[str, tuple[str, ...]]           # what each cell says of them
-    note: str                                   # what its user should know
+    cells: dict[str, tuple[str, ...]]           # the labels' cells for each cell of it
+    note: str                                   # what the user should know
 
 
 def read_labels(table: Table, names: list[str], several_rows: str = "", rater_column: str = "",
                 hint: str = "", shown: bool = True) -> Labels:
-    """Columns `names` of a table as labels, of all its rows.
+    """Columns `names` of a table as labels, from all rows.
 
-    They are to hold values: DataError, with `hint` at its end, names row and column of the first
-    cell that is none. Words are not searched for lists, and are not shown where they may be a
-    person's name."""
+    They must hold values: DataError names row and column of the first cell that is none, and ends
+    with `hint`. Words are not taken for lists. shown: whether the message shows the cell, which may
+    be a person's name."""
     rules = LabelRules(separator="none", several_rows=several_rows, rater_column=rater_column,
                        many_classes=True, flags=False)
     labels = understand(table, names, list(table.rows), rules)
@@ -345,10 +341,9 @@ def read_labels(table: Table, names: list[str], several_rows: str = "", rater_co
 
 
 def understand(table: Table, names: list[str], keys: list[str], rules: LabelRules) -> Labels:
-    """Columns `names` of a table as labels, of the rows of `keys`.
+    """Columns `names` of a table as labels, from the rows of `keys`.
 
-    DataError names file, row and column of what is neither a value nor a
-    class."""
+    DataError names file, row and column of a cell that is neither a value nor a class."""
     several = len(names) > 1
     shared = shared_words(table, names, keys) if several and rules.flags else {}
     columns = [understand_column(table, name, keys, rules, several, shared.get(name, set()))
@@ -359,14 +354,14 @@ def understand(table: Table, names: list[str], keys: list[str], rules: LabelRule
 
     cells: dict[str, tuple[str, ...]] = {}
     for key in keys:
-        # One vote a reader (all rows of one reader: any), or one a row.
+        # Each row is a vote; with a rater column, each rater has one, any_of that rater's rows.
         opinions: dict[str | int, tuple[str, ...]] = {}
         for row in table.all_rows(key):
             said = columns[0].cells[row.cells[places[0]]] if columns else ()
             for place, column in zip(places[1:], columns[1:]):
                 said += column.cells[row.cells[place]]
             who = row.number if rater is None else row.cells[rater]
-            if isinstance(who, str) and value_of(who) == "":        # all such would be one reader
+            if isinstance(who, str) and value_of(who) == "":        # all would be one reader
                 raise DataError(f"{table.file}, row {row.number}, column {rules.rater_column}: "
                                 f"{who!r} names no reader")
             opinions[who] = any_of([opinions[who], said]) if who in opinions else said
@@ -376,8 +371,7 @@ def understand(table: Table, names: list[str], keys: list[str], rules: LabelRule
 
 
 def any_of(opinions: list[tuple[str, ...]]) -> tuple[str, ...]:
-    """Present where any opinion says so, else uncertain, else absent, else
-    not mentioned."""
+    """Present if any opinion says so, else uncertain, else absent, else not mentioned."""
     if len(opinions) == 1:
         return opinions[0]
     return tuple(next((value for value in ("1", "-1", "0") if value in votes), "")
@@ -385,11 +379,10 @@ def any_of(opinions: list[tuple[str, ...]]) -> tuple[str, ...]:
 
 
 def majority_of(opinions: list[tuple[str, ...]]) -> tuple[str, ...]:
-    """What more than half of the opinions say, "not mentioned" being one of
-    the things that can be said; uncertain where no more than half agree.
+    """What more than half of the opinions say; uncertain if there is no such majority.
 
-    A finding that one reader of three names and two pass over is so not
-    mentioned, and not present."""
+    "Not mentioned" is an opinion, too: a finding that one of three readers names and two pass over
+    is not mentioned."""
     if len(opinions) == 1:
         return opinions[0]
     cells = []
@@ -403,9 +396,9 @@ def understand_column(table: Table, name: str, keys: list[str], rules: LabelRule
                       prefix: bool, shared: set[str]) -> Column:
     """One column as a label, or as one label for each of its words.
 
-    prefix: whether those begin with the column's name, as equal words of two
-    columns must not become one label. shared: those words, by shared_words."""
-    # What stands in the column, how often, and where for the first time.
+    prefix: whether the labels begin with the column's name, so that equal words of two columns stay
+    two labels. shared: the words that are also in other columns, see shared_words."""
+    # The cells, how often each occurs, and the first row that has it.
     place = table.columns.index(name)
     counts: Counter[str] = Counter()
     first: dict[str, int] = {}
@@ -415,14 +408,14 @@ def understand_column(table: Table, name: str, keys: list[str], rules: LabelRule
             first.setdefault(row.cells[place], row.number)
     where = {cell: f"{table.file}, row {row}, column {name}" for cell, row in first.items()}
 
-    # A column of values, of words, or of both, which is an error.
+    # A column holds values or words. Both together are an error.
     classes = name in rules.class_columns
     meaning = partial(class_meaning, rules=rules) if classes else value_of
     values = {cell: meaning(cell) for cell in counts}
     if not classes:
-        if "+" in counts:               # beside present, a dash is absent
+        if "+" in counts:               # with + for present, a dash means absent
             values |= {cell: "0" for cell in counts if DASHES.sub("-", cell) == "-"}
-        if None in values.values():     # non and covid
+        if None in values.values():     # "non" beside other words, such as "covid", is a word
             values |= {cell: None for cell in counts if bare(cell) == PREFIX}
         refuse_letters_of_two_kinds(where, rules)
     if classes and rules.not_mentioned is None:
@@ -437,7 +430,7 @@ def understand_column(table: Table, name: str, keys: list[str], rules: LabelRule
         refuse_what_is_no_class(values, where, words, rules)
     lists = read_lists(words, where, rules, meaning)
 
-    # Words that differ in form only are one class.
+    # Words that differ only in form are one class.
     spelling = spellings(Counter({
         (cell, part): counts[cell] for cell, parts in lists.items() for part in parts}))
     labels = sorted(set(spelling.values()))
@@ -455,7 +448,7 @@ def understand_column(table: Table, name: str, keys: list[str], rules: LabelRule
         if present:
             cells[cell] = tuple("1" if i in present else "0" for i in range(len(labels)))
 
-    # A number alone is no name of a label.
+    # A label must not be a bare number or value.
     if prefix or any(value_of(label) is not None or NUMBER.fullmatch(label) for label in labels):
         labels = [f"{name} {label}" for label in labels]
     kind = "lists of classes" if has_lists else "classes"
@@ -470,11 +463,10 @@ def understand_column(table: Table, name: str, keys: list[str], rules: LabelRule
 
 @lru_cache(maxsize=2**16)
 def value_of(cell: str) -> str | None:
-    """1, 0, -1 or empty, as the manifest has it; None where a cell is no
-    value of a label.
+    """The manifest's 1, 0, -1 or "" for a cell; None if the cell is no value of a label.
 
-    Brackets, the =TRUE() of a spreadsheet, and a number beside the word that says
-    what it means, as in 1 (yes) or 2=no, do not matter. 1=no is no value."""
+    Brackets, a spreadsheet's =TRUE(), and a number beside the word that explains it, as in 1 (yes)
+    or 2=no, do not matter. 1=no is no value, because the two contradict each other."""
     text = bare(cell)
     value = value_of_word(text)
     if value is not None or len(text) > LONGEST_ANSWER:
@@ -493,23 +485,21 @@ def value_of(cell: str) -> str | None:
 
 
 def value_of_word(text: str) -> str | None:
-    """value_of a number or a word, as `bare` writes it."""
+    """value_of for a number or a word in the form of `bare`."""
     if NUMBER.fullmatch(text):
         return {1.0: "1", 0.0: "0", -1.0: "-1"}.get(float(text))
-    text = text.replace("i\u0307", "i")      # a Turkish capital i in small letters
+    text = text.replace("i\u0307", "i")      # Turkish capital I with a dot, in small letters
     return "" if NOTHING.fullmatch(text) else VALUES.get(text)
 
 
 def class_meaning(cell: str, rules: LabelRules) -> str | None:
-    """Empty where a cell of a column of classes says nothing, else None: it
-    is a class."""
+    """Empty if a cell in a column of classes says nothing; None if it is a class."""
     words = OPEN if rules.not_mentioned is None else ("", *rules.not_mentioned)
     return "" if form_key(cell) in map(form_key, words) else None
 
 
 def refuse_what_may_be_a_class(where: dict[str, str]) -> None:
-    """DataError for a cell of a column of classes that may name one, or say
-    that none is known.
+    """DataError for a cell in a column of classes that may be a class, or say that none is known.
 
     where: file, row and column of each cell."""
     for cell in where:
@@ -520,8 +510,7 @@ def refuse_what_may_be_a_class(where: dict[str, str]) -> None:
 
 
 def not_mentioned_note(name: str, counts: Counter, values: dict[str, str | None]) -> str:
-    """A sentence on the words of a column that were taken to say nothing, or
-    nothing."""
+    """A sentence on the words of a column that count as not mentioned, if there are any."""
     words = sorted(cell for cell, value in values.items() if value == "" and cell)
     if not words:
         return ""
@@ -530,8 +519,8 @@ def not_mentioned_note(name: str, counts: Counter, values: dict[str, str | None]
 
 
 def values_note(name: str, counts: Counter, values: dict[str, str | None]) -> str:
-    """A sentence on the words of a column that were read as values, and how
-    often, or nothing: `Column dx: N read as 0 (3), T as 1 (4).`"""
+    """A sentence on the words of a column that were read as values, and how often, or "":
+    `Column dx: N read as 0 (3), T as 1 (4).`"""
     words = sorted(cell for cell, value in values.items()
                    if value and not NUMBER.fullmatch(bare(cell)))
     texts = [f"{word} {'as' if i else 'read as'} {values[word]} ({counts[word]:,})"
@@ -541,11 +530,9 @@ def values_note(name: str, counts: Counter, values: dict[str, str | None]) -> st
 
 
 def refuse_letters_of_two_kinds(where: dict[str, str], rules: LabelRules) -> None:
-    """DataError for a column of letters such as N, F and T, which may be
-    normal, fibrosis, TB.
+    """DataError for a column of letters such as N, F and T, which may be normal, fibrosis, TB.
 
-    y and n are one pair, t and f the other; whoever means values writes one
-    of them."""
+    Values would be one pair only: y and n, or t and f."""
     pairs = [[cell for cell in where if bare(cell) in pair]
              for pair in (("y", "n"), ("t", "f"))]
     if all(pairs) and not rules.letters:
@@ -561,8 +548,7 @@ def refuse_what_is_no_class(values: dict[str, str | None], where: dict[str, str]
                             words: list[str], rules: LabelRules) -> None:
     """DataError for a word among values, or for a number that is no value.
 
-    values: what each cell says, None for one of the words. where: file, row
-    and column of each."""
+    values: the meaning of each cell, None for a word. where: file, row and column of each cell."""
     ask = "; --class-columns takes every cell for the name of a class" if rules.flags else ""
     for word in words:
         if DECIMAL_COMMA.fullmatch(word) and not rules.separator:
@@ -577,13 +563,13 @@ def refuse_what_is_no_class(values: dict[str, str | None], where: dict[str, str]
         if kind and not NUMBER.fullmatch(word.strip('=%"')):
             raise DataError(f"{where[word]}: {word!r} seems to be {kind}, and no class{ask}")
     for word in words if rules.flags else ():
-        if NUMBER.fullmatch(word.casefold().strip('=%"')):      # 100%, or ="1" as Excel writes it
+        if NUMBER.fullmatch(word.casefold().strip('=%"')):      # 100%, or ="1" from Excel
             raise DataError(f"{where[word]}: the number {word!r} is none of 1, 0, -1{ask}")
 
 
 def what_is_no_class(word: str, separator: str) -> str:
-    """What a word of a column seems to be, if it is no class, and no list of
-    classes. separator: of lists, where the user says it."""
+    """What a word of a column seems to be if it is neither a class nor a list of classes; "" if it
+    may be one. separator: of lists, if the user gives it."""
     kind = next((kind for kind, form in NO_CLASS.items() if form.fullmatch(word)), "")
     is_list = any(mark in word for mark in (*SEPARATORS, separator) if mark)
     if kind or len(word) > (LONGEST_LIST if is_list else LONGEST_ANSWER):
@@ -591,7 +577,7 @@ def what_is_no_class(word: str, separator: str) -> str:
     if is_garbled(word):
         return "damaged by a wrong decoding"
     if not any(map(str.isalpha, word)):
-        empty = not word.strip(f"[](){{}}|;, {QUOTES}")                    # a list of nothing
+        empty = not word.strip(f"[](){{}}|;, {QUOTES}")                    # an empty list
         mark = "" if empty else "a mark"
         return "a range, a date or other numbers" if re.search(r"\d", word) else mark
     parts = [part.strip(f" []{{}}{QUOTES}")
@@ -616,9 +602,9 @@ def what_is_no_class(word: str, separator: str) -> str:
 
 
 def hold_answers(parts: list[str]) -> bool:
-    """Whether the parts of a list end with an answer, two of them with a word or
-    all with a number, or begin with one: Mass yes|Nodule no, no Mass|no Nodule. So may
-    what is separated by nothing that is known: Mass yes Nodule no."""
+    """Whether parts of a list end or begin with answers: Mass yes|Nodule no, no Mass|no Nodule. At
+    least two ends must be words, or all ends numbers; or all parts begin with an answer. A single
+    part may hold several answers without any separator: Mass yes Nodule no."""
     def says(word: str) -> bool:
         return value_of(word) in ("0", "1") and word != PREFIX
 
@@ -635,9 +621,11 @@ def hold_answers(parts: list[str]) -> bool:
 
 def refuse_answers_of_other_languages(labels: list[str], where: dict[str, str],
                                       shared: set[str], rules: LabelRules) -> None:
-    """DataError for two words that may be yes and no: none says a finding, or is
-    an abbreviation, as TB and COPD are, and they are short, or stand in another
-    column as well. shared: form_key of the words that do."""
+    """DataError for two words that may be yes and no in another language.
+
+    That is doubted if no label names a finding or is an abbreviation such as TB or COPD, and the
+    labels are two short words, or two of them are also in another column. shared: form_key of
+    these."""
     if not rules.flags or rules.separator == "none" or not all(map(may_be_answer, labels)):
         return
     twins = [label for label in labels if form_key(label) in shared] if len(labels) < 5 else []
@@ -654,8 +642,8 @@ def refuse_answers_of_other_languages(labels: list[str], where: dict[str, str],
 
 def refuse_uncertain_findings(labels: list[str], lists: dict[str, list[str]],
                               where: dict[str, str], rules: LabelRules) -> None:
-    """DataError for a label such as suspected Mass beside Mass, which would be
-    absent there. lists: the words of each cell."""
+    """DataError for a label such as suspected Mass beside Mass: its images would count as without
+    Mass. lists: the words of each cell."""
     if not rules.flags:
         return
     plain = {form_key(label): label for label in labels}
@@ -669,15 +657,15 @@ def refuse_uncertain_findings(labels: list[str], lists: dict[str, list[str]],
 
 
 def may_be_answer(word: str) -> bool:
-    """Whether a word says no finding and is no abbreviation, as capitals that
-    cannot be spoken are: COPD."""
+    """Whether a word names no finding and is no abbreviation, that is, capitals that cannot be
+    spoken: COPD."""
     text = word.casefold()
     return not FINDINGS.search(text) and (not word.isupper() or bool(SPOKEN.fullmatch(text)))
 
 
 def shared_words(table: Table, names: list[str], keys: list[str]) -> dict[str, set[str]]:
-    """{column: its words that stand in another of the columns as well}, as
-    form_key writes them, without values."""
+    """{column: its words that are also in another of these columns}, in the form of form_key and
+    without values."""
     found = {}
     for name in names:
         place = table.columns.index(name)
@@ -689,10 +677,9 @@ def shared_words(table: Table, names: list[str], keys: list[str]) -> dict[str, s
 
 def check_number_of_classes(table: Table, name: str, classes: int, images: int,
                             lists: bool, rules: LabelRules) -> None:
-    """DataError where a column holds more classes than its images can teach.
+    """DataError if a column holds more classes than its images can teach.
 
-    A label that is one of a list shares its images with others, so that those
-    may be more."""
+    lists: an image may have several of the labels, so that more are allowed."""
     if classes * images > MOST_CELLS:
         raise DataError(f"{table.file}, column {name}: {classes:,} classes of {images:,} images "
                         "are more than fit into memory")
@@ -704,10 +691,8 @@ def check_number_of_classes(table: Table, name: str, classes: int, images: int,
 
 
 def most_classes(images: int) -> int:
-    """How many classes images can teach: each needs two of them, and ten
-    where it is one of many.
-
-    Nothing is said of two classes, or of fewer than three images."""
+    """How many classes that many images can teach: two images for each of up to 50 classes, ten for
+    each of more. Two classes are always allowed."""
     return max(2, min(50, images // 2), images // 10)
 
 
@@ -715,8 +700,7 @@ def most_classes(images: int) -> int:
 # Words.
 
 def small(text: str) -> str:
-    """A text in small letters and one kind of dash, without characters without
-    width."""
+    """A text in small letters, with one kind of dash and without zero-width characters."""
     text = DASHES.sub("-", normalize("NFKC", text).casefold())
     if not text.isascii():
         text = "".join(letter for letter in text if category(letter) != "Cf")
@@ -724,15 +708,15 @@ def small(text: str) -> str:
 
 
 def bare(text: str) -> str:
-    """What a cell says: small letters without the quotes and blanks around
-    them, and without points and the like after them."""
+    """The content of a cell: in small letters, without the quotes and blanks around it, and without
+    a full stop or the like at its end."""
     text = unquoted(" ".join(small(text).split()))
     return text.rstrip(" .!,;:*") or text
 
 
 def unquoted(text: str) -> str:
-    """A text without the quotes and blanks around it. A typographic quote goes with
-    another one at the other end only."""
+    """A text without the quotes and blanks around it. Typographic quotes are removed only if both
+    ends have one."""
     text = text.strip()
     text = (text[1:] if BYTES.fullmatch(text) else text).strip("'\"").strip()
     quoted = text and text[0] in QUOTES and text[-1] in QUOTES
@@ -740,8 +724,8 @@ def unquoted(text: str) -> str:
 
 
 def is_garbled(text: str) -> bool:
-    """Whether a text was decoded wrongly: Neumon\ufffda, Neumon?a, or UTF-8
-    that was taken for Latin-1 or Windows-1252."""
+    """Whether a text was decoded wrongly: Neumon\ufffda, Neumon?a, or UTF-8 that was read as
+    Latin-1 or Windows-1252."""
     if re.search(r"[^\W\d]\?[^\W\d]|\\(x[0-9a-f]{2}|u[0-9a-f]{4})", text, re.IGNORECASE):
         return True
     if text.isascii():
@@ -758,9 +742,9 @@ def is_garbled(text: str) -> bool:
 
 
 def form_key(text: str) -> str:
-    """What is equal for two names that differ in case, blanks, dashes, "_", a
-    last point, and characters without width only. A dash at either end is kept, as
-    it may be a minus: HER2-, -Mass; and that of y -1."""
+    """Equal for names that differ only in case, blanks, dashes, "_", a full stop at the end, and
+    zero-width characters. A dash at either end counts, as it may be a minus (HER2-, -Mass); so does
+    the one in y -1."""
     text = re.sub(r"(?<!\S)-(?=\d(\.\d*)?$)", "minus", small(text).strip())
     words = " ".join(re.sub(r"[\s_-]+", " ", text).split())
     before, after = "-" * (words != "" and text[0] == "-"), "-" * text.endswith("-")
@@ -768,8 +752,7 @@ def form_key(text: str) -> str:
 
 
 def spellings(counts: Counter) -> dict[str, str]:
-    """{word: the commonest spelling of it}, of {(anything, word): how
-    often}."""
+    """{word: its commonest spelling}. counts: {(anything, word): how often}."""
     often: Counter[str] = Counter()
     for (_, word), count in counts.items():
         often[word] += count
@@ -780,7 +763,7 @@ def spellings(counts: Counter) -> dict[str, str]:
 
 
 def merged(spelling: dict[str, str]) -> str:
-    """A sentence on the words that were taken for another one, or nothing."""
+    """A sentence on the words that were merged with another spelling, or ""."""
     pairs = [f"{word!r} as {label!r}" for word, label in sorted(spelling.items()) if word != label]
     more = f", and {len(pairs) - 5:,} more" if len(pairs) > 5 else ""
     return f" Taken for one: {', '.join(pairs[:5])}{more}." if pairs else ""
@@ -788,10 +771,10 @@ def merged(spelling: dict[str, str]) -> str:
 
 def read_lists(words: list[str], where: dict[str, str], rules: LabelRules,
                meaning: Callable[[str], str | None]) -> dict[str, list[str]]:
-    """{cell: the words it holds}, of cells that are words or lists of words.
+    """{cell: the words it holds}, for cells that are words or lists of words.
 
-    meaning: empty for a word that says nothing. DataError where it cannot be
-    told how the lists are to be taken apart."""
+    meaning: returns "" for a word that says nothing. DataError if it is not clear how to split a
+    list."""
     separator = rules.separator
     if separator == "none":
         return {word: [word] for word in words}
@@ -813,14 +796,14 @@ def read_lists(words: list[str], where: dict[str, str], rules: LabelRules,
         raise ask_for_separator(next(word for word in words if found[1] in word), where)
     separator = separator or "".join(found)
     if not any(separator in word for word in words if separator):
-        refuse_hidden_lists(words, where)       # also where another separator was expected
+        refuse_hidden_lists(words, where)       # also if `separator` is in no word
         return lists | {word: mentioned([word], meaning) for word in words}
     return lists | {word: mentioned(word.split(separator), meaning) for word in words}
 
 
 def mentioned(parts: Iterable[str], meaning: Callable[[str], str | None]) -> list[str]:
-    """The words of a list, without the quotes and blanks around them and
-    without those that say nothing."""
+    """The words of a list, without the quotes and blanks around them, except those that say
+    nothing."""
     words = map(unquoted, parts)
     return [" ".join(word.split()) for word in words if meaning(word) != ""]
 
@@ -832,17 +815,16 @@ def bracketed_list(cell: str, where: str, separator: str) -> list[str]:
         return inner.split(separator)
     if "'" not in inner and '"' not in inner:
         return re.split(r"[,;|]", inner)
-    # What is left between the quoted words can only be commas and blanks.
+    # Only commas and blanks may remain between the quoted words.
     if re.sub(r"[\s,;|]", "", QUOTED.sub("", inner)):
         raise DataError(f"{where}: the list {cell!r} cannot be taken apart")
     return [one or other for one, other in QUOTED.findall(inner)]
 
 
 def refuse_hidden_lists(words: list[str], where: dict[str, str]) -> None:
-    """DataError for words that look like lists by a separator that is not
-    taken unasked."""
+    """DataError for words that look like lists with a separator that is used only on request."""
     for word in words:
-        # Several codes, as ICD has them: R91.8 J18.9.
+        # Several ICD codes: R91.8 J18.9.
         parts = word.split()
         if LIST_MARKS.search(word) or len(parts) > 1 and all(map(ICD.fullmatch, parts)):
             raise ask_for_separator(word, where)
@@ -852,8 +834,8 @@ def refuse_hidden_lists(words: list[str], where: dict[str, str]) -> None:
             raise ask_for_separator(word, where)
     for word in names_of_others(words):
         raise ask_for_separator(word, where)
-    # Mass - Nodule, and Nodule - Edema: what ends one word begins another. Left effusion and right
-    # effusion are no lists by this, nor are effusion and pleural effusion.
+    # Mass - Nodule and Nodule - Edema: the end of one word is the beginning of another. This leaves
+    # left effusion and right effusion alone, and also effusion and pleural effusion.
     ends: set[str] = set()
     for word in words:
         ends |= edges(form_key(word), last=True)
@@ -863,10 +845,10 @@ def refuse_hidden_lists(words: list[str], where: dict[str, str]) -> None:
 
 
 def names_of_others(words: list[str]) -> list[str]:
-    """Those words in which others of them stand, as if each were a list."""
+    """The words that contain other words, as if they were lists of them."""
     found = []
     known = {form_key(word) for word in words}
-    # Mass, and Mass/Edema: by any mark one word that is found elsewhere is enough.
+    # Mass and Mass/Edema: with a mark between them, one word that is found elsewhere is enough.
     marks = {mark for word in words for mark in word
              if category(mark) in MARKS or mark in LINE_ENDS} - NO_MARKS
     for mark in [*sorted(marks), " and "]:
@@ -874,21 +856,21 @@ def names_of_others(words: list[str]) -> list[str]:
                     for word in words if mark in word}
         often = Counter(part for parts in parts_of.values() for part in set(parts))
         for word, parts in parts_of.items():
-            # The + of TB+ and the # of TB #1 separate nothing.
+            # The + of TB+ and the # of TB #1 are no separators.
             named = len(parts) > 1 and all(re.search(r"[^\W\d]", part) for part in parts)
-            # Grade: A and Grade: B begin with what the column is of.
+            # What Grade: A and Grade: B share is the name of the column, and no finding.
             if named and any(part in known or often[part] > 1 and mark != ":" for part in parts):
                 found.append(word)
-    # Mass, Nodule, and Mass#Nodule, Mass with Nodule, or whatever separates them. A class of
-    # several words rarely has two others in it.
+    # Mass, Nodule and Mass#Nodule or Mass with Nodule: any separator. A class of several words
+    # rarely contains two other classes.
     without_numbers = {" ".join(re.findall(r"[^\W\d]\w*", word)) for word in known} - {""}
     for word in words:
         others = (known & runs(form_key(word))) - {form_key(word)}
-        text = " ".join(re.findall(r"[^\W\d]\w*", form_key(word)))   # of 1. Mass 2. Nodule
+        text = " ".join(re.findall(r"[^\W\d]\w*", form_key(word)))   # 1. Mass 2. Nodule
         others |= (without_numbers & runs(text)) - {text}
         if any(one not in other and other not in one for one in others for other in others):
             found.append(word)
-    # Mass, Nodule, and MassNodule.
+    # Mass, Nodule and MassNodule.
     for word in words:
         text = form_key(word)
         if any(text[:middle] in known and text[middle:] in known
@@ -898,9 +880,9 @@ def names_of_others(words: list[str]) -> list[str]:
 
 
 def runs(text: str) -> set[str]:
-    """All runs of up to LONGEST_RUN words in a text, as form_key writes them.
-    A text of more than 30 words is a report, and none are looked for."""
-    # No Lung Opacity names no Lung Opacity.
+    """All runs of up to LONGEST_RUN words in a text in form_key's form. Texts of more than 30 words
+    are reports and give none."""
+    # No Lung Opacity must not name Lung Opacity.
     words = re.findall(r"\w+", re.sub(r"\b(no|not|non|without) +(?=\w)", r"\1", text))
     if len(words) > 30:
         return set()
@@ -909,11 +891,11 @@ def runs(text: str) -> set[str]:
 
 
 def edges(text: str, last: bool) -> set[str]:
-    """The runs of up to LONGEST_RUN words that begin a text, or end it, and
-    are not all of it.
+    """The runs of up to LONGEST_RUN words with which a text begins, or ends if `last`, without the
+    whole text.
 
-    Neither the run nor what is left of the text may be numbers alone, as in
-    stage 1 and 1 stage. Texts of more than 30 words do not count."""
+    Neither a run nor the rest of the text may be numbers only, as in stage 1 and 1 stage. Texts of
+    more than 30 words give none."""
     words = re.findall(r"\w+", text)
     if len(words) > 30:
         return set()
