@@ -10,6 +10,7 @@ import re
 import shlex
 import signal
 import urllib.error
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -84,7 +85,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
                     damaged = archive.testzip()
                 if damaged:
                     raise ValueError(f"the checksum of {damaged} is wrong")
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings(action="ignore"):      # _why_not says it in a sentence
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except Exception as error:          # a decoder may raise anything on a broken file
@@ -124,6 +126,10 @@ def _why_not(path: str | Path, error: Exception) -> str:
     for start, what in known.items():
         if head.startswith(start):
             return f"is no checkpoint but {what}"
+    if not head:
+        return "is empty"
+    if "TorchScript" in str(error):
+        return "is a TorchScript program: save the weights alone, torch.save(net.state_dict(), …)"
     found = re.search(r"GLOBAL ([\w.]+)", str(error))
     # A name without a module is built into Python, as getattr and eval are.
     if found and ("blocked" in str(error) or found[1].rpartition(".")[0] in RUNNING):

@@ -2,6 +2,7 @@
 
 Nothing here imports PyTorch, so prepare.py, which does not need it, starts in half a second.
 """
+import argparse
 import codecs
 import contextlib
 import ctypes
@@ -18,7 +19,7 @@ import threading
 import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TextIO, cast
+from typing import Any, BinaryIO, NamedTuple, TextIO, cast
 
 # --------------------------------------------------------------------------------------------------
 # Errors that a user can mend. Each is one sentence that names a file, a row or a flag.
@@ -94,6 +95,14 @@ def begin_script() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if _dropped:
             raise KeyboardInterrupt
+
+
+class Several(argparse.Action):
+    """A flag of several values. Given twice, it has all of them, and the default no more."""
+
+    def __call__(self, parser, namespace, values: Any, option_string=None) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*([] if before is self.default else before), *values])
 
 
 _dropped = []       # Ctrl-C while libraries were loaded, none of which has ended the process

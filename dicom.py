@@ -25,7 +25,7 @@ from pydicom.pixels.processing import apply_modality_lut, apply_voi, apply_windo
 from pydicom.pixels.utils import pixel_array
 from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from common import DataError
+from common import DataError, Several
 from doubts import Doubt, names_without_meaning, patient_key, patients_alike
 from layout import are_splits, first_telling, names_at, split_name
 from radiograph import (
@@ -564,14 +564,14 @@ def coder(salt: Path) -> Callable[[str], str]:
 # The source.
 
 def dicom_flags(flag: Callable) -> None:
-    flag("--modality", nargs="+", default=["CR", "DX"],
+    flag("--modality", nargs="+", action=Several, default=["CR", "DX"],
          help="modalities to take; none: files without one (default: CR DX)")
     flag("--patient-from", choices=("header", "folder", "file"), default="header",
          help="one patient for each PatientID (or else StudyInstanceUID), folder, or file "
               "(default: header)")
-    flag("--view", nargs="+", metavar="VIEW",
+    flag("--view", nargs="+", action=Several, metavar="VIEW",
          help="take only these, such as PA AP; none: files that say none (default: all)")
-    flag("--body-part", nargs="+", metavar="PART",
+    flag("--body-part", nargs="+", action=Several, metavar="PART",
          help="take only these, such as CHEST; none: files that say none (default: all)")
     flag("--salt", type=Path,
          help="file of the secret for hashing identities, made if missing (default: OUT.salt)")

@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 from typing import NamedTuple
 from unicodedata import category, decimal
 
-from common import DataError
+from common import DataError, Several
 from layout import (
     SHORT_SPLITS, SPLIT_NAMES, place_of, split_name, split_word, without_accents)
 from manifest_csv import SPLITS
@@ -62,7 +62,7 @@ def refuse_doubts(doubts: Iterable[Doubt], allowed: list[str]) -> None:
 
 
 def allow_flag(flag: Callable) -> None:
-    flag("--allow", nargs="+", action="extend", choices=ALLOW, default=[], metavar="DOUBT",
+    flag("--allow", nargs="+", action=Several, choices=ALLOW, default=[], metavar="DOUBT",
          help="what is meant although it looks like a mistake: "
               + "; ".join(f"{name} ({meaning})" for name, meaning in ALLOW.items()))
 

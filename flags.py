@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from common import DataError
+from common import DataError, Several
 
 # By default the later stages start from the first of these that exists.
 ENCODERS = ("runs/pretrain/encoder.pt", "runs/demo/encoder.pt")
@@ -120,10 +120,11 @@ def _add_argument(group, field: dataclasses.Field, default: Any) -> None:
     kind: Any
     kind, *rest = typing.get_args(field.type) or (field.type,)
     count = len(field.default) if isinstance(field.default, tuple) else None
+    several: Any = {"nargs": "+", "action": Several} if ... in rest else {"nargs": count}
     group.add_argument(
         name, type=number_within(kind, about["low"], about["high"]), default=default,
-        nargs="+" if ... in rest else count, choices=about["choices"], metavar=about["metavar"],
-        help=about["help"] + _default_text(default))
+        choices=about["choices"], metavar=about["metavar"],
+        help=about["help"] + _default_text(default), **several)
 
 
 def _default_text(default: Any) -> str:

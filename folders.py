@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
-from common import DataError, printable
+from common import DataError, Several, printable
 from doubts import (
     Doubt, copies_of_unknown, drawings, folders_of_persons, lone_images, many_classes,
     names_without_meaning, parts_of_persons, persons_in_names, repeated_below, same_pictures,
@@ -31,7 +31,7 @@ def folder_flags(flag: Callable) -> None:
     flag("--layout", type=layout_text, metavar="LEVELS",
          help="what the folders below --src say, level by level: split, class, patient, or * for "
               "nothing, for example */split/class; none (default: recognised by their names)")
-    flag("--exclude", nargs="+", default=[], metavar="NAME",
+    flag("--exclude", nargs="+", action=Several, default=[], metavar="NAME",
          help="files and folders to pass over, by name or by path below --src; * is a wildcard")
     flag("--csv", type=Path, help="table of the images to take; may be a .gz")
     flag("--path-column",
@@ -40,7 +40,8 @@ def folder_flags(flag: Callable) -> None:
          help="its column of patients (default: patient, if there is one)")
     flag("--split-column",
          help="its column of train, val, test (default: split, if there is one)")
-    flag("--where", nargs="+", default=[], type=condition, metavar="COLUMN=VALUE,VALUE",
+    flag("--where", nargs="+", action=Several, default=[], type=condition,
+         metavar="COLUMN=VALUE,VALUE",
          help="take only rows in which a column has one of the values, such as Projection=PA,AP")
     label_flags(flag, "the class folders are the labels")
     flag("--patients-per-split", action="store_true",

@@ -57,7 +57,7 @@ from probe import extract_features
 from prepare import Conversion, convert, count_notes, look_back_at
 from radiograph import (
     EXTENSIONS, FORMATS, MIN_SIDE, ImageSettings, Reading, blank_reason, find_files, in_parallel,
-    read_image, reason, refuse_mask, what_it_is)
+    read_image, reason, refuse_mask, unread_suffix, what_it_is)
 from run import Compute
 from sources import Item
 
@@ -202,8 +202,11 @@ def find_inputs(data: Path) -> Inputs:
 
 
 def is_input(file: Path) -> bool:
-    """Whether a file claims to be an image. A DICOMDIR is DICOM, but only lists other files."""
-    return file.suffix.lower() in EXTENSIONS or file.name != "DICOMDIR" and is_dicom(file)
+    """Whether a file claims to be an image, if only one that cannot be read. A DICOMDIR is DICOM,
+    but only lists other files."""
+    if file.suffix.lower() in EXTENSIONS or unread_suffix(file.name):
+        return True
+    return file.name != "DICOMDIR" and is_dicom(file)
 
 
 def image_settings(config: Config, state: dict[str, Any]) -> ImageSettings:

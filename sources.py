@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 import phantom
-from common import DataError, read_text
+from common import DataError, Several, read_text
 from doubts import (
     Doubt, classes_of_splits, patient_key, seem_splits, untrained_classes)
 from flags import number_within
@@ -73,12 +73,12 @@ class Source:
 
 def label_flags(flag: Callable, default: str) -> None:
     """Declare the flags on a table's labels. default: what the labels are without these flags."""
-    flag("--label-columns", nargs="+", default=[], metavar="COLUMN",
+    flag("--label-columns", nargs="+", action=Several, default=[], metavar="COLUMN",
          help="its columns of values as listed below, or of class names "
               f"(default: {default})")
-    flag("--class-columns", nargs="+", default=[], metavar="COLUMN",
+    flag("--class-columns", nargs="+", action=Several, default=[], metavar="COLUMN",
          help="its columns of class names, whatever these look like: 0, 1, 2; yes, no, other")
-    flag("--not-mentioned", nargs="*", metavar="WORD",
+    flag("--not-mentioned", nargs="*", action=Several, metavar="WORD",
          help="words of --class-columns that name no class, as blank cells do "
               "(default: nan, null, <na>, #n/a; none, na, n/a and - are refused)")
     flag("--label-separator", default="", metavar="TEXT",
@@ -185,7 +185,8 @@ def check_patients_and_splits(table: Table, keys: list[str], patients: str, spli
                 if name == patients:
                     check_patient(cell, where)
                 if name == splits and not split_name(cell) and value_of(cell) != "":
-                    raise DataError(f"{where}: {cell!r} is no split")
+                    raise DataError(f"{where}: {cell!r} is no split: write train, val or test, or "
+                                    "name another column by --split-column")
                 if cell != table.rows[key].cells[place]:
                     raise DataError(f"{where}: {cell!r}, but {table.rows[key].cells[place]!r} in "
                                     f"row {table.rows[key].number} of the same image")

@@ -567,7 +567,7 @@ def test_layouts(tmp_path, capsys, pattern, classes, expected):
     ("path,Patient Age", ["1", "1", "2", "3"], {"test": 1, "train": 2, "val": 1}),
     ("path,Split", ["Train", "TEST", "valid", "training"], "--split-column Split takes them"),
     ("path,split", ["Train", "TEST", "dev", "training"], {"train": 2, "test": 1, "val": 1}),
-    ("path,split", ["0", "1", "0", "1"], "row 2, column split: '0' is no split"),
+    ("path,split", ["0", "1", "0", "1"], "row 2, column split: '0' is no split: write"),
     *(("path,split", cells, {"train": 2, "test": 1, "val": 1}) for cells in (
         ["entrenamiento", "prueba", "Validaci\u00f3n", "ENTRENAMIENTO"],
         ["treino", "teste", "valida\u00e7\u00e3o", "treino"])),

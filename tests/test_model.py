@@ -140,12 +140,19 @@ def test_weights_beside_other_objects_can_be_saved_alone(tmp_path, wrap, words):
 @pytest.mark.parametrize("content, words", [
     (b"\n<html>log in", "a page of HTML"), (b"version https://git-lfs.x/v1", "git lfs"),
     (b"\x1f\x8b\x08", "packed by gzip"), (b"\x93NUMPY\1\0", "an array of NumPy"),
-    (None, "a folder")])
+    (b"", "empty"), (None, "a folder")])
 def test_files_that_are_no_checkpoints_are_called_what_they_are(tmp_path, content, words):
     path = tmp_path / "x.pt"
-    path.write_bytes(content) if content else path.mkdir()
+    path.mkdir() if content is None else path.write_bytes(content)
     with pytest.raises(CheckpointError, match=f"x.pt is .*{words}"):
         load_checkpoint(path)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_program_is_told_from_damage(tmp_path):
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(1, 1), torch.ones(1)), tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="x.pt is a TorchScript program: save the weights"):
+        load_checkpoint(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("function, words", [

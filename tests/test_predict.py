@@ -165,6 +165,7 @@ def test_one_bad_image_costs_one_row(classifier, prepared, tmp_path, capsys):
     image = Image.open(prepared / "src/a/000.png")
     Image.fromarray(np.asarray(image).astype(np.float32)).save(src / "float.tif")
     image.convert("L").save(src / "wrong.png", "GIF")
+    shutil.copy(src / "wrong.png", src / "film.gif")
     (src / "short.png").write_bytes((prepared / "src/a/000.png").read_bytes()[:3000])
     (src / "._a.png").write_bytes(b"AppleDouble")
     (src / "notes.txt").write_text("no image")
@@ -173,7 +174,7 @@ def test_one_bad_image_costs_one_row(classifier, prepared, tmp_path, capsys):
     shutil.copy(prepared / "src/a/002.png", src / ("0" * 251 + ".png"))
     sentence = refused(classifier, src, "--threads", 1, "--out", tmp_path / "out",
                        "--explain", 1)
-    assert "3 of 17 images cannot be read" in sentence and "all in rejected.csv" in sentence
+    assert "4 of 18 images cannot be read" in sentence and "all in rejected.csv" in sentence
     printed = capsys.readouterr().out
     assert "passed over, as no images: 3 files (1 without a suffix, 1 .txt, 1 .png)" in printed
     assert "Window not used: 1, it would have made most of the image white." in printed
@@ -183,7 +184,7 @@ def test_one_bad_image_costs_one_row(classifier, prepared, tmp_path, capsys):
     with open(tmp_path / "out/rejected.csv", newline="") as file:
         reasons = dict(list(csv.reader(file))[1:])
     words = {"ct.dcm": "modality CT, not CR or DX", "wrong.png": "a GIF, none of PNG",
-             "short.png": "truncated"}
+             "film.gif": "a GIF, none of PNG", "short.png": "truncated"}
     assert reasons.keys() == words.keys()
     assert all(word in reasons[name] for name, word in words.items()), reasons
 

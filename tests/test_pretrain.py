@@ -22,6 +22,7 @@ import torchvision
 from conftest import ROOT, SMALL, write_folder
 from sklearn.metrics import roc_auc_score
 
+import prepare
 import pretrain
 from checkpoint import load_checkpoint, save_checkpoint
 from flags import parse
@@ -481,6 +482,20 @@ def test_ways_to_draw_and_view_that_make_no_sense(data, tmp_path, capsys, flags,
     ("--demo --lr 0.1", 0.1)])
 def test_learning_rate_is_that_of_the_optimizer(flags, lr):
     assert parse(pretrain.Config, flags.split()).lr == lr
+
+
+def test_the_values_of_a_flag_that_is_given_twice_add_up():
+    """The first ones would be dropped in silence, which of --where or --exclude nobody wants."""
+    config = parse(pretrain.Config, ["--balance", "patient", "--balance", "Mass", "Effusion"])
+    assert config.balance == ("patient", "Mass", "Effusion")
+    args = prepare.parse_args([
+        "folder", "--src", "a", "--out", "b", "--csv", "c", "--exclude", "m", "--exclude", "n", "o",
+        "--where", "view=PA", "--where", "y=0,1", "--allow", "masks", "--allow", "odd-classes"])
+    assert args.exclude == ["m", "n", "o"] and len(args.where) == 2 and len(args.allow) == 2
+    dicom = ["dicom", "--src", "a", "--out", "b"]
+    assert prepare.parse_args(dicom).modality == ["CR", "DX"]
+    dicom += ["--modality", "none", "--modality", "CR"]
+    assert prepare.parse_args(dicom).modality == ["none", "CR"]
 
 
 def test_adam_goes_on_as_this_machine_computes(data, tmp_path):
