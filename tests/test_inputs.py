@@ -300,11 +300,22 @@ def test_labels_that_are_hardly_apart(tmp_path, one, other, alike):
                "--label-columns", "y", "--allow", "similar-labels")
 
 
-@pytest.mark.parametrize("one, other", [("TB", "TB-"), ("COVID-19", "COVID-19 -"),
-                                        ("Effusion", "Effusion?")])
-def test_a_minus_or_a_question_mark_is_no_form(tmp_path, one, other):
-    with pytest.raises(SystemExit, match=f"labels '{one}' and '{re.escape(other)}' differ in form"):
-        column(tmp_path, [one, other, "Normal"] * 2)
+@pytest.mark.parametrize("one, other, alike", [
+    ("TB", "TB-", True), ("COVID-19", "COVID-19 -", True), ("Effusion", "Effusion?", True),
+    ("Edema", "Edema*", True), ("*Edema*", "Edema", True), ("**Edema**", "Edema", True),
+    ("#Edema", "Edema", True), ("* Edema", "Edema", True), ("COVID-19", "COVID-19*", True),
+    ("Edema", "Edema (left)\u2020", False), ("Edema", "Edema\u2020", True), ("TB", "TB++", False),
+    ("T1", "T2", False), ("<50 mm", ">50 mm", False), ("TB #1", "TB #2", False),
+    ("TB 5*10", "TB 510", False)])
+def test_a_mark_beside_a_label_is_no_form(tmp_path, one, other, alike):
+    with outcome(f"labels '{re.escape(one)}' and '{re.escape(other)}' differ in form only.*"
+                 "--allow similar-labels" if alike else None):
+        assert column(tmp_path, [one, other, "Normal"] * 2)[one] == [1, 0, 0] * 2
+
+
+def test_marks_alone_are_classes(tmp_path):
+    for cells in (["*", "**", "***"], ["+", "-", "0"]):
+        assert len(column(tmp_path, cells * 2, "--class-columns", "y", "--not-mentioned")) == 3
 
 
 @pytest.mark.parametrize("cells", [
