@@ -131,6 +131,11 @@ LIST = {"Mass": [1, 1, 0], "Nodule": [1, 0, 1]}
         "Normal": [0, 1, 0] * 2}),
     (["mass without nodule", "mass", "nodule"] * 2, {
         "mass": [0, 1, 0] * 2, "mass without nodule": [1, 0, 0] * 2, "nodule": [0, 0, 1] * 2}),
+    *((cells * 2, MAY_BE_A_LIST) for cells in (
+        ["Nodule no Mass", *TWO], ["mass not nodule", *TWO], ["Mass_no_Nodule", *TWO])),
+    *((cells * 2, {cell: [int(cell == other) for other in cells] * 2 for cell in cells})
+      for cells in (["No Mass no Nodule", "Mass", "Nodule"], ["Mass non-TB", "Mass", "TB"],
+                    ["Mass no cyst", "Mass", "Normal"])),
     # NumPy's bytes.
     (["b'Mass'|b'Nodule'", "b'Mass'", 'b"Nodule"'], LIST),
     (["[b'Mass', b'Nodule']", "[b'Mass']", "[b'Nodule']"], LIST),
@@ -372,7 +377,8 @@ def test_two_words_of_several_columns(tmp_path, one, other, refused):
     folder(src, tmp_path / "more", *flags, "--class-columns", "A", "B", "--not-mentioned", "?")
 
 
-@pytest.mark.parametrize("cell", ["Edema & cyst", "Edema/Cyst", "edema et kyste", "Edema + Cyst"])
+@pytest.mark.parametrize("cell", ["Edema & cyst", "Edema/Cyst", "edema et kyste", "Edema + Cyst",
+                                  "Edema without cyst"])
 def test_a_cell_that_may_be_a_list_is_told(tmp_path, capsys, cell):
     assert column(tmp_path, [cell, "TB"] * 2)[cell] == [1, 0] * 2
     assert f"One class, and no list, is '{cell}': --label-sep" in capsys.readouterr().out
