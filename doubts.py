@@ -407,6 +407,7 @@ SHORTENED = re.compile(r"-?\d([.,]\d{1,4})?E\+(0[5-9]|[1-9]\d)"
 VISIT = re.compile(
     r"(?<=\d)([\W_]*(visit|study|exam|examination|scan|image|img|view|series|session|ses|timepoint"
     r"|follow[ _-]?up|day|week|month|year)[\W_]*\d+"
+    r"|[\W_]+(cxr|x[ _-]?ray|xr|rx|dx|dr|cr|film|radiograph)[\W_]*\d+"
     r"|[\W_]+([vt]\d\d?|baseline|follow[ _-]?up|pre|post|frontal|lateral|lat|pa|ap|left|right|l|r"
     r"|(19|20)\d\d[_-]?[01]\d[_-]?[0-3]\d))$")
 STUDY_COLUMN = re.compile(

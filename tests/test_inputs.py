@@ -549,13 +549,15 @@ def test_layouts(tmp_path, capsys, pattern, classes, expected):
         ["3_t1", "3_t2", "4_t1", "5"])),
     *(("path,patient", cells, "seem to be two examinations of one person") for cells in (
         ["5_20200301", "5_20200302", "6", "7"], ["5_baseline", "5_follow-up", "6", "7"],
-        ["31 left", "31 right", "8", "9"])),
+        ["31 left", "31 right", "8", "9"],
+        *([f"MR40{mark}1", f"MR40{mark}2", "6", "7"] for mark in ("_CXR", "-dx", " X-ray ")),
+        ["0-CXR1", "0-CXR2", "1-CXR1", "2"], ["7_film_1", "7_film_2", "8", "9"])),
     *(("path,patient", [cell, "2", "3", "4"], f"patient '{re.escape(cell)}' is a number that a "
        "spreadsheet has shortened.*--allow similar-patients") for cell in (
         "9.00012E+14", "4.5E+09", "-2E+07", "1.2e+05")),
     *(("path,patient", cells, {"test": 1, "train": 2, "val": 1}) for cells in (
         ["1.5E+01", "1e5b", "2E7", "3"], ["visit1", "visit2", "visit3", "visit4"],
-        ["B_1", "A_1", "A_2", "B_2"])),
+        ["B_1", "A_1", "A_2", "B_2"], ["CXR1", "CXR2", "DX1", "DX2"])),
     ("path,patient", ["1", "1", "1", "1"], "the val split is empty: 4 images of 1 patient"),
     ("path,PatientID", ["1", "1", "2", "3"], "column 'PatientID' of l.csv seems to name the pat.*"
                                              "--patient-column PatientID"),
