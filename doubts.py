@@ -43,6 +43,7 @@ FEW_LOST = 5                    # images; this many may always be lost
 # Letters of Cyrillic and Greek that look like Latin ones.
 LOOKALIKES = str.maketrans("авекмнорстухіјѕαβεικνορτυχ", "abekmhopctyxijsabeikvoptux")
 MARKS = r"[\s_/\\|&,;.:()'?-]"     # these do not make another label
+BESIDE = "[*#†‡§]+"                 # nor do these beside a word: Mass*
 
 
 class Doubt(NamedTuple):
@@ -176,11 +177,14 @@ def lone_images(classes: Iterable[str]) -> list[Doubt]:
 
 def similar_labels(names: list[str]) -> list[Doubt]:
     """Doubts for labels with the same letters and numbers in the same order: COVID19 and COVID-19,
-    MassNodule and Mass/Nodule. Signs with a meaning of their own, such as +, still count."""
+    MassNodule and Mass/Nodule, Mass and Mass*. Signs with a meaning of their own, such as +, still
+    count, and so does * alone."""
     def letters(name: str) -> str:
         # Between digits a mark counts: 1.5 is not 15. But 1.0 is 1.
         name = re.sub(r"(\d)\.0+(?!\d)", r"\1", without_accents(name))
-        return re.sub(rf"(?<!\d){MARKS}+|{MARKS}+(?!\d)", "", form_key(name)).translate(LOOKALIKES)
+        name = re.sub(rf"(?<!\d){MARKS}+|{MARKS}+(?!\d)", "", form_key(name))
+        name = re.sub(rf"(?<=\w){BESIDE}(?!\d)|(?<!\d){BESIDE}(?=\w)", "", name)
+        return name.translate(LOOKALIKES)
 
     in_form = pairs_alike(names, letters)
     doubts = [f"labels {one!r} and {other!r} differ in form only" for one, other in in_form]
@@ -403,6 +407,7 @@ SHORTENED = re.compile(r"-?\d([.,]\d{1,4})?E\+(0[5-9]|[1-9]\d)"
 VISIT = re.compile(
     r"(?<=\d)([\W_]*(visit|study|exam|examination|scan|image|img|view|series|session|ses|timepoint"
     r"|follow[ _-]?up|day|week|month|year)[\W_]*\d+"
+    r"|[\W_]+(cxr|x[ _-]?ray|xr|rx|dx|dr|cr|film|radiograph)[\W_]*\d+"
     r"|[\W_]+([vt]\d\d?|baseline|follow[ _-]?up|pre|post|frontal|lateral|lat|pa|ap|left|right|l|r"
     r"|(19|20)\d\d[_-]?[01]\d[_-]?[0-3]\d))$")
 STUDY_COLUMN = re.compile(

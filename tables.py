@@ -101,7 +101,7 @@ LIST_MARKS = re.compile("[,|;\uff0c\uff1b\uff5c\u3001\u060c\u061b\u055d\u07f8\u1
                         "\u2223\u2502\u01c0"
                         rf"{LINE_ENDS}]|[\"'”’»]\s+[\"'“‘«]")
 GAP = re.compile(r"\w(\s{2,}|[\u2001\u2003\u3000])\w")      # more than one blank between two words
-COMBINED = re.compile(r"[^\W\d]\s*([&+/]|\b(and|und|et|y|e|with)\b)\s*[^\W\d]", re.IGNORECASE)
+COMBINED = re.compile(r"[^\W\d]\s*([&+/]|\b(and|und|et|y|e|with(out)?)\b)\s*[^\W\d]", re.IGNORECASE)
 MARKS = {"Po", "Ps", "Pe", "Sm", "Sc", "Sk", "So"}      # Unicode categories that may separate
 NO_MARKS = {*QUOTES, *"().%_"}      # these never separate, and neither do dashes
 LONGEST_RUN = 5                 # words; in other names, no longer ones are searched for
@@ -866,6 +866,9 @@ def names_of_others(words: list[str]) -> list[str]:
     without_numbers = {" ".join(re.findall(r"[^\W\d]\w*", word)) for word in known} - {""}
     for word in words:
         others = (known & runs(form_key(word))) - {form_key(word)}
+        if others:                      # Nodule no Mass also says Nodule; no Mass says neither
+            denied = re.sub(r"(?<=\w) (no|not) (?=\w)", " ", form_key(word))
+            others |= known & runs(denied)
         text = " ".join(re.findall(r"[^\W\d]\w*", form_key(word)))   # 1. Mass 2. Nodule
         others |= (without_numbers & runs(text)) - {text}
         if any(one not in other and other not in one for one in others for other in others):
