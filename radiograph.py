@@ -459,7 +459,7 @@ def in_parallel(function: Callable, items: list, workers: int, title: str) -> li
     worker is replaced by this process."""
     tqdm.monitor_interval = 0       # no monitor thread: forking with threads is not safe
     try:
-        pool = ProcessPoolExecutor(workers, get_context("fork"), die_with_parent)
+        pool = ProcessPoolExecutor(workers, get_context("fork"), die_with_parent, (os.getpid(),))
     except OSError:
         if workers > 1:
             raise
@@ -509,7 +509,9 @@ def _result(future: Future, workers: int) -> list:
                 raise BrokenProcessPool from None
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent: int) -> None:
     """Called in a worker: makes it end with its parent. Else it would keep the folder locked."""
     PR_SET_PDEATHSIG = 1
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:      # it died before this was said, and will not die again
+        os._exit(1)

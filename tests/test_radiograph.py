@@ -2,9 +2,12 @@
 import os
 import socket
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 import prepare
@@ -286,3 +289,12 @@ def test_a_body_of_few_levels_inside_a_border_is_noted(tmp_path, border, body, t
     Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "x.png")
     notes = load_image(tmp_path / "x.png", read_image, ImageSettings()).notes
     assert any("little contrast" in note for note in notes) == told
+
+
+def test_a_worker_whose_parent_died_before_it_began_ends_itself():
+    """The kernel's signal would never come, and the worker would wait for work without end."""
+    script = "import os, radiograph; radiograph.die_with_parent({}); print('alive')"
+    for parent, code, output in (("os.getppid()", 0, "alive\n"), ("os.getppid() + 1", 1, "")):
+        process = subprocess.run([sys.executable, "-c", script.format(parent)], cwd=ROOT,
+                                 text=True, capture_output=True, timeout=60)
+        assert (process.returncode, process.stdout) == (code, output), process.stderr
