@@ -126,7 +126,7 @@ def _why_not(path: str | Path, error: Exception) -> str:
     for start, what in known.items():
         if head.startswith(start):
             return f"is no checkpoint but {what}"
-    if not head:
+    if isinstance(error, EOFError) and not head:
         return "is empty"
     if "TorchScript" in str(error):
         return "is a TorchScript program: save the weights alone, torch.save(net.state_dict(), …)"

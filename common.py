@@ -2,7 +2,6 @@
 
 Nothing here imports PyTorch, so prepare.py, which does not need it, starts in half a second.
 """
-import argparse
 import codecs
 import contextlib
 import ctypes
@@ -19,7 +18,7 @@ import threading
 import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TextIO, cast
+from typing import BinaryIO, NamedTuple, TextIO, cast
 
 # --------------------------------------------------------------------------------------------------
 # Errors that a user can mend. Each is one sentence that names a file, a row or a flag.
@@ -97,14 +96,6 @@ def begin_script() -> None:
             raise KeyboardInterrupt
 
 
-class Several(argparse.Action):
-    """A flag of several values. Given twice, it has all of them, and the default no more."""
-
-    def __call__(self, parser, namespace, values: Any, option_string=None) -> None:
-        before = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, [*([] if before is self.default else before), *values])
-
-
 _dropped = []       # Ctrl-C while libraries were loaded, none of which has ended the process
 
 
@@ -134,13 +125,15 @@ def _interrupt_again(unraisable) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def _leave_with_torchrun() -> None:
-    """Have the kernel send SIGTERM to this process when the process that started it dies.
+def end_with_parent(sign: int, parent: int | None = None) -> None:
+    """Have the kernel send a signal to this process when the process that started it dies.
 
-    If torchrun is killed by SIGKILL, it cannot stop its processes. They would run on unseen and
-    keep the run folder locked, or wait for torchrun forever."""
+    parent: its id, if that is known. If it is dead already, the signal would never come, and this
+    process exits."""
     PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, sign)
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)
 
 
 def _open_streams() -> None:
@@ -166,8 +159,10 @@ _open_streams()
 # installed here. If the notebook itself imports this file, it keeps its backend.
 if "ipykernel" not in sys.modules:
     os.environ["MPLBACKEND"] = "Agg"
+# If torchrun is killed by SIGKILL, it cannot stop its processes. They would run on unseen and keep
+# the run folder locked, or wait for torchrun forever.
 if "TORCHELASTIC_RUN_ID" in os.environ:
-    _leave_with_torchrun()
+    end_with_parent(signal.SIGTERM)
 
 
 def restart_in_utf8() -> None:

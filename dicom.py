@@ -25,8 +25,9 @@ from pydicom.pixels.processing import apply_modality_lut, apply_voi, apply_windo
 from pydicom.pixels.utils import pixel_array
 from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from common import DataError, Several
+from common import DataError
 from doubts import Doubt, names_without_meaning, patient_key, patients_alike
+from flags import Several
 from layout import are_splits, first_telling, names_at, split_name
 from radiograph import (
     EXTENSIONS, PACKED, ImageSettings, Reading, eight_bits, in_parallel, load_image,

@@ -13,7 +13,8 @@ from pathlib import PurePosixPath
 from typing import NamedTuple
 from unicodedata import category, decimal
 
-from common import DataError, Several
+from common import DataError
+from flags import Several
 from layout import (
     SHORT_SPLITS, SPLIT_NAMES, place_of, split_name, split_word, without_accents)
 from manifest_csv import SPLITS

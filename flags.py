@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from common import DataError, Several
+from common import DataError
 
 # By default the later stages start from the first of these that exists.
 ENCODERS = ("runs/pretrain/encoder.pt", "runs/demo/encoder.pt")
@@ -120,11 +120,22 @@ def _add_argument(group, field: dataclasses.Field, default: Any) -> None:
     kind: Any
     kind, *rest = typing.get_args(field.type) or (field.type,)
     count = len(field.default) if isinstance(field.default, tuple) else None
-    several: Any = {"nargs": "+", "action": Several} if ... in rest else {"nargs": count}
+    kwargs: Any = {"nargs": "+" if ... in rest else count}
+    if ... in rest and not isinstance(about["metavar"], tuple):  # LOW [HIGH] is one setting
+        kwargs["action"] = Several
     group.add_argument(
         name, type=number_within(kind, about["low"], about["high"]), default=default,
         choices=about["choices"], metavar=about["metavar"],
-        help=about["help"] + _default_text(default), **several)
+        help=about["help"] + _default_text(default), **kwargs)
+
+
+class Several(argparse.Action):
+    """A flag of several values. If it is given twice, both lists count, and the default does not.
+    For argparse's `action`."""
+
+    def __call__(self, parser, namespace, values: Any, option_string=None) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*([] if before is self.default else before), *values])
 
 
 def _default_text(default: Any) -> str:

@@ -10,11 +10,12 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
-from common import DataError, Several, printable
+from common import DataError, printable
 from doubts import (
     Doubt, copies_of_unknown, drawings, folders_of_persons, lone_images, many_classes,
     names_without_meaning, parts_of_persons, persons_in_names, repeated_below, same_pictures,
     say_no_finding, seem_patients, seem_studies, seem_views, splits_in_names, strayed_copies)
+from flags import Several
 from layout import (
     Place, excluder, find_layout, layout_text, levels_of, outside_splits, place_of, split_name)
 from radiograph import EXTENSIONS, unread_suffix

@@ -22,11 +22,12 @@ from flags import RunConfig, parse
 from run import Compute
 from run_folder import report_but_for_full_disk
 
-MINUTES_30 = timedelta(minutes=30)
+# How long a process waits for another one in a collective call.
+TIMEOUT = timedelta(minutes=30)
 
 
 def main(stage: Callable, config_class: type, argv: list[str] | None = None, *,
-         bf16_on_cpu: bool = False, timeout: timedelta = MINUTES_30, afterwards: str = "") -> None:
+         bf16_on_cpu: bool = False, timeout: timedelta = TIMEOUT, afterwards: str = "") -> None:
     """Run `stage(config, compute, resources)`. Errors that the user can mend end the script with
     one sentence.
 
@@ -69,7 +70,7 @@ def main(stage: Callable, config_class: type, argv: list[str] | None = None, *,
 
 
 def start(config: RunConfig, place: Place = ALONE, bf16_on_cpu: bool = False,
-          timeout: timedelta = MINUTES_30) -> Compute:
+          timeout: timedelta = TIMEOUT) -> Compute:
     """Join the processes that torchrun started, or be the only process. DataError if there are
     fewer GPUs than processes, or if the processes do not meet or differ in precision."""
     rank, world_size, local_rank, local_world_size = place

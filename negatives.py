@@ -74,7 +74,10 @@ def all_gather(rows: Tensor) -> Tensor:
 
 def blocks(batch: Batch) -> list[slice]:
     """Slices of a process's images, so that a slice's similarities fit into the CPU's cache, or
-    into a small part of a GPU."""
+    into a small part of a GPU.
+
+    Write what is kept of each block into one tensor. Many small tensors would come to lie where a
+    block was freed, and the next block would no longer fit there."""
     elements = ROOM if batch.keys.is_cuda else 2**20
     images = len(batch.patients)
     size = max(1, elements // (2 * len(batch.keys)))
@@ -83,13 +86,18 @@ def blocks(batch: Batch) -> list[slice]:
 
 def count_negatives(batch: Batch) -> Tensor:
     """How many keys are negatives of an image's anchors, (B,): the same number for both."""
-    return torch.cat([(batch.patients[block, None] != batch.key_patients).sum(1)
-                      for block in blocks(batch)])
+    counts = torch.empty_like(batch.patients, dtype=torch.int64)
+    for block in blocks(batch):
+        counts[block] = (batch.patients[block, None] != batch.key_patients).sum(1)
+    return counts
 
 
 def nearest_negative(batch: Batch) -> Tensor:
     """The largest cosine of each anchor with a negative, (2, B); ABSENT where it has none."""
-    return torch.cat([similarities(batch, block, 1).amax(2) for block in blocks(batch)], 1)
+    nearest = batch.anchors.new_empty(batch.anchors.shape[:2])
+    for block in blocks(batch):
+        nearest[:, block] = similarities(batch, block, 1).amax(2)
+    return nearest
 
 
 def similarities(batch: Batch, block: slice, scale: float) -> Tensor:
@@ -119,13 +127,12 @@ class LogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, anchors: Tensor, batch: Batch, scale: float) -> Tensor:
         # `anchors` are batch.anchors, as an argument of their own because autograd must see them.
-        sums, ctx.kept, room = [], [], ROOM
+        r, ctx.kept, room = anchors.new_empty(anchors.shape[:2]), [], ROOM  # (2, B)
         for block in blocks(batch):
             terms = _terms(batch, block, scale)  # (2, n, K)
-            sums.append(terms.sum(2) if scale <= MODERATE else terms.logsumexp(2))
+            r[:, block] = terms.sum(2) if scale <= MODERATE else terms.logsumexp(2)
             room -= terms.numel()
             ctx.kept.append(terms if room >= 0 else None)
-        r = torch.cat(sums, 1)  # (2, B)
         if scale <= MODERATE:
             r = torch.where(r == 0, ABSENT, r.log() + scale)
         ctx.save_for_backward(r)

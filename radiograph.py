@@ -9,7 +9,6 @@ DICOM files, is called in the same way. For every format the result is Pillow's 
 to 255, whose shorter side is at most `size` pixels. A smaller image keeps its size: enlarging it
 would add bytes and no information.
 """
-import ctypes
 import errno
 import os
 import re
@@ -27,7 +26,7 @@ import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin
 from tqdm import tqdm
 
-from common import DataError
+from common import DataError, end_with_parent
 
 # The formats that Pillow may try to open, and the suffixes of their files.
 FORMATS = ("PNG", "JPEG", "JPEG2000", "TIFF", "BMP", "PPM", "WEBP")
@@ -459,7 +458,9 @@ def in_parallel(function: Callable, items: list, workers: int, title: str) -> li
     worker is replaced by this process."""
     tqdm.monitor_interval = 0       # no monitor thread: forking with threads is not safe
     try:
-        pool = ProcessPoolExecutor(workers, get_context("fork"), die_with_parent, (os.getpid(),))
+        # A worker whose parent was killed would wait for work forever and keep the folder locked.
+        pool = ProcessPoolExecutor(workers, get_context("fork"), end_with_parent,
+                                   (signal.SIGKILL, os.getpid()))
     except OSError:
         if workers > 1:
             raise
@@ -507,11 +508,3 @@ def _result(future: Future, workers: int) -> list:
                 return future.result()
             if len(active_children()) < workers:
                 raise BrokenProcessPool from None
-
-
-def die_with_parent(parent: int) -> None:
-    """Called in a worker: makes it end with its parent. Else it would keep the folder locked."""
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:      # it died before this was said, and will not die again
-        os._exit(1)

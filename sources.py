@@ -19,10 +19,10 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 import phantom
-from common import DataError, Several, read_text
+from common import DataError, read_text
 from doubts import (
     Doubt, classes_of_splits, patient_key, seem_splits, untrained_classes)
-from flags import number_within
+from flags import Several, number_within
 from layout import split_name
 from radiograph import EXTENSIONS, ImageSettings, Reading
 from tables import LabelRules, Table, read_labels, read_table, value_of

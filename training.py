@@ -229,7 +229,11 @@ def backward_in_pieces(model: Any, view1: Tensor, view2: Tensor, piece: int, los
     Returns the projections z1, z2 (B, D) and the loss."""
     is_parallel = isinstance(model, DistributedDataParallel)
     net = model.module if is_parallel else model
-    pieces = [torch.cat(views) for views in zip(view1.split(piece), view2.split(piece))]
+
+    def in_pieces(of_view1: Tensor, of_view2: Tensor) -> list[Tensor]:
+        return [torch.cat(both) for both in zip(of_view1.split(piece), of_view2.split(piece))]
+
+    pieces = in_pieces(view1, view2)                                        # (2 * piece, 1, S, S)
     # The first pass uses the network itself, because DistributedDataParallel would expect a
     # backward pass. Batch norm's running statistics must count an image once, not twice.
     with unchanged_statistics(net), torch.no_grad(), compute.autocast():
@@ -244,7 +248,7 @@ def backward_in_pieces(model: Any, view1: Tensor, view2: Tensor, piece: int, los
         z_piece.backward(gradient)
 
     # Gradients are summed over the processes once, with the last piece.
-    *but_last, last = zip(pieces, map(torch.cat, zip(*(g.split(piece) for g in gradients))))
+    *but_last, last = zip(pieces, in_pieces(*gradients))
     with model.no_sync() if is_parallel else contextlib.nullcontext():
         for views, gradient in but_last:
             second_pass(views, gradient)

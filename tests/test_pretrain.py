@@ -488,6 +488,9 @@ def test_the_values_of_a_flag_that_is_given_twice_add_up():
     """The first ones would be dropped in silence, which of --where or --exclude nobody wants."""
     config = parse(pretrain.Config, ["--balance", "patient", "--balance", "Mass", "Effusion"])
     assert config.balance == ("patient", "Mass", "Effusion")
+    # LOW [HIGH] are one setting, of which the last counts, as of a single number.
+    config = parse(pretrain.Config, ["--temperature", "0.1", "--temperature", "0.2"])
+    assert config.temperature == (0.2,)
     args = prepare.parse_args([
         "folder", "--src", "a", "--out", "b", "--csv", "c", "--exclude", "m", "--exclude", "n", "o",
         "--where", "view=PA", "--where", "y=0,1", "--allow", "masks", "--allow", "odd-classes"])

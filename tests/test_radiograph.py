@@ -293,7 +293,7 @@ def test_a_body_of_few_levels_inside_a_border_is_noted(tmp_path, border, body, t
 
 def test_a_worker_whose_parent_died_before_it_began_ends_itself():
     """The kernel's signal would never come, and the worker would wait for work without end."""
-    script = "import os, radiograph; radiograph.die_with_parent({}); print('alive')"
+    script = "import os, common; common.end_with_parent(9, {}); print('alive')"
     for parent, code, output in (("os.getppid()", 0, "alive\n"), ("os.getppid() + 1", 1, "")):
         process = subprocess.run([sys.executable, "-c", script.format(parent)], cwd=ROOT,
                                  text=True, capture_output=True, timeout=60)
